@@ -1,0 +1,28 @@
+# Two commands for newcomers: `make quickstart`, `make test`. They share one environment, made once.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+RUNS := runs/quickstart
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(VENV)/installed
+	bash launchers/quickstart.sh $(RUNS)
+
+test: $(VENV)/installed
+	$(PYTHON) -m ruff check .
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow"
+
+test-all: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m slow
+
+# torch first and alone: the pinned version's CPU build is enough, a range would fetch gigabytes.
+$(VENV)/installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt setuptools wheel
+	$(PYTHON) -m pip install -q -c constraints.txt torch
+	$(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e .[dev]
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

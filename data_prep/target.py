@@ -1,0 +1,235 @@
+"""The frozen target. All knowledge of `transformers` internals lives in this file.
+
+Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from data_prep.errors import UserError
+from data_prep.recipe import TargetRecipe
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
+
+
+@dataclass
+class States:
+    """What the target's forward yields at each position i (it has read x_0 .. x_i).
+
+    hidden[l] [..., T, E]: the residual stream after layer l (0-based; the embedding is not a layer).
+    key[l], value[l] [..., T, G, D]: layer l's keys and values; keys are **before** RoPE.
+    last_hidden [..., T, E]: after the final norm, the LM head's input.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    key: dict[int, Tensor] = field(default_factory=dict)
+    value: dict[int, Tensor] = field(default_factory=dict)
+    last_hidden: Tensor | None = None
+
+    def map(self, function) -> "States":
+        """The same states with `function` applied to every tensor."""
+        return States(*({layer: function(t) for layer, t in kind.items()} for kind in (self.hidden, self.key, self.value)),
+                      None if self.last_hidden is None else function(self.last_hidden))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes and the rotary embedding that a drafter shares with its target; plain numbers, ready for JSON."""
+
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    qk_norm: bool
+    qkv_bias: bool
+    inv_freq: list[float]  # RoPE angles per position, [D/2]
+    rope_scale: float  # what cos and sin are multiplied by (YaRN)
+    max_positions: int
+
+
+class FrozenHead:
+    """The target's input embedding and LM head: shared by every drafter, never trained, sharded or saved with one."""
+
+    def __init__(self, embedding_VE: Tensor, head_VE: Tensor):
+        self.embedding_VE, self.head_VE = embedding_VE.detach(), head_VE.detach()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.embedding_VE)
+
+    def to(self, device, dtype) -> "FrozenHead":
+        embedding = self.embedding_VE.to(device, dtype)
+        tied = self.head_VE.data_ptr() == self.embedding_VE.data_ptr()
+        return FrozenHead(embedding, embedding if tied else self.head_VE.to(device, dtype))
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto`: the GPU this process may use, else the CPU. Raises UserError when cuda is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("target.device=cuda, but this machine has no GPU that PyTorch can use")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Raises UserError when there is no tokenizer at `path`."""
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"target.path={path}: no tokenizer can be loaded there ({_first_line(error)})") from error
+
+
+class Target:
+    """Any Hugging Face causal LM of the Llama / Qwen3 kind: pre-norm layers, RoPE, one KV cache a layer.
+
+    Raises:
+        UserError: the model cannot be loaded, or has a layer or a head that this class would get wrong.
+    """
+
+    def __init__(self, path: str, revision: str | None = None, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu"):
+        transformers_logging.disable_progress_bar()
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype).to(device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"target.path={path}: no causal LM can be loaded there ({_first_line(error)})") from error
+        self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
+        self.model.requires_grad_(False)
+        self.layers = self.model.model.layers
+        self._refuse_unsupported()
+        self.hidden_layers: set[int] = set()
+        self.kv_layers: set[int] = set()
+        self._states = States()
+        for index, layer in enumerate(self.layers):
+            self._hook(index, layer)
+        self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
+
+    @property
+    def architecture(self) -> Architecture:
+        config, attention = self.model.config, self.layers[0].self_attn
+        rotary = self.model.model.rotary_emb
+        return Architecture(
+            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size,
+            num_layers=config.num_hidden_layers, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim, norm_eps=config.rms_norm_eps, qk_norm=hasattr(attention, "k_norm"),
+            qkv_bias=attention.k_proj.bias is not None, inv_freq=rotary.inv_freq.double().tolist(),
+            rope_scale=float(rotary.attention_scaling), max_positions=config.max_position_embeddings)
+
+    def capture(self, hidden_layers, kv_layers) -> None:
+        """Choose whose states `forward` hands out. Raises UserError for a layer that does not exist."""
+        for layer in {*hidden_layers, *kv_layers}:
+            if not 0 <= layer < len(self.layers):
+                raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
+        self.hidden_layers, self.kv_layers = set(hidden_layers), set(kv_layers)
+
+    @torch.no_grad()
+    def forward(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> States:
+        """Read `ids_BT` after what `cache` holds (extended in place); states of these T positions.
+
+        Rows may be padded on the right: under causal attention nothing before the padding changes.
+        """
+        self._states = States()
+        output = self.model.model(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
+        states, self._states = self._states, States()
+        states.last_hidden = output.last_hidden_state
+        return states
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """float32 (or float64) logits of the next token, [..., V]."""
+        logits = nn.functional.linear(last_hidden, self.frozen_head.head_VE)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def layer_weights(self, index: int) -> dict[str, Tensor]:
+        """One layer under the names of `train/drafter/layers.py`."""
+        layer, attention = self.layers[index], self.layers[index].self_attn
+        modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
+                   "input_norm": layer.input_layernorm, "post_norm": layer.post_attention_layernorm,
+                   "gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj, "down": layer.mlp.down_proj}
+        if hasattr(attention, "k_norm"):
+            modules |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+        return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
+
+    @property
+    def final_norm_weight(self) -> Tensor:
+        return self.model.model.norm.weight
+
+    def weights_hash(self) -> str:
+        """xxh3 of the parameters' bytes, in name order."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _hook(self, index: int, layer: nn.Module) -> None:
+        attention = layer.self_attn
+
+        def keep(kind: str, heads: bool, wanted: str):
+            def hook(module, inputs, output):
+                if index in getattr(self, wanted):
+                    output = output[0] if isinstance(output, tuple) else output
+                    heads_of = lambda t: t if t.dim() == 4 else t.unflatten(-1, (-1, attention.head_dim))
+                    getattr(self._states, kind)[index] = heads_of(output) if heads else output
+            return hook
+
+        # Keys are taken after the projection (and its norm, where there is one) and so before RoPE: un-rotating
+        # bf16 keys costs 3e-3 of relative error. hidden_states[-1] of transformers is already normed: hooked too.
+        getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep("key", True, "kv_layers"))
+        attention.v_proj.register_forward_hook(keep("value", True, "kv_layers"))
+        layer.register_forward_hook(keep("hidden", False, "hidden_layers"))
+
+    def _refuse_unsupported(self) -> None:
+        config = self.model.config
+        for index, layer in enumerate(self.layers):
+            attention = getattr(layer, "self_attn", None)
+            if attention is None or not all(hasattr(attention, p) for p in ("q_proj", "k_proj", "v_proj", "o_proj")):
+                raise UserError(f"target {self.path}: layer {index} ({type(layer).__name__}) keeps no KV cache of the kind "
+                                "that Understudy reads (self_attn with q, k, v and o projections)")
+            if not all(hasattr(layer, n) for n in ("input_layernorm", "post_attention_layernorm", "mlp")) or hasattr(
+                    layer, "pre_feedforward_layernorm") or not hasattr(layer.mlp, "gate_proj"):
+                raise UserError(f"target {self.path}: layer {index} ({type(layer).__name__}) is not a pre-norm layer with "
+                                "a gated dense MLP (the Llama / Qwen3 family)")
+        if kinds := set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
+            raise UserError(f"target {self.path}: layers of type {', '.join(sorted(kinds))} are not supported")
+        if getattr(config, "final_logit_softcapping", None):
+            raise UserError(f"target {self.path}: soft-capped logits are not supported")
+        rope = getattr(self.model.model.rotary_emb, "rope_type", "default")
+        if rope not in STATIC_ROPE:
+            raise UserError(f"target {self.path}: rope type '{rope}' changes with the length; supported: {', '.join(STATIC_ROPE)}")
+
+
+def load_target(recipe: TargetRecipe) -> Target:
+    """The target of a `TargetRecipe`, on its device and in its dtype."""
+    device = pick_device(recipe.device)
+    return Target(recipe.location, recipe.revision, pick_dtype(recipe.dtype, device), device)
+
+
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(hash of the vocabulary and its rules, hash of the chat template)."""
+    rules = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(
+        sorted(tokenizer.get_vocab().items()))
+    return (xxhash.xxh3_128_hexdigest(rules.encode()),
+            xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,116 @@
+"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score]"""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
+
+import torch  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+
+from data_prep import cli  # noqa: E402
+from data_prep.errors import UserError  # noqa: E402
+from data_prep.target import Target, load_target, load_tokenizer  # noqa: E402
+from eval import measure, report  # noqa: E402
+from eval.decode import Generation, decode  # noqa: E402
+from eval.drafting import Drafting, Nobody, PromptLookup, Trained, memory_of, zero_memory  # noqa: E402
+from eval.recipe import EvalRecipe, check  # noqa: E402
+from eval.score import score  # noqa: E402
+from eval.suites import Prompt, heldout_prompts  # noqa: E402
+from train.attention import executor  # noqa: E402
+from train.drafter.model import Drafter  # noqa: E402
+
+
+def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
+    """The target and the drafter that was trained for it. Raises UserError when they do not belong together."""
+    drafter, target = Drafter.from_pretrained(recipe.drafter), load_target(recipe.target)
+    if target.weights_hash() != drafter.config.target["weights_hash"]:
+        raise UserError(f"{recipe.drafter} was trained for other weights of {drafter.config.target['id']} than those of {recipe.target.path}")
+    target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
+    return target, drafter.to(target.device, target.dtype)
+
+
+def contenders(target: Target, drafter: Drafter, attend, others: list, prompt: int) -> dict[str, Drafting]:
+    """Who drafts for prompt number `prompt`: nobody, the trained drafter, and the controls."""
+    untrained = Drafter(drafter.config).to(target.device, target.dtype).start(target, target.frozen_head)
+    head = target.frozen_head
+    return {
+        "baseline": Nobody(), "trained": Trained(drafter, head, attend),
+        "untrained": Trained(untrained, head, attend),
+        "prompt_lookup": PromptLookup(drafter.config.draft_length),
+        "zero_memory": Trained(drafter, head, attend, zero_memory),
+        "shuffled_memory": Trained(drafter, head, attend, memory_of(others[prompt - 1]))}
+
+
+def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generation]], temperature: float) -> dict:
+    """One temperature's part of report.json."""
+    def one(generations: list[Generation]) -> dict:
+        found, (micro, macro) = measure.acceptance(generations), measure.tau(generations)
+        return {"tau_micro": micro, "tau_macro": macro, "joint": found.joint, "conditional": found.conditional,
+                "tokens_per_s": measure.tokens_per_s(generations, prefill=False), "round_ms": measure.round_ms(generations)}
+
+    baseline, trained = runs["baseline"], runs["trained"]
+    result = one(trained)
+    result["baseline_tokens_per_s"] = measure.tokens_per_s(baseline, prefill=False)
+    result["speedup_decode"] = result["tokens_per_s"] / result["baseline_tokens_per_s"]
+    result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
+    if temperature == 0:
+        same = [a.tokens == b.tokens for a, b in zip(trained, baseline)]
+        result["lossless"], result["lossless_by"] = all(same), f"{sum(same)} of {len(same)} outputs equal plain decoding's, token for token"
+    else:
+        p = measure.sampling_p_value(target, [p.tokens for p in prompts], trained, temperature)
+        result["lossless"] = p > 1e-3
+        result["lossless_by"] = f"tokens' ranks under the target are uniform: chi-square p = {p:.3f} (NO below 0.001)"
+    result["repetition"] = measure.repetition(trained)
+    result["controls"] = {name: one(generations) for name, generations in runs.items() if name not in ("baseline", "trained")}
+    return result
+
+
+def run(recipe: EvalRecipe) -> None:
+    target, drafter = load(recipe)
+    out = Path(recipe.out)
+    if recipe.mode == "score":
+        found = {kind: vars(a) for kind, a in score(recipe, target, drafter).items()}
+        report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "score.json")
+        for kind, a in found.items():
+            print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
+        return
+    tokenizer = load_tokenizer(target.path, target.revision)
+    prompts = heldout_prompts(recipe.data, recipe.prompts, tokenizer)
+    attend = executor(recipe.attention, target.device, training=False)
+    others = [target.forward(torch.tensor([p.tokens], device=target.device)).map(lambda t: t[0]) for p in prompts]
+    revision = subprocess.run(["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result = {
+        "drafter": {"path": recipe.drafter, "parameters": sum(p.numel() for p in drafter.parameters()), **{
+            k: getattr(drafter.config, k) for k in ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal")}},
+        "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **drafter.config.target},
+        "prompts": {**recipe.prompts.model_dump(), "source": recipe.data.source, "ids": [p.id for p in prompts], "seed": recipe.seed},
+        "commit": revision or None, "temperatures": {}}
+    everyone = contenders(target, drafter, attend, others, 0)
+    names = list(everyone) if recipe.controls else ["baseline", "trained"]
+    with Progress() as progress:
+        task = progress.add_task("decode", total=len(recipe.temperatures) * len(prompts))
+        for temperature in recipe.temperatures:
+            runs: dict[str, list[Generation]] = {name: [] for name in names}
+            for name in names:  # nobody's first request pays for the warm-up
+                decode(target, everyone[name], prompts[0].tokens, 8, temperature, recipe.seed)
+            for number, prompt in enumerate(prompts):
+                if recipe.controls:
+                    everyone["shuffled_memory"] = Trained(drafter, target.frozen_head, attend, memory_of(others[number - 1]))
+                for name in names:  # side by side, so that a machine's moods meet all alike
+                    runs[name].append(decode(target, everyone[name], prompt.tokens, recipe.prompts.max_new_tokens, temperature,
+                                             recipe.seed + number, target.model.config.eos_token_id))
+                progress.advance(task)
+            result["temperatures"][f"{temperature:g}"] = figures(target, prompts, runs, temperature)
+    result["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30 if target.device.type == "cuda"
+                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    report.write_json(out, result)
+    report.draw(out, result)
+    report.print_table(result)
+    print(f"report: {out / 'report.json'}, {out / 'report.png'}")
+
+
+if __name__ == "__main__":
+    cli.main("eval", EvalRecipe, check, run)

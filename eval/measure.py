@@ -1,0 +1,76 @@
+"""Many generations -> the figures of a report.
+
+Definitions: tau = tokens emitted per verify step, the bonus token included; joint_j and cond_j as in
+`train/acceptance.py`, counted over all rounds (a slot that was not drafted was not accepted), so that
+tau = 1 + sum_j joint_j.
+"""
+
+import hashlib
+from statistics import mean
+
+import torch
+
+from data_prep.target import Target
+from eval.decode import Generation
+from eval.verification import distribution
+from train.acceptance import Acceptance
+
+
+def acceptance(generations: list[Generation]) -> Acceptance:
+    """Joint and conditional acceptance per slot over all rounds."""
+    rounds = [r for g in generations for r in g.rounds]
+    slots = range(1, max((r.drafted for r in rounds), default=0) + 1)
+    return Acceptance.of([sum(r.kept >= j for r in rounds) for j in slots], [len(rounds)] * len(slots))
+
+
+def tau(generations: list[Generation]) -> tuple[float, float]:
+    """(micro: over all rounds, macro: mean over requests)."""
+    judged = [g for g in generations if g.rounds]
+    return (sum(g.emitted for g in judged) / sum(len(g.rounds) for g in judged),
+            mean(g.emitted / len(g.rounds) for g in judged))
+
+
+def tokens_per_s(generations: list[Generation], prefill: bool) -> float:
+    """Emitted tokens over seconds, decode alone or with the prefill."""
+    if prefill:
+        return sum(g.emitted + 1 for g in generations) / sum(g.prefill_s + g.decode_s for g in generations)
+    return sum(g.emitted for g in generations) / sum(g.decode_s for g in generations)
+
+
+def round_ms(generations: list[Generation]) -> dict[str, float]:
+    """Milliseconds a round: drafting (memory included), verifying, and all else."""
+    count = sum(len(g.rounds) for g in generations)
+    draft, verify, total = (1e3 * sum(getattr(g, f"{k}_s") for g in generations) / count for k in ("draft", "verify", "decode"))
+    return {"draft": draft, "verify": verify, "overhead": total - draft - verify}
+
+
+def repetition(generations: list[Generation], n: int = 4) -> float:
+    """Share of the outputs' n-grams that stood in the same output before; a loop tends to 1."""
+    grams = [[tuple(g.tokens[i:i + n]) for i in range(len(g.tokens) - n + 1)] for g in generations]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(one)) for one in grams) / total if total else 0.0
+
+
+@torch.no_grad()
+def sampling_p_value(target: Target, prompts: list[list[int]], generations: list[Generation], temperature: float,
+                     bins: int = 20) -> float:
+    """How likely outputs at least this odd are if they are samples of the target at `temperature`.
+
+    Each token's randomised rank under the target's own distribution, recomputed in one plain forward over the text, is
+    uniform on [0, 1] if and only if the token was drawn from it; a chi-square test over `bins` equal bins of all tokens.
+    """
+    # The ranks' random part must be independent of the decode loop's draws.
+    generator = torch.Generator(device=target.device).manual_seed(int.from_bytes(hashlib.md5(b"ranks").digest()[:6], "big"))
+    counts = torch.zeros(bins, dtype=torch.float64)
+    for prompt, generation in zip(prompts, generations):
+        ids = torch.tensor([prompt + generation.tokens], device=target.device)
+        p_TV = distribution(target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1:-1]), temperature).double()
+        token = ids[0, len(prompt):, None]
+        own = p_TV.gather(1, token)
+        before = torch.where(p_TV > own, p_TV, 0).sum(1, keepdim=True)  # likelier tokens rank first
+        ties = torch.where((p_TV == own) & (torch.arange(p_TV.shape[1], device=ids.device) < token), p_TV, 0).sum(1, keepdim=True)
+        rank = before + ties + own * torch.rand(own.shape, generator=generator, device=own.device, dtype=own.dtype)
+        counts += torch.histc(rank.cpu(), bins=bins, min=0, max=1)
+    expected = counts.sum() / bins
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((bins - 1) / 2, dtype=torch.float64), statistic / 2))

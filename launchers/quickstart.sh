@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The three real commands on the embedded target: capture, train, judge. Usage: launchers/quickstart.sh RUNS
+set -euo pipefail
+runs=${1:-runs/quickstart}
+here=$(cd "$(dirname "$0")/.." && pwd)
+bin=$here/.venv/bin
+[ -x "$bin/python" ] && export PATH="$bin:$PATH"
+ranks=${RANKS:-2}
+
+step() { printf '\n$ %s\n' "$*"; "$@"; }
+started=$SECONDS
+step python "$here/data_prep/main.py" target=tiny data=stdlib cache.dir="$runs/cache"
+step deepspeed --num_accelerators "$ranks" "$here/train/main.py" experiment=quickstart cache.dir="$runs/cache" run.dir="$runs/run"
+step python "$here/eval/main.py" drafter="$runs/run/checkpoints/best" out="$runs/report"
+printf '\nquickstart: %d s; see %s/report/report.png\n' $((SECONDS - started)) "$runs"

@@ -1,0 +1,138 @@
+"""The central promise (DESIGN §4): the training forward and the decode loop are the same function.
+
+Decode with the target; then feed the decoded text through the training-time forward, packed among other documents, with
+an anchor at every round. Slots 1 .. n+1 of a round with n kept tokens (for a block all slots) must have the same logits
+and the same most likely token, and the kept lengths must follow from the training side's tokens.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.target import States
+from eval.decode import decode
+from eval.drafting import Trained
+from tests.models import HIDDEN_LAYERS, drafter_of, small_target
+from train.attention import EXECUTORS
+from train.batches import make_pack
+from train.objectives import Objective
+
+CELLS = [(objective, reuse) for objective in ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal")
+         for reuse in ("hidden", "kv", "hybrid")]
+KV_LAYERS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return small_target()
+
+
+def cached(target, tokens):
+    """One document as the cache would hand it out, in the target's own precision."""
+    target.capture(HIDDEN_LAYERS, KV_LAYERS)
+    states = target.forward(torch.tensor([tokens])).map(lambda t: t[0])
+    mask = torch.ones(len(tokens), dtype=torch.uint8)
+    mask[0] = 0
+    return {"input_ids": torch.tensor(tokens), "loss_mask": mask, "last_hidden": states.last_hidden[:-1],
+            **{f"hidden.{i}": t for i, t in states.hidden.items()}, **{f"key.{i}": t for i, t in states.key.items()},
+            **{f"value.{i}": t for i, t in states.value.items()}}
+
+
+def decoded(target, drafter, temperature=0.0, rounds=60):
+    target.capture(HIDDEN_LAYERS, KV_LAYERS)
+    prompt = torch.randint(0, 11, (23,), generator=torch.Generator().manual_seed(5)).tolist()
+    trained = Trained(drafter, target.frozen_head, EXECUTORS["reference"])
+    generation = decode(target, trained, prompt, 120, temperature, seed=3, keep_drafts=True)
+    return prompt, generation, generation.rounds[:rounds]
+
+
+def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None):
+    """Logits [N, J, V] of the training forward at `anchors` of document `tokens`."""
+    generator = torch.Generator().manual_seed(9)
+    others = [torch.randint(0, 11, (n,), generator=generator).tolist() for n in (17, 31)] if packing else []
+    documents = [cached(target, t) for t in ([others[0], tokens, others[1]] if packing else [tokens])]
+    marks = [np.zeros(0, dtype=np.int64)] * len(documents)
+    marks[len(documents) // 2] = np.asarray(anchors)
+    pack = make_pack([str(i) for i in range(len(documents))], documents, marks)
+    if tamper:
+        pack = tamper(pack)
+    objective = Objective(drafter, target.frozen_head, "kl", torch.ones(drafter.config.draft_length), attend, 64)
+    with torch.no_grad():
+        return target.logits(objective.outputs(pack))
+
+
+def largest_difference(target, drafter, packing=True, attend=EXECUTORS["reference"], tamper=None, temperature=0.0):
+    """(largest difference of logits, slots compared that were kept, that were refused); asserts on tokens and lengths
+    unless tampered with."""
+    prompt, generation, rounds = decoded(target, drafter, temperature)
+    # The text is everything that was emitted, not only what was asked for.
+    tokens = prompt + generation.tokens
+    rounds = [r for r in rounds if r.anchor + r.drafted < len(tokens)]
+    logits = training_side(target, drafter, tokens, [r.anchor for r in rounds], packing, attend, tamper)
+    worst, kept, refused = 0.0, 0, 0
+    for one, trained in zip(rounds, logits):
+        compared = one.drafted if drafter.config.objective == "blockwise" else min(one.kept + 1, one.drafted)
+        difference = (one.draft.logits_JV[:compared] - trained[:compared]).abs().max().item()
+        worst = max(worst, difference)
+        kept, refused = kept + min(one.kept, compared), refused + compared - min(one.kept, compared)
+        if tamper is None and temperature == 0:
+            assert trained[:compared].argmax(-1).tolist() == one.draft.tokens[:compared]
+            text = tokens[one.anchor + 1:one.anchor + 1 + one.drafted]
+            matches = [int(a == b) for a, b in zip(trained.argmax(-1).tolist(), text)]
+            assert int(np.cumprod(matches).sum()) == one.kept
+    return worst, kept, refused
+
+
+@pytest.mark.parametrize("objective,reuse", CELLS)
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+def test_training_forward_is_decode_loop(target, objective, reuse, packing):
+    worst, kept, refused = largest_difference(target, drafter_of(target, objective, reuse), packing)
+    assert worst < 1e-4
+    assert kept >= 5 and refused >= 5, (kept, refused)
+
+
+@pytest.mark.parametrize("objective,reuse", CELLS)
+def test_two_layers_and_sampling(target, objective, reuse):
+    worst, kept, refused = largest_difference(target, drafter_of(target, objective, reuse, layers=2), temperature=1.0)
+    assert worst < 1e-4
+    assert kept + refused >= 10
+
+
+@pytest.mark.parametrize("objective,reuse", [
+    ("blockwise", "hybrid"), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS if cell != ("blockwise", "hybrid"))])
+def test_flex_forward_is_decode_loop(target, objective, reuse):
+    worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), attend=EXECUTORS["flex"])
+    assert worst < 1e-4
+
+
+def shifted_states(pack):
+    """Every state is that of the position after it."""
+    pack.states = pack.states.map(lambda t: torch.roll(t, -1, 0))
+    return pack
+
+
+def leaking_anchor(pack):
+    """Memory positions count one less, so that the anchor's own state becomes visible."""
+    object.__setattr__(pack.places, "position", pack.places.position.clone())
+    middle = pack.places.document == pack.places.document[pack.anchor_N[0]]
+    anchors = pack.places.position[pack.anchor_N].clone()
+    pack.states = States(*({i: torch.cat([t, t[pack.anchor_N]]) for i, t in kind.items()}
+                           for kind in (pack.states.hidden, pack.states.key, pack.states.value)))
+    assert middle.any() and len(anchors)
+    object.__setattr__(pack.places, "document", torch.cat([pack.places.document, pack.places.document[pack.anchor_N]]))
+    object.__setattr__(pack.places, "position", torch.cat([pack.places.position, anchors - 1]))
+    pack.ids_P = torch.cat([pack.ids_P, pack.ids_P[pack.anchor_N]])
+    return pack
+
+
+def leaking_neighbour(pack):
+    """All documents are taken for one."""
+    object.__setattr__(pack.places, "document", torch.zeros_like(pack.places.document))
+    return pack
+
+
+@pytest.mark.parametrize("objective,reuse", CELLS)
+@pytest.mark.parametrize("tamper", [shifted_states, leaking_anchor, leaking_neighbour], ids=lambda f: f.__name__)
+def test_negative_controls_are_noticed(target, objective, reuse, tamper):
+    worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), tamper=tamper)
+    assert worst > 1e-3

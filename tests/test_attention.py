@@ -1,0 +1,125 @@
+"""The visibility rule, drawn cell by cell, and every executor against the reference."""
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from train.attention import EXECUTORS, executor
+from train.attention.visibility import Places, Rows, Visibility
+from train.objectives.blockwise import block_rows
+
+
+def drawn(visibility: Visibility) -> list[str]:
+    return ["".join("x" if seen else "." for seen in row) for row in visibility.dense.tolist()]
+
+
+def places(*lengths: int, shift: int = 0) -> Places:
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Places(document, torch.cat([torch.arange(n) for n in lengths]) + shift)
+
+
+def test_block_cell_by_cell():
+    """Two packed documents of 4 and 3 positions, blocks of 2 slots after anchors 2 of the first and 1 of the second."""
+    rows = block_rows(torch.tensor([0, 1]), torch.tensor([2, 1]), slots=2)
+    assert drawn(Visibility(rows, places(4, 3), rows, causal=False)) == [
+        # memory   blocks
+        "xx.." "..." "xx" "..",
+        "xx.." "..." "xx" "..",
+        "...." "x.." ".." "xx",
+        "...." "x.." ".." "xx"]
+    assert drawn(Visibility(rows, places(4, 3), rows, causal=True)) == [
+        "xx.." "..." "x." "..",
+        "xx.." "..." "xx" "..",
+        "...." "x.." ".." "x.",
+        "...." "x.." ".." "xx"]
+
+
+def ttt_rows(document, anchor, slot) -> Rows:
+    document, anchor = torch.tensor(document), torch.tensor(anchor)
+    group = torch.arange(len(anchor))
+    return Rows(document, anchor, group, torch.full_like(group, slot), anchor + slot - 1)
+
+
+def test_ttt_second_step_cell_by_cell():
+    """Step 2 of anchors 1 and 3 of one document: memory before the anchor, and the anchor's own steps 1 and 2 (EAGLE-3's
+    diagonal). Pairs (x_{i+1}, f_i) sit at i + 1: the pair that is step 1's own input is not seen a second time."""
+    first, second = ttt_rows([0, 0], [1, 3], 1), ttt_rows([0, 0], [1, 3], 2)
+    assert second.position.tolist() == [2, 4]
+    assert drawn(Visibility(second, places(4), first + second, causal=True)) == [
+        "x..." "x." "x.",
+        "xxx." ".x" ".x"]
+    assert drawn(Visibility(second, places(4, shift=1), first + second, causal=True)) == [
+        "...." "x." "x.",
+        "xx.." ".x" ".x"]
+
+
+def packed_case(heads=4, kv_heads=2, size=16):
+    g = torch.Generator().manual_seed(0)
+    memory = places(70, 50, 30)
+    anchors = torch.tensor([5, 40, 69, 1, 49, 20])
+    rows = block_rows(torch.tensor([0, 0, 0, 1, 1, 2]), anchors, slots=5)
+    keys = memory.position.numel() + rows.slot.numel()
+    q, k, v = (torch.randn(n, h, size, generator=g) for n, h in ((len(rows.slot), heads), (keys, kv_heads), (keys, kv_heads)))
+    return q, k, v, rows, memory
+
+
+def softmax_by_hand(q_QHD, k_KGD, v_KGD, dense):
+    """Attention row by row and head by head, in float64."""
+    out = torch.zeros_like(q_QHD, dtype=torch.float64)
+    group = q_QHD.shape[1] // k_KGD.shape[1]
+    for i in range(len(q_QHD)):
+        seen = dense[i].nonzero().squeeze(1)
+        for h in range(q_QHD.shape[1]):
+            keys, values = k_KGD[seen, h // group].double(), v_KGD[seen, h // group].double()
+            out[i, h] = ((keys @ q_QHD[i, h].double()) / q_QHD.shape[2] ** 0.5).softmax(0) @ values
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_is_softmax_over_visible_keys(causal):
+    q, k, v, rows, memory = packed_case()
+    visibility = Visibility(rows, memory, rows, causal)
+    expected = softmax_by_hand(q, k, v, visibility.dense)
+    torch.testing.assert_close(EXECUTORS["reference"](q, k, v, visibility).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flex_forward_equals_reference_on_packed_documents():
+    q, k, v, rows, memory = packed_case()
+    visibility = Visibility(rows, memory, rows, causal=True)
+    expected = EXECUTORS["reference"](q, k, v, visibility)
+    with torch.no_grad():
+        torch.testing.assert_close(EXECUTORS["flex"](q, k, v, visibility), expected, rtol=1e-4, atol=1e-5)
+    blind = Visibility(rows, Places(torch.zeros_like(memory.document), memory.position), rows, causal=True)
+    assert (EXECUTORS["reference"](q, k, v, blind) - expected).abs().max() > 1e-2  # the mask is noticed when dropped
+
+
+def test_flex_block_mask_is_the_dense_mask():
+    _, _, _, rows, memory = packed_case()
+    for causal in (False, True):
+        visibility = Visibility(rows, memory, rows, causal)
+        rule = visibility.block_mask.mask_mod
+        q, k = torch.meshgrid(torch.arange(visibility.dense.shape[0]), torch.arange(visibility.dense.shape[1]), indexing="ij")
+        assert torch.equal(rule(0, 0, q, k), visibility.dense)
+
+
+def test_flex_training_on_a_cpu_is_refused():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="attention=flex cannot train on a CPU"):
+        executor("flex", cpu)
+    assert executor("auto", cpu) is EXECUTORS["reference"]
+    assert executor("auto", torch.device("cuda")) is EXECUTORS["flex"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on a GPU only")
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_backward_equals_reference_on_a_gpu(causal):
+    q, k, v, rows, memory = packed_case(size=64)
+    move = lambda value: type(value)(*(getattr(value, f).cuda() for f in value.__dataclass_fields__))
+    visibility = Visibility(move(rows), move(memory), move(rows), causal)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    gradients = []
+    for name in ("reference", "flex"):
+        leaves = [t.cuda().requires_grad_() for t in (q, k, v)]
+        gradients.append(torch.autograd.grad(EXECUTORS[name](*leaves, visibility), leaves, upstream))
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)  # flex multiplies in tf32 on a GPU

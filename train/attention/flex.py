@@ -1,0 +1,21 @@
+"""The same rule compiled by FlexAttention into a block-sparse kernel."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from train.attention.visibility import Visibility
+
+
+@cache
+def _compiled(dynamic: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=dynamic)
+
+
+def flex(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
+    """Softmax attention of the visible keys, [Q, H, D]."""
+    q, k, v = (t.transpose(0, 1)[None].contiguous() for t in (q_QHD, k_KGD, v_KGD))
+    # PyTorch 2.13's C++ template does not compile for symbolic sizes, so a CPU compiles every shape anew.
+    return _compiled(q.is_cuda)(q, k, v, block_mask=visibility.block_mask, enable_gqa=True)[0].transpose(0, 1)

@@ -1,0 +1,12 @@
+"""Dense boolean mask and SDPA: slow, obvious, the oracle of every other executor."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.attention.visibility import Visibility
+
+
+def reference(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
+    """Softmax attention of the visible keys, [Q, H, D]."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_QHD, k_KGD, v_KGD))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense, enable_gqa=True)[0].transpose(0, 1)

@@ -1,0 +1,74 @@
+"""What a drafter is: everything `config.json` beside its weights says."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_prep.errors import UserError
+from data_prep.target import Architecture
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Sizes come from the target (`architecture`); a drafter of one target is of no use to another (`target`)."""
+
+    objective: str  # ttt | blockwise
+    reuse: str  # hidden | kv | hybrid
+    target_layers: list[int]  # one a draft layer: the layer it starts from and, with kv, whose K/V it reads in place
+    hidden_layers: list[int]  # whose hidden states fc reads ([] for kv)
+    slots: int  # block-wise: B, the anchor's own slot included; ttt: steps K
+    shifted: bool  # block-wise: the slot at index j - 1 proposes x_{a+j} (else the one at index j, and slot 0 nothing)
+    causal: bool  # inside a block: see earlier slots only
+    seed: int
+    start: str  # target | random
+    mask_token_id: int | None
+    architecture: Architecture
+    target: dict  # id, weights_hash, tokenizer_hash
+
+    @property
+    def uses_hidden(self) -> bool:
+        return self.reuse in ("hidden", "hybrid")
+
+    @property
+    def uses_kv(self) -> bool:
+        return self.reuse in ("kv", "hybrid")
+
+    @property
+    def kv_layers(self) -> list[int]:
+        return self.target_layers if self.uses_kv else []
+
+    @property
+    def reads_pairs(self) -> bool:
+        """EAGLE-3's input path: the memory of the verified prefix is made of (next token, feature) pairs."""
+        return self.objective == "ttt" and self.uses_hidden
+
+    @property
+    def draft_length(self) -> int:
+        """γ, tokens drafted a round."""
+        return self.slots - self.first_slot
+
+    @property
+    def first_slot(self) -> int:
+        """Index in a block of the slot that proposes x_{a+1}."""
+        return 1 if self.objective == "blockwise" and not self.shifted else 0
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the cache's tensors that training this drafter reads."""
+        return ["input_ids", "loss_mask", "last_hidden", *(f"hidden.{i}" for i in self.hidden_layers),
+                *(f"{kind}.{i}" for i in sorted(set(self.kv_layers)) for kind in ("key", "value"))]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def load(folder: str | Path) -> "DrafterConfig":
+        """Raises UserError when `folder` holds no drafter."""
+        path = Path(folder) / "config.json"
+        try:
+            fields = json.loads(path.read_text())
+            return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is not the configuration of a drafter: {error}") from error

@@ -1,0 +1,109 @@
+"""A draft layer: attention over the target's states and the drafter's own rows, then a gated MLP.
+
+Shapes: Q rows, P memory positions, E hidden size, I input size of the attention (E, or 2E for EAGLE-3's pairs),
+H query heads, G key/value heads, D head size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_prep.target import Architecture
+from train.attention.visibility import Visibility
+from train.drafter.config import DrafterConfig
+
+
+class KV(NamedTuple):
+    """Rotated keys and values, [P, G, D] each."""
+
+    key: Tensor
+    value: Tensor
+
+    def __add__(self, other: "KV") -> "KV":
+        return KV(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
+
+
+class Rope:
+    """Rotary angles of some positions, in the target's own convention (halves, not interleaved pairs)."""
+
+    def __init__(self, position_P: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype):
+        angles = position_P[:, None, None].float() * inv_freq.to(position_P.device)  # bf16 positions would be wrong past 256
+        angles = torch.cat([angles, angles], dim=-1)
+        self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    def __call__(self, x_PHD: Tensor) -> Tensor:
+        left, right = x_PHD.chunk(2, dim=-1)
+        return x_PHD * self.cos + torch.cat([-right, left], dim=-1) * self.sin
+
+
+class Attention(nn.Module):
+    """Projections of one branch; the executor that joins them is chosen at run time."""
+
+    def __init__(self, a: Architecture, inputs: int):
+        super().__init__()
+        self.heads = (-1, a.head_dim)
+        self.q = nn.Linear(inputs, a.heads * a.head_dim, bias=a.qkv_bias)
+        self.k = nn.Linear(inputs, a.kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.v = nn.Linear(inputs, a.kv_heads * a.head_dim, bias=a.qkv_bias)
+        self.o = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if a.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if a.qk_norm else nn.Identity()
+
+    def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
+        return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
+
+    def forward(self, x_QI: Tensor, rope: Rope, keys: KV, visibility: Visibility, attend) -> Tensor:
+        """[Q, E]: the rows' queries over `keys` (memory, then draft rows)."""
+        q_QHD = rope(self.q_norm(self.q(x_QI).unflatten(-1, self.heads)))
+        return self.o(attend(q_QHD, keys.key, keys.value, visibility).flatten(1))
+
+
+class GatedDelta(nn.Module):
+    """h = n + g * W_delta(o - n), g = sigmoid(W_g [n; o; o - n] + b): KVShot's fusion of the two branches, where n
+    attends hidden memory and o the target's KV. g starts at 0.5."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gate = nn.Linear(3 * hidden_size, hidden_size)
+        self.delta = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
+        difference = o_QE - n_QE
+        return n_QE + torch.sigmoid(self.gate(torch.cat([n_QE, o_QE, difference], dim=-1))) * self.delta(difference)
+
+
+class DraftLayer(nn.Module):
+    """One layer. `branches` holds an attention for each kind of memory: "hidden", "kv", or both (hybrid)."""
+
+    def __init__(self, config: DrafterConfig, first: bool):
+        super().__init__()
+        a = config.architecture
+        self.pairs = first and config.reads_pairs
+        names = [name for name, used in (("hidden", config.uses_hidden), ("kv", config.uses_kv)) if used]
+        self.branches = nn.ModuleDict({n: Attention(a, a.hidden_size * (2 if self.pairs else 1)) for n in names})
+        self.fuse = GatedDelta(a.hidden_size) if len(names) == 2 else None
+        self.input_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        self.token_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps) if self.pairs else None
+        self.post_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        self.gate = nn.Linear(a.hidden_size, a.intermediate_size, bias=False)
+        self.up = nn.Linear(a.hidden_size, a.intermediate_size, bias=False)
+        self.down = nn.Linear(a.intermediate_size, a.hidden_size, bias=False)
+
+    def inputs(self, x_QE: Tensor, token_QE: Tensor) -> Tensor:
+        """What the attention reads, [Q, I]: the normed stream; for EAGLE-3's pairs the token's embedding before it."""
+        normed = self.input_norm(x_QE)
+        return torch.cat([self.token_norm(token_QE), normed], dim=-1) if self.pairs else normed
+
+    def keys_values(self, inputs_QI: Tensor, rope: Rope) -> dict[str, KV]:
+        """The rows' own keys and values, for each branch."""
+        return {name: branch.keys_values(inputs_QI, rope) for name, branch in self.branches.items()}
+
+    def forward(self, x_QE: Tensor, inputs_QI: Tensor, rope: Rope, keys: dict[str, KV],
+                visibility: dict[str, Visibility], attend) -> Tensor:
+        """The residual stream after the layer, [Q, E]."""
+        out = [branch(inputs_QI, rope, keys[name], visibility[name], attend) for name, branch in self.branches.items()]
+        x_QE = x_QE + (self.fuse(*out) if self.fuse else out[0])
+        normed = self.post_norm(x_QE)
+        return x_QE + self.down(F.silu(self.gate(normed)) * self.up(normed))

@@ -1,0 +1,86 @@
+"""deepspeed train/main.py objective=blockwise reuse=hybrid cache.dir=CACHE run.dir=RUN [-m reuse=hidden,kv,hybrid]"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
+
+from train import ranks  # noqa: E402
+
+ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this rank with it
+
+import hydra  # noqa: E402
+import torch  # noqa: E402
+from hydra._internal.utils import get_args_parser  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+
+from data_prep import cli  # noqa: E402
+from data_prep.errors import UserError  # noqa: E402
+from train.recipe import TrainRecipe, check  # noqa: E402
+
+UNNAMED = ("run.dir", "cache.dir", "tracking", "run.group")  # keys that do not make another run
+
+
+def key_of(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
+
+
+def run_name(overrides: list[str]) -> str:
+    """A folder's name from the overrides, without a timestamp, so that the same command finds its run again."""
+    kept = sorted(word for word in overrides if key_of(word) not in UNNAMED and not key_of(word).startswith("hydra"))
+    return ",".join(kept).replace("/", "_") or "default"
+
+
+def run(recipe: TrainRecipe, run_dir: str) -> None:
+    from train.engine import train
+    ranks.single_process_defaults()
+    if recipe.target.device == "cpu" or not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    try:
+        train(recipe, Path(run_dir))
+    except UserError as error:
+        ranks.fail(error)
+
+
+def main() -> None:
+    sys.argv[1:] = cli.without_local_rank(sys.argv[1:])
+    arguments = get_args_parser().parse_args()
+    overrides = arguments.overrides
+    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+        if ranks.rank() == 0:
+            hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: None)()
+        return
+    try:
+        recipes = [cli.compose("train", TrainRecipe, job) for job in cli.jobs_of(overrides, arguments.multirun)]
+        for recipe in recipes:
+            check(recipe)
+    except UserError as error:
+        ranks.fail(error)
+    run_dir = recipes[0].run.dir or f"runs/{run_name(overrides)}"
+    if not arguments.multirun:
+        if ranks.rank() == 0:
+            sys.argv += [f"hydra.run.dir='{run_dir}'"]
+            hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: run(recipes[0], run_dir))()
+        else:
+            run(recipes[0], run_dir)
+        return
+    sweep = ranks.Sweep(str(Path(__file__).resolve()))
+    if ranks.rank() != 0:
+        return sweep.follow()
+    fixed = [key_of(word) for word in overrides if "," not in word.split("=", 1)[-1]] + list(UNNAMED)
+    sys.argv += [f"hydra.sweep.dir='{run_dir}'", "hydra.sweep.subdir=${hydra.job.override_dirname}",
+                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(set(fixed)))}]"]
+
+    def point(config) -> None:
+        job = HydraConfig.get()
+        words = [word for word in job.overrides.task if key_of(word) not in ("run.dir", "run.group")]
+        sweep.run([*words, f"run.dir='{job.runtime.output_dir}'", f"run.group='{Path(run_dir).name}'"])
+
+    hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(point)()
+    sweep.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Block-wise multi-step prediction: one forward fills a block of B slots after every anchor.
+
+Slot 0 carries x_a at position a, slot s > 0 carries MASK at position a + s. Same-slot (DFlash): slot s proposes
+x_{a+s}, and slot 0 nothing. Shifted (DSpark): slot s proposes x_{a+s+1}.
+
+Shapes: N anchors, S = B slots, J drafted slots (B - 1 or B), E hidden size.
+"""
+
+import torch
+from torch import Tensor
+
+from data_prep.target import FrozenHead
+from train.attention.visibility import Rows
+from train.batches import Pack
+from train.drafter.memory import Memory
+from train.drafter.model import Drafter
+
+
+def block_rows(document_N: Tensor, anchor_N: Tensor, slots: int) -> Rows:
+    """The rows of N blocks, slot by slot within an anchor; `anchor_N` counts from the document's start."""
+    count, device = len(anchor_N), anchor_N.device
+    slot = torch.arange(slots, device=device).repeat(count)
+    anchor = anchor_N.repeat_interleave(slots)
+    return Rows(document_N.repeat_interleave(slots), anchor, torch.arange(count, device=device).repeat_interleave(slots),
+                slot, anchor + slot)
+
+
+def draft(drafter: Drafter, head: FrozenHead, pack: Pack, memory: Memory, attend) -> Tensor:
+    """What the LM head reads for each drafted token, [N, J, E]."""
+    rows = block_rows(pack.places.document[pack.anchor_N], pack.places.position[pack.anchor_N], drafter.config.slots)
+    return drafter.block(head.embed(pack.ids_P[pack.anchor_N]), rows, memory, attend)

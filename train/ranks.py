@@ -1,0 +1,135 @@
+"""Being one of N ranks: who speaks, who dies with whom, who owns the run folder, and how a sweep keeps them together."""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from data_prep import cli
+from data_prep.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def single_process_defaults() -> None:
+    """`python train/main.py` without a launcher is a world of one on a port of its own."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+def die_with_parent() -> None:
+    """A rank must not outlive its launcher, however that ends: it would hold the GPU and the port.
+
+    The kernel kills it with its parent. DeepSpeed's parent (launch.py) survives the `deepspeed` command that started
+    it, so that one is watched too. Linux only; elsewhere nothing is done.
+    """
+    if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.getppid()
+    command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    grandparent = _parent_of(parent) if b"deepspeed.launcher.launch" in command else None
+
+    def watch() -> None:
+        while os.getppid() == parent and (grandparent is None or _parent_of(parent) == grandparent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError):
+        return None
+
+
+def fail(error: UserError) -> None:
+    """Rank 0 says what is wrong and leaves with code 2; the launcher then ends the others, which wait for that so that
+    none of them is the first to go and takes rank 0's line with it."""
+    if rank() != 0:
+        time.sleep(20)
+    cli.fail(error, speaks=rank() == 0)
+
+
+def lock_run(folder: Path, patience_s: float = 15) -> int:
+    """Own the run folder until this process ends. A killed run's ranks need a moment to follow their launcher.
+
+    Raises:
+        UserError: another run is using it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"another run is using {folder}; wait for it or choose another run.dir") from error
+            time.sleep(0.5)
+
+
+class Sweep:
+    """The points of a `-m` sweep, each in processes of its own: nothing can leak from one to the next (ZeRO-3 engines
+    leak every tensor when they are destroyed).
+
+    Rank 0 alone runs Hydra's sweeper. It tells the other ranks each point through a store on the launcher's own port,
+    with a fresh port for the point's own process group.
+    """
+
+    def __init__(self, program: str):
+        self._program, self._number, self._store = program, 0, None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from torch.distributed import TCPStore
+            self._store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=rank() == 0,
+                                   wait_for_workers=False, timeout=timedelta(days=365))
+
+    def run(self, overrides: list[str]) -> None:
+        """Rank 0: run one point on all ranks. A point that fails ends the sweep with its exit code."""
+        port = free_port()
+        if self._store:
+            self._store.set(f"point/{self._number}", json.dumps([port, overrides]))
+        self._number += 1
+        if code := self._child(port, overrides):
+            os._exit(code)
+
+    def finish(self) -> None:
+        if self._store:
+            self._store.set(f"point/{self._number}", json.dumps(None))
+            self._store.set("rank0", "done")
+
+    def follow(self) -> None:
+        """Other ranks: run what rank 0 announces until it says that there is no more."""
+        while (point := json.loads(self._store.get(f"point/{self._number}"))) is not None:
+            self._number += 1
+            if code := self._child(*point):
+                time.sleep(20)  # rank 0 reports; see fail()
+                os._exit(code)
+
+    def _child(self, port: int, overrides: list[str]) -> int:
+        code = subprocess.run([sys.executable, self._program, *overrides],
+                              env={**os.environ, "MASTER_PORT": str(port)}).returncode
+        return code if code >= 0 else 128 - code
