@@ -23,15 +23,27 @@ def make_manifest(recipe: DataPrepRecipe, target: Target, pieces: list[TokenDocu
     layers = auto_layers(len(target.layers)) if recipe.cache.layers == "auto" else sorted(set(recipe.cache.layers))
     return Manifest(
         format_version=FORMAT_VERSION,
-        target={"id": recipe.target.path, "revision": recipe.target.revision, "weights_hash": target.weights_hash(),
-                "architecture": asdict(target.architecture), "mask_token_id": recipe.target.mask_token_id},
-        tokenizer_hash=tokenizer_hash, chat_template_hash=template_hash,
+        target={
+            "id": recipe.target.path,
+            "revision": recipe.target.revision,
+            "weights_hash": target.weights_hash(),
+            "architecture": asdict(target.architecture),
+            "mask_token_id": recipe.target.mask_token_id,
+        },
+        tokenizer_hash=tokenizer_hash,
+        chat_template_hash=template_hash,
         hidden_layers=layers if "hidden" in recipe.cache.kinds else [],
         kv_layers=layers if "kv" in recipe.cache.kinds else [],
-        codec=recipe.cache.codec, max_length=recipe.data.max_length,
-        source={"name": recipe.data.source, "hash": source_hash(pieces), "documents": len(pieces),
-                "tokens": sum(len(p.input_ids) for p in pieces)},
-        software=software_versions())
+        codec=recipe.cache.codec,
+        max_length=recipe.data.max_length,
+        source={
+            "name": recipe.data.source,
+            "hash": source_hash(pieces),
+            "documents": len(pieces),
+            "tokens": sum(len(p.input_ids) for p in pieces),
+        },
+        software=software_versions(),
+    )
 
 
 def batches(pieces: list[TokenDocument], batch_tokens: int) -> list[list[TokenDocument]]:
@@ -54,11 +66,14 @@ def document_tensors(states: States, piece: TokenDocument, row: int, dtype: torc
     def stored(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[row, :length].to(dtype).cpu()
 
-    return {"input_ids": torch.from_numpy(piece.input_ids), "loss_mask": mask,
-            "last_hidden": stored(states.last_hidden)[teachers],
-            **{f"hidden.{layer}": stored(t) for layer, t in states.hidden.items()},
-            **{f"key.{layer}": stored(t) for layer, t in states.key.items()},
-            **{f"value.{layer}": stored(t) for layer, t in states.value.items()}}
+    return {
+        "input_ids": torch.from_numpy(piece.input_ids),
+        "loss_mask": mask,
+        "last_hidden": stored(states.last_hidden)[teachers],
+        **{f"hidden.{layer}": stored(t) for layer, t in states.hidden.items()},
+        **{f"key.{layer}": stored(t) for layer, t in states.key.items()},
+        **{f"value.{layer}": stored(t) for layer, t in states.value.items()},
+    }
 
 
 def capture(target: Target, pieces: list[TokenDocument], writer: CacheWriter, batch_tokens: int) -> None:
@@ -66,15 +81,20 @@ def capture(target: Target, pieces: list[TokenDocument], writer: CacheWriter, ba
     manifest = writer.manifest
     target.capture(manifest.hidden_layers, manifest.kv_layers)
     todo = [piece for piece in pieces if piece.id not in writer.done]
-    columns = (TextColumn("capture"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]} tokens/s"),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("capture"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("capture", total=sum(len(p.input_ids) for p in todo), rate="-")
         for batch in batches(todo, batch_tokens):
             longest = len(batch[0].input_ids)
             ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
             for row, piece in enumerate(batch):
-                ids_BT[row, :len(piece.input_ids)] = torch.from_numpy(piece.input_ids)
+                ids_BT[row, : len(piece.input_ids)] = torch.from_numpy(piece.input_ids)
             states = target.forward(ids_BT.to(target.device))
             for row, piece in enumerate(batch):
                 writer.add(piece.id, document_tensors(states, piece, row, DTYPES[manifest.codec]))

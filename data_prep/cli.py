@@ -46,8 +46,9 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
     try:
         return recipe.model_validate(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"]
-                 for e in error.errors()]
+        wrong = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"] for e in error.errors()
+        ]
         raise UserError("; ".join(wrong)) from error
 
 
@@ -70,8 +71,9 @@ def fail(error: UserError, speaks: bool = True) -> None:
     os._exit(2)  # not sys.exit: a collective's threads must not keep a failed rank alive
 
 
-def main(config_name: str, recipe: type[BaseModel], check: Callable[[BaseModel], None],
-         task: Callable[[BaseModel], None]) -> None:
+def main(
+    config_name: str, recipe: type[BaseModel], check: Callable[[BaseModel], None], task: Callable[[BaseModel], None]
+) -> None:
     """Run `task` under Hydra (`-m`, `--cfg`, `--help` included) once every job's recipe has passed `check`."""
     sys.argv[1:] = without_local_rank(sys.argv[1:])
     arguments = get_args_parser().parse_args()

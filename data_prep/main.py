@@ -40,9 +40,11 @@ def run(recipe: DataPrepRecipe) -> None:
     supervised = sum(int(p.loss_mask.sum()) for p in pieces)
     tokens = manifest.source["tokens"]
     size = manifest.bytes_of(tokens, supervised)
-    print(f"{len(pieces):,} documents, {tokens:,} tokens, {supervised:,} supervised ({short} pieces of one token left out); "
-          f"layers {manifest.hidden_layers or manifest.kv_layers}, {'+'.join(recipe.cache.kinds)}, {manifest.codec}: "
-          f"{size / 2**30:.2f} GiB, {size / tokens:,.0f} bytes a token; {len(writer.done):,} documents there already")
+    print(
+        f"{len(pieces):,} documents, {tokens:,} tokens, {supervised:,} supervised ({short} pieces of one token left out); "
+        f"layers {manifest.hidden_layers or manifest.kv_layers}, {'+'.join(recipe.cache.kinds)}, {manifest.codec}: "
+        f"{size / 2**30:.2f} GiB, {size / tokens:,.0f} bytes a token; {len(writer.done):,} documents there already"
+    )
     capture(target, pieces, writer, recipe.capture.batch_tokens)
     print(f"cache: {recipe.cache.dir} (manifest {manifest.hash()})")
 

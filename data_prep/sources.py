@@ -55,11 +55,16 @@ def _jsonl(data: DataRecipe) -> Iterator[tuple[Document, bool]]:
     """Lines of {"text": ..., "id": optional}; one id in 50, by hash, is held out."""
     if not data.path or not Path(data.path).is_file():
         raise UserError(f"data.path={data.path} is not a file; data=jsonl reads one JSON object with a 'text' a line")
-    with open(data.path, encoding="utf-8") as file:
+    seen = set()
+    with open(data.path, "rb") as file:
         for number, line in enumerate(file):
             try:
                 record = json.loads(line)
                 document = Document(str(record.get("id", number)), record["text"])
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                document.text.encode()
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{data.path}, line {number + 1}: not a JSON object with a 'text'") from error
+            if document.id in seen:
+                raise UserError(f"{data.path}, line {number + 1}: the id '{document.id}' stands twice")
+            seen.add(document.id)
             yield document, stable_hash(document.id) % 50 == 0

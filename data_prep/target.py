@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from data_prep.errors import UserError
 from data_prep.recipe import TargetRecipe
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
 
 
@@ -33,8 +35,10 @@ class States:
 
     def map(self, function) -> "States":
         """The same states with `function` applied to every tensor."""
-        return States(*({layer: function(t) for layer, t in kind.items()} for kind in (self.hidden, self.key, self.value)),
-                      None if self.last_hidden is None else function(self.last_hidden))
+        return States(
+            *({layer: function(t) for layer, t in kind.items()} for kind in (self.hidden, self.key, self.value)),
+            None if self.last_hidden is None else function(self.last_hidden),
+        )
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,21 @@ class Target:
         UserError: the model cannot be loaded, or has a layer or a head that this class would get wrong.
     """
 
-    def __init__(self, path: str, revision: str | None = None, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self, path: str, revision: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ):
         transformers_logging.disable_progress_bar()
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype).to(device).eval()
-        except (OSError, ValueError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: weights misshapen or cut
             raise UserError(f"target.path={path}: no causal LM can be loaded there ({_first_line(error)})") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
+            raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
+        self.model = model.to(device).eval()
         self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
         self.model.requires_grad_(False)
-        self.layers = self.model.model.layers
         self._refuse_unsupported()
+        self.layers = self.model.model.layers
         self.hidden_layers: set[int] = set()
         self.kv_layers: set[int] = set()
         self._states = States()
@@ -124,11 +132,20 @@ class Target:
         config, attention = self.model.config, self.layers[0].self_attn
         rotary = self.model.model.rotary_emb
         return Architecture(
-            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size,
-            num_layers=config.num_hidden_layers, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim, norm_eps=config.rms_norm_eps, qk_norm=hasattr(attention, "k_norm"),
-            qkv_bias=attention.k_proj.bias is not None, inv_freq=rotary.inv_freq.double().tolist(),
-            rope_scale=float(rotary.attention_scaling), max_positions=config.max_position_embeddings)
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            norm_eps=config.rms_norm_eps,
+            qk_norm=hasattr(attention, "k_norm"),
+            qkv_bias=attention.k_proj.bias is not None,
+            inv_freq=rotary.inv_freq.double().tolist(),
+            rope_scale=float(rotary.attention_scaling),
+            max_positions=config.max_position_embeddings,
+        )
 
     def capture(self, hidden_layers, kv_layers) -> None:
         """Choose whose states `forward` hands out. Raises UserError for a layer that does not exist."""
@@ -160,9 +177,17 @@ class Target:
     def layer_weights(self, index: int) -> dict[str, Tensor]:
         """One layer under the names of `train/drafter/layers.py`."""
         layer, attention = self.layers[index], self.layers[index].self_attn
-        modules = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
-                   "input_norm": layer.input_layernorm, "post_norm": layer.post_attention_layernorm,
-                   "gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj, "down": layer.mlp.down_proj}
+        modules = {
+            "q": attention.q_proj,
+            "k": attention.k_proj,
+            "v": attention.v_proj,
+            "o": attention.o_proj,
+            "input_norm": layer.input_layernorm,
+            "post_norm": layer.post_attention_layernorm,
+            "gate": layer.mlp.gate_proj,
+            "up": layer.mlp.up_proj,
+            "down": layer.mlp.down_proj,
+        }
         if hasattr(attention, "k_norm"):
             modules |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
         weights = {f"{name}.weight": module.weight for name, module in modules.items()}
@@ -173,7 +198,7 @@ class Target:
         return self.model.model.norm.weight
 
     def weights_hash(self) -> str:
-        """xxh3 of the parameters' bytes, in name order."""
+        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -189,6 +214,7 @@ class Target:
                     output = output[0] if isinstance(output, tuple) else output
                     heads_of = lambda t: t if t.dim() == 4 else t.unflatten(-1, (-1, attention.head_dim))
                     getattr(self._states, kind)[index] = heads_of(output) if heads else output
+
             return hook
 
         # Keys are taken after the projection (and its norm, where there is one) and so before RoPE: un-rotating
@@ -199,22 +225,29 @@ class Target:
 
     def _refuse_unsupported(self) -> None:
         config = self.model.config
-        for index, layer in enumerate(self.layers):
-            attention = getattr(layer, "self_attn", None)
-            if attention is None or not all(hasattr(attention, p) for p in ("q_proj", "k_proj", "v_proj", "o_proj")):
-                raise UserError(f"target {self.path}: layer {index} ({type(layer).__name__}) keeps no KV cache of the kind "
-                                "that Understudy reads (self_attn with q, k, v and o projections)")
-            if not all(hasattr(layer, n) for n in ("input_layernorm", "post_attention_layernorm", "mlp")) or hasattr(
-                    layer, "pre_feedforward_layernorm") or not hasattr(layer.mlp, "gate_proj"):
-                raise UserError(f"target {self.path}: layer {index} ({type(layer).__name__}) is not a pre-norm layer with "
-                                "a gated dense MLP (the Llama / Qwen3 family)")
-        if kinds := set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
-            raise UserError(f"target {self.path}: layers of type {', '.join(sorted(kinds))} are not supported")
-        if getattr(config, "final_logit_softcapping", None):
-            raise UserError(f"target {self.path}: soft-capped logits are not supported")
+        if config.model_type not in FAMILIES:
+            raise UserError(
+                f"target {self.path} is a '{config.model_type}' ({type(self.model).__name__}); Understudy reads the states "
+                f"of {', '.join(FAMILIES)}. Others differ where it would go unnoticed (norms, scales, rotary layout)"
+            )
+        sliding = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+        if sliding or (config.model_type == "mistral" and config.sliding_window):
+            raise UserError(
+                f"target {self.path}: layers with {', '.join(sorted(sliding)) or 'a sliding window'} are not supported"
+            )
+        if (
+            config.hidden_act != "silu"
+            or self.model.model.layers[0].self_attn.o_proj.bias is not None
+            or getattr(config, "mlp_bias", False)
+        ):
+            raise UserError(
+                f"target {self.path}: only SiLU MLPs without biases, and attention outputs without one, are supported"
+            )
         rope = getattr(self.model.model.rotary_emb, "rope_type", "default")
         if rope not in STATIC_ROPE:
-            raise UserError(f"target {self.path}: rope type '{rope}' changes with the length; supported: {', '.join(STATIC_ROPE)}")
+            raise UserError(
+                f"target {self.path}: rope type '{rope}' changes with the length; supported: {', '.join(STATIC_ROPE)}"
+            )
 
 
 def load_target(recipe: TargetRecipe) -> Target:
@@ -225,10 +258,12 @@ def load_target(recipe: TargetRecipe) -> Target:
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """(hash of the vocabulary and its rules, hash of the chat template)."""
-    rules = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(
-        sorted(tokenizer.get_vocab().items()))
-    return (xxhash.xxh3_128_hexdigest(rules.encode()),
-            xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))
+    rules = (
+        tokenizer.backend_tokenizer.to_str()
+        if hasattr(tokenizer, "backend_tokenizer")
+        else str(sorted(tokenizer.get_vocab().items()))
+    )
+    return (xxhash.xxh3_128_hexdigest(rules.encode()), xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))
 
 
 def _first_line(error: Exception) -> str:

@@ -19,8 +19,9 @@ class TokenDocument(NamedTuple):
     loss_mask: np.ndarray
 
 
-def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, max_length: int,
-              max_tokens: int | None = None) -> tuple[list[TokenDocument], int]:
+def tokenized(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, max_tokens: int | None = None
+) -> tuple[list[TokenDocument], int]:
     """Tokenise plain text: every token but a piece's first is supervised.
 
     Returns:
@@ -30,22 +31,22 @@ def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase,
     Raises:
         UserError: no piece is left.
     """
-    pieces, short, total = [], 0, 0
+    pieces, short, left = [], 0, float("inf") if max_tokens is None else max_tokens
     for document in documents:
+        if left < 2:
+            break
         ids = np.asarray(tokenizer(document.text, verbose=False, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        if len(ids) > left:
+            ids = ids[: int(left)]
+        left -= len(ids)
         for k, start in enumerate(range(0, len(ids), max_length)):
-            piece = ids[start:start + max_length]
-            if max_tokens is not None:
-                piece = piece[:max_tokens - total]
+            piece = ids[start : start + max_length]
             if len(piece) < 2:
                 short += 1
                 continue
             mask = np.ones(len(piece), dtype=np.uint8)
             mask[0] = 0
             pieces.append(TokenDocument(f"{document.id}#{k}", piece, mask))
-            total += len(piece)
-        if max_tokens is not None and total >= max_tokens:
-            break
     if not pieces:
         raise UserError("the data source holds no document of two tokens or more")
     return pieces, short

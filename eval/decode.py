@@ -42,8 +42,16 @@ class Generation:
 
 
 @torch.no_grad()
-def decode(target: Target, drafting: Drafting, prompt: list[int], max_new_tokens: int, temperature: float, seed: int,
-           end_token: int | None = None, keep_drafts: bool = False) -> Generation:
+def decode(
+    target: Target,
+    drafting: Drafting,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    end_token: int | None = None,
+    keep_drafts: bool = False,
+) -> Generation:
     """Continue `prompt`. At temperature 0 the output is the target's greedy continuation, above it a sample of the
     target's distribution, whoever drafts."""
     generator = torch.Generator(device=target.device).manual_seed(seed)
@@ -56,7 +64,7 @@ def decode(target: Target, drafting: Drafting, prompt: list[int], max_new_tokens
     result = Generation([])
     result.prefill_s = (now := _clock(target)) - started
     decoding = now
-    while len(tokens) - len(prompt) < max_new_tokens and end_token not in tokens[len(prompt):]:
+    while len(tokens) - len(prompt) < max_new_tokens and end_token not in tokens[len(prompt) :]:
         anchor = len(tokens) - 1
         draft = drafting.draft(tokens, temperature, generator)
         now, before = _clock(target), now
@@ -69,13 +77,13 @@ def decode(target: Target, drafting: Drafting, prompt: list[int], max_new_tokens
             cache.crop(-refused)
         now, before = _clock(target), now
         result.verify_s += now - before
-        drafting.observe(states.map(lambda t: t[:kept + 1]), tokens[anchor + 1:])
+        drafting.observe(states.map(lambda t: t[: kept + 1]), tokens[anchor + 1 :])
         now, before = _clock(target), now
         result.draft_s += now - before
         result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None))
     result.decode_s = now - decoding
-    output = tokens[len(prompt):len(prompt) + max_new_tokens]
-    result.tokens = output[:output.index(end_token) + 1] if end_token in output else output
+    output = tokens[len(prompt) : len(prompt) + max_new_tokens]
+    result.tokens = output[: output.index(end_token) + 1] if end_token in output else output
     return result
 
 

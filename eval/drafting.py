@@ -60,8 +60,8 @@ class PromptLookup(Nobody):
         for n in range(self._longest, 0, -1):
             tail = tokens[-n:]
             for start in range(len(tokens) - n - 1, -1, -1):
-                if tokens[start:start + n] == tail:
-                    return Draft(tokens[start + n:start + n + self._length])
+                if tokens[start : start + n] == tail:
+                    return Draft(tokens[start + n : start + n + self._length])
         return Draft([])
 
 
@@ -88,8 +88,9 @@ class Trained:
             states = self._change(states, self._length)
         position = torch.arange(self._length, self._length + len(following), device=self.device)
         self._length += len(following)
-        self.memory = self.drafter.remember(states, self._embed(following), Places(torch.zeros_like(position), position),
-                                            self._attend, self.memory)
+        self.memory = self.drafter.remember(
+            states, self._embed(following), Places(torch.zeros_like(position), position), self._attend, self.memory
+        )
 
     @torch.no_grad()
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
@@ -107,7 +108,9 @@ class Trained:
         tokens, logits, qs, earlier, past, zero = [], [], [], None, None, torch.zeros_like(anchor)
         for j in range(1, self.drafter.config.slots + 1):
             rows = Rows(zero, anchor, zero, zero + j, anchor + j - 1)
-            output, feature, past = self.drafter.step(self._embed([token]), feature, rows, earlier, self.memory, past, self._attend)
+            output, feature, past = self.drafter.step(
+                self._embed([token]), feature, rows, earlier, self.memory, past, self._attend
+            )
             earlier = rows if earlier is None else earlier + rows
             logits.append(self._logits(output))
             qs.append(distribution(logits[-1], temperature))
@@ -130,9 +133,12 @@ def zero_memory(states: States, start: int) -> States:
 
 def memory_of(other: States):
     """Control: the drafter is shown another request's states at the same positions (repeated where it is shorter)."""
+
     def change(states: States, start: int) -> States:
         def pick(tensor: Tensor, count: int) -> Tensor:
             return tensor[torch.arange(start, start + count, device=tensor.device) % len(tensor)]
+
         count = len(states.last_hidden)
         return other.map(lambda tensor: pick(tensor, count))
+
     return change

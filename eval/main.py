@@ -27,7 +27,9 @@ def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
     """The target and the drafter that was trained for it. Raises UserError when they do not belong together."""
     drafter, target = Drafter.from_pretrained(recipe.drafter), load_target(recipe.target)
     if target.weights_hash() != drafter.config.target["weights_hash"]:
-        raise UserError(f"{recipe.drafter} was trained for other weights of {drafter.config.target['id']} than those of {recipe.target.path}")
+        raise UserError(
+            f"{recipe.drafter} was trained for other weights of {drafter.config.target['id']} than those of {recipe.target.path}"
+        )
     target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
     return target, drafter.to(target.device, target.dtype)
 
@@ -37,19 +39,28 @@ def contenders(target: Target, drafter: Drafter, attend, others: list, prompt: i
     untrained = Drafter(drafter.config).to(target.device, target.dtype).start(target, target.frozen_head)
     head = target.frozen_head
     return {
-        "baseline": Nobody(), "trained": Trained(drafter, head, attend),
+        "baseline": Nobody(),
+        "trained": Trained(drafter, head, attend),
         "untrained": Trained(untrained, head, attend),
         "prompt_lookup": PromptLookup(drafter.config.draft_length),
         "zero_memory": Trained(drafter, head, attend, zero_memory),
-        "shuffled_memory": Trained(drafter, head, attend, memory_of(others[prompt - 1]))}
+        "shuffled_memory": Trained(drafter, head, attend, memory_of(others[prompt - 1])),
+    }
 
 
 def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generation]], temperature: float) -> dict:
     """One temperature's part of report.json."""
+
     def one(generations: list[Generation]) -> dict:
         found, (micro, macro) = measure.acceptance(generations), measure.tau(generations)
-        return {"tau_micro": micro, "tau_macro": macro, "joint": found.joint, "conditional": found.conditional,
-                "tokens_per_s": measure.tokens_per_s(generations, prefill=False), "round_ms": measure.round_ms(generations)}
+        return {
+            "tau_micro": micro,
+            "tau_macro": macro,
+            "joint": found.joint,
+            "conditional": found.conditional,
+            "tokens_per_s": measure.tokens_per_s(generations, prefill=False),
+            "round_ms": measure.round_ms(generations),
+        }
 
     baseline, trained = runs["baseline"], runs["trained"]
     result = one(trained)
@@ -58,7 +69,10 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
     result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
     if temperature == 0:
         same = [a.tokens == b.tokens for a, b in zip(trained, baseline)]
-        result["lossless"], result["lossless_by"] = all(same), f"{sum(same)} of {len(same)} outputs equal plain decoding's, token for token"
+        result["lossless"], result["lossless_by"] = (
+            all(same),
+            f"{sum(same)} of {len(same)} outputs equal plain decoding's, token for token",
+        )
     else:
         p = measure.sampling_p_value(target, [p.tokens for p in prompts], trained, temperature)
         result["lossless"] = p > 1e-3
@@ -83,11 +97,24 @@ def run(recipe: EvalRecipe) -> None:
     others = [target.forward(torch.tensor([p.tokens], device=target.device)).map(lambda t: t[0]) for p in prompts]
     revision = subprocess.run(["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "drafter": {"path": recipe.drafter, "parameters": sum(p.numel() for p in drafter.parameters()), **{
-            k: getattr(drafter.config, k) for k in ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal")}},
+        "drafter": {
+            "path": recipe.drafter,
+            "parameters": sum(p.numel() for p in drafter.parameters()),
+            **{
+                k: getattr(drafter.config, k)
+                for k in ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal")
+            },
+        },
         "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **drafter.config.target},
-        "prompts": {**recipe.prompts.model_dump(), "source": recipe.data.source, "ids": [p.id for p in prompts], "seed": recipe.seed},
-        "commit": revision or None, "temperatures": {}}
+        "prompts": {
+            **recipe.prompts.model_dump(),
+            "source": recipe.data.source,
+            "ids": [p.id for p in prompts],
+            "seed": recipe.seed,
+        },
+        "commit": revision or None,
+        "temperatures": {},
+    }
     everyone = contenders(target, drafter, attend, others, 0)
     names = list(everyone) if recipe.controls else ["baseline", "trained"]
     with Progress() as progress:
@@ -100,12 +127,24 @@ def run(recipe: EvalRecipe) -> None:
                 if recipe.controls:
                     everyone["shuffled_memory"] = Trained(drafter, target.frozen_head, attend, memory_of(others[number - 1]))
                 for name in names:  # side by side, so that a machine's moods meet all alike
-                    runs[name].append(decode(target, everyone[name], prompt.tokens, recipe.prompts.max_new_tokens, temperature,
-                                             recipe.seed + number, target.model.config.eos_token_id))
+                    runs[name].append(
+                        decode(
+                            target,
+                            everyone[name],
+                            prompt.tokens,
+                            recipe.prompts.max_new_tokens,
+                            temperature,
+                            recipe.seed + number,
+                            target.model.config.eos_token_id,
+                        )
+                    )
                 progress.advance(task)
             result["temperatures"][f"{temperature:g}"] = figures(target, prompts, runs, temperature)
-    result["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30 if target.device.type == "cuda"
-                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    result["peak_gib"] = (
+        torch.cuda.max_memory_allocated() / 2**30
+        if target.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
     report.write_json(out, result)
     report.draw(out, result)
     report.print_table(result)

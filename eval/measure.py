@@ -26,8 +26,7 @@ def acceptance(generations: list[Generation]) -> Acceptance:
 def tau(generations: list[Generation]) -> tuple[float, float]:
     """(micro: over all rounds, macro: mean over requests)."""
     judged = [g for g in generations if g.rounds]
-    return (sum(g.emitted for g in judged) / sum(len(g.rounds) for g in judged),
-            mean(g.emitted / len(g.rounds) for g in judged))
+    return (sum(g.emitted for g in judged) / sum(len(g.rounds) for g in judged), mean(g.emitted / len(g.rounds) for g in judged))
 
 
 def tokens_per_s(generations: list[Generation], prefill: bool) -> float:
@@ -46,14 +45,15 @@ def round_ms(generations: list[Generation]) -> dict[str, float]:
 
 def repetition(generations: list[Generation], n: int = 4) -> float:
     """Share of the outputs' n-grams that stood in the same output before; a loop tends to 1."""
-    grams = [[tuple(g.tokens[i:i + n]) for i in range(len(g.tokens) - n + 1)] for g in generations]
+    grams = [[tuple(g.tokens[i : i + n]) for i in range(len(g.tokens) - n + 1)] for g in generations]
     total = sum(map(len, grams))
     return 1 - sum(len(set(one)) for one in grams) / total if total else 0.0
 
 
 @torch.no_grad()
-def sampling_p_value(target: Target, prompts: list[list[int]], generations: list[Generation], temperature: float,
-                     bins: int = 20) -> float:
+def sampling_p_value(
+    target: Target, prompts: list[list[int]], generations: list[Generation], temperature: float, bins: int = 20
+) -> float:
     """How likely outputs at least this odd are if they are samples of the target at `temperature`.
 
     Each token's randomised rank under the target's own distribution, recomputed in one plain forward over the text, is
@@ -64,8 +64,8 @@ def sampling_p_value(target: Target, prompts: list[list[int]], generations: list
     counts = torch.zeros(bins, dtype=torch.float64)
     for prompt, generation in zip(prompts, generations):
         ids = torch.tensor([prompt + generation.tokens], device=target.device)
-        p_TV = distribution(target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1:-1]), temperature).double()
-        token = ids[0, len(prompt):, None]
+        p_TV = distribution(target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1 : -1]), temperature).double()
+        token = ids[0, len(prompt) :, None]
         own = p_TV.gather(1, token)
         before = torch.where(p_TV > own, p_TV, 0).sum(1, keepdim=True)  # likelier tokens rank first
         ties = torch.where((p_TV == own) & (torch.arange(p_TV.shape[1], device=ids.device) < token), p_TV, 0).sum(1, keepdim=True)

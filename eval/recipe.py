@@ -64,14 +64,17 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(f"prompts.tokens + prompts.max_new_tokens exceed the target's {room} positions")
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
-        raise UserError(f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of "
-                        f"{recipe.target.path}")
+        raise UserError(
+            f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
+        )
     executor(recipe.attention, pick_device(recipe.target.device), training=False)
     if recipe.mode == "score":
         manifest = CacheReader(recipe.cache.dir).manifest
         if manifest.target["weights_hash"] != config.target["weights_hash"]:
             raise UserError(f"{recipe.cache.dir} is a cache of another target than the drafter's")
-        for kind, needed, held in (("hidden", config.hidden_layers, manifest.hidden_layers),
-                                   ("kv", config.kv_layers, manifest.kv_layers)):
+        for kind, needed, held in (
+            ("hidden", config.hidden_layers, manifest.hidden_layers),
+            ("kv", config.kv_layers, manifest.kv_layers),
+        ):
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")

@@ -16,34 +16,59 @@ def write_json(out: Path, report: dict, name: str = "report.json") -> None:
 
 def print_table(report: dict) -> None:
     """One row a drafter and temperature: the trained one first, then what it has to beat."""
-    table = Table(title=f"tau = tokens per verify step, {report['prompts']['count']} unseen prompts of {report['prompts']['tokens']} tokens")
+    table = Table(
+        title=f"tau = tokens per verify step, {report['prompts']['count']} unseen prompts of {report['prompts']['tokens']} tokens"
+    )
     for column in ("T", "drafter", "tau", "tau macro", "acceptance by slot", "tokens/s", "speedup", "lossless"):
         table.add_column(column, justify="left" if column in ("drafter", "acceptance by slot") else "right")
     for temperature, figures in report["temperatures"].items():
-        table.add_row(temperature, "trained", f"{figures['tau_micro']:.2f}", f"{figures['tau_macro']:.2f}",
-                      " ".join(f"{c:.2f}" for c in figures["conditional"]), f"{figures['tokens_per_s']:,.0f}",
-                      f"{figures['speedup_decode']:.2f}x", "yes" if figures["lossless"] else "NO", style="bold")
+        table.add_row(
+            temperature,
+            "trained",
+            f"{figures['tau_micro']:.2f}",
+            f"{figures['tau_macro']:.2f}",
+            " ".join(f"{c:.2f}" for c in figures["conditional"]),
+            f"{figures['tokens_per_s']:,.0f}",
+            f"{figures['speedup_decode']:.2f}x",
+            "yes" if figures["lossless"] else "NO",
+            style="bold",
+        )
         for name, control in figures["controls"].items():
-            table.add_row("", name.replace("_", " "), f"{control['tau_micro']:.2f}", f"{control['tau_macro']:.2f}",
-                          " ".join(f"{c:.2f}" for c in control["conditional"]), f"{control['tokens_per_s']:,.0f}",
-                          f"{control['tokens_per_s'] / figures['baseline_tokens_per_s']:.2f}x", "")
-        table.add_row("", "none (baseline)", "1.00", "1.00", "", f"{figures['baseline_tokens_per_s']:,.0f}", "1.00x", "", end_section=True)
+            table.add_row(
+                "",
+                name.replace("_", " "),
+                f"{control['tau_micro']:.2f}",
+                f"{control['tau_macro']:.2f}",
+                " ".join(f"{c:.2f}" for c in control["conditional"]),
+                f"{control['tokens_per_s']:,.0f}",
+                f"{control['tokens_per_s'] / figures['baseline_tokens_per_s']:.2f}x",
+                "",
+            )
+        table.add_row(
+            "", "none (baseline)", "1.00", "1.00", "", f"{figures['baseline_tokens_per_s']:,.0f}", "1.00x", "", end_section=True
+        )
     Console(width=120).print(table)
 
 
 def draw(out: Path, report: dict) -> None:
     """`report.png`: conditional acceptance per slot, and speed against the baseline."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for temperature, figures in report["temperatures"].items():
         slots = range(1, len(figures["conditional"]) + 1)
-        line, = left.plot(slots, figures["conditional"], "o-", label=f"conditional, T = {temperature}")
+        (line,) = left.plot(slots, figures["conditional"], "o-", label=f"conditional, T = {temperature}")
         left.plot(slots, figures["joint"], "o--", color=line.get_color(), alpha=0.6, label=f"joint, T = {temperature}")
-    left.set(xlabel="drafted token of a round", ylabel="acceptance", ylim=(0, 1), title="Acceptance by slot",
-             xticks=range(1, 1 + max(len(f["joint"]) for f in report["temperatures"].values())))
+    left.set(
+        xlabel="drafted token of a round",
+        ylabel="acceptance",
+        ylim=(0, 1),
+        title="Acceptance by slot",
+        xticks=range(1, 1 + max(len(f["joint"]) for f in report["temperatures"].values())),
+    )
     left.legend(fontsize=8)
     labels, speeds, taus = [], [], []
     for temperature, figures in report["temperatures"].items():

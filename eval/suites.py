@@ -21,8 +21,10 @@ def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrai
     for document in documents(data, heldout=True):
         ids = tokenizer(document.text, verbose=False, add_special_tokens=False)["input_ids"]
         if len(ids) >= prompts.tokens:
-            found.append(Prompt(document.id, ids[:prompts.tokens]))
+            found.append(Prompt(document.id, ids[: prompts.tokens]))
         if len(found) == prompts.count:
             return found
-    raise UserError(f"data={data.source} has {len(found)} held-out documents of prompts.tokens={prompts.tokens} tokens, "
-                    f"fewer than prompts.count={prompts.count}")
+    raise UserError(
+        f"data={data.source} has {len(found)} held-out documents of prompts.tokens={prompts.tokens} tokens, "
+        f"fewer than prompts.count={prompts.count}"
+    )

@@ -15,8 +15,17 @@ HIDDEN_LAYERS = (0, 1, 2)
 def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, vocab: int = 11, seed: int = 0) -> Target:
     """A three-layer target whose predictions depend on its context."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.3)
+    sizes = dict(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
     config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
     with tempfile.TemporaryDirectory() as folder:
         model(config(**sizes, tie_word_embeddings=family == "qwen3")).to(dtype).save_pretrained(folder)
@@ -27,7 +36,17 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
     """A drafter of the target's last layers; `objective` is ttt, blockwise, blockwise_shifted or blockwise_causal."""
     kind, _, variant = objective.partition("_")
     config = DrafterConfig(
-        objective=kind, reuse=reuse, target_layers=list(range(3 - layers, 3)),
-        hidden_layers=[] if reuse == "kv" else list(HIDDEN_LAYERS), slots=slots, shifted=variant == "shifted",
-        causal=variant == "causal", seed=seed, start="target", mask_token_id=2, architecture=target.architecture, target={})
+        objective=kind,
+        reuse=reuse,
+        target_layers=list(range(3 - layers, 3)),
+        hidden_layers=[] if reuse == "kv" else list(HIDDEN_LAYERS),
+        slots=slots,
+        shifted=variant == "shifted",
+        causal=variant == "causal",
+        seed=seed,
+        start="target",
+        mask_token_id=2,
+        architecture=target.architecture,
+        target={},
+    )
     return Drafter(config).to(target.dtype).start(target, target.frozen_head)

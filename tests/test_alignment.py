@@ -17,8 +17,11 @@ from train.attention import EXECUTORS
 from train.batches import make_pack
 from train.objectives import Objective
 
-CELLS = [(objective, reuse) for objective in ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal")
-         for reuse in ("hidden", "kv", "hybrid")]
+CELLS = [
+    (objective, reuse)
+    for objective in ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal")
+    for reuse in ("hidden", "kv", "hybrid")
+]
 KV_LAYERS = (1, 2)
 
 
@@ -33,9 +36,14 @@ def cached(target, tokens):
     states = target.forward(torch.tensor([tokens])).map(lambda t: t[0])
     mask = torch.ones(len(tokens), dtype=torch.uint8)
     mask[0] = 0
-    return {"input_ids": torch.tensor(tokens), "loss_mask": mask, "last_hidden": states.last_hidden[:-1],
-            **{f"hidden.{i}": t for i, t in states.hidden.items()}, **{f"key.{i}": t for i, t in states.key.items()},
-            **{f"value.{i}": t for i, t in states.value.items()}}
+    return {
+        "input_ids": torch.tensor(tokens),
+        "loss_mask": mask,
+        "last_hidden": states.last_hidden[:-1],
+        **{f"hidden.{i}": t for i, t in states.hidden.items()},
+        **{f"key.{i}": t for i, t in states.key.items()},
+        **{f"value.{i}": t for i, t in states.value.items()},
+    }
 
 
 def decoded(target, drafter, temperature=0.0, rounds=60):
@@ -77,7 +85,7 @@ def largest_difference(target, drafter, packing=True, attend=EXECUTORS["referenc
         kept, refused = kept + min(one.kept, compared), refused + compared - min(one.kept, compared)
         if tamper is None and temperature == 0:
             assert trained[:compared].argmax(-1).tolist() == one.draft.tokens[:compared]
-            text = tokens[one.anchor + 1:one.anchor + 1 + one.drafted]
+            text = tokens[one.anchor + 1 : one.anchor + 1 + one.drafted]
             matches = [int(a == b) for a, b in zip(trained.argmax(-1).tolist(), text)]
             assert int(np.cumprod(matches).sum()) == one.kept
     return worst, kept, refused
@@ -98,8 +106,13 @@ def test_two_layers_and_sampling(target, objective, reuse):
     assert kept + refused >= 10
 
 
-@pytest.mark.parametrize("objective,reuse", [
-    ("blockwise", "hybrid"), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS if cell != ("blockwise", "hybrid"))])
+@pytest.mark.parametrize(
+    "objective,reuse",
+    [
+        ("blockwise", "hybrid"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS if cell != ("blockwise", "hybrid")),
+    ],
+)
 def test_flex_forward_is_decode_loop(target, objective, reuse):
     worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), attend=EXECUTORS["flex"])
     assert worst < 1e-4
@@ -116,8 +129,12 @@ def leaking_anchor(pack):
     object.__setattr__(pack.places, "position", pack.places.position.clone())
     middle = pack.places.document == pack.places.document[pack.anchor_N[0]]
     anchors = pack.places.position[pack.anchor_N].clone()
-    pack.states = States(*({i: torch.cat([t, t[pack.anchor_N]]) for i, t in kind.items()}
-                           for kind in (pack.states.hidden, pack.states.key, pack.states.value)))
+    pack.states = States(
+        *(
+            {i: torch.cat([t, t[pack.anchor_N]]) for i, t in kind.items()}
+            for kind in (pack.states.hidden, pack.states.key, pack.states.value)
+        )
+    )
     assert middle.any() and len(anchors)
     object.__setattr__(pack.places, "document", torch.cat([pack.places.document, pack.places.document[pack.anchor_N]]))
     object.__setattr__(pack.places, "position", torch.cat([pack.places.position, anchors - 1]))

@@ -10,8 +10,11 @@ from eval.verification import distribution, verify
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention import EXECUTORS
 
-CELLS = [(objective, reuse) for objective in ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal")
-         for reuse in ("hidden", "kv", "hybrid")]
+CELLS = [
+    (objective, reuse)
+    for objective in ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal")
+    for reuse in ("hidden", "kv", "hybrid")
+]
 REFERENCE = EXECUTORS["reference"]
 
 
@@ -20,8 +23,10 @@ def prompts(count, length=12, vocab=11, seed=0):
 
 
 def generated(target, prompt, new_tokens):
-    out = target.model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return out[0, len(prompt):].tolist()
+    out = target.model.generate(
+        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -52,8 +57,11 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     from train.drafter.model import Drafter
 
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
-    found = heldout_prompts(DataRecipe(source="stdlib", max_length=512), PromptsRecipe(count=20, tokens=64, max_new_tokens=24),
-                            load_tokenizer(target.path))
+    found = heldout_prompts(
+        DataRecipe(source="stdlib", max_length=512),
+        PromptsRecipe(count=20, tokens=64, max_new_tokens=24),
+        load_tokenizer(target.path),
+    )
     assert len({p.id for p in found}) == 20
     target.capture([0, 2], [0, 5])
     config = DrafterConfig("blockwise", "hybrid", [0, 5], [0, 2], 4, True, False, 0, "target", 2, target.architecture, {})
@@ -91,8 +99,10 @@ def sampled_pairs(target, drafting, prompt, count, temperature):
 def exact_pairs(target, prompt, temperature):
     """P(second, third token) under the target, by summing over all first tokens."""
     vocab = target.architecture.vocab_size
+
     def next_p(texts):
         return distribution(target.logits(target.forward(torch.tensor(texts)).last_hidden[:, -1]), temperature).double()
+
     p1 = next_p([prompt])[0]
     p2 = next_p([[*prompt, a] for a in range(vocab)])
     p3 = next_p([[*prompt, a, b] for a in range(vocab) for b in range(vocab)]).view(vocab, vocab, vocab)
@@ -104,7 +114,9 @@ def test_sampled_output_has_the_target_s_distribution(objective, reuse):
     target = small_target(vocab=7)
     target.capture(HIDDEN_LAYERS, (2,))
     prompt = [3, 4, 5, 6, 3, 4]
-    drafting = PromptLookup(3) if objective == "lookup" else Trained(drafter_of(target, objective, reuse), target.frozen_head, REFERENCE)
+    drafting = (
+        PromptLookup(3) if objective == "lookup" else Trained(drafter_of(target, objective, reuse), target.frozen_head, REFERENCE)
+    )
     counts = sampled_pairs(target, drafting, prompt, 600, temperature=1.3)
     p = exact_pairs(target, prompt, temperature=1.3)
     assert chi_square_p(counts.flatten(), p.flatten()) > 1e-3
@@ -141,7 +153,7 @@ def test_end_token_and_limit_cut_where_plain_decoding_would(exact_target):
     drafter = drafter_of(exact_target, "ttt", "kv", layers=2)
     trained = Trained(drafter, exact_target.frozen_head, REFERENCE)
     end = plain[7]
-    assert decode(exact_target, trained, prompt, 40, 0.0, 0, end_token=end).tokens == plain[:plain.index(end) + 1]
+    assert decode(exact_target, trained, prompt, 40, 0.0, 0, end_token=end).tokens == plain[: plain.index(end) + 1]
     for limit in (1, 2, 5):
         assert decode(exact_target, trained, prompt, limit, 0.0, 0).tokens == plain[:limit]
 

@@ -35,7 +35,7 @@ def plain(draft, teacher, label, weight, head, loss):
 def test_equals_the_definition(loss, regime, chunk):
     draft, teacher, label, weight, head = rows(REGIMES[regime])
     expected, *statistics = plain(draft, teacher, label, weight, head, loss)
-    gradient, = torch.autograd.grad(expected * 3, draft)
+    (gradient,) = torch.autograd.grad(expected * 3, draft)
     total, found = chunked_loss(draft, teacher, label, weight, head, loss, chunk)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(total * 3, draft)[0], gradient, rtol=1e-4, atol=1e-5)

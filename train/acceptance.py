@@ -18,8 +18,9 @@ def counts(outcome: Outcome) -> Tensor:
     """float64 [3, J]: over the anchors whose slot j counts, the sum of the chance that slots 1..j are all accepted at
     temperature 1 (product of overlaps), the same at temperature 0 (product of matches), and their number."""
     valid = outcome.valid.double()
-    return torch.stack([(outcome.overlap.double().cumprod(1) * valid).sum(0),
-                        (outcome.match.double().cumprod(1) * valid).sum(0), valid.sum(0)])
+    return torch.stack(
+        [(outcome.overlap.double().cumprod(1) * valid).sum(0), (outcome.match.double().cumprod(1) * valid).sum(0), valid.sum(0)]
+    )
 
 
 @dataclass(frozen=True)

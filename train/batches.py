@@ -43,9 +43,18 @@ class Pack:
     def to(self, device: torch.device) -> "Pack":
         def move(t):
             return t.to(device, non_blocking=True)
+
         places = Places(move(self.places.document), move(self.places.position))
-        return Pack(self.names, move(self.ids_P), move(self.mask_P), places, self.states.map(move),
-                    move(self.last_hidden_RE), move(self.teacher_P), move(self.anchor_N))
+        return Pack(
+            self.names,
+            move(self.ids_P),
+            move(self.mask_P),
+            places,
+            self.states.map(move),
+            move(self.last_hidden_RE),
+            move(self.teacher_P),
+            move(self.anchor_N),
+        )
 
 
 def make_pack(names: list[str], documents: list[dict[str, Tensor]], anchors: list[np.ndarray]) -> Pack:
@@ -62,12 +71,15 @@ def make_pack(names: list[str], documents: list[dict[str, Tensor]], anchors: lis
         return {int(n.split(".")[1]): torch.cat([d[n] for d in documents]) for n in names}
 
     return Pack(
-        names=names, ids_P=torch.cat([d["input_ids"] for d in documents]).long(), mask_P=mask,
+        names=names,
+        ids_P=torch.cat([d["input_ids"] for d in documents]).long(),
+        mask_P=mask,
         places=Places(torch.arange(len(documents)).repeat_interleave(lengths), torch.cat([torch.arange(n) for n in lengths])),
         states=States(joined("hidden"), joined("key"), joined("value")),
         last_hidden_RE=torch.cat([d["last_hidden"] for d in documents]),
         teacher_P=torch.where(next_mask, next_mask.cumsum(0) - 1, 0),
-        anchor_N=anchor if len(anchor) else torch.zeros(1, dtype=torch.long))
+        anchor_N=anchor if len(anchor) else torch.zeros(1, dtype=torch.long),
+    )
 
 
 def sample_anchors(id: str, mask: np.ndarray, count: int | None, seed: int, pass_number: int) -> np.ndarray:
@@ -83,8 +95,16 @@ def sample_anchors(id: str, mask: np.ndarray, count: int | None, seed: int, pass
 class PackStream:
     """An endless sequence of packs over some documents of a cache; any element can be asked for at any time."""
 
-    def __init__(self, reader: CacheReader, documents: list[int], names: list[str], pack_tokens: int, anchors: int | None,
-                 seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        reader: CacheReader,
+        documents: list[int],
+        names: list[str],
+        pack_tokens: int,
+        anchors: int | None,
+        seed: int,
+        shuffle: bool = True,
+    ):
         self.reader, self.documents, self.names = reader, documents, names
         self.pack_tokens, self.anchors, self.seed, self.shuffle = pack_tokens, anchors, seed, shuffle
         self._first = [0]  # number of the first pack of each pass
@@ -116,8 +136,10 @@ class PackStream:
     def read(self, indices: list[int], pass_number: int = 0) -> Pack:
         ids = [self.reader.ids[i] for i in indices]
         documents = [self.reader.read(i, self.names) for i in indices]
-        anchors = [sample_anchors(id, d["loss_mask"].numpy().astype(bool), self.anchors, self.seed, pass_number)
-                   for id, d in zip(ids, documents)]
+        anchors = [
+            sample_anchors(id, d["loss_mask"].numpy().astype(bool), self.anchors, self.seed, pass_number)
+            for id, d in zip(ids, documents)
+        ]
         return make_pack(ids, documents, anchors)
 
 
@@ -130,8 +152,10 @@ def split(reader: CacheReader, validation_documents: int) -> tuple[list[int], li
     """
     stems = sorted({id.rsplit("#", 1)[0] for id in reader.ids}, key=lambda s: stable_hash(f"validation/{s}"))
     if len(stems) < 2:
-        raise UserError(f"{reader.folder} holds {len(stems)} source document(s); training needs one to train on and one to judge on")
-    held = set(stems[:max(1, len(stems) // 20)])
+        raise UserError(
+            f"{reader.folder} holds {len(stems)} source document(s); training needs one to train on and one to judge on"
+        )
+    held = set(stems[: max(1, len(stems) // 20)])
     sides = [[], []]
     for index, id in enumerate(reader.ids):
         sides[id.rsplit("#", 1)[0] in held].append(index)

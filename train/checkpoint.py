@@ -69,7 +69,7 @@ class Checkpoints:
     def _prune(self) -> None:
         steps = sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
         best = (self.folder / "best").resolve().parent if (self.folder / "best").exists() else None
-        for path in steps[:-self._keep_last]:
+        for path in steps[: -self._keep_last]:
             # The best drafter stays; the engine's state beside it is of no more use.
             shutil.rmtree(path / "deepspeed", ignore_errors=True) if path.resolve() == best else shutil.rmtree(path)
 

@@ -40,15 +40,26 @@ def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
     train, stage = recipe.train, recipe.deepspeed.stage
     return {
         **recipe.deepspeed.model_dump(),
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": train.batch // world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": train.batch // world_size(),
         "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
         "bf16": {"enabled": bf16},
         # ZeRO-0 refuses float32 accumulation of bf16 gradients.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage else {}),
-        "scheduler": {"type": "WarmupCosineLR", "params": {
-            "total_num_steps": train.max_steps, "warmup_num_steps": max(2, round(train.warmup_ratio * train.max_steps)), "warmup_min_ratio": 0.0,
-            "warmup_type": "linear", "cos_min_ratio": train.min_lr_ratio}},
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": train.max_steps,
+                "warmup_num_steps": max(2, round(train.warmup_ratio * train.max_steps)),
+                "warmup_min_ratio": 0.0,
+                "warmup_type": "linear",
+                "cos_min_ratio": train.min_lr_ratio,
+            },
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
 
 
 def train(recipe: TrainRecipe, run_dir: Path) -> None:
@@ -91,29 +102,38 @@ class _Run:
         self.weight_J = slot_weights(config.objective, config.draft_length, recipe.objective.decay)
         attend = executor(recipe.drafter.attention, device)
         objective = Objective(drafter, head, recipe.objective.loss, self.weight_J, attend, recipe.train.chunk_rows)
-        optimizer = torch.optim.AdamW(objective.parameters(), lr=recipe.train.lr, betas=recipe.train.betas,
-                                      weight_decay=recipe.train.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            objective.parameters(),
+            lr=recipe.train.lr,
+            betas=recipe.train.betas,
+            weight_decay=recipe.train.weight_decay,
+            fused=True,
+        )
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=engine_config(recipe, bf16))
         self.objective = objective
 
         training, validation = split(self.reader, recipe.train.validation_documents)
         names, pack_tokens, seed = config.tensors, recipe.train.pack_tokens, recipe.train.seed
         self.stream = PackStream(self.reader, training, names, pack_tokens, recipe.objective.anchors, seed)
-        self.validation = PackStream(self.reader, validation, names, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False)
+        self.validation = PackStream(
+            self.reader, validation, names, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False
+        )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
     def go(self) -> None:
         state = self.checkpoints.load() or {"step": 0, "best": 0.0}
-        step, self.best, last = state["step"], state["best"], self.recipe.train.max_steps
-        self.tracker = self._tracker(step) if rank() == 0 else None
-        if step == 0:
-            self._say(f"{sum(p.numel() for p in self.objective.parameters()):,} parameters, "
-                      f"{len(self.stream.documents):,} training and {len(self.validation.documents):,} validation documents, "
-                      f"{self.world} rank(s), {self.accumulation} pack(s) a rank and step -> {self.run_dir}")
+        done, self.best, last = state["step"], state["best"], self.recipe.train.max_steps
+        self.tracker = self._tracker(done) if rank() == 0 else None
+        if done == 0:
+            self._say(
+                f"{sum(p.numel() for p in self.objective.parameters()):,} parameters, "
+                f"{len(self.stream.documents):,} training and {len(self.validation.documents):,} validation documents, "
+                f"{self.world} rank(s), {self.accumulation} pack(s) a rank and step -> {self.run_dir}"
+            )
         else:
-            self._say(f"resuming {self.run_dir} after step {step}")
-        window, since, first = [], time.monotonic(), step
-        for step in range(step + 1, last + 1):
+            self._say(f"resuming {self.run_dir} after step {done}")
+        window, since = [], time.monotonic()
+        for step in range(done + 1, last + 1):
             window.append(self._step(step))
             if step % self.recipe.train.log_every == 0 or step == last:
                 self._log(step, window, time.monotonic() - since)
@@ -121,7 +141,7 @@ class _Run:
             if step % self.recipe.train.save_every == 0 or step == last:
                 self._save(step)
                 since = time.monotonic()
-        if first >= last:
+        if done >= last:
             self._say(f"{self.run_dir} is finished: {last} steps, best tau {self.best:.3f}")
         if self.tracker:
             self.tracker.close()
@@ -130,7 +150,9 @@ class _Run:
         """One optimizer step. Returns this rank's [loss, weight, tokens, finite] and acceptance counts, summed over its
         packs, as one float64 vector."""
         packs = [pack.to(self.device) for pack in self._packs(step)]
-        weight = torch.tensor([float(self.objective.weight_sum(pack)) for pack in packs], dtype=torch.float64, device=self.device).sum()
+        weight = torch.tensor(
+            [float(self.objective.weight_sum(pack)) for pack in packs], dtype=torch.float64, device=self.device
+        ).sum()
         dist.all_reduce(weight)
         sums, culprit = torch.zeros(4 + 3 * len(self.weight_J), dtype=torch.float64, device=self.device), None
         for number, pack in enumerate(packs):
@@ -138,8 +160,12 @@ class _Run:
             # DeepSpeed divides the sum of gradients by world x accumulation; the loss is a mean over all of them.
             self.engine.backward(outcome.loss_sum * (self.world * self.accumulation / max(weight.item(), 1e-9)))
             loss = outcome.loss_sum.detach().double()
-            sums += torch.cat([torch.stack([loss, torch.zeros_like(loss), loss.new_tensor(len(pack.ids_P)), (~loss.isfinite()).double()]),
-                               acceptance.counts(outcome).flatten()])
+            sums += torch.cat(
+                [
+                    torch.stack([loss, torch.zeros_like(loss), loss.new_tensor(len(pack.ids_P)), (~loss.isfinite()).double()]),
+                    acceptance.counts(outcome).flatten(),
+                ]
+            )
             culprit = culprit or (pack.names if not loss.isfinite() else None)
             if number == len(packs) - 1:
                 dist.all_reduce(sums)
@@ -158,9 +184,11 @@ class _Run:
         culprits: list = [None] * self.world
         dist.all_gather_object(culprits, culprit)
         who, names = next((r, names) for r, names in enumerate(culprits) if names)
-        raise UserError(f"the loss of step {step} is not finite, in rank {who}'s pack of {', '.join(names[:4])}"
-                        f"{' and more' if len(names) > 4 else ''}; the last checkpoint is intact. Lower train.lr, or look at "
-                        "the cache with data_prep/main.py mode=verify")
+        raise UserError(
+            f"the loss of step {step} is not finite, in rank {who}'s pack of {', '.join(names[:4])}"
+            f"{' and more' if len(names) > 4 else ''}; the last checkpoint is intact. Lower train.lr, or look at "
+            "the cache with data_prep/main.py mode=verify"
+        )
 
     @torch.no_grad()
     def _validate(self) -> dict[str, acceptance.Acceptance]:
@@ -194,17 +222,31 @@ class _Run:
         found = acceptance.summarise(total[4:].view(3, -1))
         loss = float(total[0] / total[1])
         rate = float(total[2]) / seconds
-        figures = {"loss": loss, "lr": self.engine.get_lr()[0], "grad_norm": float(norm) if norm is not None else None,
-                   "tokens_per_s": rate, "peak_gib": _peak_gib(self.device), **{kind: vars(a) for kind, a in found.items()}}
+        figures = {
+            "loss": loss,
+            "lr": self.engine.get_lr()[0],
+            "grad_norm": float(norm) if norm is not None else None,
+            "tokens_per_s": rate,
+            "peak_gib": _peak_gib(self.device),
+            **{kind: vars(a) for kind, a in found.items()},
+        }
         self.tracker.log(step, {k: v for k, v in figures.items() if v is not None})
         left = (self.recipe.train.max_steps - step) * seconds / len(window)
-        self._say(f"step {step}/{self.recipe.train.max_steps}  loss {loss:.3f}  tau {found['sampled'].tau:.3f}  "
-                  f"{rate:,.0f} tokens/s  {left / 60:.1f} min left")
+        self._say(
+            f"step {step}/{self.recipe.train.max_steps}  loss {loss:.3f}  tau {found['sampled'].tau:.3f}  "
+            f"{rate:,.0f} tokens/s  {left / 60:.1f} min left"
+        )
 
     def _tracker(self, step: int) -> Tracker:
-        revision = subprocess.run(["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        config = {**self.recipe.model_dump(mode="json"), "git_revision": revision or None,
-                  "cache_manifest_hash": self.reader.manifest.hash(), "world_size": self.world}
+        revision = subprocess.run(
+            ["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        config = {
+            **self.recipe.model_dump(mode="json"),
+            "git_revision": revision or None,
+            "cache_manifest_hash": self.reader.manifest.hash(),
+            "world_size": self.world,
+        }
         write_text(self.run_dir / "recipe.json", json.dumps(config, indent=1))
         return Tracker(self.recipe.tracking, self.run_dir, self.recipe.run.group, config, step)
 
@@ -214,13 +256,17 @@ class _Run:
             return
         earlier = json.loads(path.read_text())
         if differences := self.recipe.resumable_differences(earlier):
-            raise UserError(f"{self.run_dir} holds a run of another recipe; these differ: {', '.join(differences)}. "
-                            "Choose another run.dir or remove that folder")
+            raise UserError(
+                f"{self.run_dir} holds a run of another recipe; these differ: {', '.join(differences)}. "
+                "Choose another run.dir or remove that folder"
+            )
         if earlier["cache_manifest_hash"] != self.reader.manifest.hash():
             raise UserError(f"{self.run_dir} was trained on another cache than {self.recipe.cache.dir}")
         if self.recipe.deepspeed.stage and earlier["world_size"] != self.world:
-            raise UserError(f"{self.run_dir} was trained on {earlier['world_size']} ranks; under ZeRO-{self.recipe.deepspeed.stage} "
-                            f"it cannot be resumed on {self.world}")
+            raise UserError(
+                f"{self.run_dir} was trained on {earlier['world_size']} ranks; under ZeRO-{self.recipe.deepspeed.stage} "
+                f"it cannot be resumed on {self.world}"
+            )
 
     def _say(self, text: str) -> None:
         if rank() == 0:

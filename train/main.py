@@ -34,6 +34,7 @@ def run_name(overrides: list[str]) -> str:
 
 def run(recipe: TrainRecipe, run_dir: str) -> None:
     from train.engine import train
+
     ranks.single_process_defaults()
     if recipe.target.device == "cpu" or not torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -70,8 +71,11 @@ def main() -> None:
     if ranks.rank() != 0:
         return sweep.follow()
     fixed = [key_of(word) for word in overrides if "," not in word.split("=", 1)[-1]] + list(UNNAMED)
-    sys.argv += [f"hydra.sweep.dir='{run_dir}'", "hydra.sweep.subdir=${hydra.job.override_dirname}",
-                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(set(fixed)))}]"]
+    sys.argv += [
+        f"hydra.sweep.dir='{run_dir}'",
+        "hydra.sweep.subdir=${hydra.job.override_dirname}",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(set(fixed)))}]",
+    ]
 
     def point(config) -> None:
         job = HydraConfig.get()

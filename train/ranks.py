@@ -104,8 +104,14 @@ class Sweep:
         self._program, self._number, self._store = program, 0, None
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from torch.distributed import TCPStore
-            self._store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=rank() == 0,
-                                   wait_for_workers=False, timeout=timedelta(days=365))
+
+            self._store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=rank() == 0,
+                wait_for_workers=False,
+                timeout=timedelta(days=365),
+            )
 
     def run(self, overrides: list[str]) -> None:
         """Rank 0: run one point on all ranks. A point that fails ends the sweep with its exit code."""
@@ -130,6 +136,7 @@ class Sweep:
                 os._exit(code)
 
     def _child(self, port: int, overrides: list[str]) -> int:
-        code = subprocess.run([sys.executable, self._program, *overrides],
-                              env={**os.environ, "MASTER_PORT": str(port)}).returncode
+        code = subprocess.run(
+            [sys.executable, self._program, *overrides], env={**os.environ, "MASTER_PORT": str(port)}
+        ).returncode
         return code if code >= 0 else 128 - code

@@ -3,6 +3,7 @@
 import os
 from typing import Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from data_prep.cache.manifest import Manifest
@@ -30,7 +31,9 @@ class ObjectiveRecipe(Section):
         if self.kind == "ttt" and (self.shifted or self.causal):
             raise ValueError("objective.shifted and objective.causal are for block-wise drafting; ttt is both by nature")
         if self.kind == "blockwise" and self.slots < 2:
-            raise ValueError(f"objective.slots={self.slots}: slot 0 of a block is the anchor itself, so a block needs at least 2 slots")
+            raise ValueError(
+                f"objective.slots={self.slots}: slot 0 of a block is the anchor itself, so a block needs at least 2 slots"
+            )
         return self
 
 
@@ -104,10 +107,17 @@ class TrainRecipe(Section):
 
     def resumable_differences(self, earlier: dict) -> list[str]:
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
+
         def core(recipe: dict) -> dict:
             free = {("run",), ("tracking",), ("train", "log_every"), ("train", "keep_last"), ("cache", "dir")}
-            return {(s, k): v for s, section in recipe.items() if isinstance(section, dict) and (s,) not in free
-                    for k, v in section.items() if (s, k) not in free}
+            return {
+                (s, k): v
+                for s, section in recipe.items()
+                if isinstance(section, dict) and (s,) not in free
+                for k, v in section.items()
+                if (s, k) not in free
+            }
+
         mine, theirs = core(self.model_dump(mode="json")), core(earlier)
         return sorted(".".join(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
@@ -126,48 +136,71 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     needs = {"hidden": kind in ("hidden", "hybrid"), "kv": kind in ("kv", "hybrid")}
     held = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers}
     for name in (name for name, needed in needs.items() if needed and not held[name]):
-        raise UserError(f"reuse={kind} needs {name} states, which the cache {recipe.cache.dir} does not hold; "
-                        f"capture it with cache.kinds=[hidden,kv]")
+        raise UserError(
+            f"reuse={kind} needs {name} states, which the cache {recipe.cache.dir} does not hold; "
+            f"capture it with cache.kinds=[hidden,kv]"
+        )
     target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
         available = held["kv"] or held["hidden"]
-        spread = [round((len(available) - 1) * (i + 1) / count) for i in range(count)] if count == 1 else [
-            round((len(available) - 1) * i / (count - 1)) for i in range(count)]
-        target_layers = [available[i] for i in spread]
         if len(available) < count:
-            raise UserError(f"drafter.layers={count}, but the cache holds {len(target_layers)} layer(s); name "
-                            "drafter.target_layers, or capture more layers")
+            raise UserError(
+                f"drafter.layers={count}, but the cache holds {len(available)} layer(s); name drafter.target_layers, "
+                "or capture more layers"
+            )
+        first, last = (0 if count > 1 else len(available) - 1), len(available) - 1
+        target_layers = [available[i] for i in np.linspace(first, last, count).round().astype(int)]
     elif len(target_layers) != count:
         raise UserError(f"drafter.target_layers names {len(target_layers)} layers for drafter.layers={count}")
-    hidden_layers = [] if not needs["hidden"] else (
-        manifest.hidden_layers if recipe.reuse.hidden_layers == "auto" else recipe.reuse.hidden_layers)
+    hidden_layers = (
+        []
+        if not needs["hidden"]
+        else (manifest.hidden_layers if recipe.reuse.hidden_layers == "auto" else recipe.reuse.hidden_layers)
+    )
     deepest = manifest.target["architecture"]["num_layers"] - 1
     for layer in [*target_layers, *hidden_layers]:
         if not 0 <= layer <= deepest:
             raise UserError(f"the target has layers 0 to {deepest}; there is no layer {layer}")
     for name, layers in (("hidden", hidden_layers), ("kv", target_layers if needs["kv"] else [])):
         if missing := sorted(set(layers) - set(held[name])):
-            raise UserError(f"reuse={kind} needs {name} states of layer(s) {missing}; the cache {recipe.cache.dir} holds "
-                            f"{held[name]}")
+            raise UserError(
+                f"reuse={kind} needs {name} states of layer(s) {missing}; the cache {recipe.cache.dir} holds {held[name]}"
+            )
     return DrafterConfig(
-        objective=recipe.objective.kind, reuse=kind, target_layers=list(target_layers), hidden_layers=list(hidden_layers),
-        slots=recipe.objective.slots, causal=recipe.objective.causal, shifted=recipe.objective.shifted, seed=recipe.train.seed, start=recipe.drafter.start,
-        mask_token_id=recipe.target.mask_token_id, architecture=Architecture(**manifest.target["architecture"]),
-        target={"id": manifest.target["id"], "weights_hash": manifest.target["weights_hash"],
-                "tokenizer_hash": manifest.tokenizer_hash})
+        objective=recipe.objective.kind,
+        reuse=kind,
+        target_layers=list(target_layers),
+        hidden_layers=list(hidden_layers),
+        slots=recipe.objective.slots,
+        causal=recipe.objective.causal,
+        shifted=recipe.objective.shifted,
+        seed=recipe.train.seed,
+        start=recipe.drafter.start,
+        mask_token_id=recipe.target.mask_token_id,
+        architecture=Architecture(**manifest.target["architecture"]),
+        target={
+            "id": manifest.target["id"],
+            "weights_hash": manifest.target["weights_hash"],
+            "tokenizer_hash": manifest.tokenizer_hash,
+        },
+    )
 
 
 def check(recipe: TrainRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded and a GPU is touched."""
     if recipe.train.batch % world_size():
-        raise UserError(f"train.batch={recipe.train.batch} packs a step cannot be shared by {world_size()} ranks; "
-                        "make it a multiple of the world size")
+        raise UserError(
+            f"train.batch={recipe.train.batch} packs a step cannot be shared by {world_size()} ranks; "
+            "make it a multiple of the world size"
+        )
     executor(recipe.drafter.attention, pick_device(recipe.target.device))
     manifest = CacheReader(recipe.cache.dir).manifest
     drafter_config(recipe, manifest)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != manifest.tokenizer_hash:
-        raise UserError(f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}")
+        raise UserError(
+            f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}"
+        )
     vocab = manifest.target["architecture"]["vocab_size"]
     if recipe.target.mask_token_id is not None and recipe.target.mask_token_id >= vocab:
         raise UserError(f"target.mask_token_id={recipe.target.mask_token_id} is outside the vocabulary of {vocab}")
@@ -176,8 +209,12 @@ def check(recipe: TrainRecipe) -> None:
 def check_target(architecture: Architecture, weights_hash: str, manifest: Manifest, cache_dir: str) -> None:
     """Raises UserError when the loaded target is not the one that was captured."""
     if architecture.vocab_size != manifest.target["architecture"]["vocab_size"]:
-        raise UserError(f"the target has a vocabulary of {architecture.vocab_size}, the cache {cache_dir} one of "
-                        f"{manifest.target['architecture']['vocab_size']}")
+        raise UserError(
+            f"the target has a vocabulary of {architecture.vocab_size}, the cache {cache_dir} one of "
+            f"{manifest.target['architecture']['vocab_size']}"
+        )
     if weights_hash != manifest.target["weights_hash"]:
-        raise UserError(f"the cache {cache_dir} was captured from another target: weights hash {manifest.target['weights_hash']}, "
-                        f"loaded {weights_hash}")
+        raise UserError(
+            f"the cache {cache_dir} was captured from another target: weights hash {manifest.target['weights_hash']}, "
+            f"loaded {weights_hash}"
+        )

@@ -27,9 +27,14 @@ class Tracker:
         """Numbers and lists of numbers of one optimizer step; nested names are joined with dots."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         if self._wandb:
-            self._wandb.log({name if not isinstance(value, list) else f"{name}/{i + 1}": one
-                             for name, value in flatten(figures).items()
-                             for i, one in enumerate(value if isinstance(value, list) else [value])}, step=step)
+            self._wandb.log(
+                {
+                    name if not isinstance(value, list) else f"{name}/{i + 1}": one
+                    for name, value in flatten(figures).items()
+                    for i, one in enumerate(value if isinstance(value, list) else [value])
+                },
+                step=step,
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -50,13 +55,22 @@ def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: 
 
     def start(mode: str):
         return wandb.init(
-            project=recipe.project, entity=recipe.entity, group=group, name=folder.name, dir=str(folder), config=config,
-            id=xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode()), resume="allow", mode=mode,
-            settings=wandb.Settings(init_timeout=30, console="off", silent=True))
+            project=recipe.project,
+            entity=recipe.entity,
+            group=group,
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            id=xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode()),
+            resume="allow",
+            mode=mode,
+            settings=wandb.Settings(init_timeout=30, console="off", silent=True),
+        )
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     try:
         return start(mode)
     except wandb.errors.Error as error:
         print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline to {folder}", file=sys.stderr)
+        wandb.teardown()  # its service still holds the id of the run that could not start
         return start("offline")

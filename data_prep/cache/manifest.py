@@ -36,14 +36,20 @@ class Manifest(BaseModel):
         """Name -> (dtype, shape of one row) of every tensor of a shard; rows are tokens, or teachers for last_hidden."""
         dtype, sizes = DTYPES[self.codec], self.target["architecture"]
         state, head = (sizes["hidden_size"],), (sizes["kv_heads"], sizes["head_dim"])
-        return {"input_ids": (torch.int32, ()), "loss_mask": (torch.uint8, ()), "last_hidden": (dtype, state),
-                **{f"hidden.{layer}": (dtype, state) for layer in self.hidden_layers},
-                **{f"{kind}.{layer}": (dtype, head) for layer in self.kv_layers for kind in ("key", "value")}}
+        return {
+            "input_ids": (torch.int32, ()),
+            "loss_mask": (torch.uint8, ()),
+            "last_hidden": (dtype, state),
+            **{f"hidden.{layer}": (dtype, state) for layer in self.hidden_layers},
+            **{f"{kind}.{layer}": (dtype, head) for layer in self.kv_layers for kind in ("key", "value")},
+        }
 
     def bytes_of(self, tokens: int, supervised: int) -> int:
         """Bytes of the tensors of so many tokens, of which so many predictions are supervised."""
+
         def row(dtype, shape):
             return dtype.itemsize * torch.Size(shape).numel()
+
         return sum(row(*spec) * (supervised if name == "last_hidden" else tokens) for name, spec in self.tensors().items())
 
     def differs(self, other: "Manifest") -> list[str]:
@@ -64,13 +70,16 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a cache: it has no {MANIFEST}; capture one with data_prep/main.py "
-                        f"cache.dir={folder}") from error
+        raise UserError(
+            f"{folder} is not a cache: it has no {MANIFEST}; capture one with data_prep/main.py cache.dir={folder}"
+        ) from error
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} is not readable JSON; capture the cache again") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder / MANIFEST}: format version {fields.get('format_version') if isinstance(fields, dict) else fields}"
-                        f" is not {FORMAT_VERSION}, which this release reads")
+        raise UserError(
+            f"{folder / MANIFEST}: format version {fields.get('format_version') if isinstance(fields, dict) else fields}"
+            f" is not {FORMAT_VERSION}, which this release reads"
+        )
     try:
         return Manifest.model_validate(fields)
     except ValueError as error:

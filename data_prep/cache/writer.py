@@ -14,8 +14,16 @@ from torch import Tensor
 from data_prep.cache.manifest import FILES, INDEX, MANIFEST, Manifest, canonical, file_hash, publish, read_manifest, write_text
 from data_prep.errors import UserError
 
-SCHEMA = pa.schema([("id", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("teacher_offset", pa.int64()),
-                    ("supervised", pa.int64()), ("xxh3", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("teacher_offset", pa.int64()),
+        ("supervised", pa.int64()),
+        ("xxh3", pa.string()),
+    ]
+)
 
 
 def document_hash(tensors: dict[str, Tensor]) -> str:
@@ -41,8 +49,10 @@ class CacheWriter:
         self.folder, self.manifest, self.shard_bytes = Path(folder), manifest, shard_bytes
         if (self.folder / MANIFEST).exists():
             if fields := manifest.differs(read_manifest(self.folder)):
-                raise UserError(f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
-                                "Choose another cache.dir or remove that folder")
+                raise UserError(
+                    f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
+                    "Choose another cache.dir or remove that folder"
+                )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no cache; choose another cache.dir")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +66,7 @@ class CacheWriter:
         if not (self.folder / MANIFEST).exists():
             write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1))
         sealed = sorted(self.folder.glob("shard-*.parquet"))
-        self.done = {row for path in sealed for row in pq.read_table(path, columns=["id"])["id"].to_pylist()}
+        self.done = {row for path in sealed for row in _ids(path)}
         self._next = 1 + max((int(path.stem.removeprefix("shard-")) for path in sealed), default=-1)
         self._documents: list[tuple[str, dict[str, Tensor]]] = []
         self._bytes = 0
@@ -81,6 +91,7 @@ class CacheWriter:
     def _flush(self) -> None:
         if not self._documents:
             return
+        (self.folder / FILES).unlink(missing_ok=True)  # from here on the capture is unfinished again
         rows, offset, teacher_offset = [], 0, 0
         for id, tensors in self._documents:
             length, teachers = len(tensors["input_ids"]), len(tensors["last_hidden"])
@@ -96,3 +107,10 @@ class CacheWriter:
     def _write_table(self, table: pa.Table, name: str) -> None:
         pq.write_table(table, self.folder / f"{name}.tmp")
         publish(self.folder / f"{name}.tmp", self.folder / name)
+
+
+def _ids(seal: Path) -> list[str]:
+    try:
+        return pq.read_table(seal, columns=["id"])["id"].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{seal} is damaged; remove it and the .safetensors beside it, then run data_prep again") from error

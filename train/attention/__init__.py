@@ -18,6 +18,8 @@ def executor(name: str, device: torch.device, training: bool = True):
     if name == "auto":
         name = "flex" if device.type == "cuda" else "reference"
     if name == "flex" and device.type == "cpu" and training:
-        raise UserError("attention=flex cannot train on a CPU: PyTorch has no backward of FlexAttention there; "
-                        "use attention=auto or attention=reference")
+        raise UserError(
+            "attention=flex cannot train on a CPU: PyTorch has no backward of FlexAttention there; "
+            "use attention=auto or attention=reference"
+        )
     return EXECUTORS[name]

@@ -68,13 +68,18 @@ class Visibility:
     def dense(self) -> Tensor:
         """bool [Q, P + R], True = attend."""
         q, m, d = self.queries, self.memory, self.drafts
-        return torch.cat([
-            sees_memory(q.document[:, None], q.anchor[:, None], m.document[None], m.position[None]),
-            sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal)], dim=1)
+        return torch.cat(
+            [
+                sees_memory(q.document[:, None], q.anchor[:, None], m.document[None], m.position[None]),
+                sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal),
+            ],
+            dim=1,
+        )
 
     @cached_property
     def block_mask(self):
         from torch.nn.attention.flex_attention import create_block_mask
+
         q, memory = self.queries, self.memory.position.numel()
         # Both kinds of key under one index, so that the predicates need no branch.
         pad_d, pad_m = torch.full_like(self.drafts.group, -1), torch.full_like(self.memory.position, -1)

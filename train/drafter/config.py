@@ -55,8 +55,13 @@ class DrafterConfig:
     @property
     def tensors(self) -> list[str]:
         """Names of the cache's tensors that training this drafter reads."""
-        return ["input_ids", "loss_mask", "last_hidden", *(f"hidden.{i}" for i in self.hidden_layers),
-                *(f"{kind}.{i}" for i in sorted(set(self.kv_layers)) for kind in ("key", "value"))]
+        return [
+            "input_ids",
+            "loss_mask",
+            "last_hidden",
+            *(f"hidden.{i}" for i in self.hidden_layers),
+            *(f"{kind}.{i}" for i in sorted(set(self.kv_layers)) for kind in ("key", "value")),
+        ]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -69,6 +74,8 @@ class DrafterConfig:
             fields = json.loads(path.read_text())
             return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
         except FileNotFoundError as error:
-            raise UserError(f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter") from error
+            raise UserError(
+                f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter"
+            ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not the configuration of a drafter: {error}") from error

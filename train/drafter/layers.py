@@ -100,8 +100,9 @@ class DraftLayer(nn.Module):
         """The rows' own keys and values, for each branch."""
         return {name: branch.keys_values(inputs_QI, rope) for name, branch in self.branches.items()}
 
-    def forward(self, x_QE: Tensor, inputs_QI: Tensor, rope: Rope, keys: dict[str, KV],
-                visibility: dict[str, Visibility], attend) -> Tensor:
+    def forward(
+        self, x_QE: Tensor, inputs_QI: Tensor, rope: Rope, keys: dict[str, KV], visibility: dict[str, Visibility], attend
+    ) -> Tensor:
         """The residual stream after the layer, [Q, E]."""
         out = [branch(inputs_QI, rope, keys[name], visibility[name], attend) for name, branch in self.branches.items()]
         x_QE = x_QE + (self.fuse(*out) if self.fuse else out[0])

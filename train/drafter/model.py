@@ -53,8 +53,11 @@ class Drafter(nn.Module):
                 so the pair of the newest position is the anchor's own and its anchor's rows do not see it.
         """
         config, pairs = self.config, Places(places.document, places.position + 1)
-        memory = Memory.extended(past, len(self.layers), {
-            name: pairs if name == "hidden" and config.reads_pairs else places for name in self.layers[0].branches})
+        memory = Memory.extended(
+            past,
+            len(self.layers),
+            {name: pairs if name == "hidden" and config.reads_pairs else places for name in self.layers[0].branches},
+        )
         for layer, source in enumerate(config.kv_layers):
             rope = self.rope(places.position)
             memory.add(layer, "kv", KV(rope(states.key[source].to(self.dtype)), states.value[source].to(self.dtype)))
@@ -92,10 +95,18 @@ class Drafter(nn.Module):
         mask = self.mask(torch.zeros(1, dtype=torch.long, device=anchor_NE.device))
         x = torch.cat([anchor_NE[:, None], mask.expand(len(anchor_NE), self.config.slots - 1, -1)], dim=1).flatten(0, 1)
         x, _ = self._run(x, x, rows, rows, memory, None, attend)
-        return self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot:])
+        return self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :])
 
-    def step(self, token_NE: Tensor, feature_NE: Tensor | None, rows: Rows, earlier: Rows | None, memory: Memory,
-             past: Past | None, attend) -> tuple[Tensor, Tensor, Past]:
+    def step(
+        self,
+        token_NE: Tensor,
+        feature_NE: Tensor | None,
+        rows: Rows,
+        earlier: Rows | None,
+        memory: Memory,
+        past: Past | None,
+        attend,
+    ) -> tuple[Tensor, Tensor, Past]:
         """One step of ttt for every anchor.
 
         Args:
@@ -140,8 +151,9 @@ class Drafter(nn.Module):
         try:
             drafter.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         except Exception as error:
-            raise UserError(f"{folder}: the drafter's weights are missing or do not fit its config.json "
-                            f"({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"{folder}: the drafter's weights are missing or do not fit its config.json ({str(error).splitlines()[0]})"
+            ) from error
         return drafter
 
     @torch.no_grad()
@@ -150,13 +162,15 @@ class Drafter(nn.Module):
         target layer (Q, K, V, O, norms, MLP), fc as a copy of the hidden state that layer would have read."""
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02, generator=generator)
+            if parameter.dim() > 1:  # drawn on the CPU: the same start on every device
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         if self.config.objective == "blockwise":
             token = self.config.mask_token_id
-            self.mask.weight.copy_(head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token:token + 1])
+            self.mask.weight.copy_(
+                head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]
+            )
         if self.config.start == "target":
             self._start_from(target)
         return self
@@ -179,4 +193,4 @@ class Drafter(nn.Module):
         if config.uses_hidden:
             below = [i for i in config.hidden_layers if i < config.target_layers[0]]
             chosen = config.hidden_layers.index(below[-1] if below else config.hidden_layers[0])
-            self.fc.weight[:, chosen * size:(chosen + 1) * size] += torch.eye(size)
+            self.fc.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size)

@@ -24,8 +24,9 @@ class RowStatistics(NamedTuple):
     match: Tensor
 
 
-def chunked_loss(draft_RE: Tensor, teacher_RE: Tensor, label_R: Tensor, weight_R: Tensor, head_VE: Tensor, loss: str,
-                 chunk: int) -> tuple[Tensor, RowStatistics]:
+def chunked_loss(
+    draft_RE: Tensor, teacher_RE: Tensor, label_R: Tensor, weight_R: Tensor, head_VE: Tensor, loss: str, chunk: int
+) -> tuple[Tensor, RowStatistics]:
     """Weighted sum of per-row losses (differentiable in `draft_RE`), and the rows' statistics (not).
 
     Args:
@@ -54,11 +55,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 row_loss = loss(log_q, log_p, label_R[part])
                 chunk_total = (row_loss * weight_R[part]).sum()
                 if ctx.needs_input_grad[0]:
-                    gradient_RE[part], = torch.autograd.grad(chunk_total, hidden)
+                    (gradient_RE[part],) = torch.autograd.grad(chunk_total, hidden)
             total += chunk_total.detach()
             log_q = log_q.detach()
-            rows.append((row_loss.detach(), torch.minimum(log_p, log_q).exp().sum(-1),
-                         (log_p.argmax(-1) == log_q.argmax(-1)).to(wide)))
+            rows.append(
+                (row_loss.detach(), torch.minimum(log_p, log_q).exp().sum(-1), (log_p.argmax(-1) == log_q.argmax(-1)).to(wide))
+            )
         ctx.save_for_backward(gradient_RE)
         statistics = tuple(torch.cat(column) for column in zip(*rows))
         ctx.mark_non_differentiable(*statistics)

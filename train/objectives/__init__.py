@@ -52,9 +52,15 @@ class Objective(nn.Module):
         anchor, slot = valid.nonzero(as_tuple=True)
         position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
         loss_sum, rows = chunked_loss(
-            output_NJE[anchor, slot], pack.last_hidden_RE[pack.teacher_P[position]].to(output_NJE.dtype),
-            pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)], self._weight_J.to(slot.device)[slot],
-            self._head.head_VE, self._loss, self._chunk)
+            output_NJE[anchor, slot],
+            pack.last_hidden_RE[pack.teacher_P[position]].to(output_NJE.dtype),
+            pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)],
+            self._weight_J.to(slot.device)[slot],
+            self._head.head_VE,
+            self._loss,
+            self._chunk,
+        )
+
         def spread(values):
             return torch.zeros(valid.shape, dtype=values.dtype, device=valid.device).masked_scatter_(valid, values)
 

@@ -21,8 +21,13 @@ def block_rows(document_N: Tensor, anchor_N: Tensor, slots: int) -> Rows:
     count, device = len(anchor_N), anchor_N.device
     slot = torch.arange(slots, device=device).repeat(count)
     anchor = anchor_N.repeat_interleave(slots)
-    return Rows(document_N.repeat_interleave(slots), anchor, torch.arange(count, device=device).repeat_interleave(slots),
-                slot, anchor + slot)
+    return Rows(
+        document_N.repeat_interleave(slots),
+        anchor,
+        torch.arange(count, device=device).repeat_interleave(slots),
+        slot,
+        anchor + slot,
+    )
 
 
 def draft(drafter: Drafter, head: FrozenHead, pack: Pack, memory: Memory, attend) -> Tensor:

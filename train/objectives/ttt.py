@@ -25,8 +25,9 @@ def draft(drafter: Drafter, head: FrozenHead, pack: Pack, memory: Memory, attend
     for j in range(1, drafter.config.slots + 1):
         # Past a document's end the token is another's: such slots never count (Pack.valid).
         token = head.embed(pack.ids_P[(anchor + j - 1).clamp(max=len(pack.ids_P) - 1)])
-        rows = Rows(places.document[anchor], places.position[anchor], group, torch.full_like(group, j),
-                    places.position[anchor] + j - 1)
+        rows = Rows(
+            places.document[anchor], places.position[anchor], group, torch.full_like(group, j), places.position[anchor] + j - 1
+        )
         output, feature, past = drafter.step(token, feature, rows, earlier, memory, past, attend)
         earlier = rows if earlier is None else earlier + rows
         outputs.append(output)

@@ -1,0 +1,59 @@
+"""Real commands on a small real cache of the embedded target, shared by the tests of one session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once
+torch.set_num_threads(1)  # two ranks and a test runner share two cores
+
+
+def command(*words, launcher=(), env=None, **kwargs) -> subprocess.CompletedProcess:
+    """Run one of the entry points, as a user would, from another folder than the repository."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        [*(launcher or [sys.executable]), *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **kwargs,
+    )
+
+
+def deepspeed(ranks: int, port: int) -> list[str]:
+    """The real launcher, on `ranks` CPU processes."""
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--master_port", str(port)]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A cache of 12,000 tokens of the standard library, float32, made by the real command."""
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    done = command(
+        ROOT / "data_prep/main.py",
+        "cache=fp32",
+        f"cache.dir={folder}",
+        "data.max_tokens=12000",
+        "data.max_length=128",
+        "cache.shard_bytes=20000000",
+        cwd=folder.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+SMALL = [
+    "objective.slots=4",
+    "objective.anchors=8",
+    "train.pack_tokens=256",
+    "train.validation_documents=8",
+    "train.log_every=1",
+    "train.validation_anchors=8",
+    "train.lr=1e-3",
+]

@@ -1,0 +1,258 @@
+"""What a user types: every configuration composes, a mistake is one line and exit code 2 before anything is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep import cli
+from data_prep.cache.manifest import FILES, MANIFEST, canonical, file_hash
+from data_prep.errors import UserError
+from data_prep.recipe import DataPrepRecipe
+from eval.recipe import EvalRecipe
+from eval.recipe import check as check_eval
+from tests.conftest import ROOT, SMALL, command
+from train.engine import engine_config
+from train.recipe import TrainRecipe
+from train.recipe import check as check_train
+
+
+def choices(group):
+    return [path.stem for path in (ROOT / "conf" / group).glob("*.yaml")]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        f"{group}={choice}"
+        for group in ("target", "cache", "objective", "reuse", "deepspeed", "tracking", "experiment")
+        for choice in choices(group)
+    ],
+)
+def test_every_choice_of_train_composes(word):
+    recipe = cli.compose("train", TrainRecipe, [word])
+    assert engine_config(recipe, bf16=True)["zero_optimization"] == recipe.deepspeed.zero_optimization
+
+
+@pytest.mark.parametrize("group", ["target", "data"])
+def test_every_choice_of_the_others_composes(group):
+    for choice in choices(group):
+        cli.compose("data_prep", DataPrepRecipe, [f"{group}={choice}"])
+        cli.compose("eval", EvalRecipe, [f"{group}={choice}", "drafter=x"])
+
+
+@pytest.mark.parametrize("objective", ["ttt", "blockwise"])
+@pytest.mark.parametrize("reuse", ["hidden", "kv", "hybrid"])
+def test_every_cell_is_accepted(cache, objective, reuse):
+    check_train(cli.compose("train", TrainRecipe, [f"objective={objective}", f"reuse={reuse}", f"cache.dir={cache}"]))
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["train.max_stepz=3"], "train.max_stepz"),
+        (["train.max_steps=many"], "train.max_steps.*integer.*many"),
+        (["train.max_steps=0"], "train.max_steps.*greater than or equal to 1"),
+        (["reuse=everything"], "Could not find 'reuse/everything'"),
+        (["objective.loss=mse"], "objective.loss.*'kl' or 'ce'"),
+        (["objective.slots=1"], "a block needs at least 2 slots"),
+        (["objective=ttt", "+objective.shifted=true"], "for block-wise drafting"),
+        (["drafter.layers=9"], "the cache holds 3 layer"),
+        (["drafter.target_layers=[77]"], "there is no layer 77"),
+        (["drafter.target_layers=[3]"], r"needs kv states of layer\(s\) \[3\].*holds \[0, 2, 5\]"),
+        (["drafter.target_layers=[0,5]"], "names 2 layers for drafter.layers=1"),
+        (["reuse=hidden", "reuse.hidden_layers=[1]"], r"needs hidden states of layer\(s\) \[1\]"),
+        (["drafter.attention=flex"], "attention=flex cannot train on a CPU"),
+        (["target.mask_token_id=8192"], "outside the vocabulary of 8192"),
+        (["target.path=nowhere"], "target.path=nowhere: no tokenizer can be loaded"),
+        (["target.device=cuda"], "has no GPU"),
+        (["cache.dir=nowhere"], "nowhere is not a cache"),
+    ],
+)
+def test_train_refuses(cache, words, message):
+    with pytest.raises(UserError, match=message):
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words]))
+
+
+def test_a_world_size_that_does_not_divide_is_refused(cache, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="train.batch=8 packs a step cannot be shared by 3 ranks"):
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}"]))
+
+
+def rewrite(folder, manifest):
+    """Another manifest, sealed as if it had been captured so."""
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    sealed = json.loads((folder / FILES).read_text()) | {MANIFEST: file_hash(folder / MANIFEST)}
+    (folder / FILES).write_text(canonical(sealed))
+
+
+def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(cache, bare)
+    manifest = json.loads((bare / "manifest.json").read_text())
+    rewrite(bare, manifest | {"kv_layers": []})
+    with pytest.raises(UserError, match="needs kv states, which the cache"):
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+    rewrite(bare, manifest | {"tokenizer_hash": "0"})
+    with pytest.raises(UserError, match="captured with another tokenizer"):
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+    rewrite(bare, manifest)
+    shard = next(bare.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{shard.name} is missing or truncated"):
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing or truncated"):
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["drafter=nowhere"], "nowhere holds no drafter"),
+        (["temperatures=[-1]"], "a temperature is 0"),
+        (["prompts.count=1"], "prompts.count"),
+        (["mode=guess"], "mode: Input should be 'decode' or 'score'"),
+    ],
+)
+def test_eval_refuses(words, message):
+    with pytest.raises(UserError, match=message):
+        check_eval(cli.compose("eval", EvalRecipe, ["drafter=nowhere", *words]))
+
+
+@pytest.mark.parametrize(
+    "program,words",
+    [
+        ("data_prep/main.py", ["cache.dir=new", "target=nope"]),
+        ("data_prep/main.py", ["cache.dir=new", "data=jsonl", "data.path=absent.jsonl"]),
+        ("data_prep/main.py", ["cache.dir=new", "cache.layers=[0,17]", "data.max_tokens=2000"]),
+        ("train/main.py", ["cache.dir=absent", "run.dir=new"]),
+        ("train/main.py", ["-m", "objective.slots=4,1", "cache.dir=absent", "run.dir=new"]),
+        ("eval/main.py", ["drafter=absent", "out=new"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, program, words):
+    done = command(ROOT / program, *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
+    """One process, from a folder of its own: train, say it again (nothing left to do), train another recipe into the same
+    folder (refused), score and decode."""
+    words = [
+        "objective=blockwise",
+        "reuse=hybrid",
+        f"cache.dir={cache}",
+        "train.batch=2",
+        "train.max_steps=6",
+        "train.save_every=3",
+        *SMALL,
+    ]
+    done = command(ROOT / "train/main.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()  # named after the overrides
+    assert (
+        run.name.startswith("objective.anchors=8,objective.slots=4,objective=blockwise,reuse=hybrid,") and "cache" not in run.name
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "peak_gib", "sampled", "greedy"} <= lines[0].keys()
+    recipe = json.loads((run / "recipe.json").read_text())
+    assert recipe["cache_manifest_hash"] and recipe["objective"]["slots"] == 4
+    assert (run / ".hydra" / "overrides.yaml").exists()
+
+    again = command(ROOT / "train/main.py", *words, cwd=tmp_path)
+    assert again.returncode == 0 and "is finished: 6 steps" in again.stdout
+    other = command(ROOT / "train/main.py", *words, "train.seed=1", f"run.dir='{run}'", cwd=tmp_path)
+    assert other.returncode == 2 and "holds a run of another recipe; these differ: train.seed" in other.stderr
+
+    drafter = run / "checkpoints" / "best"
+    assert {"config.json", "model.safetensors"} == {p.name for p in drafter.iterdir()}
+    scored = command(
+        ROOT / "eval/main.py",
+        "mode=score",
+        f"drafter='{drafter}'",
+        f"cache.dir={cache}",
+        "out=scored",
+        "score.documents=8",
+        "score.anchors=8",
+        "score.pack_tokens=256",
+        cwd=tmp_path,
+    )
+    assert scored.returncode == 0, scored.stderr
+    best = max(line["validation"]["sampled"]["tau"] for line in lines if "validation" in line)
+    assert json.loads((tmp_path / "scored/score.json").read_text())["sampled"]["tau"] == pytest.approx(best, abs=1e-6)
+
+    judged = command(
+        ROOT / "eval/main.py",
+        f"drafter='{drafter}'",
+        "out=report",
+        "prompts.count=2",
+        "prompts.tokens=64",
+        "prompts.max_new_tokens=24",
+        cwd=tmp_path,
+    )
+    assert judged.returncode == 0, judged.stderr
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert {"drafter", "target", "prompts", "commit", "temperatures"} <= report.keys()
+    for figures in report["temperatures"].values():
+        assert {
+            "tau_micro",
+            "tau_macro",
+            "joint",
+            "conditional",
+            "tokens_per_s",
+            "baseline_tokens_per_s",
+            "speedup_decode",
+            "speedup_end_to_end",
+            "lossless",
+            "repetition",
+            "controls",
+        } <= figures.keys()
+        assert figures["lossless"]
+        assert figures["tau_micro"] == pytest.approx(1 + sum(figures["joint"]))
+        assert set(figures["controls"]) == {"untrained", "prompt_lookup", "zero_memory", "shuffled_memory"}
+    assert (tmp_path / "report/report.png").stat().st_size > 10_000
+
+    weights = load_file(drafter / "model.safetensors")
+    weights["norm.weight"] = torch.zeros(3)
+    broken = tmp_path / "broken"
+    shutil.copytree(drafter, broken)
+    save_file(weights, broken / "model.safetensors")
+    refused = command(ROOT / "eval/main.py", "drafter=broken", "out=no", cwd=tmp_path)
+    assert refused.returncode == 2 and "do not fit its config.json" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        pytest.param({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
+    ],
+    ids=["no key", "a key, and a host that does not answer"],
+)
+def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):
+    """Real W&B without a network: a run folder with the recipe, no prompt and no hang."""
+    done = command(
+        ROOT / "train/main.py",
+        "tracking=wandb",
+        f"cache.dir={cache}",
+        "run.dir=run",
+        "run.group=sweep",
+        "train.batch=1",
+        "train.max_steps=2",
+        *SMALL,
+        cwd=tmp_path,
+        env={"NETRC": str(tmp_path / "none"), **environment},
+        stdin=-3,
+    )
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for word in (b"cache_manifest_hash", b"git_revision", b"sampled.tau", b"grad_norm", b"sweep"):
+        assert word in content, word

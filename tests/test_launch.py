@@ -1,0 +1,204 @@
+"""The real `deepspeed` launcher with two CPU ranks: ZeRO 0-3, sweeps, kill -9 and resume, errors on all ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT, SMALL, command, deepspeed
+from train.ranks import free_port
+
+pytestmark = pytest.mark.slow
+TRAIN = ROOT / "train/main.py"
+COMMON = ["train.batch=4", "train.max_steps=12", "train.save_every=6", *SMALL]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(cache, tmp_path_factory):
+    """The loss curve of one process on the same global batch."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = command(
+        TRAIN,
+        "reuse=hybrid",
+        "objective=ttt",
+        f"cache.dir={cache}",
+        f"run.dir={folder / 'run'}",
+        "deepspeed=zero0",
+        *COMMON,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_two_ranks_equal_one_process(cache, alone, tmp_path, zero):
+    done = command(
+        TRAIN,
+        "reuse=hybrid",
+        "objective=ttt",
+        f"cache.dir={cache}",
+        f"run.dir={tmp_path / 'run'}",
+        f"deepspeed={zero}",
+        *COMMON,
+        launcher=deepspeed(2, free_port()),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(alone)) == 12
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.1  # something was learnt, else equal curves say little
+    one, two = (load_file(run / "checkpoints/last/model.safetensors") for run in (alone, tmp_path / "run"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "train/main.py" in " ".join(p.cmdline())]
+
+
+def wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} took more than {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("zero,ranks,victim", [("zero2", 2, "launcher"), ("zero3", 2, "rank"), ("zero1", 1, "launcher")])
+def test_kill_and_resume_ends_with_the_same_weights(cache, tmp_path, zero, ranks, victim):
+    port = free_port()
+    words = [
+        *deepspeed(ranks, port),
+        str(TRAIN),
+        "objective=blockwise",
+        "reuse=hybrid",
+        f"cache.dir={cache}",
+        f"deepspeed={zero}",
+        "train.batch=2",
+        "train.max_steps=40",
+        "train.save_every=5",
+        *SMALL,
+    ]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([*words, f"run.dir={tmp_path / 'whole'}"], env=env, cwd=tmp_path, capture_output=True).returncode == 0
+
+    run = tmp_path / "killed"
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen([*words, f"run.dir={run}"], env=env, cwd=tmp_path, stdout=log, stderr=log)
+        wait_for(lambda: (run / "checkpoints/step-000010").exists() and len(losses(run)) >= 12, 120, "twelve steps")
+        found = ranks_of(launcher)
+        assert len(found) >= ranks
+        os.kill(launcher.pid if victim == "launcher" else found[-1].pid, signal.SIGKILL)
+        launcher.wait(timeout=60)
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in found), 20, "the ranks' end")
+    assert not (run / "checkpoints/step-000040").exists()
+
+    resumed = subprocess.run([*words, f"run.dir={run}"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resuming" in resumed.stdout
+    whole, again = (load_file(r / "checkpoints/last/model.safetensors") for r in (tmp_path / "whole", run))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_sweep_runs_every_point_in_one_launch(cache, tmp_path, zero):
+    done = command(
+        TRAIN,
+        "-m",
+        "reuse=hidden,kv",
+        f"deepspeed={zero}",
+        f"cache.dir={cache}",
+        "run.dir=sweep",
+        "tracking=wandb",
+        "train.batch=2",
+        "train.max_steps=3",
+        *SMALL,
+        launcher=deepspeed(2, free_port()),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for reuse in ("hidden", "kv"):
+        run = tmp_path / "sweep" / f"reuse={reuse}"
+        assert len(losses(run)) == 3
+        assert json.loads((run / "recipe.json").read_text())["run"]["group"] == "sweep"
+        assert json.loads((run / "checkpoints/best/config.json").read_text())["reuse"] == reuse
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["train.batch=3"], "train.batch=3 packs a step cannot be shared by 2 ranks"),
+        (["reuse=nothing"], "Could not find 'reuse/nothing'"),
+    ],
+)
+def test_rank_0_alone_reports_a_mistake(cache, tmp_path, words, message):
+    done = command(TRAIN, f"cache.dir={cache}", "run.dir=run", *words, launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_stops_all_ranks_and_names_the_batch(cache, tmp_path):
+    """One document of the cache is poisoned; the run ends on the step that meets it, on both ranks, with its name."""
+    import shutil
+
+    bad = tmp_path / "bad"
+    shutil.copytree(cache, bad)
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(bad / "index.parquet").to_pylist()
+    row = max(rows, key=lambda r: r["length"])
+    path = bad / f"{row['shard']}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in tensors:
+        if name.startswith(("hidden", "last_hidden")):
+            start, count = (row["teacher_offset"], row["supervised"]) if name == "last_hidden" else (row["offset"], row["length"])
+            tensors[name][start : start + count] = float("nan")
+    save_file(tensors, path)
+    done = command(
+        TRAIN,
+        f"cache.dir={bad}",
+        "run.dir=run",
+        "reuse=hidden",
+        "train.batch=2",
+        "train.max_steps=200",
+        "train.save_every=1000",
+        *SMALL,
+        launcher=deepspeed(2, free_port()),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [one for one in done.stderr.splitlines() if one.startswith("error: ")]
+    assert "is not finite" in line and row["id"] in line
+    checked = command(ROOT / "data_prep/main.py", "mode=verify", f"cache.dir={bad}", cwd=tmp_path)
+    assert checked.returncode == 2 and path.name in checked.stderr
+
+
+def test_a_run_folder_has_one_owner(cache, tmp_path):
+    words = [TRAIN, f"cache.dir={cache}", "run.dir=run", "train.batch=2", "train.max_steps=100000", *SMALL]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(
+        [os.sys.executable, *map(str, words)], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), 90, "the first run's start")
+        second = command(*words, cwd=tmp_path)
+        assert second.returncode == 2 and "another run is using run" in second.stderr
+    finally:
+        first.kill()
+        first.wait()

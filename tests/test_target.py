@@ -1,0 +1,199 @@
+"""The target's states are those of transformers, what it would get wrong is refused, and its texts split as promised."""
+
+import hashlib
+import sys
+from pathlib import PurePosixPath
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+from data_prep.errors import UserError
+from data_prep.recipe import ROOT, DataRecipe
+from data_prep.sources import Document, documents
+from data_prep.target import Target, load_tokenizer
+from data_prep.tokens import tokenized
+from tests.models import small_target
+
+LAYERS = (0, 1, 2)
+SIZES = dict(
+    vocab_size=11,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+IDS_BT = torch.randint(0, 11, (2, 37), generator=torch.Generator().manual_seed(1))
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def target(request):
+    target = small_target(request.param)
+    target.capture(LAYERS, LAYERS)
+    return target
+
+
+@torch.no_grad()
+def test_rotated_keys_and_values_are_the_kv_cache(target):
+    cache = target.new_cache()
+    states = target.forward(IDS_BT, cache)
+    rotate = sys.modules[type(target.model).__module__].apply_rotary_pos_emb
+    cos, sin = target.model.model.rotary_emb(states.last_hidden, torch.arange(37)[None])
+    for layer in LAYERS:
+        key_BGTD = states.key[layer].transpose(1, 2)
+        _, rotated = rotate(key_BGTD, key_BGTD, cos, sin)
+        close(rotated, cache.layers[layer].keys)
+        close(states.value[layer].transpose(1, 2), cache.layers[layer].values)
+        assert not torch.allclose(key_BGTD, cache.layers[layer].keys, atol=1e-2)
+
+
+@torch.no_grad()
+def test_hidden_states_and_logits_are_those_of_transformers(target):
+    states = target.forward(IDS_BT)
+    output = target.model(IDS_BT, output_hidden_states=True)
+    for layer in LAYERS[:-1]:
+        close(states.hidden[layer], output.hidden_states[layer + 1])  # [0] is the embedding
+    close(target.model.model.norm(states.hidden[LAYERS[-1]]), states.last_hidden)
+    assert not torch.allclose(states.hidden[LAYERS[-1]], states.last_hidden, atol=1e-2)
+    close(target.logits(states.last_hidden), output.logits)
+
+
+@pytest.mark.parametrize("first", [1, 20, 36])
+def test_two_chunks_are_one(target, first):
+    cache, whole = target.new_cache(), target.forward(IDS_BT)
+    one, two = target.forward(IDS_BT[:, :first], cache), target.forward(IDS_BT[:, first:], cache)
+    close(torch.cat([one.last_hidden, two.last_hidden], 1), whole.last_hidden)
+    for kind in ("hidden", "key", "value"):
+        for layer in LAYERS:
+            close(torch.cat([getattr(one, kind)[layer], getattr(two, kind)[layer]], 1), getattr(whole, kind)[layer])
+
+
+def test_only_chosen_layers_are_handed_out(target):
+    try:
+        target.capture([1], [0, 2])
+        states = target.forward(IDS_BT)
+        assert (set(states.hidden), set(states.key), set(states.value)) == ({1}, {0, 2}, {0, 2})
+        for layers in (([3], []), ([], [-1])):
+            with pytest.raises(UserError, match="there is no layer"):
+                target.capture(*layers)
+    finally:
+        target.capture(LAYERS, LAYERS)
+
+
+def saved(config, folder, dtype=torch.float32):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+REFUSED = {
+    "built otherwise": (
+        GPT2Config(vocab_size=11, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1),
+        "is a 'gpt2'",
+    ),
+    "norms around the MLP": (Gemma2Config(**SIZES), "is a 'gemma2'"),
+    "scaled embeddings and logits": (GraniteConfig(**SIZES), "is a 'granite'"),
+    "Mistral's window": (MistralConfig(**SIZES, sliding_window=8), "a sliding window"),
+    "another activation": (LlamaConfig(**SIZES, hidden_act="gelu"), "only SiLU"),
+    "biases": (LlamaConfig(**SIZES, attention_bias=True), "without biases"),
+    "sliding window": (Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding_attention"),
+    "RoPE that changes": (
+        LlamaConfig(
+            **SIZES, max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        "rope type 'dynamic'",
+    ),
+}
+
+
+@pytest.mark.parametrize("config,reason", REFUSED.values(), ids=REFUSED.keys())
+def test_what_it_would_get_wrong_is_refused(tmp_path, config, reason):
+    with pytest.raises(UserError, match=reason):
+        Target(saved(config, tmp_path))
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_weights_that_were_cut_are_refused(tmp_path, left):
+    weights = saved(LlamaConfig(**SIZES), tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(UserError, match="no causal LM can be loaded"):
+        Target(tmp_path)
+
+
+def test_a_weight_that_is_missing_is_refused(tmp_path):
+    path = saved(LlamaConfig(**SIZES), tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks model.layers.0.mlp.up_proj.weight"):
+        Target(tmp_path)
+
+
+def test_weights_hash_is_of_the_weights_alone(tmp_path):
+    saved(Qwen3Config(**SIZES, tie_word_embeddings=False), tmp_path, torch.bfloat16)
+    target = Target(tmp_path, dtype=torch.float32)
+    before = target.weights_hash()
+    assert before == Target(tmp_path, dtype=torch.bfloat16).weights_hash()
+    for name, weight in target.model.named_parameters():
+        one = weight.view(-1)[-1:]
+        kept = one.clone()
+        one += 1
+        assert target.weights_hash() != before, name
+        one.copy_(kept)
+    assert target.weights_hash() == before
+
+
+def test_heldout_modules_are_never_captured():
+    sides = {heldout: {d.id for d in documents(DataRecipe(source="stdlib", max_length=64), heldout)} for heldout in (True, False)}
+    for heldout, ids in sides.items():
+        names = {PurePosixPath(id).name for id in ids}
+        assert len(names) > 50
+        assert all((int(hashlib.md5(name.encode()).hexdigest(), 16) % 8 == 0) == heldout for name in names)
+    assert not sides[True] & sides[False]
+    assert "json/decoder.py" in sides[int(hashlib.md5(b"decoder.py").hexdigest(), 16) % 8 == 0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(ROOT / "data_prep/targets/tiny"))
+
+
+@given(st.lists(st.text(max_size=60), max_size=4), st.integers(2, 20), st.integers(2, 80))
+@settings(max_examples=100, deadline=None)
+def test_pieces_restore_their_document(tokenizer, texts, max_length, max_tokens):
+    texts = ["def f(x): return x + 1", *texts]
+    pieces, short = tokenized([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, max_length)
+    assert all(2 <= len(p.input_ids) <= max_length for p in pieces)
+    assert all(p.loss_mask.tolist() == [0] + [1] * (len(p.input_ids) - 1) for p in pieces)
+    lost = 0
+    for i, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        joined = [id for p in pieces if p.id.split("#")[0] == str(i) for id in p.input_ids.tolist()]
+        lone = len(ids) % max_length == 1  # a last piece of one token supervises nothing
+        assert joined == ids[: len(ids) - lone]
+        lost += lone
+    assert short == lost
+
+    everything = np.concatenate([p.input_ids for p in pieces])
+    limited = np.concatenate(
+        [
+            p.input_ids
+            for p in tokenized([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, max_length, max_tokens)[0]
+        ]
+    )
+    # The limit counts tokens read; lone last tokens, and one that the limit itself leaves alone, are left out.
+    assert min(max_tokens, len(everything)) - lost - 1 <= len(limited) <= max_tokens
+    assert np.array_equal(limited, everything[: len(limited)])
