@@ -35,7 +35,7 @@ def verify(draft: list[int], q_JV: Tensor | None, p_JV: Tensor, generator: torch
     for slot, token in enumerate(draft):
         p, kept = p_JV[slot], float(p_JV[slot, token])
         q = 1.0 if q_JV is None else float(q_JV[slot, token])
-        if float(torch.rand((), generator=generator, dtype=torch.float64)) * q < kept:
+        if float(torch.rand((), generator=generator, device=p_JV.device, dtype=torch.float64)) * q < kept:
             continue
         rest = p.clone()
         if q_JV is None:

@@ -193,4 +193,4 @@ class Drafter(nn.Module):
         if config.uses_hidden:
             below = [i for i in config.hidden_layers if i < config.target_layers[0]]
             chosen = config.hidden_layers.index(below[-1] if below else config.hidden_layers[0])
-            self.fc.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size)
+            self.fc.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size, device=self.fc.weight.device)
