@@ -65,6 +65,7 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
     baseline, trained = runs["baseline"], runs["trained"]
     result = one(trained)
     result["baseline_tokens_per_s"] = measure.tokens_per_s(baseline, prefill=False)
+    result["baseline_round_ms"] = measure.round_ms(baseline)
     result["speedup_decode"] = result["tokens_per_s"] / result["baseline_tokens_per_s"]
     result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
     if temperature == 0:

@@ -15,38 +15,29 @@ def write_json(out: Path, report: dict, name: str = "report.json") -> None:
 
 
 def print_table(report: dict) -> None:
-    """One row a drafter and temperature: the trained one first, then what it has to beat."""
-    table = Table(
-        title=f"tau = tokens per verify step, {report['prompts']['count']} unseen prompts of {report['prompts']['tokens']} tokens"
-    )
-    for column in ("T", "drafter", "tau", "tau macro", "acceptance by slot", "tokens/s", "speedup", "lossless"):
+    """One row a drafter and temperature: the trained one first, then what it has to beat. Milliseconds are a round's."""
+    prompts = report["prompts"]
+    table = Table(title=f"tau = tokens per verify step; {prompts['count']} unseen prompts of {prompts['tokens']} tokens")
+    for column in ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "tokens/s", "speedup", "lossless"):
         table.add_column(column, justify="left" if column in ("drafter", "acceptance by slot") else "right")
     for temperature, figures in report["temperatures"].items():
-        table.add_row(
-            temperature,
-            "trained",
-            f"{figures['tau_micro']:.2f}",
-            f"{figures['tau_macro']:.2f}",
-            " ".join(f"{c:.2f}" for c in figures["conditional"]),
-            f"{figures['tokens_per_s']:,.0f}",
-            f"{figures['speedup_decode']:.2f}x",
-            "yes" if figures["lossless"] else "NO",
-            style="bold",
-        )
-        for name, control in figures["controls"].items():
+        baseline = {"tau_micro": 1.0, "conditional": [], "tokens_per_s": figures["baseline_tokens_per_s"]}
+        baseline["round_ms"] = figures["baseline_round_ms"]
+        for name, row in {"trained": figures, **figures["controls"], "none (baseline)": baseline}.items():
+            trained = name == "trained"
             table.add_row(
-                "",
+                temperature if trained else "",
                 name.replace("_", " "),
-                f"{control['tau_micro']:.2f}",
-                f"{control['tau_macro']:.2f}",
-                " ".join(f"{c:.2f}" for c in control["conditional"]),
-                f"{control['tokens_per_s']:,.0f}",
-                f"{control['tokens_per_s'] / figures['baseline_tokens_per_s']:.2f}x",
-                "",
+                f"{row['tau_micro']:.2f}",
+                " ".join(f"{c:.2f}" for c in row["conditional"]),
+                f"{row['round_ms']['draft']:.1f}",
+                f"{row['round_ms']['verify']:.1f}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['tokens_per_s'] / baseline['tokens_per_s']:.2f}x",
+                ("yes" if row["lossless"] else "NO") if trained else "",
+                style="bold" if trained else None,
+                end_section=name.startswith("none"),
             )
-        table.add_row(
-            "", "none (baseline)", "1.00", "1.00", "", f"{figures['baseline_tokens_per_s']:,.0f}", "1.00x", "", end_section=True
-        )
     Console(width=120).print(table)
 
 

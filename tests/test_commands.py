@@ -230,10 +230,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
 
 @pytest.mark.parametrize(
     "environment",
-    [
-        {},
-        pytest.param({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
-    ],
+    [{}, pytest.param({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, marks=pytest.mark.slow)],
     ids=["no key", "a key, and a host that does not answer"],
 )
 def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):

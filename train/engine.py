@@ -1,6 +1,7 @@
 """The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
 
 import json
+import os
 import resource
 import subprocess
 import time
@@ -13,10 +14,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from data_prep import cli
 from data_prep.cache.manifest import write_text
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import UserError
+from data_prep.recipe import ROOT
 from data_prep.target import load_target, pick_device
 from train import acceptance
 from train.attention import executor
@@ -73,7 +74,7 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
     device = pick_device(recipe.target.device)
     if device.type == "cuda":
-        torch.cuda.set_device(rank() % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     try:
@@ -125,8 +126,9 @@ class _Run:
         done, self.best, last = state["step"], state["best"], self.recipe.train.max_steps
         self.tracker = self._tracker(done) if rank() == 0 else None
         if done == 0:
+            size = sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())  # ZeRO-3 leaves numel at 0
             self._say(
-                f"{sum(p.numel() for p in self.objective.parameters()):,} parameters, "
+                f"{size:,} parameters, "
                 f"{len(self.stream.documents):,} training and {len(self.validation.documents):,} validation documents, "
                 f"{self.world} rank(s), {self.accumulation} pack(s) a rank and step -> {self.run_dir}"
             )
@@ -135,10 +137,11 @@ class _Run:
         window, since = [], time.monotonic()
         for step in range(done + 1, last + 1):
             window.append(self._step(step))
-            if step % self.recipe.train.log_every == 0 or step == last:
+            saves = step % self.recipe.train.save_every == 0 or step == last
+            if saves or step % self.recipe.train.log_every == 0:  # no window crosses a checkpoint: a resumed run logs the same
                 self._log(step, window, time.monotonic() - since)
                 window, since = [], time.monotonic()
-            if step % self.recipe.train.save_every == 0 or step == last:
+            if saves:
                 self._save(step)
                 since = time.monotonic()
         if done >= last:
@@ -238,9 +241,7 @@ class _Run:
         )
 
     def _tracker(self, step: int) -> Tracker:
-        revision = subprocess.run(
-            ["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+        revision = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         config = {
             **self.recipe.model_dump(mode="json"),
             "git_revision": revision or None,

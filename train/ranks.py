@@ -125,7 +125,10 @@ class Sweep:
     def finish(self) -> None:
         if self._store:
             self._store.set(f"point/{self._number}", json.dumps(None))
-            self._store.set("rank0", "done")
+            # The store lives in this process: it stays until every rank has read that there is no more.
+            deadline = time.monotonic() + 60
+            while self._store.add("left", 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < deadline:
+                time.sleep(0.1)
 
     def follow(self) -> None:
         """Other ranks: run what rank 0 announces until it says that there is no more."""
@@ -134,6 +137,7 @@ class Sweep:
             if code := self._child(*point):
                 time.sleep(20)  # rank 0 reports; see fail()
                 os._exit(code)
+        self._store.add("left", 1)
 
     def _child(self, port: int, overrides: list[str]) -> int:
         code = subprocess.run(

@@ -67,7 +67,7 @@ def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: 
             settings=wandb.Settings(init_timeout=30, console="off", silent=True),
         )
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     try:
         return start(mode)
     except wandb.errors.Error as error:
