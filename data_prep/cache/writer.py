@@ -53,7 +53,7 @@ class CacheWriter:
                     f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
                     "Choose another cache.dir or remove that folder"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(p.suffix != ".tmp" for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no cache; choose another cache.dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)  # a folder can be locked: no lock file is left in the cache
