@@ -5,13 +5,17 @@ command line is composed and checked *before* Hydra runs, and a mistake is one l
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,21 +56,51 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
         raise UserError("; ".join(wrong)) from error
 
 
+def git_revision() -> str | None:
+    """The commit of this checkout, None outside one."""
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def refuse_file(key: str, path: str) -> None:
+    """Raises UserError when `path`, which is to be a folder, is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"{key}={path} is a file; it must name a folder")
+
+
+def arguments():
+    """Hydra's own flags and the overrides. Raises UserError for a flag that Hydra does not have."""
+    parser = get_args_parser()
+
+    def refuse(message: str):
+        raise UserError(f"{message}; overrides are written key=value, see --help")
+
+    parser.error = refuse
+    return parser.parse_args()
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    """Raises UserError for a word that is no override."""
+    try:
+        with hydra.initialize_config_dir(CONF, version_base="1.3"):
+            return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(_one_line(error)) from error
+
+
 def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: one, or under `-m` every point of the sweep."""
     if not multirun:
         return [overrides]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(_one_line(error)) from error
-    return [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    return [job for batch in BasicSweeper.split_arguments(parsed(overrides), max_batch_size=None) for job in batch]
 
 
-def fail(error: UserError, speaks: bool = True) -> None:
-    """Print one line (on the rank that speaks) and leave with code 2."""
-    if speaks:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def fail(error: UserError) -> None:
+    """Print one line and leave with code 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)  # not sys.exit: a collective's threads must not keep a failed rank alive
 
@@ -76,7 +110,6 @@ def main(
 ) -> None:
     """Run `task` under Hydra (`-m`, `--cfg`, `--help` included) once every job's recipe has passed `check`."""
     sys.argv[1:] = without_local_rank(sys.argv[1:])
-    arguments = get_args_parser().parse_args()
 
     def job(config: DictConfig) -> None:
         try:
@@ -85,8 +118,9 @@ def main(
             fail(error)
 
     try:
-        if not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info):
-            for overrides in jobs_of(arguments.overrides, arguments.multirun):
+        words = arguments()
+        if not (words.help or words.hydra_help or words.cfg or words.info):
+            for overrides in jobs_of(words.overrides, words.multirun):
                 check(compose(config_name, recipe, overrides))
     except UserError as error:
         fail(error)

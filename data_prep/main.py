@@ -20,7 +20,9 @@ def check(recipe: DataPrepRecipe) -> None:
     """What can be refused before the target is loaded."""
     if recipe.mode == "verify":
         CacheReader(recipe.cache.dir)
-    elif recipe.data.source == "jsonl" and not Path(recipe.data.path or "").is_file():
+        return
+    cli.refuse_file("cache.dir", recipe.cache.dir)
+    if recipe.data.source == "jsonl" and not Path(recipe.data.path or "").is_file():
         raise UserError(f"data.path={recipe.data.path} is not a file")
 
 
@@ -34,6 +36,10 @@ def run(recipe: DataPrepRecipe) -> None:
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     pieces, short = tokenized(documents(recipe.data, heldout=False), tokenizer, recipe.data.max_length, recipe.data.max_tokens)
     target = load_target(recipe.target)
+    if recipe.data.max_length > target.architecture.max_positions:
+        raise UserError(
+            f"data.max_length={recipe.data.max_length} exceeds the target's {target.architecture.max_positions} positions"
+        )
     manifest = make_manifest(recipe, target, pieces)
     target.capture(manifest.hidden_layers, manifest.kv_layers)
     writer = CacheWriter(recipe.cache.dir, manifest, recipe.cache.shard_bytes)

@@ -1,7 +1,7 @@
 """What `conf/data_prep.yaml` may say: types, ranges and the rules between keys. Hydra composes, pydantic checks."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,8 +46,14 @@ class CacheRecipe(Section):
     dir: str
     codec: Literal["bf16", "fp32"]
     kinds: list[Literal["hidden", "kv"]] = Field(min_length=1)
-    layers: Literal["auto"] | list[int]
+    layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)]
     shard_bytes: int = Field(ge=1)
+
+
+class FinishedCache(Section):
+    """A cache to read: everything else about it stands in its manifest."""
+
+    dir: str
 
 
 class CaptureRecipe(Section):

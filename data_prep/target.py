@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -76,10 +77,12 @@ class FrozenHead:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto`: the GPU this process may use, else the CPU. Raises UserError when cuda is asked for and absent."""
+    """`auto`: the GPU this process may use (DS_ACCELERATOR=cpu: none), else the CPU. Raises UserError when cuda is asked
+    for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("target.device=cuda, but this machine has no GPU that PyTorch can use")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    allowed = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    on_gpu = device == "cuda" or (device == "auto" and allowed)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
@@ -173,6 +176,12 @@ class Target:
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end a text, as `generate` takes them."""
+        ids = self.model.generation_config.eos_token_id
+        return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
         """One layer under the names of `train/drafter/layers.py`."""

@@ -49,7 +49,7 @@ def decode(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    end_token: int | None = None,
+    end_tokens: frozenset[int] = frozenset(),
     keep_drafts: bool = False,
 ) -> Generation:
     """Continue `prompt`. At temperature 0 the output is the target's greedy continuation, above it a sample of the
@@ -64,7 +64,7 @@ def decode(
     result = Generation([])
     result.prefill_s = (now := _clock(target)) - started
     decoding = now
-    while len(tokens) - len(prompt) < max_new_tokens and end_token not in tokens[len(prompt) :]:
+    while len(tokens) - len(prompt) < max_new_tokens and end_tokens.isdisjoint(tokens[len(prompt) :]):
         anchor = len(tokens) - 1
         draft = drafting.draft(tokens, temperature, generator)
         now, before = _clock(target), now
@@ -83,7 +83,8 @@ def decode(
         result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None))
     result.decode_s = now - decoding
     output = tokens[len(prompt) : len(prompt) + max_new_tokens]
-    result.tokens = output[: output.index(end_token) + 1] if end_token in output else output
+    end = next((i for i, token in enumerate(output) if token in end_tokens), len(output))
+    result.tokens = output[: end + 1]
     return result
 
 

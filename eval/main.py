@@ -1,7 +1,6 @@
 """python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score]"""
 
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -96,7 +95,6 @@ def run(recipe: EvalRecipe) -> None:
     prompts = heldout_prompts(recipe.data, recipe.prompts, tokenizer)
     attend = executor(recipe.attention, target.device, training=False)
     others = [target.forward(torch.tensor([p.tokens], device=target.device)).map(lambda t: t[0]) for p in prompts]
-    revision = subprocess.run(["git", "-C", str(cli.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "drafter": {
             "path": recipe.drafter,
@@ -113,7 +111,7 @@ def run(recipe: EvalRecipe) -> None:
             "ids": [p.id for p in prompts],
             "seed": recipe.seed,
         },
-        "commit": revision or None,
+        "commit": cli.git_revision(),
         "temperatures": {},
     }
     everyone = contenders(target, drafter, attend, others, 0)
@@ -136,7 +134,7 @@ def run(recipe: EvalRecipe) -> None:
                             recipe.prompts.max_new_tokens,
                             temperature,
                             recipe.seed + number,
-                            target.model.config.eos_token_id,
+                            target.end_tokens,
                         )
                     )
                 progress.advance(task)

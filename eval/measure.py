@@ -20,25 +20,28 @@ def acceptance(generations: list[Generation]) -> Acceptance:
     """Joint and conditional acceptance per slot over all rounds."""
     rounds = [r for g in generations for r in g.rounds]
     slots = range(1, max((r.drafted for r in rounds), default=0) + 1)
-    return Acceptance.of([sum(r.kept >= j for r in rounds) for j in slots], [len(rounds)] * len(slots))
+    kept = [sum(r.kept >= j for r in rounds) for j in slots]
+    return Acceptance.of(kept, [len(rounds), *kept[:-1]])
 
 
 def tau(generations: list[Generation]) -> tuple[float, float]:
     """(micro: over all rounds, macro: mean over requests)."""
     judged = [g for g in generations if g.rounds]
+    if not judged:  # every output ended with its first token
+        return 1.0, 1.0
     return (sum(g.emitted for g in judged) / sum(len(g.rounds) for g in judged), mean(g.emitted / len(g.rounds) for g in judged))
 
 
 def tokens_per_s(generations: list[Generation], prefill: bool) -> float:
-    """Emitted tokens over seconds, decode alone or with the prefill."""
-    if prefill:
-        return sum(g.emitted + 1 for g in generations) / sum(g.prefill_s + g.decode_s for g in generations)
-    return sum(g.emitted for g in generations) / sum(g.decode_s for g in generations)
+    """Output tokens over seconds, decode alone (without the prefill's token) or with the prefill. What the last round
+    emitted beyond the output's end does not count: plain decoding would not have made it."""
+    tokens = sum(len(g.tokens) - (not prefill) for g in generations)
+    return tokens / max(sum(g.decode_s + prefill * g.prefill_s for g in generations), 1e-9)
 
 
 def round_ms(generations: list[Generation]) -> dict[str, float]:
     """Milliseconds a round: drafting (memory included), verifying, and all else."""
-    count = sum(len(g.rounds) for g in generations)
+    count = max(1, sum(len(g.rounds) for g in generations))
     draft, verify, total = (1e3 * sum(getattr(g, f"{k}_s") for g in generations) / count for k in ("draft", "verify", "decode"))
     return {"draft": draft, "verify": verify, "overhead": total - draft - verify}
 

@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import Field
 
 from data_prep.cache.reader import CacheReader
+from data_prep.cli import refuse_file
 from data_prep.errors import UserError
-from data_prep.recipe import DataRecipe, Section, TargetRecipe
+from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
@@ -19,12 +20,6 @@ class PromptsRecipe(Section):
     count: int = Field(ge=2)  # two at least: the shuffled-memory control shows one the other's states
     tokens: int = Field(ge=2)
     max_new_tokens: int = Field(ge=2)
-
-
-class ScoredCache(Section):
-    """The cache that `mode=score` reads."""
-
-    dir: str
 
 
 class ScoreRecipe(Section):
@@ -44,7 +39,7 @@ class EvalRecipe(Section):
     target: TargetRecipe
     data: DataRecipe
     prompts: PromptsRecipe
-    cache: ScoredCache
+    cache: FinishedCache
     score: ScoreRecipe
     temperatures: list[float] = Field(min_length=1)
     controls: bool
@@ -56,6 +51,7 @@ def check(recipe: EvalRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded."""
     if min(recipe.temperatures) < 0:
         raise UserError(f"temperatures={recipe.temperatures}: a temperature is 0 (greedy) or more")
+    refuse_file("out", recipe.out)
     config = DrafterConfig.load(recipe.drafter)
     if not (Path(recipe.drafter) / "model.safetensors").is_file():
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")

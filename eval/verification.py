@@ -42,5 +42,6 @@ def verify(draft: list[int], q_JV: Tensor | None, p_JV: Tensor, generator: torch
             rest[token] = 0
         else:
             rest = (p - q_JV[slot]).clamp_(min=0)
-        return slot, sample(rest, generator)
+        # p and q equal up to rounding leave nothing to draw from; then p itself is right.
+        return slot, sample(rest if float(rest.sum()) > 0 else p, generator)
     return len(draft), sample(p_JV[len(draft)], generator)

@@ -23,15 +23,15 @@ judge() { # cell overrides...
 table() {
   python - "$runs" $cells <<'PY'
 import json, pathlib, sys
-print("| objective | reuse | parameters | tau T=1 | tau T=0 | acceptance by slot, T=1 | untrained | zero memory | another's memory | prompt lookup | draft ms | verify ms | speed T=1 |")
-print("|" + "---|" * 13)
+print("| objective | reuse | parameters | tau T=1 | tau T=0 | acceptance by slot, T=1 | untrained | zero memory | another's memory | prompt lookup | draft ms | verify ms |")
+print("|" + "---|" * 12)
 for cell in sys.argv[2:]:
     report = json.loads((pathlib.Path(sys.argv[1]) / cell / "report/report.json").read_text())
     warm, cold = report["temperatures"]["1"], report["temperatures"]["0"]
     controls = " | ".join(f"{warm['controls'][c]['tau_micro']:.2f}" for c in ("untrained", "zero_memory", "shuffled_memory", "prompt_lookup"))
     slots = " ".join(f"{c:.2f}" for c in warm["conditional"])
     print(f"| {cell.replace('-', ' | ')} | {report['drafter']['parameters'] / 1e6:.1f}M | **{warm['tau_micro']:.2f}** | {cold['tau_micro']:.2f} | {slots} "
-          f"| {controls} | {warm['round_ms']['draft']:.1f} | {warm['round_ms']['verify']:.1f} | {warm['speedup_decode']:.2f}x |")
+          f"| {controls} | {warm['round_ms']['draft']:.1f} | {warm['round_ms']['verify']:.1f} |")
 PY
 }
 

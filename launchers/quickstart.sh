@@ -10,6 +10,8 @@ ranks=${RANKS:-2}
 step() { printf '\n$ %s\n' "$*"; "$@"; }
 started=$SECONDS
 step python "$here/data_prep/main.py" target=tiny data=stdlib cache.dir="$runs/cache"
-step deepspeed --num_accelerators "$ranks" "$here/train/main.py" experiment=quickstart cache.dir="$runs/cache" run.dir="$runs/run"
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+step deepspeed --num_accelerators "$ranks" --master_port "$port" "$here/train/main.py" experiment=quickstart cache.dir="$runs/cache" run.dir="$runs/run"
 step python "$here/eval/main.py" drafter="$runs/run/checkpoints/best" out="$runs/report"
 printf '\nquickstart: %d s; see %s/report/report.png\n' $((SECONDS - started)) "$runs"

@@ -103,7 +103,7 @@ def test_training_forward_is_decode_loop(target, objective, reuse, packing):
 def test_two_layers_and_sampling(target, objective, reuse):
     worst, kept, refused = largest_difference(target, drafter_of(target, objective, reuse, layers=2), temperature=1.0)
     assert worst < 1e-4
-    assert kept + refused >= 10
+    assert kept >= 3 and refused >= 5, (kept, refused)
 
 
 @pytest.mark.parametrize(

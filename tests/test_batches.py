@@ -193,7 +193,8 @@ def test_a_cache_of_one_document_is_refused():
 
 
 def test_acceptance_counts_by_hand():
-    """Two anchors; the second has one slot that counts. Overlaps .5 .4 and .8: joint .65 (two rounds), .2 (one)."""
+    """Two anchors; the second has one slot that counts. Overlaps .5 .4 and .8: slot 1 .65 of both; slot 2 is judged on
+    the first anchor alone, .2 of .5."""
     valid = torch.tensor([[True, True], [True, False]])
     outcome = Outcome(
         torch.tensor(0.0),
@@ -203,6 +204,6 @@ def test_acceptance_counts_by_hand():
         valid,
     )
     found = acceptance.summarise(acceptance.counts(outcome))
-    assert found["sampled"].joint == pytest.approx([0.65, 0.2]) and found["sampled"].tau == pytest.approx(1.85)
-    assert found["sampled"].conditional == pytest.approx([0.65, 0.2 / 0.65])
+    assert found["sampled"].joint == pytest.approx([0.65, 0.26]) and found["sampled"].tau == pytest.approx(1.91)
+    assert found["sampled"].conditional == pytest.approx([0.65, 0.4])
     assert found["greedy"].joint == pytest.approx([0.5, 0.0]) and found["greedy"].conditional == [0.5, 0.0]

@@ -153,7 +153,7 @@ def test_end_token_and_limit_cut_where_plain_decoding_would(exact_target):
     drafter = drafter_of(exact_target, "ttt", "kv", layers=2)
     trained = Trained(drafter, exact_target.frozen_head, REFERENCE)
     end = plain[7]
-    assert decode(exact_target, trained, prompt, 40, 0.0, 0, end_token=end).tokens == plain[: plain.index(end) + 1]
+    assert decode(exact_target, trained, prompt, 40, 0.0, 0, end_tokens=frozenset({end})).tokens == plain[: plain.index(end) + 1]
     for limit in (1, 2, 5):
         assert decode(exact_target, trained, prompt, limit, 0.0, 0).tokens == plain[:limit]
 

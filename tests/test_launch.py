@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SMALL, command, deepspeed
+from tests.test_commands import rewrite
 from train.ranks import free_port
 
 pytestmark = pytest.mark.slow
@@ -20,9 +22,9 @@ TRAIN = ROOT / "train/main.py"
 COMMON = ["train.batch=4", "train.max_steps=12", "train.save_every=6", *SMALL]
 
 
-def losses(run):
+def losses(run, figure="loss"):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[figure] for line in lines if figure in line]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,8 @@ def test_two_ranks_equal_one_process(cache, alone, tmp_path, zero):
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(losses(alone)) == 12
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4)
+    # AdamW forgives a wrong scale of the gradient; its norm before clipping does not.
+    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-3)
     assert losses(alone)[-1] < losses(alone)[0] - 0.1  # something was learnt, else equal curves say little
     one, two = (load_file(run / "checkpoints/last/model.safetensors") for run in (alone, tmp_path / "run"))
     assert one.keys() == two.keys()
@@ -152,10 +156,20 @@ def test_rank_0_alone_reports_a_mistake(cache, tmp_path, words, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cache_of_another_target_is_refused_by_all_ranks(cache, tmp_path):
+    """Noticed only once the target is loaded: still one line, and no rank is left behind or dies of another's end."""
+    other = tmp_path / "other"
+    shutil.copytree(cache, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    rewrite(other, manifest | {"target": manifest["target"] | {"weights_hash": "0"}})
+    done = command(TRAIN, f"cache.dir={other}", "run.dir=run", launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and "was captured from another target" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_nan_stops_all_ranks_and_names_the_batch(cache, tmp_path):
     """One document of the cache is poisoned; the run ends on the step that meets it, on both ranks, with its name."""
-    import shutil
-
     bad = tmp_path / "bad"
     shutil.copytree(cache, bad)
     import pyarrow.parquet as pq

@@ -7,6 +7,8 @@ Shapes: N anchors, J slots.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -15,12 +17,16 @@ from train.objectives import Outcome
 
 
 def counts(outcome: Outcome) -> Tensor:
-    """float64 [3, J]: over the anchors whose slot j counts, the sum of the chance that slots 1..j are all accepted at
-    temperature 1 (product of overlaps), the same at temperature 0 (product of matches), and their number."""
+    """float64 [4, J], sums over the anchors whose slot j counts: the chance that slots 1..j are all accepted at
+    temperature 1 (product of overlaps), the chance that slots 1..j-1 are, and both at temperature 0 (of matches)."""
     valid = outcome.valid.double()
-    return torch.stack(
-        [(outcome.overlap.double().cumprod(1) * valid).sum(0), (outcome.match.double().cumprod(1) * valid).sum(0), valid.sum(0)]
-    )
+
+    def both(accepted: Tensor) -> list[Tensor]:
+        through = accepted.double().cumprod(1)
+        before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=1)
+        return [(through * valid).sum(0), (before * valid).sum(0)]
+
+    return torch.stack(both(outcome.overlap) + both(outcome.match))
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,15 @@ class Acceptance:
     tau: float
 
     @staticmethod
-    def of(accepted: list[float], rounds: list[float]) -> "Acceptance":
-        """`accepted[j]` of `rounds[j]` rounds had slots 1..j+1 accepted. A slot that no round reached counts as 0."""
-        joint = [a / n if n else 0.0 for a, n in zip(accepted, rounds)]
-        conditional = [j / before if before else 0.0 for j, before in zip(joint, [1.0, *joint])]
+    def of(through: list[float], before: list[float]) -> "Acceptance":
+        """Slot j + 1 was reached `before[j]` times and accepted `through[j]` times, over rounds in which it counts: the
+        conditional acceptance compares the same rounds, and the joint is its product. Never reached counts as 0."""
+        conditional = [t / b if b else 0.0 for t, b in zip(through, before)]
+        joint = list(accumulate(conditional, mul))
         return Acceptance(joint, conditional, 1.0 + sum(joint))
 
 
-def summarise(total_3J: Tensor) -> dict[str, Acceptance]:
+def summarise(total_4J: Tensor) -> dict[str, Acceptance]:
     """{"sampled": temperature 1, "greedy": temperature 0} from summed `counts`."""
-    sampled, greedy, rounds = total_3J.tolist()
-    return {"sampled": Acceptance.of(sampled, rounds), "greedy": Acceptance.of(greedy, rounds)}
+    sampled, sampled_before, greedy, greedy_before = total_4J.tolist()
+    return {"sampled": Acceptance.of(sampled, sampled_before), "greedy": Acceptance.of(greedy, greedy_before)}

@@ -16,7 +16,15 @@ from train.drafter.model import Drafter
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint."""
-    return max(folder.glob("step-*"), default=None, key=lambda path: int(path.name.removeprefix("step-")))
+    return max(_steps(folder), default=None, key=_number)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.suffix != ".tmp"]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 class Checkpoints:
@@ -30,8 +38,8 @@ class Checkpoints:
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         dist.barrier()
 
-    def save(self, step: int, state: dict, best: bool) -> None:
-        """Write checkpoint `step` with the caller's own `state`, and let `best` and `last` point where they should."""
+    def save(self, step: int, state: dict) -> None:
+        """Write checkpoint `step` with the caller's own `state`, whose `best_step` names the checkpoint that `best` means."""
         aside, final = self.folder / f"step-{step:06d}.tmp", self.folder / f"step-{step:06d}"
         self._engine.save_checkpoint(str(aside), tag="deepspeed", client_state=state, save_latest=False)
         parameters = list(self._drafter.parameters())
@@ -42,14 +50,9 @@ class Checkpoints:
         dist.barrier()
         if self._rank == 0:
             _sync_tree(aside)
-            if final.exists():  # a run resumed from before it
-                shutil.rmtree(final)
             os.replace(aside, final)
-            for name in ["last", *(["best"] if best else [])]:
-                link = self.folder / f"{name}.tmp"
-                link.symlink_to(Path(final.name) / "drafter")
-                os.replace(link, self.folder / name)
-            self._prune()
+            self._link(step, state["best_step"])
+            self._prune(state["best_step"])
         dist.barrier()
 
     def load(self) -> dict | None:
@@ -61,21 +64,32 @@ class Checkpoints:
         path = latest(self.folder)
         if path is None:
             return None
-        loaded, state = self._engine.load_checkpoint(str(path), tag="deepspeed")
+        try:
+            loaded, state = self._engine.load_checkpoint(str(path), tag="deepspeed")
+        except Exception as error:  # whatever torch and DeepSpeed raise for a file that is cut or gone
+            loaded, reason = None, f" ({str(error).strip().splitlines()[0]})"
+        else:
+            reason = ""
         if loaded is None:
-            raise UserError(f"{path} cannot be resumed from; remove it to go on from the checkpoint before it")
+            raise UserError(f"{path} cannot be resumed from{reason}; remove it to go on from the checkpoint before it")
+        if self._rank == 0:
+            self._link(_number(path), state["best_step"])  # a run killed between a checkpoint and its links
         return state
 
-    def _prune(self) -> None:
-        steps = sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-        best = (self.folder / "best").resolve().parent if (self.folder / "best").exists() else None
-        for path in steps[: -self._keep_last]:
+    def _link(self, last: int, best: int) -> None:
+        for name, step in (("last", last), ("best", best)):
+            link = self.folder / f"{name}.tmp"
+            link.symlink_to(Path(f"step-{step:06d}") / "drafter")
+            os.replace(link, self.folder / name)
+
+    def _prune(self, best: int) -> None:
+        for path in sorted(_steps(self.folder), key=_number)[: -self._keep_last]:
             # The best drafter stays; the engine's state beside it is of no more use.
-            shutil.rmtree(path / "deepspeed", ignore_errors=True) if path.resolve() == best else shutil.rmtree(path)
+            shutil.rmtree(path / "deepspeed", ignore_errors=True) if _number(path) == best else shutil.rmtree(path)
 
 
 def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
+    for path in [*folder.rglob("*"), folder, folder.parent]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

@@ -1,9 +1,9 @@
 """The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
 
 import json
+import math
 import os
 import resource
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from data_prep.cache.manifest import write_text
 from data_prep.cache.reader import CacheReader
+from data_prep.cli import git_revision
 from data_prep.errors import UserError
-from data_prep.recipe import ROOT
 from data_prep.target import load_target, pick_device
 from train import acceptance
 from train.attention import executor
 from train.batches import Pack, PackStream, split
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, latest
 from train.drafter.model import Drafter
 from train.losses import weights
 from train.objectives import Objective
@@ -77,10 +77,8 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    try:
-        _Run(recipe, run_dir, device).go()
-    finally:
-        dist.destroy_process_group()
+    _Run(recipe, run_dir, device).go()
+    dist.destroy_process_group()  # only after success: with a rank gone it can wait for ever
     del lock
 
 
@@ -94,8 +92,7 @@ class _Run:
         self._refuse_another_run()
         config = drafter_config(recipe, self.reader.manifest)
         target = load_target(recipe.target.model_copy(update={"device": "cpu"}))
-        if rank() == 0:
-            check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
+        check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
         bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
         drafter = Drafter(config).start(target, target.frozen_head)
         head = target.frozen_head.to(device, torch.bfloat16 if bf16 else torch.float32)
@@ -122,8 +119,8 @@ class _Run:
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
     def go(self) -> None:
-        state = self.checkpoints.load() or {"step": 0, "best": 0.0}
-        done, self.best, last = state["step"], state["best"], self.recipe.train.max_steps
+        state = self.checkpoints.load() or {"step": 0, "best": 0.0, "best_step": 0}
+        done, self.best, self.best_step, last = state["step"], state["best"], state["best_step"], self.recipe.train.max_steps
         self.tracker = self._tracker(done) if rank() == 0 else None
         if done == 0:
             size = sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())  # ZeRO-3 leaves numel at 0
@@ -157,7 +154,7 @@ class _Run:
             [float(self.objective.weight_sum(pack)) for pack in packs], dtype=torch.float64, device=self.device
         ).sum()
         dist.all_reduce(weight)
-        sums, culprit = torch.zeros(4 + 3 * len(self.weight_J), dtype=torch.float64, device=self.device), None
+        sums, culprit = torch.zeros(4 + 4 * len(self.weight_J), dtype=torch.float64, device=self.device), None
         for number, pack in enumerate(packs):
             outcome = self.engine(pack)
             # DeepSpeed divides the sum of gradients by world x accumulation; the loss is a mean over all of them.
@@ -175,6 +172,11 @@ class _Run:
                 if sums[3] > 0:
                     self._stop_on_nan(step, culprit)
             self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and not math.isfinite(float(norm)):
+            raise UserError(
+                f"the gradient of step {step} is not finite though its loss is; the last checkpoint is intact. Lower train.lr"
+            )
         sums[1] = weight
         return sums
 
@@ -197,7 +199,7 @@ class _Run:
     def _validate(self) -> dict[str, acceptance.Acceptance]:
         """Teacher-forced acceptance on the validation documents. Every rank runs the same number of forwards."""
         packs = self.validation.passes(0)
-        total = torch.zeros(3, len(self.weight_J), dtype=torch.float64, device=self.device)
+        total = torch.zeros(4, len(self.weight_J), dtype=torch.float64, device=self.device)
         self.engine.eval()
         for start in range(0, len(packs), self.world):
             mine = start + rank()
@@ -210,19 +212,19 @@ class _Run:
     def _save(self, step: int) -> None:
         found = self._validate()
         tau = found["sampled"].tau
-        best = tau > self.best
-        self.best = max(self.best, tau)
+        if best := tau > self.best:
+            self.best, self.best_step = tau, step
         self._say(f"step {step}: held-out tau {tau:.3f} sampled, {found['greedy'].tau:.3f} greedy{' (best)' if best else ''}")
         if self.tracker:
             self.tracker.log(step, {"validation": {kind: vars(a) for kind, a in found.items()}})
-        self.checkpoints.save(step, {"step": step, "best": self.best, "world_size": self.world}, best)
+        self.checkpoints.save(step, {"step": step, "best": self.best, "best_step": self.best_step})
 
     def _log(self, step: int, window: list[torch.Tensor], seconds: float) -> None:
         norm = self.engine.get_global_grad_norm()
         if rank() != 0:
             return
         total = torch.stack(window).sum(0).cpu()
-        found = acceptance.summarise(total[4:].view(3, -1))
+        found = acceptance.summarise(total[4:].view(4, -1))
         loss = float(total[0] / total[1])
         rate = float(total[2]) / seconds
         figures = {
@@ -241,10 +243,9 @@ class _Run:
         )
 
     def _tracker(self, step: int) -> Tracker:
-        revision = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         config = {
             **self.recipe.model_dump(mode="json"),
-            "git_revision": revision or None,
+            "git_revision": git_revision(),
             "cache_manifest_hash": self.reader.manifest.hash(),
             "world_size": self.world,
         }
@@ -253,7 +254,7 @@ class _Run:
 
     def _refuse_another_run(self) -> None:
         path = self.run_dir / "recipe.json"
-        if not path.exists() or not any((self.run_dir / "checkpoints").glob("step-*")):
+        if not path.exists() or latest(self.run_dir / "checkpoints") is None:
             return
         earlier = json.loads(path.read_text())
         if differences := self.recipe.resumable_differences(earlier):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
@@ -12,11 +13,12 @@ ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile 
 
 import hydra  # noqa: E402
 import torch  # noqa: E402
-from hydra._internal.utils import get_args_parser  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
 from data_prep import cli  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
+from data_prep.sources import stable_hash  # noqa: E402
+from data_prep.target import pick_device  # noqa: E402
 from train.recipe import TrainRecipe, check  # noqa: E402
 
 UNNAMED = ("run.dir", "cache.dir", "tracking", "run.group")  # keys that do not make another run
@@ -29,25 +31,39 @@ def key_of(override: str) -> str:
 def run_name(overrides: list[str]) -> str:
     """A folder's name from the overrides, without a timestamp, so that the same command finds its run again."""
     kept = sorted(word for word in overrides if key_of(word) not in UNNAMED and not key_of(word).startswith("hydra"))
-    return ",".join(kept).replace("/", "_") or "default"
+    name = ",".join(kept).replace("/", "_") or "default"
+    return name if len(name.encode()) <= 200 else f"{name[:150]}-{stable_hash(name):016x}"  # a file name's limit
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's override grammar takes it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def run(recipe: TrainRecipe, run_dir: str) -> None:
+    ranks.single_process_defaults()
+    if pick_device(recipe.target.device).type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides when it is imported, and by what it finds
+        if "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     from train.engine import train
 
-    ranks.single_process_defaults()
-    if recipe.target.device == "cpu" or not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     try:
         train(recipe, Path(run_dir))
     except UserError as error:
         ranks.fail(error)
+    except Exception:  # leave at once: a failed rank that waits for its collectives is never noticed by the launcher
+        traceback.print_exc()
+        os._exit(1)
 
 
 def main() -> None:
     sys.argv[1:] = cli.without_local_rank(sys.argv[1:])
-    arguments = get_args_parser().parse_args()
+    try:
+        arguments = cli.arguments()
+    except UserError as error:
+        ranks.fail(error)
     overrides = arguments.overrides
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         if ranks.rank() == 0:
@@ -62,7 +78,6 @@ def main() -> None:
     run_dir = recipes[0].run.dir or f"runs/{run_name(overrides)}"
     if not arguments.multirun:
         if ranks.rank() == 0:
-            sys.argv += [f"hydra.run.dir='{run_dir}'"]
             hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: run(recipes[0], run_dir))()
         else:
             run(recipes[0], run_dir)
@@ -70,9 +85,9 @@ def main() -> None:
     sweep = ranks.Sweep(str(Path(__file__).resolve()))
     if ranks.rank() != 0:
         return sweep.follow()
-    fixed = [key_of(word) for word in overrides if "," not in word.split("=", 1)[-1]] + list(UNNAMED)
+    fixed = [word.key_or_group for word in cli.parsed(overrides) if not word.is_sweep_override()] + list(UNNAMED)
     sys.argv += [
-        f"hydra.sweep.dir='{run_dir}'",
+        f"hydra.sweep.dir={quoted(run_dir)}",
         "hydra.sweep.subdir=${hydra.job.override_dirname}",
         f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(set(fixed)))}]",
     ]
@@ -80,7 +95,7 @@ def main() -> None:
     def point(config) -> None:
         job = HydraConfig.get()
         words = [word for word in job.overrides.task if key_of(word) not in ("run.dir", "run.group")]
-        sweep.run([*words, f"run.dir='{job.runtime.output_dir}'", f"run.group='{Path(run_dir).name}'"])
+        sweep.run([*words, f"run.dir={quoted(job.runtime.output_dir)}", f"run.group={quoted(Path(run_dir).name)}"])
 
     hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(point)()
     sweep.finish()

@@ -70,8 +70,8 @@ def fail(error: UserError) -> None:
     """Rank 0 says what is wrong and leaves with code 2; the launcher then ends the others, which wait for that so that
     none of them is the first to go and takes rank 0's line with it."""
     if rank() != 0:
-        time.sleep(20)
-    cli.fail(error, speaks=rank() == 0)
+        time.sleep(20)  # whoever is still here then saw something that rank 0 did not, and says so
+    cli.fail(error)
 
 
 def lock_run(folder: Path, patience_s: float = 15) -> int:
@@ -141,6 +141,6 @@ class Sweep:
 
     def _child(self, port: int, overrides: list[str]) -> int:
         code = subprocess.run(
-            [sys.executable, self._program, *overrides], env={**os.environ, "MASTER_PORT": str(port)}
+            [sys.executable, self._program, *overrides], env={"LOCAL_RANK": "0", **os.environ, "MASTER_PORT": str(port)}
         ).returncode
         return code if code >= 0 else 128 - code

@@ -1,15 +1,17 @@
 """What `conf/train.yaml` may say, and what of it fits a cache: every refusal that needs no GPU is made here."""
 
+import importlib.util
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
+from data_prep.cli import refuse_file
 from data_prep.errors import UserError
-from data_prep.recipe import CacheRecipe, Section, TargetRecipe
+from data_prep.recipe import FinishedCache, Section, TargetRecipe
 from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
@@ -41,7 +43,7 @@ class ReuseRecipe(Section):
     """Which target state the drafter reads."""
 
     kind: Literal["hidden", "kv", "hybrid"]
-    hidden_layers: Literal["auto"] | list[int] = "auto"  # auto: all that the cache holds
+    hidden_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"  # auto: all that the cache holds
 
 
 class DrafterRecipe(Section):
@@ -58,7 +60,7 @@ class TrainSection(Section):
     lr: float = Field(gt=0)
     min_lr_ratio: float = Field(ge=0, le=1)
     warmup_ratio: float = Field(ge=0, lt=1)  # of max_steps
-    betas: tuple[float, float]
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     weight_decay: float = Field(ge=0)
     clip: float = Field(ge=0)  # of the global gradient norm; 0: none
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a GPU, fp32 on a CPU
@@ -82,6 +84,13 @@ class DeepSpeedRecipe(Section):
 
     zero_optimization: dict
 
+    @field_validator("zero_optimization")
+    @classmethod
+    def _a_known_stage(cls, value: dict) -> dict:
+        if value.get("stage") not in (0, 1, 2, 3):
+            raise ValueError(f"zero_optimization.stage is 0, 1, 2 or 3, not {value.get('stage')}")
+        return value
+
     @property
     def stage(self) -> int:
         return self.zero_optimization.get("stage", 0)
@@ -96,7 +105,7 @@ class TrainRecipe(Section):
     """`deepspeed train/main.py`: a cache -> a drafter."""
 
     target: TargetRecipe
-    cache: CacheRecipe
+    cache: FinishedCache
     objective: ObjectiveRecipe
     reuse: ReuseRecipe
     drafter: DrafterRecipe
@@ -109,7 +118,7 @@ class TrainRecipe(Section):
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
 
         def core(recipe: dict) -> dict:
-            free = {("run",), ("tracking",), ("train", "log_every"), ("train", "keep_last"), ("cache", "dir")}
+            free = {("run",), ("tracking",), ("cache",), ("train", "log_every"), ("train", "keep_last")}
             return {
                 (s, k): v
                 for s, section in recipe.items()
@@ -193,6 +202,10 @@ def check(recipe: TrainRecipe) -> None:
             f"train.batch={recipe.train.batch} packs a step cannot be shared by {world_size()} ranks; "
             "make it a multiple of the world size"
         )
+    if recipe.tracking.kind == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracking=wandb, but the package wandb is not installed: pip install wandb, or tracking=none")
+    if recipe.run.dir:
+        refuse_file("run.dir", recipe.run.dir)
     executor(recipe.drafter.attention, pick_device(recipe.target.device))
     manifest = CacheReader(recipe.cache.dir).manifest
     drafter_config(recipe, manifest)

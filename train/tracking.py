@@ -2,12 +2,11 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
-import xxhash
-
-from data_prep.cache.manifest import flatten
+from data_prep.cache.manifest import flatten, write_text
 from train.recipe import TrackingRecipe
 
 
@@ -19,7 +18,7 @@ class Tracker:
         kept = []
         if self._path.exists():  # what a killed run logged after its last checkpoint will be logged again
             kept = [line for line in self._path.read_text().splitlines() if _step(line) is not None and _step(line) <= resumed_at]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        write_text(self._path, "".join(line + "\n" for line in kept))
         self._file = open(self._path, "a", buffering=1)
         self._wandb = _wandb_run(recipe, folder, group, config) if recipe.kind == "wandb" else None
 
@@ -53,6 +52,10 @@ def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: 
     """Online where a key is known and the host answers within half a minute, else offline; never a prompt."""
     import wandb
 
+    known = folder / "wandb-id"  # a resumed run goes on under its id
+    if not known.exists():
+        write_text(known, secrets.token_hex(8))
+
     def start(mode: str):
         return wandb.init(
             project=recipe.project,
@@ -61,7 +64,7 @@ def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: 
             name=folder.name,
             dir=str(folder),
             config=config,
-            id=xxhash.xxh3_64_hexdigest(str(folder.resolve()).encode()),
+            id=known.read_text(),
             resume="allow",
             mode=mode,
             settings=wandb.Settings(init_timeout=30, console="off", silent=True),

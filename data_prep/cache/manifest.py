@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises UserError when there is none or it cannot be understood."""
     try:
         fields = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is not a cache: it has no {MANIFEST}; capture one with data_prep/main.py cache.dir={folder}"
         ) from error

@@ -47,20 +47,17 @@ class CacheWriter:
 
     def __init__(self, folder: str | Path, manifest: Manifest, shard_bytes: int):
         self.folder, self.manifest, self.shard_bytes = Path(folder), manifest, shard_bytes
-        if (self.folder / MANIFEST).exists():
-            if fields := manifest.differs(read_manifest(self.folder)):
-                raise UserError(
-                    f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
-                    "Choose another cache.dir or remove that folder"
-                )
-        elif self.folder.exists() and any(p.suffix != ".tmp" for p in self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty and holds no cache; choose another cache.dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)  # a folder can be locked: no lock file is left in the cache
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self.folder} is being written by another process") from error
+        try:
+            self._refuse_another_cache()
+        except UserError:
+            os.close(self._lock)
+            raise
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         if not (self.folder / MANIFEST).exists():
@@ -70,6 +67,16 @@ class CacheWriter:
         self._next = 1 + max((int(path.stem.removeprefix("shard-")) for path in sealed), default=-1)
         self._documents: list[tuple[str, dict[str, Tensor]]] = []
         self._bytes = 0
+
+    def _refuse_another_cache(self) -> None:
+        if (self.folder / MANIFEST).exists():
+            if fields := self.manifest.differs(read_manifest(self.folder)):
+                raise UserError(
+                    f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
+                    "Choose another cache.dir or remove that folder"
+                )
+        elif self.folder.exists() and any(p.suffix != ".tmp" for p in self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty and holds no cache; choose another cache.dir")
 
     def add(self, id: str, tensors: dict[str, Tensor]) -> None:
         """One document: the tensors of `Manifest.tensors()`, on the CPU, T rows each (last_hidden: one a teacher)."""
@@ -82,10 +89,13 @@ class CacheWriter:
         """Write what is left, merge the shards' tables into one index and record every file's checksum."""
         self._flush()
         parts = sorted(self.folder.glob("shard-*.parquet"))
-        tables = [pq.read_table(p).append_column("shard", pa.array([p.stem] * pq.read_metadata(p).num_rows)) for p in parts]
-        self._write_table(pa.concat_tables(tables), INDEX)
-        names = sorted(p.name for p in self.folder.iterdir() if p.name != FILES)
-        write_text(self.folder / FILES, canonical({name: file_hash(self.folder / name) for name in names}))
+        tables = {p: pq.read_table(p) for p in parts}
+        index = [t.append_column("shard", pa.array([p.stem] * t.num_rows)).replace_schema_metadata() for p, t in tables.items()]
+        self._write_table(pa.concat_tables(index), INDEX)
+        sums = {name: file_hash(self.folder / name) for name in (MANIFEST, INDEX, *(p.name for p in parts))}
+        # A shard's checksum is the one it was written with: what was damaged since must not be recorded as good.
+        sums |= {f"{p.stem}.safetensors": t.schema.metadata[b"xxh3"].decode() for p, t in tables.items()}
+        write_text(self.folder / FILES, canonical(sums))
         os.close(self._lock)
 
     def _flush(self) -> None:
@@ -100,8 +110,10 @@ class CacheWriter:
         name = f"shard-{self._next:05d}"
         temporary = self.folder / f"{name}.safetensors.tmp"
         save_file({key: torch.cat([t[key] for _, t in self._documents]) for key in self.manifest.tensors()}, temporary)
+        checksum = {"xxh3": file_hash(temporary)}
         publish(temporary, self.folder / f"{name}.safetensors")
-        self._write_table(pa.table(dict(zip(SCHEMA.names, map(list, zip(*rows)))), SCHEMA), f"{name}.parquet")
+        columns = dict(zip(SCHEMA.names, map(list, zip(*rows))))
+        self._write_table(pa.table(columns, SCHEMA).replace_schema_metadata(checksum), f"{name}.parquet")
         self._next, self._documents, self._bytes = self._next + 1, [], 0
 
     def _write_table(self, table: pa.Table, name: str) -> None:

@@ -135,12 +135,13 @@ class Drafter(nn.Module):
         causal = self.config.objective == "ttt" or self.config.causal
         return {name: Visibility(queries, places, drafts, causal) for name, places in memory.places.items()}
 
-    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-        """`config.json` and `model.safetensors`, each whole or absent. `weights`: gathered by the engine (ZeRO-3)."""
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`config.json` and `model.safetensors`, each whole or absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = self.state_dict() if weights is None else weights
-        save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, folder / "model.safetensors.tmp")
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, folder / "model.safetensors.tmp"
+        )
         publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
         write_text(folder / "config.json", self.config.to_json())
 
