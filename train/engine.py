@@ -171,9 +171,13 @@ class _Run:
                 dist.all_reduce(sums)
                 if sums[3] > 0:
                     self._stop_on_nan(step, culprit)
+                if self.recipe.deepspeed.stage == 0:  # DeepSpeed reports no norm there, but every rank holds all gradients
+                    gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+                    self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
             self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        if norm is not None and not math.isfinite(float(norm)):
+        if self.recipe.deepspeed.stage > 0:
+            self.grad_norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(self.grad_norm):
             raise UserError(
                 f"the gradient of step {step} is not finite though its loss is; the last checkpoint is intact. Lower train.lr"
             )
@@ -220,7 +224,6 @@ class _Run:
         self.checkpoints.save(step, {"step": step, "best": self.best, "best_step": self.best_step})
 
     def _log(self, step: int, window: list[torch.Tensor], seconds: float) -> None:
-        norm = self.engine.get_global_grad_norm()
         if rank() != 0:
             return
         total = torch.stack(window).sum(0).cpu()
@@ -230,12 +233,12 @@ class _Run:
         figures = {
             "loss": loss,
             "lr": self.engine.get_lr()[0],
-            "grad_norm": float(norm) if norm is not None else None,
+            "grad_norm": self.grad_norm,
             "tokens_per_s": rate,
             "peak_gib": _peak_gib(self.device),
             **{kind: vars(a) for kind, a in found.items()},
         }
-        self.tracker.log(step, {k: v for k, v in figures.items() if v is not None})
+        self.tracker.log(step, figures)
         left = (self.recipe.train.max_steps - step) * seconds / len(window)
         self._say(
             f"step {step}/{self.recipe.train.max_steps}  loss {loss:.3f}  tau {found['sampled'].tau:.3f}  "
