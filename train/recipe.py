@@ -93,7 +93,7 @@ class DeepSpeedRecipe(Section):
 
     @property
     def stage(self) -> int:
-        return self.zero_optimization.get("stage", 0)
+        return self.zero_optimization["stage"]
 
 
 class RunRecipe(Section):

@@ -17,7 +17,7 @@ class Tracker:
         self._path = folder / "metrics.jsonl"
         kept = []
         if self._path.exists():  # what a killed run logged after its last checkpoint will be logged again
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) is not None and _step(line) <= resumed_at]
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resumed_at]
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._file = open(self._path, "a", buffering=1)
         self._wandb = _wandb_run(recipe, folder, group, config) if recipe.kind == "wandb" else None
@@ -41,11 +41,11 @@ class Tracker:
             self._wandb.finish()
 
 
-def _step(line: str) -> int | None:
+def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
-        return None  # the line that was being written when the run was killed
+        return float("inf")  # the line that was being written when the run was killed
 
 
 def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: dict):

@@ -75,7 +75,7 @@ class CacheWriter:
                     f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
                     "Choose another cache.dir or remove that folder"
                 )
-        elif self.folder.exists() and any(p.suffix != ".tmp" for p in self.folder.iterdir()):
+        elif any(p.suffix != ".tmp" for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no cache; choose another cache.dir")
 
     def add(self, id: str, tensors: dict[str, Tensor]) -> None:
