@@ -1,104 +1,152 @@
-"""Tokens -> the target's forward -> the cache."""
+"""The target's forward over documents, and its states on their way to the disk.
 
-from dataclasses import asdict
+Shapes: P tokens of a batch, documents back to back without padding; B documents, T the longest; E hidden size.
+"""
 
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from data_prep.cache.manifest import DTYPES, FORMAT_VERSION, Manifest, software_versions
+from data_prep.cache.codec import encode
+from data_prep.cache.manifest import Manifest
 from data_prep.cache.writer import CacheWriter
-from data_prep.recipe import DataPrepRecipe
-from data_prep.target import States, Target, load_tokenizer, tokenizer_hashes
-from data_prep.tokens import TokenDocument, source_hash
+from data_prep.documents import Documents
+from data_prep.target import States, Target
+from data_prep.tokens import TokenDocument
+
+UNDERWAY = 2  # batches whose states exist beside those that are being computed
 
 
-def auto_layers(num_layers: int, count: int = 3) -> list[int]:
-    """`count` layers spaced uniformly (KVShot), the first and the last among them: a drafter that starts as the target
-    with its middle layers left out is the best start measured (docs/log.md)."""
-    return sorted(set(torch.linspace(0, num_layers - 1, count).round().long().tolist()))
+class Batch:
+    """Documents of one forward. `ids_P` int32 and `mask_P` uint8, back to back; `teacher_P` bool: the position's
+    prediction is supervised, so that its last hidden state is a teacher."""
+
+    def __init__(self, documents: Sequence[TokenDocument]):
+        self.names = [document.id for document in documents]
+        self.lengths = [len(document.input_ids) for document in documents]
+        self.ids_P = torch.from_numpy(np.concatenate([d.input_ids for d in documents]))
+        self.mask_P = torch.from_numpy(np.concatenate([d.loss_mask for d in documents]))
+        self.teacher_P = self.mask_P.roll(-1).bool()  # position 0 of a document is never supervised: none wraps into another
+
+    def forward(self, target: Target) -> States:
+        """States [P, ...] of every token, on the target's device."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        if target.packs:
+            ids_P, lengths = self.ids_P.long().to(target.device), lengths.to(target.device)
+            return target.forward_packed(ids_P, lengths).map(lambda t: t[0])
+        ids_BT = torch.zeros(len(lengths), max(self.lengths), dtype=torch.long)
+        real_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
+        ids_BT[real_BT] = self.ids_P.long()
+        states = target.forward(ids_BT.to(target.device))
+        if real_BT.all():
+            return states.map(lambda t: t.flatten(0, 1))
+        real = real_BT.flatten().nonzero().squeeze(1)
+        return states.map(lambda t: t.flatten(0, 1)[real.to(t.device)])
+
+    def tensors(self, states: States, manifest: Manifest) -> dict[str, Tensor]:
+        """What the cache stores of this batch, on the devices where the states are."""
+        named = {
+            "last_hidden": states.last_hidden,
+            **{f"{kind}.{i}": t for kind in ("hidden", "key", "value") for i, t in getattr(states, kind).items()},
+        }
+        out = {"input_ids": self.ids_P, "loss_mask": self.mask_P}
+        for name in manifest.states:
+            state = named[name]
+            if name == "last_hidden" and manifest.last_hidden == "supervised":
+                state = state[self.teacher_P.nonzero().squeeze(1).to(state.device)]
+            out |= encode(name, state, manifest.codec)
+        return out
 
 
-def make_manifest(recipe: DataPrepRecipe, target: Target, pieces: list[TokenDocument]) -> Manifest:
-    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision))
-    layers = auto_layers(len(target.layers)) if recipe.cache.layers == "auto" else sorted(set(recipe.cache.layers))
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        target={
-            "id": recipe.target.path,
-            "revision": recipe.target.revision,
-            "weights_hash": target.weights_hash(),
-            "architecture": asdict(target.architecture),
-            "mask_token_id": recipe.target.mask_token_id,
-        },
-        tokenizer_hash=tokenizer_hash,
-        chat_template_hash=template_hash,
-        hidden_layers=layers if "hidden" in recipe.cache.kinds else [],
-        kv_layers=layers if "kv" in recipe.cache.kinds else [],
-        codec=recipe.cache.codec,
-        max_length=recipe.data.max_length,
-        source={
-            "name": recipe.data.source,
-            "hash": source_hash(pieces),
-            "documents": len(pieces),
-            "tokens": sum(len(p.input_ids) for p in pieces),
-        },
-        software=software_versions(),
-    )
-
-
-def batches(pieces: list[TokenDocument], batch_tokens: int) -> list[list[TokenDocument]]:
-    """Documents of like length together, at most `batch_tokens` with padding (or one document alone)."""
-    grouped: list[list[TokenDocument]] = []
-    for piece in sorted(pieces, key=lambda p: (-len(p.input_ids), p.id)):
-        if grouped and len(grouped[-1][0].input_ids) * (len(grouped[-1]) + 1) <= batch_tokens:
-            grouped[-1].append(piece)
+def batches(indices: np.ndarray, lengths: np.ndarray, batch_tokens: int, packed: bool) -> list[np.ndarray]:
+    """`indices`, longest first, cut into batches of at most `batch_tokens`, padding included (or one document alone)."""
+    cuts, longest, tokens = [], 0, 0
+    for place, index in enumerate(indices):
+        length = int(lengths[index])
+        size = tokens + length if packed else longest * (place - (cuts[-1] if cuts else 0) + 1)
+        if not cuts or size > batch_tokens:
+            cuts.append(place)
+            longest = tokens = length
         else:
-            grouped.append([piece])
-    return grouped
+            tokens += length
+    return np.split(indices, cuts[1:]) if len(indices) else []
 
 
-def document_tensors(states: States, piece: TokenDocument, row: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """One row of a padded batch as the cache's tensors: padding dropped, last_hidden only at teachers."""
-    length = len(piece.input_ids)
-    mask = torch.from_numpy(piece.loss_mask)
-    teachers = mask[1:].nonzero().squeeze(1)  # position i teaches the token at i + 1
+class Outbox:
+    """Brings states to the host and to the writer while the next forward runs: copies on a stream of their own, encoding
+    (on a CPU), checksums and writes on a thread. At most `UNDERWAY` batches wait; the shard being collected aside, that
+    bounds the memory."""
 
-    def stored(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[row, :length].to(dtype).cpu()
+    def __init__(self, writer: CacheWriter):
+        self.writer, self._thread, self._pending = writer, ThreadPoolExecutor(1), deque[Future]()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    return {
-        "input_ids": torch.from_numpy(piece.input_ids),
-        "loss_mask": mask,
-        "last_hidden": stored(states.last_hidden)[teachers],
-        **{f"hidden.{layer}": stored(t) for layer, t in states.hidden.items()},
-        **{f"key.{layer}": stored(t) for layer, t in states.key.items()},
-        **{f"value.{layer}": stored(t) for layer, t in states.value.items()},
-    }
+    def put(self, batch: Batch, states: States) -> None:
+        """Raises whatever the writing of an earlier batch raised."""
+        while len(self._pending) >= UNDERWAY:
+            self._pending.popleft().result()
+        if states.last_hidden.device.type == "cuda":
+            tensors, arrived = self._to_host(batch, states)
+            job: Callable[[], None] = lambda: (arrived(), self._write(batch, tensors))
+        else:
+            job = lambda: self._write(batch, batch.tensors(states, self.writer.manifest))
+        self._pending.append(self._thread.submit(job))
+
+    def close(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+        self._thread.shutdown()
+
+    def _write(self, batch: Batch, tensors: dict[str, Tensor]) -> None:
+        self.writer.add_batch(batch.names, batch.lengths, tensors)
+
+    def _to_host(self, batch: Batch, states: States) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """Pinned tensors that are being filled, and a function that returns once they are."""
+        devices = {t.device for kind in (states.hidden, states.key, states.value) for t in kind.values()}
+        for device in {states.last_hidden.device, *devices}:
+            side = self._streams.setdefault(device, torch.cuda.Stream(device))
+            side.wait_stream(torch.cuda.current_stream(device))
+            torch.cuda.set_stream(side)
+        try:
+            states.map(lambda t: t.record_stream(self._streams[t.device]) or t)  # not reused before it is copied
+            host, events = {}, []
+            for name, tensor in batch.tensors(states, self.writer.manifest).items():
+                if tensor.device.type == "cuda":
+                    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                    tensor = pinned.copy_(tensor, non_blocking=True)
+                host[name] = tensor
+            for side in self._streams.values():
+                events.append(side.record_event())
+        finally:
+            for device in self._streams:
+                torch.cuda.set_stream(torch.cuda.default_stream(device))
+        return host, lambda: [event.synchronize() for event in events]
 
 
-def capture(target: Target, pieces: list[TokenDocument], writer: CacheWriter, batch_tokens: int) -> None:
-    """Run the target over every document that the cache does not hold yet, then seal the cache."""
-    manifest = writer.manifest
-    target.capture(manifest.hidden_layers, manifest.kv_layers)
-    todo = [piece for piece in pieces if piece.id not in writer.done]
-    columns = (
-        TextColumn("capture"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task("capture", total=sum(len(p.input_ids) for p in todo), rate="-")
-        for batch in batches(todo, batch_tokens):
-            longest = len(batch[0].input_ids)
-            ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-            for row, piece in enumerate(batch):
-                ids_BT[row, : len(piece.input_ids)] = torch.from_numpy(piece.input_ids)
-            states = target.forward(ids_BT.to(target.device))
-            for row, piece in enumerate(batch):
-                writer.add(piece.id, document_tensors(states, piece, row, DTYPES[manifest.codec]))
-            progress.advance(task, sum(len(p.input_ids) for p in batch))
+def capture(target: Target, documents: Documents, writer: CacheWriter, batch_tokens: int, share: bool = True) -> None:
+    """Run the target over this process's share of the documents that the cache does not hold yet, then seal the cache.
+    `share=False`: every process runs every document (tensor parallelism) and rank 0 alone writes."""
+    target.capture(writer.manifest.hidden_layers, writer.manifest.kv_layers)
+    todo = batches(documents.missing(writer.done), documents.lengths, batch_tokens, target.packs)
+    mine = todo[writer.rank :: writer.world] if share else todo
+    columns = [TextColumn("capture"), BarColumn(), TaskProgressColumn()]
+    columns += [TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn()]
+    outbox = Outbox(writer)
+    with Progress(*columns, disable=writer.rank != 0) as progress:
+        total = sum(int(documents.lengths[batch].sum()) for batch in mine)
+        task = progress.add_task("capture", total=total, rate="-")
+        for indices in mine:
+            batch = Batch([documents[i] for i in indices])
+            states = batch.forward(target)
+            if share or writer.rank == 0:
+                outbox.put(batch, states)
+            progress.advance(task, sum(batch.lengths))
             speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:,.0f}" if speed else "-")
+            progress.update(task, rate=f"{speed * (writer.world if share else 1):,.0f}" if speed else "-")
+    outbox.close()
     writer.finish()

@@ -7,6 +7,7 @@ command line is composed and checked *before* Hydra runs, and a mistake is one l
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from data_prep.errors import UserError
+from data_prep.ranks import rank
 from data_prep.recipe import ROOT
 
 CONF = str(ROOT / "conf")
@@ -99,7 +101,10 @@ def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:
 
 
 def fail(error: UserError) -> None:
-    """Print one line and leave with code 2."""
+    """Rank 0 prints one line and leaves with code 2; a launcher then ends the others, which wait for that so that none of
+    them is the first to go and takes rank 0's line with it."""
+    if rank() != 0:
+        time.sleep(20)  # whoever is still here then saw something that rank 0 did not, and says so
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)  # not sys.exit: a collective's threads must not keep a failed rank alive

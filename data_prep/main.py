@@ -1,58 +1,52 @@
-"""python data_prep/main.py target=tiny data=stdlib cache.dir=CACHE [mode=capture|verify]"""
+"""deepspeed data_prep/main.py target=tiny data=stdlib cache.dir=CACHE [mode=capture|estimate|verify|inspect|merge|regenerate]"""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
-from data_prep import cli  # noqa: E402
+from data_prep import ranks  # noqa: E402
+
+ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this process with it
+
+import torch  # noqa: E402
+
+from data_prep import cli, prepare  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
-from data_prep.cache.writer import CacheWriter  # noqa: E402
-from data_prep.capture import capture, make_manifest  # noqa: E402
+from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
-from data_prep.sources import documents  # noqa: E402
-from data_prep.target import load_target, load_tokenizer  # noqa: E402
-from data_prep.tokens import tokenized  # noqa: E402
+from data_prep.regenerate import check as check_regenerate  # noqa: E402
+from data_prep.regenerate import regenerate  # noqa: E402
 
 
 def check(recipe: DataPrepRecipe) -> None:
-    """What can be refused before the target is loaded."""
-    if recipe.mode == "verify":
-        CacheReader(recipe.cache.dir)
-        return
-    cli.refuse_file("cache.dir", recipe.cache.dir)
-    if recipe.data.source == "jsonl" and not Path(recipe.data.path or "").is_file():
-        raise UserError(f"data.path={recipe.data.path} is not a file")
+    """What can be refused before a document is read or the target is loaded."""
+    match recipe.mode:
+        case "capture" | "estimate":
+            prepare.check(recipe)
+        case "regenerate":
+            check_regenerate(recipe)
+        case "verify" | "inspect":
+            CacheReader(recipe.cache.dir)
+        case "merge":
+            if len(recipe.merge.sources) < 2:
+                raise UserError("mode=merge needs two caches or more: 'merge.sources=[CACHE_A,CACHE_B]'")
+            for folder in recipe.merge.sources:
+                CacheReader(folder)
 
 
 def run(recipe: DataPrepRecipe) -> None:
-    if recipe.mode == "verify":
-        reader = CacheReader(recipe.cache.dir)
-        if problems := list(reader.problems()):
-            raise UserError(f"{recipe.cache.dir}: {len(problems)} problem(s): " + "; ".join(problems[:5]))
-        print(f"{recipe.cache.dir}: {len(reader):,} documents, {sum(reader.lengths):,} tokens, every byte as written")
-        return
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
-    pieces, short = tokenized(documents(recipe.data, heldout=False), tokenizer, recipe.data.max_length, recipe.data.max_tokens)
-    target = load_target(recipe.target)
-    if recipe.data.max_length > target.architecture.max_positions:
-        raise UserError(
-            f"data.max_length={recipe.data.max_length} exceeds the target's {target.architecture.max_positions} positions"
-        )
-    manifest = make_manifest(recipe, target, pieces)
-    target.capture(manifest.hidden_layers, manifest.kv_layers)
-    writer = CacheWriter(recipe.cache.dir, manifest, recipe.cache.shard_bytes)
-    supervised = sum(int(p.loss_mask.sum()) for p in pieces)
-    tokens = manifest.source["tokens"]
-    size = manifest.bytes_of(tokens, supervised)
-    print(
-        f"{len(pieces):,} documents, {tokens:,} tokens, {supervised:,} supervised ({short} pieces of one token left out); "
-        f"layers {manifest.hidden_layers or manifest.kv_layers}, {'+'.join(recipe.cache.kinds)}, {manifest.codec}: "
-        f"{size / 2**30:.2f} GiB, {size / tokens:,.0f} bytes a token; {len(writer.done):,} documents there already"
-    )
-    capture(target, pieces, writer, recipe.capture.batch_tokens)
-    print(f"cache: {recipe.cache.dir} (manifest {manifest.hash()})")
+    if ranks.on_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    match recipe.mode:
+        case "capture":
+            prepare.build(recipe, ranks.barrier())
+        case "regenerate":
+            regenerate(recipe, ranks.barrier())
+        case _ if ranks.rank() == 0:
+            {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}[recipe.mode](recipe)
 
 
 if __name__ == "__main__":

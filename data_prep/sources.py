@@ -1,22 +1,26 @@
-"""Documents: an id and a text. `heldout` documents are never captured; evaluation prompts come only from them."""
+"""Records: an id and fields. `heldout` records are never captured; evaluation prompts come only from them."""
 
 import hashlib
 import json
 import sysconfig
 import tokenize
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe
 
 
-class Document(NamedTuple):
+class Record(NamedTuple):
+    """`fields` holds what the source has: text, messages or conversations, input_ids and loss_mask, and anything else."""
+
     id: str
-    text: str
+    fields: dict
 
 
 def stable_hash(text: str) -> int:
@@ -24,22 +28,33 @@ def stable_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def documents(data: DataRecipe, heldout: bool) -> Iterator[Document]:
-    """The documents of one side of the split, in an order that is a function of their ids alone.
+def check(data: DataRecipe) -> None:
+    """Raises UserError when the source cannot be there."""
+    if data.source == "jsonl" and not (data.path and Path(data.path).is_file()):
+        raise UserError(f"data.path={data.path} is not a file; it must name a file of one JSON object a line")
+    if data.source == "hub" and not data.name:
+        raise UserError("data=hub needs data.name, the data set as datasets.load_dataset takes it")
+
+
+def records(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
+    """The records of one side of the split (None: both). A limit on tokens, and evaluation, take them in an order that
+    is a function of their ids alone: a sample of the source, not its first lines (a stream keeps its own order).
 
     Raises:
-        UserError: the source is missing or a line of it is not a document.
+        UserError: the source is missing, or a record of it is malformed or has another's id.
     """
-    read = {"stdlib": _stdlib, "jsonl": _jsonl}[data.source]
-    # Hashed order: a limit on tokens then takes a sample of the source, not its first folder.
-    return iter(sorted((d for d, out in read(data) if out == heldout), key=lambda d: stable_hash(d.id)))
+    return {"stdlib": _stdlib, "jsonl": _jsonl, "hub": _hub}[data.source](data, heldout)
 
 
-def _stdlib(data: DataRecipe) -> Iterator[tuple[Document, bool]]:
+def _is_heldout(id: str) -> bool:
+    return stable_hash(id) % 50 == 0
+
+
+def _stdlib(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     """The interpreter's own standard library. The embedded target has never seen a module whose file name f has
     md5(f) % 8 == 0 (targets/tiny/README.md): those are held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
+    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in root.rglob("*.py"):
         if {"site-packages", "__pycache__"} & set(path.relative_to(root).parts):
             continue
         try:
@@ -47,24 +62,72 @@ def _stdlib(data: DataRecipe) -> Iterator[tuple[Document, bool]]:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):
             continue  # the library's tests of bad encodings are not readable text
-        heldout = int(hashlib.md5(path.name.encode()).hexdigest(), 16) % 8 == 0
-        yield Document(path.relative_to(root).as_posix(), text), heldout
+        if heldout in (None, int(hashlib.md5(path.name.encode()).hexdigest(), 16) % 8 == 0):
+            found.append(Record(path.relative_to(root).as_posix(), {"text": text}))
+    return iter(sorted(found, key=lambda r: stable_hash(r.id)))
 
 
-def _jsonl(data: DataRecipe) -> Iterator[tuple[Document, bool]]:
-    """Lines of {"text": ..., "id": optional}; one id in 50, by hash, is held out."""
-    if not data.path or not Path(data.path).is_file():
-        raise UserError(f"data.path={data.path} is not a file; data=jsonl reads one JSON object with a 'text' a line")
-    seen = set()
+def _jsonl(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
+    """One JSON object a line. Two passes: the first looks at every line and keeps its place, eight bytes each."""
+    check(data)
+    keys, places = array("Q"), array("Q")
     with open(data.path, "rb") as file:
-        for number, line in enumerate(file):
-            try:
-                record = json.loads(line)
-                document = Document(str(record.get("id", number)), record["text"])
-                document.text.encode()
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{data.path}, line {number + 1}: not a JSON object with a 'text'") from error
-            if document.id in seen:
-                raise UserError(f"{data.path}, line {number + 1}: the id '{document.id}' stands twice")
-            seen.add(document.id)
-            yield document, stable_hash(document.id) % 50 == 0
+        place = number = 0
+        while line := file.readline():
+            number += 1
+            if line.strip():
+                try:
+                    fields = json.loads(line)
+                    id = _id(fields, data, len(places))
+                except (ValueError, AttributeError) as error:
+                    raise UserError(f"{data.path}, line {number}: not a JSON object in valid Unicode") from error
+                keys.append(stable_hash(id))
+                places.append(place)
+            place += len(line)
+        order = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable") if keys else []
+        ranked = np.frombuffer(keys, dtype=np.uint64)[order] if keys else np.empty(0)
+        if len(repeated := np.flatnonzero(ranked[1:] == ranked[:-1])):
+            file.seek(places[order[repeated[0] + 1]])
+            again = _id(json.loads(file.readline()), data, -1)
+            raise UserError(f"{data.path}: the id '{again}' stands twice; make ids unique, or number the lines with data.id=null")
+        if data.max_tokens is None and heldout is False:
+            order = range(len(places))  # everything is read: from front to back is fastest
+        for index in order:
+            file.seek(places[index])
+            fields = json.loads(file.readline())
+            id = _id(fields, data, int(index))
+            if heldout in (None, _is_heldout(id)):
+                yield Record(id, fields)
+
+
+def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
+    """Whatever `datasets.load_dataset` loads."""
+    import datasets  # seconds to import, and only this source needs it
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_dataset(data.name, data.config, split=data.split, data_files=data.files, streaming=data.streaming)
+    except Exception as error:  # the library raises whatever its builders and its network raise
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data.name={data.name}, data.split={data.split}: datasets cannot load it ({what[:300]})") from error
+    numbered = enumerate(dataset)
+    if not data.streaming:
+        ids = [str(i) for i in dataset[data.id]] if data.id in dataset.column_names else [str(i) for i in range(len(dataset))]
+        if len(set(ids)) < len(ids):
+            raise UserError(f"data.name={data.name}: ids in column '{data.id}' stand twice; number the rows with data.id=null")
+        numbered = ((i, dataset[i]) for i in sorted(range(len(ids)), key=lambda i: stable_hash(ids[i])))
+    seen: set[int] = set()
+    for number, fields in numbered:
+        id = _id(fields, data, number)
+        if (key := stable_hash(id)) in seen:
+            raise UserError(f"data.name={data.name}: the id '{id}' stands twice; number the rows with data.id=null")
+        seen.add(key)
+        if heldout in (None, _is_heldout(id)):
+            yield Record(id, fields)
+
+
+def _id(fields: dict, data: DataRecipe, number: int) -> str:
+    named = fields.get(data.id) if data.id else None
+    id = str(number if named is None else named)
+    id.encode()  # JSON can spell half a character, which nothing can store; a ValueError
+    return id

@@ -3,18 +3,20 @@
 Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
 """
 
-import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import UserError
-from data_prep.recipe import TargetRecipe
+from data_prep.ranks import on_gpu
+from data_prep.recipe import CaptureRecipe, TargetRecipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
@@ -81,9 +83,9 @@ def pick_device(device: str = "auto") -> torch.device:
     for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("target.device=cuda, but this machine has no GPU that PyTorch can use")
-    allowed = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
-    on_gpu = device == "cuda" or (device == "auto" and allowed)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    if device == "cuda" or (device == "auto" and on_gpu()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -109,17 +111,30 @@ class Target:
     """
 
     def __init__(
-        self, path: str, revision: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        path: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: str | None = None,  # null: what transformers chooses
+        spread: str = "none",
     ):
         transformers_logging.disable_progress_bar()
+        over = {"none": dict, "device_map": lambda: {"device_map": "auto"}, "tp": _tensor_parallel}[spread]()
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: weights misshapen or cut
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
+            )
+        # The last three: weights misshapen or cut, and a package (flash-attn, accelerate) that is not there.
+        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise UserError(f"target.path={path}: no causal LM can be loaded there ({_first_line(error)})") from error
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
             raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
-        self.model = model.to(device).eval()
+        self.model = (model if over else model.to(device)).eval()
         self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
+        if spread == "device_map":
+            self.device = self.model.get_input_embeddings().weight.device
+        self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
         self.model.requires_grad_(False)
         self._refuse_unsupported()
         self.layers = self.model.model.layers
@@ -169,6 +184,27 @@ class Target:
         states.last_hidden = output.last_hidden_state
         return states
 
+    @torch.no_grad()
+    def forward_packed(self, ids_P: Tensor, lengths: Tensor) -> States:
+        """Documents of `lengths` (int32, their sum is P) back to back, without padding: FlashAttention's variable-length
+        kernel keeps them apart. States [1, P, ...]."""
+        self._states = States()
+        ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        positions = torch.arange(len(ids_P), device=ids_P.device) - ends[:-1].repeat_interleave(lengths, output_size=len(ids_P))
+        longest = int(lengths.max())
+        output = self.model.model(
+            input_ids=ids_P[None],
+            position_ids=positions[None],
+            use_cache=False,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        states, self._states = self._states, States()
+        states.last_hidden = output.last_hidden_state
+        return states
+
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
         logits = nn.functional.linear(last_hidden, self.frozen_head.head_VE)
@@ -211,6 +247,7 @@ class Target:
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # tensor parallel: all ranks ask
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -221,8 +258,10 @@ class Target:
             def hook(module, inputs, output):
                 if index in getattr(self, wanted):
                     output = output[0] if isinstance(output, tuple) else output
-                    heads_of = lambda t: t if t.dim() == 4 else t.unflatten(-1, (-1, attention.head_dim))
-                    getattr(self._states, kind)[index] = heads_of(output) if heads else output
+                    if heads:
+                        output = output if output.dim() == 4 else output.unflatten(-1, (-1, attention.head_dim))
+                        output = _all_heads(output, self.model.config.num_key_value_heads)
+                    getattr(self._states, kind)[index] = output
 
             return hook
 
@@ -234,11 +273,7 @@ class Target:
 
     def _refuse_unsupported(self) -> None:
         config = self.model.config
-        if config.model_type not in FAMILIES:
-            raise UserError(
-                f"target {self.path} is a '{config.model_type}' ({type(self.model).__name__}); Understudy reads the states "
-                f"of {', '.join(FAMILIES)}. Others differ where it would go unnoticed (norms, scales, rotary layout)"
-            )
+        _refuse_family(self.path, config)
         sliding = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
         if sliding or (config.model_type == "mistral" and config.sliding_window):
             raise UserError(
@@ -259,10 +294,70 @@ class Target:
             )
 
 
-def load_target(recipe: TargetRecipe) -> Target:
-    """The target of a `TargetRecipe`, on its device and in its dtype."""
+def _refuse_family(path: str, config) -> None:
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"target {path} is a '{config.model_type}'; Understudy reads the states of {', '.join(FAMILIES)}. "
+            "Others differ where it would go unnoticed (norms, scales, rotary layout)"
+        )
+
+
+def _tensor_parallel() -> dict:
+    """What `from_pretrained` takes to spread every layer over all processes."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # transformers 5.17
+        return {"tp_plan": "auto"}
+
+
+def _all_heads(local_BTGD: Tensor, heads: int) -> Tensor:
+    """Under tensor parallelism each process computes some of the K/V heads; the cache holds all of them, in order."""
+    if local_BTGD.shape[-2] == heads:
+        return local_BTGD
+    parts = [torch.empty_like(local_BTGD) for _ in range(heads // local_BTGD.shape[-2])]
+    torch.distributed.all_gather(parts, local_BTGD.contiguous())
+    return torch.cat(parts, dim=-2)
+
+
+def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> Target:
+    """The target of a `TargetRecipe`, on its device and in its dtype; with the attention and the spread of `capture`."""
     device = pick_device(recipe.device)
-    return Target(recipe.location, recipe.revision, pick_dtype(recipe.dtype, device), device)
+    dtype = pick_dtype(recipe.dtype, device)
+    if capture is None:
+        return Target(recipe.location, recipe.revision, dtype, device)
+    half = device.type == "cuda" and dtype == torch.bfloat16
+    attention = capture.attention
+    if attention == "auto":
+        attention = "flash_attention_2" if half and find_spec("flash_attn") else None
+    elif attention == "flash_attention_2" and not half:
+        raise UserError("capture.attention=flash_attention_2 needs a GPU and bf16")
+    return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread)
+
+
+class Sizes(NamedTuple):
+    """What the configuration alone says of a target."""
+
+    num_layers: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    vocab_size: int
+
+
+def target_sizes(recipe: TargetRecipe) -> Sizes:
+    """Raises UserError when there is no configuration of a causal LM at the target's path."""
+    try:
+        config = AutoConfig.from_pretrained(recipe.location, revision=recipe.revision)
+        _refuse_family(recipe.path, config)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        positions, vocabulary = config.max_position_embeddings, config.vocab_size
+        return Sizes(config.num_hidden_layers, config.hidden_size, heads, head_dim, positions, vocabulary)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({_first_line(error)})") from error
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

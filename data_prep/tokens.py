@@ -1,14 +1,29 @@
-"""Documents -> token ids with a loss mask, cut to the longest length the capture takes."""
+"""Records -> token ids and a loss mask, which says which tokens' *predictions* are supervised.
 
-from collections.abc import Iterable
+A chat's mask comes from the chat template itself: from its generation marks where it has them, else from exact prefix
+differences of token ids. A template that breaks its own prefixes is noticed, never masked wrongly or to zero in silence.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
-from data_prep.sources import Document
+from data_prep.recipe import DataRecipe
+from data_prep.sources import Record
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
+ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class LeftOut(Exception):
+    """An example that cannot be used. Its text is the reason; examples are counted by reason and reported."""
 
 
 class TokenDocument(NamedTuple):
@@ -19,43 +34,132 @@ class TokenDocument(NamedTuple):
     loss_mask: np.ndarray
 
 
-def tokenized(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, max_tokens: int | None = None
-) -> tuple[list[TokenDocument], int]:
-    """Tokenise plain text: every token but a piece's first is supervised.
-
-    Returns:
-        The pieces `id#k` of at most `max_length` tokens, at most `max_tokens` together, and the number of pieces that
-        are too short to supervise anything (fewer than two tokens).
+def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of one record, as long as it is.
 
     Raises:
-        UserError: no piece is left.
+        LeftOut: the record is malformed, or the chat template cannot say what the assistant wrote.
+        UserError: the tokenizer has no chat template.
     """
-    pieces, short, left = [], 0, float("inf") if max_tokens is None else max_tokens
-    for document in documents:
-        if left < 2:
-            break
-        ids = np.asarray(tokenizer(document.text, verbose=False, add_special_tokens=False)["input_ids"], dtype=np.int32)
-        if len(ids) > left:
-            ids = ids[: int(left)]
-        left -= len(ids)
-        for k, start in enumerate(range(0, len(ids), max_length)):
-            piece = ids[start : start + max_length]
-            if len(piece) < 2:
-                short += 1
-                continue
-            mask = np.ones(len(piece), dtype=np.uint8)
-            mask[0] = 0
-            pieces.append(TokenDocument(f"{document.id}#{k}", piece, mask))
-    if not pieces:
-        raise UserError("the data source holds no document of two tokens or more")
-    return pieces, short
+    match _format(record.fields, data):
+        case "tokens":
+            return _stored_tokens(record.fields, len(tokenizer))
+        case "chat":
+            return _chat(messages_of(record.fields), tokenizer, data)
+    if not isinstance(record.fields.get("text"), str):
+        raise LeftOut("it has no 'text'")
+    try:
+        record.fields["text"].encode()
+    except UnicodeEncodeError:
+        raise LeftOut("its text is not valid Unicode") from None
+    ids = tokenizer(record.fields["text"], verbose=False, add_special_tokens=False)["input_ids"]
+    return ids, [1] * len(ids)
 
 
-def source_hash(pieces: Iterable[TokenDocument]) -> str:
-    """xxh3 over ids, tokens and masks: the same documents in the same order, and nothing else, give the same hash."""
-    digest = xxhash.xxh3_128()
-    for piece in pieces:
-        for part in (piece.id.encode(), piece.input_ids.tobytes(), piece.loss_mask.tobytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
+def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, left_out: Counter) -> Iterator[TokenDocument]:
+    """The documents `id#k` that a record becomes; what cannot be used is counted in `left_out`."""
+    length = data.max_length
+    if len(ids) > length and data.long == "drop":
+        left_out[f"longer than data.max_length={length} tokens"] += 1
+        return
+    if len(ids) > length and data.long == "cut":
+        left_out[f"kept, but cut to data.max_length={length} tokens"] += 1
+        ids, mask = ids[:length], mask[:length]
+    for k, start in enumerate(range(0, max(len(ids), 1), length)):
+        piece = np.asarray(ids[start : start + length], dtype=np.int32)
+        supervised = np.asarray(mask[start : start + length], dtype=np.uint8)
+        supervised[:1] = 0  # the first token is predicted from nothing
+        if not supervised.any():
+            left_out["no supervised token" if len(piece) > 1 else "fewer than two tokens"] += 1
+        else:
+            yield TokenDocument(f"{record.id}#{k}", piece, supervised)
+
+
+def messages_of(fields: dict) -> list[dict]:
+    """The conversation as [{"role", "content", ...}]; ShareGPT's {"from", "value"} is translated. Raises LeftOut."""
+    turns = fields.get("messages") or fields.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise LeftOut("it has no 'messages' or 'conversations'")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise LeftOut("a message of it is not an object")
+        role = turn.get("role") or turn.get("from")
+        role = SPEAKERS.get(role, role)
+        if role not in ROLES:
+            raise LeftOut(f"an unknown role '{role}'")
+        rest = {k: v for k, v in turn.items() if k not in ("role", "from", "value", "content") and v is not None}
+        messages.append({"role": role, "content": turn.get("content", turn.get("value")), **rest})
+    return messages
+
+
+def _format(fields: dict, data: DataRecipe) -> str:
+    if data.format != "auto":
+        return data.format
+    if "input_ids" in fields:
+        return "tokens"
+    return "chat" if fields.get("messages") or fields.get("conversations") else "text"
+
+
+def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]:
+    ids, mask = fields.get("input_ids"), fields.get("loss_mask")
+    mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
+    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
+        raise LeftOut("'input_ids' and 'loss_mask' are not lists of one length")
+    if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or not set(mask) <= {0, 1}:
+        raise LeftOut("a token id outside the vocabulary, or a loss mask that is not of 0 and 1")
+    return ids, [int(m) for m in mask]
+
+
+def _chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
+    if not tokenizer.chat_template:
+        raise UserError("the target's tokenizer has no chat template, which data=chat needs")
+    marked = bool(GENERATION_MARK.search(_template(tokenizer)))
+
+    def render(some: list[dict], prompt: bool = False, mask: bool = False):
+        try:
+            out = tokenizer.apply_chat_template(
+                some, add_generation_prompt=prompt, return_dict=True, return_assistant_tokens_mask=mask, **data.template
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
+        return (out["input_ids"], out["assistant_masks"]) if mask else out["input_ids"]
+
+    if data.loss_mask == "none":
+        ids = render(messages)
+        return ids, [1] * len(ids)
+    if marked:
+        ids, mask = render(messages, mask=True)
+        return ids, _last_run(mask) if data.loss_mask == "last_turn" else mask
+    turns = [k for k, message in enumerate(messages) if k and message["role"] == "assistant"]  # the first answers nobody
+    if not turns:
+        raise LeftOut("no reply of the assistant")
+    ids = render(messages)
+    mask, special = [0] * len(ids), set(tokenizer.all_special_ids)
+    for k in turns[-1:] if data.loss_mask == "last_turn" else turns:
+        before, after = render(messages[:k], prompt=True), render(messages[: k + 1])
+        if after[: len(before)] != before or ids[: len(after)] != after:
+            raise LeftOut(
+                "the chat template writes a turn differently once others follow it (Qwen3 drops earlier thinking), so that "
+                f"its tokens cannot be told by data.loss_mask={data.loss_mask}"
+            )
+        end = len(after)
+        ends = [i for i in range(len(before), end) if after[i] in special]
+        if ends and not tokenizer.decode(after[ends[-1] + 1 :]).strip():
+            end = ends[-1] + 1  # white space behind the end-of-turn token is the template's, not the model's
+        mask[len(before) : end] = [1] * (end - len(before))
+    return ids, mask
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that `apply_chat_template` uses; a tokenizer may have several by name."""
+    return tokenizer.get_chat_template()
+
+
+def _last_run(mask: list[int]) -> list[int]:
+    """`mask` with its last run of ones only."""
+    end = len(mask) - mask[::-1].index(1) if 1 in mask else 0
+    start = end
+    while start and mask[start - 1]:
+        start -= 1
+    return [0] * start + mask[start:end] + [0] * (len(mask) - end)

@@ -86,8 +86,10 @@ def run(recipe: EvalRecipe) -> None:
     target, drafter = load(recipe)
     out = Path(recipe.out)
     if recipe.mode == "score":
-        found = {kind: vars(a) for kind, a in score(recipe, target, drafter).items()}
-        report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "score.json")
+        accepted, loss = score(recipe, target, drafter)
+        found = {kind: vars(a) for kind, a in accepted.items()}
+        report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, "kl": loss, **found}, "score.json")
+        print(f"KL {loss:.4f} nats a slot")
         for kind, a in found.items():
             print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
         return

@@ -13,8 +13,8 @@ from train.objectives import Objective
 
 
 @torch.no_grad()
-def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict[str, acceptance.Acceptance]:
-    """{"sampled": temperature 1, "greedy": temperature 0} on the documents that training held out."""
+def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float]:
+    """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot) on the documents that training held out."""
     reader = CacheReader(recipe.cache.dir)
     _, validation = split(reader, recipe.score.documents)
     stream = PackStream(
@@ -28,6 +28,9 @@ def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict[str, acc
         executor(recipe.attention, target.device, training=False),
         chunk=1024,
     )
-    return acceptance.summarise(
-        sum(acceptance.counts(objective(stream.read(pack).to(target.device))) for pack in stream.passes(0)).cpu()
-    )
+    total = loss = slots = 0.0
+    for indices in stream.passes(0):
+        outcome = objective(stream.read(indices).to(target.device))
+        total = total + acceptance.counts(outcome).cpu()
+        loss, slots = loss + float(outcome.loss_sum), slots + int(outcome.valid.sum())
+    return acceptance.summarise(total), loss / slots

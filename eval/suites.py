@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe
-from data_prep.sources import documents
+from data_prep.sources import records
+from data_prep.tokens import LeftOut, encode
 from eval.recipe import PromptsRecipe
 
 
@@ -18,10 +19,13 @@ class Prompt(NamedTuple):
 def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """One prompt a held-out document, in hashed order. Raises UserError when there are too few long enough."""
     found = []
-    for document in documents(data, heldout=True):
-        ids = tokenizer(document.text, verbose=False, add_special_tokens=False)["input_ids"]
+    for record in records(data, heldout=True):
+        try:
+            ids, _ = encode(record, tokenizer, data)
+        except LeftOut:
+            continue
         if len(ids) >= prompts.tokens:
-            found.append(Prompt(document.id, ids[: prompts.tokens]))
+            found.append(Prompt(record.id, ids[: prompts.tokens]))
         if len(found) == prompts.count:
             return found
     raise UserError(

@@ -30,9 +30,10 @@ def target():
     return small_target()
 
 
-def cached(target, tokens):
+def cached(target, tokens, capture=True):
     """One document as the cache would hand it out, in the target's own precision."""
-    target.capture(HIDDEN_LAYERS, KV_LAYERS)
+    if capture:
+        target.capture(HIDDEN_LAYERS, KV_LAYERS)
     states = target.forward(torch.tensor([tokens])).map(lambda t: t[0])
     mask = torch.ones(len(tokens), dtype=torch.uint8)
     mask[0] = 0

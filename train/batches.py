@@ -5,13 +5,18 @@ Shapes: P positions of a pack, N anchors, J drafted slots, R teacher rows, E hid
 """
 
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.cache.reader import CacheReader
+from data_prep.cache.codec import Scaled, decode, paired
+from data_prep.cache.reader import CacheReader, crop
 from data_prep.errors import UserError
 from data_prep.sources import stable_hash
 from data_prep.target import States
@@ -20,14 +25,15 @@ from train.attention.visibility import Places
 
 @dataclass
 class Pack:
-    """Documents back to back, no padding. `anchor_N` indexes positions of the pack."""
+    """Documents back to back, no padding. `anchor_N` indexes positions of the pack. States read from an fp8 cache stay
+    `Scaled` until `to` decodes them on the device."""
 
     names: list[str]
     ids_P: Tensor
     mask_P: Tensor  # bool: the token's prediction is supervised
     places: Places
     states: States
-    last_hidden_RE: Tensor
+    last_hidden_RE: Tensor | Scaled
     teacher_P: Tensor  # row of last_hidden that predicts the token *after* the position
     anchor_N: Tensor
 
@@ -41,42 +47,58 @@ class Pack:
         return (inside & same & self.mask_P[index] & started[:, None]).cumprod(1).bool()
 
     def to(self, device: torch.device) -> "Pack":
-        def move(t):
-            return t.to(device, non_blocking=True)
+        """On `device`, decoded; asynchronously from pinned memory."""
+        return self._map(lambda t: decode(_each(t, lambda part: part.to(device, non_blocking=True))))
 
-        places = Places(move(self.places.document), move(self.places.position))
+    def pin(self) -> "Pack":
+        """In page-locked memory, from which a GPU copies while the host goes on."""
+        return self._map(lambda t: _each(t, Tensor.pin_memory))
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that `stream` uses these tensors, which another stream made."""
+        self._map(lambda t: t.record_stream(stream) or t)
+
+    def _map(self, function: Callable) -> "Pack":
         return Pack(
             self.names,
-            move(self.ids_P),
-            move(self.mask_P),
-            places,
-            self.states.map(move),
-            move(self.last_hidden_RE),
-            move(self.teacher_P),
-            move(self.anchor_N),
+            function(self.ids_P),
+            function(self.mask_P),
+            Places(function(self.places.document), function(self.places.position)),
+            self.states.map(function),
+            function(self.last_hidden_RE),
+            function(self.teacher_P),
+            function(self.anchor_N),
         )
 
 
-def make_pack(names: list[str], documents: list[dict[str, Tensor]], anchors: list[np.ndarray]) -> Pack:
-    """Join cached documents. `anchors[d]`: positions within document d; a pack without any gets one that counts nothing,
-    so that every rank runs the same forward."""
+def _each(stored: Tensor | Scaled, function: Callable) -> Tensor | Scaled:
+    return Scaled(*map(function, stored)) if isinstance(stored, Scaled) else function(stored)
+
+
+def make_pack(
+    names: list[str], documents: list[dict[str, Tensor]], anchors: list[np.ndarray], starts: list[int] | None = None
+) -> Pack:
+    """Join cached documents. `anchors[d]`: indices into document d as it is given; `starts[d]`: the position of its first
+    token, where it was cropped. A pack without any anchor gets one that counts nothing, so that every rank runs the same
+    forward."""
     lengths = torch.tensor([len(d["input_ids"]) for d in documents])
-    starts = lengths.cumsum(0) - lengths
+    offsets = lengths.cumsum(0) - lengths
     mask = torch.cat([d["loss_mask"] for d in documents]).bool()
     next_mask = torch.roll(mask, -1)  # wraps onto position 0 of a document, which is never supervised
-    anchor = torch.cat([start + torch.from_numpy(a) for start, a in zip(starts, anchors)])
+    anchor = torch.cat([offset + torch.from_numpy(a) for offset, a in zip(offsets, anchors)])
+    positions = [torch.arange(start, start + n) for start, n in zip(starts or [0] * len(documents), lengths.tolist())]
+    joined = paired({name: torch.cat([d[name] for d in documents]) for name in documents[0]})
 
-    def joined(kind: str) -> dict[int, Tensor]:
-        names = [n for n in documents[0] if n.startswith(f"{kind}.")]
-        return {int(n.split(".")[1]): torch.cat([d[n] for d in documents]) for n in names}
+    def layers(kind: str) -> dict[int, Tensor | Scaled]:
+        return {int(name.split(".")[1]): t for name, t in joined.items() if name.startswith(f"{kind}.")}
 
     return Pack(
         names=names,
-        ids_P=torch.cat([d["input_ids"] for d in documents]).long(),
+        ids_P=joined["input_ids"].long(),
         mask_P=mask,
-        places=Places(torch.arange(len(documents)).repeat_interleave(lengths), torch.cat([torch.arange(n) for n in lengths])),
-        states=States(joined("hidden"), joined("key"), joined("value")),
-        last_hidden_RE=torch.cat([d["last_hidden"] for d in documents]),
+        places=Places(torch.arange(len(documents)).repeat_interleave(lengths), torch.cat(positions)),
+        states=States(layers("hidden"), layers("key"), layers("value")),
+        last_hidden_RE=joined["last_hidden"],
         teacher_P=torch.where(next_mask, next_mask.cumsum(0) - 1, 0),
         anchor_N=anchor if len(anchor) else torch.zeros(1, dtype=torch.long),
     )
@@ -93,71 +115,118 @@ def sample_anchors(id: str, mask: np.ndarray, count: int | None, seed: int, pass
 
 
 class PackStream:
-    """An endless sequence of packs over some documents of a cache; any element can be asked for at any time."""
+    """An endless sequence of packs over some documents of a cache; any element can be asked for at any time. A document
+    longer than `pack_tokens` is cropped to that length, elsewhere in every pass."""
 
     def __init__(
         self,
         reader: CacheReader,
-        documents: list[int],
+        documents: np.ndarray,
         names: list[str],
         pack_tokens: int,
         anchors: int | None,
         seed: int,
         shuffle: bool = True,
     ):
-        self.reader, self.documents, self.names = reader, documents, names
+        self.reader, self.documents, self.names = reader, np.asarray(documents), names
         self.pack_tokens, self.anchors, self.seed, self.shuffle = pack_tokens, anchors, seed, shuffle
         self._first = [0]  # number of the first pack of each pass
-        self._passes: dict[int, list[list[int]]] = {}
+        self._pass: tuple[int, list[np.ndarray]] = (-1, [])
 
-    def passes(self, number: int) -> list[list[int]]:
+    def passes(self, number: int) -> list[np.ndarray]:
         """The packs of one pass: documents in the pass's order, joined while they fit into `pack_tokens`."""
-        if number not in self._passes:
-            order = list(self.documents)
+        if self._pass[0] != number:
+            order = self.documents.copy()
             if self.shuffle:
                 np.random.default_rng(stable_hash(f"order/{self.seed}/{number}")).shuffle(order)
-            packs, room = [], -1
-            for index in order:
-                length = self.reader.lengths[index]
+            cuts, room = [], -1
+            for place, length in enumerate(np.minimum(self.reader.lengths[order], self.pack_tokens).tolist()):
                 if length > room:
-                    packs.append([])
+                    cuts.append(place)
                     room = self.pack_tokens
-                packs[-1].append(index)
                 room -= length
-            self._passes = {number: packs}  # one pass is kept; any other is as cheap to make again
-        return self._passes[number]
+            self._pass = (number, np.split(order, cuts[1:]))  # one pass is kept; any other is as cheap to make again
+        return self._pass[1]
 
-    def __getitem__(self, number: int) -> Pack:
+    def locate(self, number: int) -> tuple[np.ndarray, int]:
+        """(documents, pass) of a pack."""
         while self._first[-1] <= number:
             self._first.append(self._first[-1] + len(self.passes(len(self._first) - 1)))
         pass_number = bisect_right(self._first, number) - 1
-        return self.read(self.passes(pass_number)[number - self._first[pass_number]], pass_number)
+        return self.passes(pass_number)[number - self._first[pass_number]], pass_number
 
-    def read(self, indices: list[int], pass_number: int = 0) -> Pack:
-        ids = [self.reader.ids[i] for i in indices]
-        documents = [self.reader.read(i, self.names) for i in indices]
-        anchors = [
-            sample_anchors(id, d["loss_mask"].numpy().astype(bool), self.anchors, self.seed, pass_number)
-            for id, d in zip(ids, documents)
-        ]
-        return make_pack(ids, documents, anchors)
+    def __getitem__(self, number: int) -> Pack:
+        return self.read(*self.locate(number))
+
+    def read(self, indices: np.ndarray, pass_number: int = 0) -> Pack:
+        ids = [self.reader.id(i) for i in indices]
+        starts, documents, anchors = [], [], []
+        for id, tensors in zip(ids, self.reader.read_many(indices, self.names)):
+            spare, start = len(tensors["input_ids"]) - self.pack_tokens, 0
+            if spare > 0:
+                start = stable_hash(f"crop/{self.seed}/{pass_number}/{id}") % (spare + 1)
+                tensors = crop(tensors, start, start + self.pack_tokens)
+            starts.append(start)
+            documents.append(tensors)
+            mask = tensors["loss_mask"].numpy().astype(bool)
+            anchors.append(sample_anchors(id, mask, self.anchors, self.seed, pass_number))
+        return make_pack(ids, documents, anchors, starts)
 
 
-def split(reader: CacheReader, validation_documents: int) -> tuple[list[int], list[int]]:
+def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, workers: int) -> Iterator[Pack]:
+    """Packs `numbers` of the stream on `device`. Threads read ahead, two packs each, sharing the reader and its index; on a
+    GPU the next pack is copied, from pinned memory and on a stream of its own, while this one is being used.
+
+    `workers=0`: everything happens when a pack is asked for.
+    """
+    if workers == 0:
+        yield from (stream[number].to(device) for number in numbers)
+        return
+    on_gpu = device.type == "cuda"
+    side = torch.cuda.Stream(device) if on_gpu else None
+
+    def read(indices: np.ndarray, pass_number: int) -> Pack:
+        pack = stream.read(indices, pass_number)
+        return pack.pin() if on_gpu else pack.to(device)
+
+    def copied(pack: Pack) -> Pack:
+        with torch.cuda.stream(side):
+            return pack.to(device)
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        jobs = (pool.submit(read, *stream.locate(number)) for number in numbers)
+        window = deque(islice(jobs, 2 * workers))
+        ahead: deque[Pack] = deque()
+        while window or ahead:
+            while window and len(ahead) < (2 if on_gpu else 1):
+                pack = window.popleft().result()
+                ahead.append(copied(pack) if on_gpu else pack)
+                window.extend(islice(jobs, 1))
+            pack = ahead.popleft()
+            if on_gpu:
+                torch.cuda.current_stream(device).wait_stream(side)
+                pack.record_stream(torch.cuda.current_stream(device))
+            yield pack
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def split(reader: CacheReader, validation_documents: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, validation) documents: the validation side is a twentieth of the source documents (all pieces of one
     together), chosen by hash, of which at most `validation_documents` pieces are used.
 
     Raises:
         UserError: fewer than two source documents.
     """
-    stems = sorted({id.rsplit("#", 1)[0] for id in reader.ids}, key=lambda s: stable_hash(f"validation/{s}"))
+    stem_of = [id.rsplit("#", 1)[0] for id in reader.ids.to_pylist()]
+    stems = sorted(set(stem_of), key=lambda s: stable_hash(f"validation/{s}"))
     if len(stems) < 2:
         raise UserError(
             f"{reader.folder} holds {len(stems)} source document(s); training needs one to train on and one to judge on"
         )
     held = set(stems[: max(1, len(stems) // 20)])
-    sides = [[], []]
-    for index, id in enumerate(reader.ids):
-        sides[id.rsplit("#", 1)[0] in held].append(index)
-    training, validation = sides
-    return training, sorted(validation, key=lambda i: stable_hash(f"validation/{reader.ids[i]}"))[:validation_documents]
+    side = np.array([stem in held for stem in stem_of])
+    training, validation = np.flatnonzero(~side), np.flatnonzero(side)
+    order = sorted(validation, key=lambda i: stable_hash(f"validation/{reader.id(i)}"))
+    return training, np.array(order[:validation_documents])

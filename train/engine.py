@@ -7,6 +7,7 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import deepspeed
@@ -15,19 +16,20 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
 from data_prep.cache.manifest import write_text
-from data_prep.cache.reader import CacheReader
 from data_prep.cli import git_revision
 from data_prep.errors import UserError
+from data_prep.live import LiveReader, open_cache
+from data_prep.ranks import barrier, rank, world_size
 from data_prep.target import load_target, pick_device
 from train import acceptance
 from train.attention import executor
-from train.batches import Pack, PackStream, split
+from train.batches import PackStream, loaded, split
 from train.checkpoint import Checkpoints, latest
 from train.drafter.model import Drafter
 from train.losses import weights
 from train.objectives import Objective
-from train.ranks import lock_run, rank
-from train.recipe import TrainRecipe, check_target, drafter_config, world_size
+from train.ranks import lock_run
+from train.recipe import TrainRecipe, check_target, drafter_config
 from train.tracking import Tracker
 
 
@@ -88,7 +90,7 @@ class _Run:
     def __init__(self, recipe: TrainRecipe, run_dir: Path, device: torch.device):
         self.recipe, self.run_dir, self.device = recipe, run_dir, device
         self.accumulation, self.world = recipe.train.batch // world_size(), world_size()
-        self.reader = CacheReader(recipe.cache.dir)
+        self.reader = open_cache(recipe, barrier())
         self._refuse_another_run()
         config = drafter_config(recipe, self.reader.manifest)
         target = load_target(recipe.target.model_copy(update={"device": "cpu"}))
@@ -131,6 +133,8 @@ class _Run:
             )
         else:
             self._say(f"resuming {self.run_dir} after step {done}")
+        workers = 0 if isinstance(self.reader, LiveReader) else self.recipe.train.workers  # one target: one thread runs it
+        self.packs = loaded(self.stream, self._share(done, last), self.device, workers)
         window, since = [], time.monotonic()
         for step in range(done + 1, last + 1):
             window.append(self._step(step))
@@ -149,7 +153,7 @@ class _Run:
     def _step(self, step: int) -> torch.Tensor:
         """One optimizer step. Returns this rank's [loss, weight, tokens, finite] and acceptance counts, summed over its
         packs, as one float64 vector."""
-        packs = [pack.to(self.device) for pack in self._packs(step)]
+        packs = list(islice(self.packs, self.accumulation))
         weight = torch.tensor(
             [float(self.objective.weight_sum(pack)) for pack in packs], dtype=torch.float64, device=self.device
         ).sum()
@@ -184,10 +188,9 @@ class _Run:
         sums[1] = weight
         return sums
 
-    def _packs(self, step: int) -> Iterator[Pack]:
-        """This rank's share of step `step`: packs are dealt out so that accumulation and world size do not matter."""
-        first = (step - 1) * self.recipe.train.batch
-        return (self.stream[first + k * self.world + rank()] for k in range(self.accumulation))
+    def _share(self, done: int, last: int) -> Iterator[int]:
+        """This rank's packs of the steps to come: dealt out so that accumulation and world size do not matter."""
+        return iter(range(done * self.recipe.train.batch + rank(), last * self.recipe.train.batch, self.world))
 
     def _stop_on_nan(self, step: int, culprit: list[str] | None) -> None:
         culprits: list = [None] * self.world

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
-from train import ranks  # noqa: E402
+from data_prep import ranks  # noqa: E402
 
 ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this rank with it
 
@@ -19,9 +19,10 @@ from data_prep import cli  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
 from data_prep.sources import stable_hash  # noqa: E402
 from data_prep.target import pick_device  # noqa: E402
+from train.ranks import Sweep  # noqa: E402
 from train.recipe import TrainRecipe, check  # noqa: E402
 
-UNNAMED = ("run.dir", "cache.dir", "tracking", "run.group")  # keys that do not make another run
+UNNAMED = ("run.dir", "cache.dir", "cache.on_missing", "tracking", "run.group")  # keys that do not make another run
 
 
 def key_of(override: str) -> str:
@@ -52,7 +53,7 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
     try:
         train(recipe, Path(run_dir))
     except UserError as error:
-        ranks.fail(error)
+        cli.fail(error)
     except Exception:  # leave at once: a failed rank that waits for its collectives is never noticed by the launcher
         traceback.print_exc()
         os._exit(1)
@@ -63,7 +64,7 @@ def main() -> None:
     try:
         arguments = cli.arguments()
     except UserError as error:
-        ranks.fail(error)
+        cli.fail(error)
     overrides = arguments.overrides
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         if ranks.rank() == 0:
@@ -74,7 +75,7 @@ def main() -> None:
         for recipe in recipes:
             check(recipe)
     except UserError as error:
-        ranks.fail(error)
+        cli.fail(error)
     run_dir = recipes[0].run.dir or f"runs/{run_name(overrides)}"
     if not arguments.multirun:
         if ranks.rank() == 0:
@@ -82,7 +83,7 @@ def main() -> None:
         else:
             run(recipes[0], run_dir)
         return
-    sweep = ranks.Sweep(str(Path(__file__).resolve()))
+    sweep = Sweep(str(Path(__file__).resolve()))
     if ranks.rank() != 0:
         return sweep.follow()
     fixed = [word.key_or_group for word in cli.parsed(overrides) if not word.is_sweep_override()] + list(UNNAMED)

@@ -1,77 +1,16 @@
-"""Being one of N ranks: who speaks, who dies with whom, who owns the run folder, and how a sweep keeps them together."""
+"""Who owns the run folder, and how a sweep keeps its ranks together."""
 
-import ctypes
 import fcntl
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
-from data_prep import cli
 from data_prep.errors import UserError
-
-PR_SET_PDEATHSIG = 1
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def single_process_defaults() -> None:
-    """`python train/main.py` without a launcher is a world of one on a port of its own."""
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
-
-
-def die_with_parent() -> None:
-    """A rank must not outlive its launcher, however that ends: it would hold the GPU and the port.
-
-    The kernel kills it with its parent. DeepSpeed's parent (launch.py) survives the `deepspeed` command that started
-    it, so that one is watched too. Linux only; elsewhere nothing is done.
-    """
-    if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = os.getppid()
-    command = Path(f"/proc/{parent}/cmdline").read_bytes()
-    grandparent = _parent_of(parent) if b"deepspeed.launcher.launch" in command else None
-
-    def watch() -> None:
-        while os.getppid() == parent and (grandparent is None or _parent_of(parent) == grandparent):
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _parent_of(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (OSError, IndexError):
-        return None
-
-
-def fail(error: UserError) -> None:
-    """Rank 0 says what is wrong and leaves with code 2; the launcher then ends the others, which wait for that so that
-    none of them is the first to go and takes rank 0's line with it."""
-    if rank() != 0:
-        time.sleep(20)  # whoever is still here then saw something that rank 0 did not, and says so
-    cli.fail(error)
+from data_prep.ranks import free_port, rank
 
 
 def lock_run(folder: Path, patience_s: float = 15) -> int:
@@ -135,7 +74,7 @@ class Sweep:
         while (point := json.loads(self._store.get(f"point/{self._number}"))) is not None:
             self._number += 1
             if code := self._child(*point):
-                time.sleep(20)  # rank 0 reports; see fail()
+                time.sleep(20)  # rank 0 reports; see cli.fail()
                 os._exit(code)
         self._store.add("left", 1)
 

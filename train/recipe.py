@@ -1,17 +1,17 @@
 """What `conf/train.yaml` may say, and what of it fits a cache: every refusal that needs no GPU is made here."""
 
 import importlib.util
-import os
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.cache.manifest import Manifest
-from data_prep.cache.reader import CacheReader
 from data_prep.cli import refuse_file
 from data_prep.errors import UserError
-from data_prep.recipe import FinishedCache, Section, TargetRecipe
+from data_prep.live import manifest_of
+from data_prep.ranks import world_size
+from data_prep.recipe import CaptureSections, Section
 from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
@@ -57,6 +57,7 @@ class TrainSection(Section):
     max_steps: int = Field(ge=1)
     batch: int = Field(ge=1)  # packs an optimizer step, over all ranks and accumulation
     pack_tokens: int = Field(ge=2)
+    workers: int = Field(ge=0)  # threads that read packs ahead; 0: none
     lr: float = Field(gt=0)
     min_lr_ratio: float = Field(ge=0, le=1)
     warmup_ratio: float = Field(ge=0, lt=1)  # of max_steps
@@ -101,11 +102,10 @@ class RunRecipe(Section):
     group: str | None = None  # a sweep is one group
 
 
-class TrainRecipe(Section):
-    """`deepspeed train/main.py`: a cache -> a drafter."""
+class TrainRecipe(CaptureSections):
+    """`deepspeed train/main.py`: a cache -> a drafter. Of `cache` only `dir` counts when a capture is there; the rest, `data`
+    and `capture` say what `cache.on_missing=capture|live` makes."""
 
-    target: TargetRecipe
-    cache: FinishedCache
     objective: ObjectiveRecipe
     reuse: ReuseRecipe
     drafter: DrafterRecipe
@@ -118,7 +118,8 @@ class TrainRecipe(Section):
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
 
         def core(recipe: dict) -> dict:
-            free = {("run",), ("tracking",), ("cache",), ("train", "log_every"), ("train", "keep_last")}
+            free = {("run",), ("tracking",), ("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
+            free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers")}
             return {
                 (s, k): v
                 for s, section in recipe.items()
@@ -131,12 +132,8 @@ class TrainRecipe(Section):
         return sorted(".".join(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
-    """The drafter that this recipe trains on a cache of this manifest.
+def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int]]:
+    """(target layers, one a draft layer; layers whose hidden states are read).
 
     Raises:
         UserError: the cache lacks a layer or a kind that the recipe needs.
@@ -175,11 +172,17 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
             raise UserError(
                 f"reuse={kind} needs {name} states of layer(s) {missing}; the cache {recipe.cache.dir} holds {held[name]}"
             )
+    return list(target_layers), list(hidden_layers)
+
+
+def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
+    """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
+    target_layers, hidden_layers = chosen_layers(recipe, manifest)
     return DrafterConfig(
         objective=recipe.objective.kind,
-        reuse=kind,
-        target_layers=list(target_layers),
-        hidden_layers=list(hidden_layers),
+        reuse=recipe.reuse.kind,
+        target_layers=target_layers,
+        hidden_layers=hidden_layers,
         slots=recipe.objective.slots,
         causal=recipe.objective.causal,
         shifted=recipe.objective.shifted,
@@ -207,8 +210,8 @@ def check(recipe: TrainRecipe) -> None:
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
     executor(recipe.drafter.attention, pick_device(recipe.target.device))
-    manifest = CacheReader(recipe.cache.dir).manifest
-    drafter_config(recipe, manifest)
+    manifest = manifest_of(recipe)
+    chosen_layers(recipe, manifest)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != manifest.tokenizer_hash:
         raise UserError(

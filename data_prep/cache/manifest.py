@@ -9,11 +9,11 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
+from data_prep.cache.codec import SCALE, stored
 from data_prep.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, INDEX, FILES = "manifest.json", "index.parquet", "files.json"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Manifest(BaseModel):
@@ -27,30 +27,38 @@ class Manifest(BaseModel):
     chat_template_hash: str
     hidden_layers: list[int]
     kv_layers: list[int]
-    codec: str
+    codec: str  # fp8, bf16 or fp32
+    last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
     max_length: int
-    source: dict  # name, hash, documents, tokens
+    source: dict  # name, hash (documents.Digest), documents, tokens, supervised, what was left out and why
     software: dict
 
-    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape of one row) of every tensor of a shard; rows are tokens, or teachers for last_hidden."""
-        dtype, sizes = DTYPES[self.codec], self.target["architecture"]
+    @property
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of one row of every state that is stored; rows are tokens, or teachers for last_hidden."""
+        sizes = self.target["architecture"]
         state, head = (sizes["hidden_size"],), (sizes["kv_heads"], sizes["head_dim"])
         return {
-            "input_ids": (torch.int32, ()),
-            "loss_mask": (torch.uint8, ()),
-            "last_hidden": (dtype, state),
-            **{f"hidden.{layer}": (dtype, state) for layer in self.hidden_layers},
-            **{f"{kind}.{layer}": (dtype, head) for layer in self.kv_layers for kind in ("key", "value")},
+            "last_hidden": state,
+            **{f"hidden.{layer}": state for layer in self.hidden_layers},
+            **{f"{kind}.{layer}": head for layer in self.kv_layers for kind in ("key", "value")},
         }
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape of one row) of every tensor of a shard, the scales of fp8 included."""
+        rows = {"input_ids": (torch.int32, ()), "loss_mask": (torch.uint8, ())}
+        for name, shape in self.states.items():
+            rows |= stored(name, shape, self.codec)
+        return rows
 
     def bytes_of(self, tokens: int, supervised: int) -> int:
         """Bytes of the tensors of so many tokens, of which so many predictions are supervised."""
+        teachers = tokens if self.last_hidden == "all" else supervised
 
         def row(dtype, shape):
             return dtype.itemsize * torch.Size(shape).numel()
 
-        return sum(row(*spec) * (supervised if name == "last_hidden" else tokens) for name, spec in self.tensors().items())
+        return sum(row(*spec) * (teachers if is_teacher(name) else tokens) for name, spec in self.tensors().items())
 
     def differs(self, other: "Manifest") -> list[str]:
         """Dotted names of the fields that differ; software versions are recorded, not compared."""
@@ -59,6 +67,11 @@ class Manifest(BaseModel):
 
     def hash(self) -> str:
         return xxhash.xxh3_128_hexdigest(canonical(self.model_dump(exclude={"software"})).encode())
+
+
+def is_teacher(name: str) -> bool:
+    """Whether a tensor has a row a teacher instead of a row a token."""
+    return name.removesuffix(SCALE) == "last_hidden"
 
 
 def software_versions() -> dict[str, str]:

@@ -1,21 +1,27 @@
-"""Shards -> documents, memory-mapped: a read touches only the layers asked for."""
+"""Shards -> documents, memory-mapped: a read touches only the layers asked for, and copies nothing."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, file_hash, read_manifest
+from data_prep.cache.codec import SCALE
+from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, file_hash, is_teacher, read_manifest
 from data_prep.cache.writer import document_hash
+from data_prep.documents import Digest
 from data_prep.errors import UserError
+from data_prep.tokens import TokenDocument
 
 
 class CacheReader:
-    """A finished cache: `ids`, `lengths`, `supervised` per document, and their tensors by index.
+    """A finished cache: `ids`, `lengths`, `supervised` per document, in the order of ids, and their tensors by index.
+
+    The index is held once a process, in Arrow and NumPy arrays: threads share it, and a fork does not copy it.
 
     Raises:
         UserError: the capture is unfinished, the manifest or the index is not as written, or a shard is missing or
@@ -31,26 +37,52 @@ class CacheReader:
             raise UserError(f"{self.folder / MANIFEST} is damaged; remove {self.folder} and capture again")
         if self._hash(INDEX) != recorded.get(INDEX):
             raise UserError(f"{self.folder / INDEX} is missing or damaged; remove it and {FILES}, then run data_prep again")
-        table = pq.read_table(self.folder / INDEX)
-        self.ids, self.lengths, self.supervised, self._offset, self._teacher_offset, self._xxh3, self._shard = (
-            table[name].to_pylist() for name in ("id", "length", "supervised", "offset", "teacher_offset", "xxh3", "shard")
+        table = pq.read_table(self.folder / INDEX).combine_chunks()
+        self.ids = table["id"].combine_chunks() if len(table) else pa.array([], pa.string())
+        self.lengths, self.supervised, self._offset, self._teacher_offset = (
+            table[name].to_numpy() for name in ("length", "supervised", "offset", "teacher_offset")
         )
-        self._shards = {name: self._open(name) for name in sorted(set(self._shard))}
+        self._xxh3 = table["xxh3"]
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        self._shard_names = shards.dictionary.to_pylist()
+        self._shard = shards.indices.to_numpy()
+        self._shards = [self._open(name) for name in self._shard_names]
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def id(self, index: int) -> str:
+        return self.ids[int(index)].as_py()
+
     def read(self, index: int, names: list[str]) -> dict[str, Tensor]:
-        """Tensors of one document, [T, ...] each (last_hidden: one row a supervised token, in order)."""
-        shard, tensors = self._shards[self._shard[index]], {}
+        """Tensors of one document, [T, ...] each (last_hidden: one row a supervised token, in order), and `name.scale`
+        beside each fp8 tensor. They are views of the memory-mapped file: copy before you write to one."""
+        shard = self._shards[self._shard[index]]
+        start, teacher, length, supervised = (
+            int(column[index]) for column in (self._offset, self._teacher_offset, self.lengths, self.supervised)
+        )
+        every = self.manifest.last_hidden == "all"
+        names = [*names, *(name + SCALE for name in names if name + SCALE in shard)]
+        tensors = {}
         for name in names:
-            start = (self._teacher_offset if name == "last_hidden" else self._offset)[index]
-            count = (self.supervised if name == "last_hidden" else self.lengths)[index]
-            tensors[name] = shard.get_slice(name)[start : start + count]
+            tensor = shard[name]
+            if not is_teacher(name):
+                tensors[name] = tensor[start : start + length]
+            elif every:
+                teachers = shard["loss_mask"][start + 1 : start + length].nonzero().squeeze(1) + start
+                tensors[name] = (
+                    tensor.view(torch.uint8)[teachers].view(tensor.dtype) if tensor.itemsize == 1 else tensor[teachers]
+                )
+            else:
+                tensors[name] = tensor[teacher : teacher + supervised]
         return tensors
 
+    def read_many(self, indices: list[int], names: list[str]) -> list[dict[str, Tensor]]:
+        return [self.read(index, names) for index in indices]
+
     def problems(self) -> Iterator[str]:
-        """What `mode=verify` finds: every byte of every file is read, and every document's numbers are looked at."""
+        """What `mode=verify` finds: every byte of every file is read, every document's numbers are looked at, and all
+        documents together must be the source that the manifest names."""
         recorded = self._recorded()
         present = {p.name for p in self.folder.iterdir()} - {FILES}
         yield from (f"{name}: missing" for name in sorted(recorded.keys() - present))
@@ -58,15 +90,28 @@ class CacheReader:
         for name in sorted(recorded.keys() & present):
             if self._hash(name) != recorded[name]:
                 yield f"{name}: checksum differs"
-        if len(set(self.ids)) != len(self.ids):
-            yield f"{INDEX}: a document id stands twice"
-        names = list(self.manifest.tensors())
-        for index, id in enumerate(self.ids):
+        digest, names = Digest(), ["input_ids", "loss_mask", *self.manifest.states]
+        stored_all = self.manifest.last_hidden == "all"
+        for index in range(len(self)):
+            id, where = self.id(index), f"{self._shard_names[self._shard[index]]}: document {self.id(index)}"
             tensors = self.read(index, names)
-            if document_hash(tensors) != self._xxh3[index]:
-                yield f"{self._shard[index]}: document {id}: checksum differs"
-            if bad := [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
-                yield f"{self._shard[index]}: document {id}: NaN or Inf in {', '.join(bad)}"
+            hashed = self._whole(index) if stored_all else tensors
+            if document_hash(hashed) != self._xxh3[index].as_py():
+                yield f"{where}: checksum differs"
+            mask = tensors["loss_mask"]
+            if int(mask.sum()) != self.supervised[index] or mask[0] or self.lengths[index] > self.manifest.max_length:
+                yield f"{where}: its length or loss mask is not what the index and the manifest say"
+            if bad := [name for name, t in hashed.items() if not _finite(t)]:
+                yield f"{where}: NaN or Inf in {', '.join(bad)}"
+            digest.add(TokenDocument(id, tensors["input_ids"].numpy(), mask.numpy()))
+        source = self.manifest.source
+        if "hash" in source and (digest.hex(), len(self)) != (source["hash"], source["documents"]):
+            yield f"{INDEX}: {len(self)} documents are not the {source['documents']} of the manifest's source (a gap or a change)"
+
+    def _whole(self, index: int) -> dict[str, Tensor]:
+        """The stored tensors of a document, every row of last_hidden included."""
+        start, stop = int(self._offset[index]), int(self._offset[index] + self.lengths[index])
+        return {name: t[start:stop] for name, t in self._shards[self._shard[index]].items()}
 
     def _recorded(self) -> dict[str, str]:
         """File name -> checksum, as the writer left them when it finished."""
@@ -86,16 +131,32 @@ class CacheReader:
         path = self.folder / name
         return file_hash(path) if path.is_file() else "missing"
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> dict[str, Tensor]:
+        """Every tensor of a shard as a view of the mapped file."""
         path = self.folder / f"{name}.safetensors"
         try:
             shard = safe_open(path, framework="pt")
             if missing := self.manifest.tensors().keys() - set(shard.keys()):
-                raise UserError(
-                    f"{path} lacks {', '.join(sorted(missing))}; remove it and its .parquet, then run data_prep again"
-                )
+                raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run data_prep again, which captures it anew")
+            return {key: shard.get_tensor(key) for key in shard.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path} is missing or truncated ({error}); remove it, its .parquet and {FILES}, then run data_prep again"
+                f"{path} is missing or truncated ({error}); run data_prep again, which captures that shard anew"
             ) from error
-        return shard
+
+
+def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Positions [start, stop) of a document's tensors, with the rows of last_hidden that still teach a token: the first
+    token is predicted from what lies before the crop, so that it is not supervised."""
+    mask = tensors["loss_mask"]
+    teachers = slice(int(mask[: start + 1].sum()), int(mask[:stop].sum()))
+    out = {name: t[teachers] if is_teacher(name) else t[start:stop] for name, t in tensors.items()}
+    out["loss_mask"] = out["loss_mask"].clone()
+    out["loss_mask"][:1] = 0
+    return out
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.dtype in (torch.int32, torch.uint8):
+        return True
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())

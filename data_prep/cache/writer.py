@@ -1,17 +1,31 @@
-"""Documents -> shards. A shard is complete or absent; a run that was killed goes on by document id."""
+"""Documents -> shards. A shard is complete or absent; a capture that was killed goes on by document id, with any number of
+processes, each of which writes shards of its own."""
 
 import fcntl
+import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.cache.manifest import FILES, INDEX, MANIFEST, Manifest, canonical, file_hash, publish, read_manifest, write_text
+from data_prep.cache.manifest import (
+    FILES,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    canonical,
+    file_hash,
+    is_teacher,
+    publish,
+    read_manifest,
+    write_text,
+)
 from data_prep.errors import UserError
 
 SCHEMA = pa.schema(
@@ -24,6 +38,18 @@ SCHEMA = pa.schema(
         ("xxh3", pa.string()),
     ]
 )
+SAFETENSORS = {
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def document_hash(tensors: dict[str, Tensor]) -> str:
@@ -31,98 +57,232 @@ def document_hash(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_64()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(raw(tensors[name]))
+    return digest.hexdigest()
+
+
+def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
+    """Write each name's pieces, joined along the first axis, and return the file's xxh3.
+
+    The library's own `save_file` would need them joined in memory first and copies every byte once more: a tenth of this
+    speed (docs/log.md). Widest dtype first, as the library does, so that every tensor is aligned.
+    """
+    header, place = {}, 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n][0].dtype.itemsize, n)):
+        pieces = tensors[name]
+        size = sum(t.nbytes for t in pieces)
+        shape = [sum(len(t) for t in pieces), *pieces[0].shape[1:]]
+        header[name] = {"dtype": SAFETENSORS[pieces[0].dtype], "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
+    with open(path, "wb", buffering=0) as file:
+        for part in (len(text).to_bytes(8, "little"), text, *(raw(t) for name in header for t in tensors[name])):
+            digest.update(part)
+            part = memoryview(part)
+            while part:  # one call writes at most 2 GiB
+                part = part[file.write(part) :]
     return digest.hexdigest()
 
 
 class CacheWriter:
     """Collects documents and writes a shard whenever `shard_bytes` have come together.
 
-    The Parquet file is a shard's seal: it is renamed after the tensors, so tensors without it never count.
+    The Parquet file is a shard's seal: it is renamed after the tensors, so tensors without it never count. Shards that were
+    there before are read again first: one that was cut or changed since is removed, and its documents are captured anew.
+
+    `rank`, `world` and `barrier` (a function that returns when all processes have called it) tell the processes of one
+    capture apart; every one of them makes a writer and calls `finish`. Rank 0 brings the manifest and, where it has it
+    already, the folder's lock (`claimed`).
 
     Raises:
-        UserError: the folder holds a cache of another manifest (the differing fields are named), or another process
-            is writing it.
+        UserError: the folder holds a cache of another manifest (the differing fields are named), another capture is
+            writing it, or the disk is full.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, shard_bytes: int):
-        self.folder, self.manifest, self.shard_bytes = Path(folder), manifest, shard_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)  # a folder can be locked: no lock file is left in the cache
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.folder} is being written by another process") from error
-        try:
-            self._refuse_another_cache()
-        except UserError:
-            os.close(self._lock)
-            raise
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
-        if not (self.folder / MANIFEST).exists():
-            write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1))
-        sealed = sorted(self.folder.glob("shard-*.parquet"))
-        self.done = {row for path in sealed for row in _ids(path)}
-        self._next = 1 + max((int(path.stem.removeprefix("shard-")) for path in sealed), default=-1)
-        self._documents: list[tuple[str, dict[str, Tensor]]] = []
-        self._bytes = 0
-
-    def _refuse_another_cache(self) -> None:
-        if (self.folder / MANIFEST).exists():
-            if fields := self.manifest.differs(read_manifest(self.folder)):
-                raise UserError(
-                    f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
-                    "Choose another cache.dir or remove that folder"
-                )
-        elif any(p.suffix != ".tmp" for p in self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty and holds no cache; choose another cache.dir")
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest | None,
+        shard_bytes: int,
+        rank: int = 0,
+        world: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+        claimed: int | None = None,
+    ):
+        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self.rank, self.world, self.barrier = rank, world, barrier
+        self._parts: dict[str, list[Tensor]] = {}
+        self._rows: list[tuple] = []
+        self._bytes = self._tokens = self._teachers = 0
+        if rank == 0:
+            self._open_folder(manifest, claimed)
+        barrier()
+        self.manifest = read_manifest(self.folder)
+        if rank != 0:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self.removed = [name for path in self._seals()[rank::world] if (name := self._remove_damaged(path))]
+        barrier()  # what each process found damaged is gone
+        seals = self._seals()
+        tables = [pq.read_table(path, columns=["id"])["id"] for path in seals]
+        self.done: pa.Array = pa.concat_arrays([c for t in tables for c in t.chunks] or [pa.array([], pa.string())])
+        self._next = 1 + rank + max((int(path.stem.removeprefix("shard-")) for path in seals), default=-1)
+        barrier()  # all have read the same seals before one of them writes another
 
     def add(self, id: str, tensors: dict[str, Tensor]) -> None:
         """One document: the tensors of `Manifest.tensors()`, on the CPU, T rows each (last_hidden: one a teacher)."""
-        self._documents.append((id, tensors))
-        self._bytes += sum(t.nbytes for t in tensors.values())
+        self.add_batch([id], [len(tensors["input_ids"])], tensors)
+
+    def add_batch(self, ids: Sequence[str], lengths: Sequence[int], tensors: dict[str, Tensor]) -> None:
+        """Documents back to back, not copied. Nothing may change the tensors afterwards."""
+        place = teacher = 0
+        for id, length in zip(ids, lengths):
+            supervised = int(tensors["loss_mask"][place : place + length].sum())
+            teachers = length if self.manifest.last_hidden == "all" else supervised
+            one = {
+                name: t[teacher : teacher + teachers] if is_teacher(name) else t[place : place + length]
+                for name, t in tensors.items()
+            }
+            offsets = self._tokens + place, self._teachers + teacher
+            self._rows.append((id, offsets[0], length, offsets[1], supervised, document_hash(one)))
+            place, teacher = place + length, teacher + teachers
+        self._tokens, self._teachers = self._tokens + place, self._teachers + teacher
+        for name, tensor in tensors.items():
+            self._parts.setdefault(name, []).append(tensor)
+            self._bytes += tensor.nbytes
         if self._bytes >= self.shard_bytes:
             self._flush()
 
     def finish(self) -> None:
-        """Write what is left, merge the shards' tables into one index and record every file's checksum."""
+        """Write what is left. When all processes have: merge the tables into one index and record every file's checksum.
+
+        Raises:
+            UserError: a document of the source is missing or stands twice.
+        """
         self._flush()
-        parts = sorted(self.folder.glob("shard-*.parquet"))
-        tables = {p: pq.read_table(p) for p in parts}
-        index = [t.append_column("shard", pa.array([p.stem] * t.num_rows)).replace_schema_metadata() for p, t in tables.items()]
-        self._write_table(pa.concat_tables(index), INDEX)
-        sums = {name: file_hash(self.folder / name) for name in (MANIFEST, INDEX, *(p.name for p in parts))}
-        # A shard's checksum is the one it was written with: what was damaged since must not be recorded as good.
-        sums |= {f"{p.stem}.safetensors": t.schema.metadata[b"xxh3"].decode() for p, t in tables.items()}
-        write_text(self.folder / FILES, canonical(sums))
+        self.barrier()
+        if self.rank == 0:
+            seal(self.folder, self.manifest)
+        self.barrier()
         os.close(self._lock)
 
+    def _open_folder(self, manifest: Manifest, claimed: int | None) -> None:
+        """Rank 0 alone: own the folder, compare or write the manifest, and let the others in."""
+        self._lock = claim(self.folder) if claimed is None else claimed
+        try:
+            if not (self.folder / MANIFEST).exists():
+                write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1))
+            elif fields := manifest.differs(read_manifest(self.folder)):
+                raise UserError(
+                    f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
+                    "Choose another cache.dir or remove that folder"
+                )
+        except UserError:
+            os.close(self._lock)
+            raise
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # every process of this capture shares it until it ends
+
+    def _seals(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.parquet"))
+
+    def _remove_damaged(self, path: Path) -> str | None:
+        """Read a shard again. One that is not as it was written is removed; returns its name then."""
+        tensors = path.with_suffix(".safetensors")
+        try:
+            if tensors.is_file() and file_hash(tensors) == read_seal(path).schema.metadata[b"xxh3"].decode():
+                return None
+        except UserError:
+            pass
+        (self.folder / FILES).unlink(missing_ok=True)
+        path.unlink()
+        tensors.unlink(missing_ok=True)
+        return tensors.name
+
     def _flush(self) -> None:
-        if not self._documents:
+        if not self._rows:
             return
-        (self.folder / FILES).unlink(missing_ok=True)  # from here on the capture is unfinished again
-        rows, offset, teacher_offset = [], 0, 0
-        for id, tensors in self._documents:
-            length, teachers = len(tensors["input_ids"]), len(tensors["last_hidden"])
-            rows.append((id, offset, length, teacher_offset, teachers, document_hash(tensors)))
-            offset, teacher_offset = offset + length, teacher_offset + teachers
         name = f"shard-{self._next:05d}"
         temporary = self.folder / f"{name}.safetensors.tmp"
-        save_file({key: torch.cat([t[key] for _, t in self._documents]) for key in self.manifest.tensors()}, temporary)
-        checksum = {"xxh3": file_hash(temporary)}
-        publish(temporary, self.folder / f"{name}.safetensors")
-        columns = dict(zip(SCHEMA.names, map(list, zip(*rows))))
-        self._write_table(pa.table(columns, SCHEMA).replace_schema_metadata(checksum), f"{name}.parquet")
-        self._next, self._documents, self._bytes = self._next + 1, [], 0
+        try:
+            (self.folder / FILES).unlink(missing_ok=True)  # from here on the capture is unfinished again
+            checksum = write_safetensors(temporary, {key: self._parts[key] for key in self.manifest.tensors()})
+            publish(temporary, self.folder / f"{name}.safetensors")
+            write_seal(self.folder / f"{name}.parquet", self._rows, checksum)
+        except OSError as error:
+            for path in (temporary, self.folder / f"{name}.parquet.tmp"):
+                path.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.folder}: shard {name} cannot be written ({error.strerror}); make room, then run the same command again"
+            ) from error
+        self._next, self._parts, self._rows = self._next + self.world, {}, []
+        self._bytes = self._tokens = self._teachers = 0
 
-    def _write_table(self, table: pa.Table, name: str) -> None:
-        pq.write_table(table, self.folder / f"{name}.tmp")
-        publish(self.folder / f"{name}.tmp", self.folder / name)
 
+def claim(folder: Path) -> int:
+    """Make the folder and own it until the handle that is returned is closed. Half-written files and unsealed shards are removed.
 
-def _ids(seal: Path) -> list[str]:
+    Raises:
+        UserError: another capture is writing it, or it holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # a folder can be locked: no lock file is left in the cache
     try:
-        return pq.read_table(seal, columns=["id"])["id"].to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{seal} is damaged; remove it and the .safetensors beside it, then run data_prep again") from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"{folder} is being written by another process") from error
+    if not (folder / MANIFEST).exists() and any(p.suffix not in (".tmp", ".arrow") for p in folder.iterdir()):
+        os.close(lock)
+        raise UserError(f"{folder} is not empty and holds no cache; choose another cache.dir")
+    unsealed = [p for p in folder.glob("shard-*.safetensors") if not p.with_suffix(".parquet").exists()]
+    for leftover in [*folder.glob("*.tmp"), *unsealed]:
+        leftover.unlink()
+    return lock
+
+
+def write_seal(path: Path, rows: list[tuple], shard_xxh3: str) -> None:
+    table = pa.table([pa.array(c, f.type) for c, f in zip(zip(*rows), SCHEMA)], SCHEMA)
+    own = xxhash.xxh3_128_hexdigest(canonical(table.to_pylist()).encode())
+    _write_table(table.replace_schema_metadata({"xxh3": shard_xxh3, "rows": own}), path)
+
+
+def read_seal(path: Path) -> pa.Table:
+    """A shard's rows. Raises UserError when they are not as they were written."""
+    try:
+        table = pq.read_table(path)
+        own = xxhash.xxh3_128_hexdigest(canonical(table.to_pylist()).encode())
+        if table.schema.metadata.get(b"rows", b"").decode() == own and b"xxh3" in table.schema.metadata:
+            return table
+    except (OSError, pa.ArrowException, AttributeError, UnicodeDecodeError):
+        pass
+    raise UserError(f"{path} is damaged; run data_prep again, which captures that shard anew")
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Every shard is there: write the index, in the order of ids, and every file's checksum.
+
+    Raises:
+        UserError: documents are missing or stand twice, as counted by the manifest.
+    """
+    parts = sorted(folder.glob("shard-*.parquet"))
+    tables = {path: read_seal(path) for path in parts}
+    index = pa.concat_tables(
+        t.append_column("shard", pa.array([p.stem] * t.num_rows)).replace_schema_metadata() for p, t in tables.items()
+    ).sort_by("id")
+    expected = manifest.source.get("documents", index.num_rows)
+    unique = pc.count_distinct(index["id"]).as_py()
+    if not index.num_rows == unique == expected:
+        raise UserError(f"{folder} holds {index.num_rows} documents, {unique} of them distinct, of a source of {expected}")
+    _write_table(index, folder / INDEX)
+    sums = {name: file_hash(folder / name) for name in (MANIFEST, INDEX, *(p.name for p in parts))}
+    # A shard's checksum is the one it was written with: what was damaged since must not be recorded as good.
+    sums |= {f"{p.stem}.safetensors": t.schema.metadata[b"xxh3"].decode() for p, t in tables.items()}
+    write_text(folder / FILES, canonical(sums))
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(table, temporary)
+    publish(temporary, path)

@@ -1,0 +1,158 @@
+"""A whole source tokenised, by all cores, into a memory-mapped Arrow file: no process ever holds it."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.errors import UserError
+from data_prep.recipe import DataRecipe
+from data_prep.sources import Record
+from data_prep.tokens import LeftOut, TokenDocument, encode, pieces
+
+CHUNK = 64  # records that a worker takes at a time
+SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))])
+
+
+def tokenized(
+    source: Iterable[Record], tokenizer: PreTrainedTokenizerBase, data: DataRecipe, left_out: Counter, workers: int = 1
+) -> Iterator[TokenDocument]:
+    """Every document of `source`, in its order, until `data.max_tokens` tokens have been read. What is left out is
+    counted by reason in `left_out`."""
+    left = float("inf") if data.max_tokens is None else data.max_tokens
+    for record, encoded in _encoded(iter(source), tokenizer, data, workers):
+        if left < 2:
+            return
+        if isinstance(encoded, str):
+            left_out[encoded] += 1
+            continue
+        ids, mask = (part[: int(min(left, len(part)))] for part in encoded)
+        left -= len(ids)
+        yield from pieces(record, ids, mask, data, left_out)
+
+
+def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
+    chunks = iter(lambda: list(islice(source, CHUNK)), [])
+    if workers == 1:
+        for chunk in chunks:
+            yield from zip(chunk, _encode_chunk(chunk, tokenizer, data))
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (tokenizer, data))
+    with pool:
+        window: deque = deque()
+        for chunk in chunks:
+            window.append((chunk, pool.submit(_worker, chunk)))
+            if len(window) > 4 * workers:  # what is read ahead is bounded
+                yield from _result(window)
+        while window:
+            yield from _result(window)
+
+
+def _result(window: deque):
+    chunk, future = window.popleft()
+    return zip(chunk, future.result())
+
+
+def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int]] | str]:
+    """(ids, mask), or why there are none."""
+
+    def one(record: Record):
+        try:
+            return encode(record, tokenizer, data)
+        except LeftOut as reason:
+            return str(reason)
+
+    return [one(record) for record in chunk]
+
+
+def _start_worker(tokenizer, data) -> None:
+    global _worker_state
+    _worker_state = tokenizer, data
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _worker(chunk: list[Record]):
+    return _encode_chunk(chunk, *_worker_state)
+
+
+class Digest:
+    """A hash of documents that does not depend on their order: the sum of their xxh3 hashes. Digests of disjoint sets
+    add up to the digest of both."""
+
+    def __init__(self):
+        self.total = 0
+
+    def add(self, document: TokenDocument) -> None:
+        one = xxhash.xxh3_128()
+        for part in (document.id.encode(), document.input_ids.tobytes(), document.loss_mask.tobytes()):
+            one.update(len(part).to_bytes(8, "little") + part)
+        self.total += one.intdigest()
+
+    def hex(self) -> str:
+        return f"{self.total % 2**128:032x}"
+
+    @staticmethod
+    def joined(digests: Iterable[str]) -> str:
+        return f"{sum(int(d, 16) for d in digests) % 2**128:032x}"
+
+
+def write_documents(path: Path, documents: Iterable[TokenDocument], left_out: Counter) -> dict:
+    """Write the Arrow file at `path`. Returns what a manifest says of its source: hash, counts, what was left out.
+
+    Raises:
+        UserError: not one document is left.
+    """
+    documents, digest = iter(documents), Digest()
+    counts = Counter(documents=0, tokens=0, supervised=0)
+    temporary = path.with_name(path.name + ".tmp")
+    with pa.ipc.new_file(temporary, SCHEMA) as file:
+        while some := list(islice(documents, 1024)):
+            for document in some:
+                digest.add(document)
+                counts.update(documents=1, tokens=len(document.input_ids), supervised=int(np.count_nonzero(document.loss_mask)))
+            file.write_batch(pa.record_batch([pa.array(list(c), t) for c, t in zip(zip(*some), SCHEMA.types)], schema=SCHEMA))
+    if not counts["documents"]:
+        temporary.unlink()
+        why = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common()) or "the source is empty"
+        raise UserError(f"the data source gives no document to capture: {why}")
+    os.replace(temporary, path)
+    return {"hash": digest.hex(), **counts, "left_out": dict(left_out)}
+
+
+class Documents:
+    """What `write_documents` wrote: `ids`, `lengths` [N], `supervised` [N], and a `TokenDocument` by index."""
+
+    def __init__(self, path: Path):
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.ids = self._table["id"]
+        self.lengths = pc.list_value_length(self._table["input_ids"]).to_numpy().astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> TokenDocument:
+        row = [self._table[name][int(index)] for name in SCHEMA.names]
+        return TokenDocument(row[0].as_py(), *(np.array(column.values) for column in row[1:]))
+
+    def by_length(self, among: np.ndarray | None = None) -> np.ndarray:
+        """Indices (of `among`, or all), longest first; ties in the order of ids."""
+        among = np.arange(len(self)) if among is None else among
+        keys = pa.table({"length": self.lengths[among], "id": self.ids.take(pa.array(among))})
+        return among[pc.sort_indices(keys, [("length", "descending"), ("id", "ascending")]).to_numpy()]
+
+    def missing(self, done: pa.Array) -> np.ndarray:
+        """Indices of the documents whose ids are not in `done`, longest first."""
+        return self.by_length(np.flatnonzero(~pc.is_in(self.ids, value_set=done).to_numpy()))

@@ -1,0 +1,96 @@
+"""What training reads from: a finished cache, one that is captured on first use, or the target itself."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow.compute as pc
+from torch import Tensor
+
+from data_prep import prepare
+from data_prep.cache.manifest import FILES, Manifest, is_teacher
+from data_prep.cache.reader import CacheReader
+from data_prep.capture import Batch
+from data_prep.documents import Documents
+from data_prep.errors import UserError
+from data_prep.recipe import CaptureSections
+from data_prep.target import load_target
+
+
+class LiveReader:
+    """The interface of `CacheReader` with nothing stored: the target runs whenever a document is read.
+
+    States pass through the cache's codec, so that what is read is what a cache would have held. They stay on the target's
+    device; `input_ids` and `loss_mask` on the host.
+    """
+
+    def __init__(self, recipe: CaptureSections):
+        self.folder = Path(recipe.cache.dir)
+        with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the file's name
+            source = prepare.tokenise(recipe, Path(folder) / prepare.DOCUMENTS)
+            self._documents = Documents(Path(folder) / prepare.DOCUMENTS)
+        self._order = pc.sort_indices(self._documents.ids).to_numpy()  # a cache's index is in the order of ids too
+        self.ids = self._documents.ids.take(pc.sort_indices(self._documents.ids)).combine_chunks()
+        self.lengths = self._documents.lengths[self._order]
+        self._target = load_target(recipe.target, recipe.capture)
+        self.manifest = prepare.completed(prepare.plan(recipe, source), self._target)
+        self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def id(self, index: int) -> str:
+        return self.ids[int(index)].as_py()
+
+    def read_many(self, indices: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
+        """One forward of the target over these documents; their tensors as `CacheReader.read` gives them."""
+        batch = Batch([self._documents[self._order[i]] for i in indices])
+        manifest = self.manifest.model_copy(update={"last_hidden": "supervised"})
+        tensors = batch.tensors(batch.forward(self._target), manifest)
+        documents, place, teacher = [], 0, 0
+        for length in batch.lengths:
+            teachers = int(batch.mask_P[place : place + length].sum())
+            rows = {True: slice(teacher, teacher + teachers), False: slice(place, place + length)}
+            documents.append({n: t[rows[is_teacher(n)]] for n, t in tensors.items() if n.removesuffix(".scale") in names})
+            place, teacher = place + length, teacher + teachers
+        return documents
+
+
+def missing(recipe: CaptureSections) -> bool:
+    """Whether there is no finished cache and `cache.on_missing` has another answer to that than to fail."""
+    return recipe.cache.on_missing != "fail" and not (Path(recipe.cache.dir) / FILES).exists()
+
+
+def manifest_of(recipe: CaptureSections) -> Manifest:
+    """The manifest that `open_cache` will read, as far as it can be known before anything runs.
+
+    Raises:
+        UserError: there is no cache and there cannot be one, or the cache is not the one that is described.
+    """
+    if missing(recipe):
+        prepare.check(recipe)
+        return prepare.plan(recipe, {})
+    manifest = CacheReader(recipe.cache.dir).manifest
+    if recipe.cache.on_missing != "fail":
+        asked = prepare.plan(recipe, {"name": recipe.data.source}).differs(manifest)
+        if fields := [f for f in asked if not f.startswith(("source.", "target."))]:
+            raise UserError(
+                f"{recipe.cache.dir} holds another cache than cache.on_missing={recipe.cache.on_missing} would make; these "
+                f"differ: {', '.join(fields)}. Choose another cache.dir, or cache.on_missing=fail to use it as it is"
+            )
+    return manifest
+
+
+def open_cache(recipe: CaptureSections, barrier: Callable[[], None]) -> CacheReader | LiveReader:
+    """The cache to train from. Called by all processes.
+
+    Raises:
+        UserError: there is none (`on_missing=fail`), or it cannot be made.
+    """
+    wanted = missing(recipe)
+    barrier()  # all have looked before one of them makes it
+    if wanted and recipe.cache.on_missing == "live":
+        return LiveReader(recipe)
+    if wanted:
+        prepare.build(recipe, barrier)
+    return CacheReader(recipe.cache.dir)

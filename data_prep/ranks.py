@@ -1,0 +1,84 @@
+"""Being one of N processes: who one is, who dies with whom, and how all wait for each other."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def on_gpu() -> bool:
+    """Whether this process may use a GPU: DS_ACCELERATOR=cpu keeps it off."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def single_process_defaults() -> None:
+    """A command run without a launcher is a world of one on a port of its own."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+def barrier() -> Callable[[], None]:
+    """A function that returns when all processes have called it, however long that takes. To be asked for by all."""
+    if world_size() == 1:
+        return lambda: None
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu() else "gloo", timeout=timedelta(days=30))
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # NCCL's own would give up after minutes
+    return lambda: distributed.barrier(group)
+
+
+def die_with_parent() -> None:
+    """A rank must not outlive its launcher, however that ends: it would hold the GPU and the port.
+
+    The kernel kills it with its parent. DeepSpeed's parent (launch.py) survives the `deepspeed` command that started
+    it, so that one is watched too. Linux only; elsewhere nothing is done.
+    """
+    if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.getppid()
+    command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    grandparent = _parent_of(parent) if b"deepspeed.launcher.launch" in command else None
+
+    def watch() -> None:
+        while os.getppid() == parent and (grandparent is None or _parent_of(parent) == grandparent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,308 @@
+"""`mode=regenerate`: the target answers the prompts of a chat source itself, so that a drafter learns from what it will see.
+
+One JSON line a conversation is appended to `regenerate.out` as soon as it is complete; the same command goes on by id.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import Progress
+from transformers import GenerationConfig
+
+from data_prep import sources
+from data_prep.errors import UserError
+from data_prep.ranks import rank, world_size
+from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
+from data_prep.sources import stable_hash
+from data_prep.target import load_target, load_tokenizer
+from data_prep.tokens import LeftOut, messages_of
+
+TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
+THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
+
+
+class Conversation(NamedTuple):
+    """What stands before each reply: system and user messages, once a reply."""
+
+    id: str
+    prompts: list[list[dict]]
+
+
+class Reply(NamedTuple):
+    message: dict
+    finish: str  # "stop", or "length" when max_tokens cut it
+
+
+def check(recipe: DataPrepRecipe) -> None:
+    """What can be refused before the target is loaded or the server asked."""
+    if not recipe.regenerate.out:
+        raise UserError("mode=regenerate needs regenerate.out=FILE.jsonl, the file to write")
+    if recipe.data.format not in ("chat", "auto"):
+        raise UserError(f"mode=regenerate answers conversations; data of format '{recipe.data.format}' has none. Try data=chat")
+    sources.check(recipe.data)
+    if Path(recipe.regenerate.out).is_dir():
+        raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
+    if not recipe.regenerate.base_url and not load_tokenizer(recipe.target.location, recipe.target.revision).chat_template:
+        raise UserError(f"the tokenizer of target {recipe.target.path} has no chat template")
+
+
+def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
+    """Answer every conversation that `regenerate.out` does not hold yet; processes share them by id.
+
+    Raises:
+        UserError: the file was written with other settings, or the server does not answer. What is done is kept.
+    """
+    settings = {
+        "model": recipe.regenerate.model or recipe.target.path,
+        "revision": recipe.target.revision,
+        **{key: getattr(recipe.regenerate, key) for key in ("temperature", "top_p", "max_tokens", "thinking", "seed")},
+    }
+    out = Path(recipe.regenerate.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    if rank() == 0:
+        _own(file, out)
+    barrier()
+    fcntl.flock(file, fcntl.LOCK_SH)
+    done = _done(out, settings)
+    barrier()  # all have read the same file before one of them appends to it
+    left_out: Counter = Counter()
+    with Progress(disable=rank() != 0) as progress:
+        task = progress.add_task("regenerate", total=None)
+
+        def write(id: str, messages: list[dict], finish: str) -> None:
+            line = {"id": id, "messages": messages, "finish": finish, "regenerated": settings}
+            _append(file, out, json.dumps(line, ensure_ascii=False) + "\n")
+            left_out["kept, but its last reply was cut at regenerate.max_tokens"] += finish == "length"
+            progress.advance(task)
+
+        todo = _conversations(recipe, done, left_out)
+        if recipe.regenerate.base_url:
+            asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
+        else:
+            _answer_here(recipe, todo, write, left_out)
+    barrier()
+    for reason, count in left_out.items():
+        if count:
+            print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
+    if rank() == 0:
+        print(f"{out}: {len(_done(out, settings)):,} conversations; use them with data=chat data.path={out}", flush=True)
+    os.close(file)
+
+
+def _conversations(recipe: DataPrepRecipe, done: set[int], left_out: Counter) -> Iterator[Conversation]:
+    """This process's share of what is to be answered."""
+    for record in sources.records(recipe.data, heldout=None):
+        if (key := stable_hash(record.id)) in done or key % world_size() != rank():
+            continue
+        try:
+            messages = messages_of(record.fields)
+            if any(m["role"] in ("tool", "function") for m in messages):
+                raise LeftOut("it holds results of tools, which the target may not call")
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
+        prompts: list[list[dict]] = [[]]
+        for message in messages:
+            if message["role"] != "assistant":
+                prompts[-1].append(message)
+            elif prompts[-1]:
+                prompts.append([])
+        prompts = [p for p in prompts if any(m["role"] == "user" for m in p)]
+        if prompts:
+            yield Conversation(record.id, prompts)
+        else:
+            left_out["no message of a user"] += 1
+
+
+def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, left_out: Counter) -> None:
+    """transformers in this process, `batch` conversations at a time, turn by turn."""
+    ask = recipe.regenerate
+    target, tokenizer = load_target(recipe.target), load_tokenizer(recipe.target.location, recipe.target.revision)
+    thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    special = set(tokenizer.all_special_ids)
+    ends = set(target.end_tokens)
+    ends |= set([i for i in tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"] if i in special][-1:])
+    sampling = {"do_sample": True, "temperature": ask.temperature} if ask.temperature else {"do_sample": False}
+    # Spelled out: what is left unsaid would come from the model's own defaults (top-k, penalties).
+    config = GenerationConfig(
+        **sampling,
+        top_p=ask.top_p if ask.temperature else None,
+        top_k=0 if ask.temperature else None,
+        repetition_penalty=1.0,
+        max_new_tokens=ask.max_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends),
+    )
+
+    def replies(histories: list[list[dict]], seed: str) -> list[Reply | None]:
+        """None: no room for a reply."""
+        ids = [
+            tokenizer.apply_chat_template(h, add_generation_prompt=True, return_dict=True, **recipe.data.template, **thinking)[
+                "input_ids"
+            ]
+            for h in histories
+        ]
+        room = [len(i) + ask.max_tokens <= target.architecture.max_positions for i in ids]
+        fitting = [i for i, fits in zip(ids, room) if fits]
+        texts = iter(())
+        if fitting:
+            padded = tokenizer.pad({"input_ids": fitting}, padding_side="left", return_tensors="pt").to(target.device)
+            torch.manual_seed(stable_hash(seed) % 2**63)
+            rows = target.model.generate(**padded, generation_config=config)[:, padded["input_ids"].shape[1] :].tolist()
+            texts = iter(rows)
+        return [_reply(next(texts), ends, tokenizer) if fits else None for fits in room]
+
+    while batch := list(islice(todo, ask.batch)):
+        histories: dict[str, list[dict]] = {c.id: [] for c in batch}
+        finish = dict.fromkeys(histories, "stop")
+        for turn_number in range(max(len(c.prompts) for c in batch)):
+            asked = [c for c in batch if turn_number < len(c.prompts) and finish.get(c.id) == "stop"]
+            if not asked:
+                break
+            for conversation in asked:
+                histories[conversation.id] += conversation.prompts[turn_number]
+            seed = f"regenerate/{ask.seed}/{turn_number}/{asked[0].id}"
+            for conversation, reply in zip(asked, replies([histories[c.id] for c in asked], seed)):
+                if reply is None:
+                    left_out["prompt and regenerate.max_tokens exceed the target's positions"] += 1
+                    finish.pop(conversation.id)
+                else:
+                    histories[conversation.id].append(reply.message)
+                    finish[conversation.id] = reply.finish
+        for id, how in finish.items():
+            write(id, histories[id], how)
+
+
+def _reply(tokens: list[int], ends: set[int], tokenizer) -> Reply:
+    stop = next((n for n, token in enumerate(tokens) if token in ends), None)
+    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+    return Reply({"role": "assistant", "content": text}, "length" if stop is None else "stop")
+
+
+async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conversation], write, left_out: Counter) -> None:
+    """An OpenAI-compatible server (vLLM, SGLang), at most `concurrency` conversations at a time."""
+    import httpx
+    import tenacity
+
+    def transient(error: BaseException) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code in TRANSIENT or error.response.status_code >= 500
+        return isinstance(error, httpx.TransportError)
+
+    async def reply(client: httpx.AsyncClient, history: list[dict]) -> Reply:
+        body = {key: settings[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")} | {"messages": history}
+        if ask.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": ask.thinking}
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(ask.attempts),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            retry=tenacity.retry_if_exception(transient),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    answer = await client.post("chat/completions", json=body)
+                    answer.raise_for_status()
+            choice = answer.json()["choices"][0]
+            kept = {k: v for k, v in choice["message"].items() if k in ("content", "reasoning_content") and v is not None}
+            return Reply({"role": "assistant", "content": "", **kept}, choice.get("finish_reason") or "stop")
+        except httpx.HTTPStatusError as error:
+            said = " ".join(error.response.text.split())[:200]
+            if error.response.status_code in THIS_EXAMPLE:
+                raise LeftOut(f"the server refuses it ({error.response.status_code})") from error
+            raise UserError(f"{ask.base_url} answers {error.response.status_code}: {said}; what is done is kept") from error
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            what = f"{type(error).__name__} {error}".strip()
+            raise UserError(
+                f"{ask.base_url} cannot be reached ({what}); what is done is kept, run the same command again"
+            ) from error
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"{ask.base_url} does not answer as an OpenAI-compatible server would") from error
+
+    async def converse(client: httpx.AsyncClient, conversation: Conversation) -> None:
+        history, finish = [], "stop"
+        try:
+            for prompt in conversation.prompts:
+                history += prompt
+                message, finish = await reply(client, history)
+                history.append(message)
+                if finish == "length":
+                    break
+            write(conversation.id, history, finish)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+
+    key = os.environ.get("OPENAI_API_KEY")
+    async with httpx.AsyncClient(
+        base_url=ask.base_url.rstrip("/") + "/",
+        timeout=ask.timeout_s,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        limits=httpx.Limits(max_connections=ask.concurrency),
+    ) as client:
+        running: set[asyncio.Task] = set()
+        try:
+            for conversation in todo:
+                running.add(asyncio.create_task(converse(client, conversation)))
+                if len(running) == ask.concurrency:
+                    finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    [task.result() for task in finished]
+            while running:
+                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                [task.result() for task in finished]
+        finally:
+            for task in running:
+                task.cancel()
+
+
+def _own(file: int, out: Path) -> None:
+    """One command at a time; a last line that a kill cut short is removed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{out} is being written by another process") from error
+    content = out.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.ftruncate(file, content.rfind(b"\n") + 1)
+
+
+def _done(out: Path, settings: dict) -> set[int]:
+    """Hashed ids of the conversations that are there. Raises UserError when they were made with other settings."""
+    done = set()
+    with open(out, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                earlier = record["regenerated"]
+                done.add(stable_hash(record["id"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{out}, line {number} was not written by mode=regenerate; choose another regenerate.out"
+                ) from error
+            if fields := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
+                raise UserError(f"{out} was written with other settings; these differ: {', '.join(fields)}. Choose another file")
+    return done
+
+
+def _append(file: int, out: Path, line: str) -> None:
+    """One whole line, on the disk before this returns; processes take turns."""
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        data = line.encode()
+        while data:
+            data = data[os.write(file, data) :]
+        os.fsync(file)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); make room, then run the same command again") from error
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)

@@ -1,0 +1,77 @@
+"""What the benchmarks share: options as key=value, one JSON line a result, and the two target shapes.
+
+Run one as `python -m tests.benchmarks.capture shape=qwen3_8b`. Times are medians after a warm-up; each result states its
+reference, measured in the same run.
+"""
+
+import json
+import resource
+from datetime import date
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+from omegaconf import OmegaConf
+
+from data_prep.recipe import ROOT, CaptureRecipe, TargetRecipe
+from data_prep.target import Target, load_target, pick_device
+
+QWEN3_8B = dict(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40960,
+    tie_word_embeddings=False,
+)
+
+
+def options(**defaults):
+    """The command line's key=value words over `defaults`; an unknown key is an error."""
+    known = OmegaConf.create(defaults)
+    OmegaConf.set_struct(known, True)
+    return OmegaConf.merge(known, OmegaConf.from_cli())
+
+
+def target_of(shape: str, attention: str = "auto") -> Target:
+    """`tiny`: the embedded target. `qwen3_8b`: its dimensions with random weights, through a real checkpoint on disk."""
+    capture = CaptureRecipe(batch_tokens=1, attention=attention)
+    if shape == "tiny":
+        return load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny")), capture)
+    device = pick_device()
+    with TemporaryDirectory() as folder:
+        with torch.device(device):
+            torch.set_default_dtype(torch.bfloat16)
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**QWEN3_8B))
+            torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder)
+        del model
+        return load_target(TargetRecipe(path=folder), capture)
+
+
+def architecture_of(shape: str) -> dict:
+    """The sizes a manifest needs, without a model."""
+    if shape == "qwen3_8b":
+        return {"hidden_size": 4096, "kv_heads": 8, "head_dim": 128}
+    return {"hidden_size": 256, "kv_heads": 2, "head_dim": 64}
+
+
+def line(name: str, **figures) -> None:
+    """Print one result. `peak_gib` is the GPU's where there is one, else the process's resident set."""
+    on_gpu = pick_device().type == "cuda"
+    host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    machine = torch.cuda.get_device_name() if on_gpu else "cpu"
+    result = {
+        "name": name,
+        **figures,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else host_gib, 2),
+        "host_peak_gib": round(host_gib, 2),
+        "machine": machine,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": str(date.today()),
+    }
+    print(json.dumps(result), flush=True)

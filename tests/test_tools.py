@@ -1,0 +1,188 @@
+"""estimate, verify, inspect and merge; training from a cache, from one captured on first use, and from the live target."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep import cli, prepare
+from data_prep.cache.manifest import FILES, MANIFEST
+from data_prep.cache.reader import CacheReader
+from data_prep.cache.tools import inspect, merge, verify
+from data_prep.errors import UserError
+from data_prep.live import manifest_of, open_cache
+from data_prep.prepare import build, estimate
+from data_prep.recipe import ROOT, DataPrepRecipe
+from data_prep.target import load_tokenizer
+from tests.conftest import SMALL, command
+from tests.test_commands import rewrite
+from tests.test_sources import conversation, write_lines
+from train.recipe import TrainRecipe
+
+TEXTS = [{"id": f"t{i}", "text": f"def f{i}(x):\n    return x + {i}\n" * (2 + i % 3)} for i in range(12)]
+
+
+def recipe_of(*words):
+    return cli.compose("data_prep", DataPrepRecipe, ["data.max_length=64", "capture.workers=1", "cache.layers=[0,5]", *words])
+
+
+def captured(tmp_path, name, rows, *words):
+    path = write_lines(tmp_path / f"{name}.jsonl", rows)
+    recipe = recipe_of("data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / name}", *words)
+    build(recipe, lambda: None)
+    return recipe
+
+
+def test_verify_holds_the_manifest_against_the_target(tmp_path, capsys):
+    target = tmp_path / "target"
+    shutil.copytree(ROOT / "data_prep/targets/tiny", target)
+    recipe = captured(tmp_path, "cache", TEXTS, f"target.path={target}")
+    verify(recipe)
+    assert "every byte as written, captured from" in capsys.readouterr().out
+    weights = load_file(target / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    (target / "chat_template.jinja").write_text("another")
+    with pytest.raises(UserError, match="2 problem.*the weights of .* the chat template of"):
+        verify(recipe)
+    shutil.rmtree(target)
+    verify(recipe)
+    assert "NOT compared with its target" in capsys.readouterr().out
+
+
+def test_verify_knows_the_documents_of_its_source(tmp_path):
+    recipe = captured(tmp_path, "cache", TEXTS)
+    folder = tmp_path / "cache"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    rewrite(folder, manifest | {"source": manifest["source"] | {"hash": "0" * 32}})
+    with pytest.raises(UserError, match="1 problem.*a gap or a change"):
+        verify(recipe)
+
+
+def test_inspect_shows_what_is_supervised(tmp_path, capsys):
+    rows = [{"id": f"c{i}", "messages": conversation(["question", "an answer", "again", "so be it"])} for i in range(3)]
+    rows.append({"id": "bad", "messages": []})
+    path = write_lines(tmp_path / "chat.jsonl", rows)
+    words = [
+        "data=chat",
+        f"data.path={path}",
+        f"cache.dir={tmp_path / 'cache'}",
+        f"inspect.out={tmp_path / 'p/i.png'}",
+        "cache=fp8",
+    ]
+    recipe = recipe_of(*words, "inspect.examples=1")
+    build(recipe, lambda: None)
+    capsys.readouterr()
+    inspect(recipe)
+    shown = capsys.readouterr().out
+    reader = CacheReader(tmp_path / "cache")
+    assert re.search(rf"tokens.*{reader.lengths.sum()}, of which {reader.supervised.sum()} supervised", shown)
+    assert "left out: it has no" in shown and "norm of key.5" in shown and "fp8" in shown
+    assert re.findall("»(.*?)«", shown) == ["an answer<|im_end|>", "so be it<|im_end|>"]
+    assert (tmp_path / "p/i.png").stat().st_size > 10_000
+    assert not list(reader.problems())  # nothing was added to the cache
+
+
+def test_estimate_announces_what_the_capture_takes(tmp_path, capsys):
+    path = write_lines(tmp_path / "texts.jsonl", TEXTS)
+    recipe = recipe_of(
+        "data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}", "cache=fp8", "capture.batch_tokens=64"
+    )
+    estimate(recipe)
+    said = capsys.readouterr().out
+    assert re.search(r"[\d,]+ tokens/s on cpu .*hours on one process", said) and "are free" in said
+    assert not (tmp_path / "cache").exists()
+    build(recipe, lambda: None)
+    reader = CacheReader(tmp_path / "cache")
+    per_token = int(re.search(r"([\d,]+) bytes a token", said)[1].replace(",", ""))
+    stored = sum(t.nbytes for path in reader.folder.glob("*.safetensors") for t in load_file(path).values())
+    assert per_token == round(stored / reader.lengths.sum())
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
+    with pytest.raises(UserError, match="the cache takes .* are free; make room, or store less: cache=fp8"):
+        captured(tmp_path, "cache", TEXTS)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_merged_caches_are_the_capture_of_both_sources(tmp_path, capsys):
+    first, second, both = (captured(tmp_path, n, rows) for n, rows in (("a", TEXTS[:5]), ("b", TEXTS[5:]), ("both", TEXTS)))
+    recipe = recipe_of(f"cache.dir={tmp_path / 'm'}", f"merge.sources=[{first.cache.dir},{second.cache.dir}]")
+    merge(recipe)
+    merge(recipe)  # said again after a kill, say: the same
+    merged, direct = CacheReader(tmp_path / "m"), CacheReader(both.cache.dir)
+    assert not list(merged.problems())
+    assert merged.ids == direct.ids and merged.manifest.hash() == direct.manifest.hash()
+    for index in range(len(direct)):
+        one, other = (r.read(index, ["input_ids", "loss_mask", "hidden.5"]) for r in (merged, direct))
+        assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(one["loss_mask"], other["loss_mask"])
+        torch.testing.assert_close(one["hidden.5"].float(), other["hidden.5"].float(), rtol=0.02, atol=0.5)  # bf16, other batches
+    shutil.rmtree(first.cache.dir)  # links, or copies: they stand alone
+    assert not list(CacheReader(tmp_path / "m").problems())
+
+    again = recipe_of(f"cache.dir={tmp_path / 'n'}", f"merge.sources=[{both.cache.dir},{second.cache.dir}]")
+    with pytest.raises(UserError, match="document 't.*#0' stands in another"):
+        merge(again)
+    captured(tmp_path, "fp8", TEXTS[:5], "cache=fp8")
+    other = recipe_of(f"cache.dir={tmp_path / 'n'}", f"merge.sources=[{second.cache.dir},{tmp_path / 'fp8'}]")
+    with pytest.raises(UserError, match="cannot be joined .*these differ: codec"):
+        merge(other)
+    assert not (tmp_path / "n").exists()
+
+
+def test_on_missing_decides_once_and_refuses_another_cache(tmp_path):
+    path = write_lines(tmp_path / "texts.jsonl", TEXTS)
+    words = [f"cache.dir={tmp_path / 'cache'}", "data=jsonl", f"data.path={path}", "data.max_length=64", "capture.workers=1"]
+    recipe = lambda *more: cli.compose("train", TrainRecipe, [*words, *more])
+    with pytest.raises(UserError, match="is not a cache"):
+        manifest_of(recipe())
+    assert manifest_of(recipe("cache.on_missing=live")).kv_layers == [0, 2, 5] and not (tmp_path / "cache").exists()
+    first = open_cache(recipe("cache.on_missing=capture"), lambda: None)
+    assert (tmp_path / "cache" / FILES).exists()
+    for how in ("capture", "live", "fail"):  # there is one now: all read it
+        assert isinstance(again := open_cache(recipe(f"cache.on_missing={how}"), lambda: None), CacheReader)
+        assert again.manifest == first.manifest == manifest_of(recipe(f"cache.on_missing={how}"))
+    with pytest.raises(UserError, match="holds another cache .*these differ: codec, kv_layers"):
+        manifest_of(recipe("cache.on_missing=live", "cache=fp8", "cache.kinds=[hidden]"))
+    with pytest.raises(UserError, match="there is no layer 17"):
+        manifest_of(recipe("cache.on_missing=capture", f"cache.dir={tmp_path / 'x'}", "cache.layers=[17]"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["fp32", "fp8"])
+def test_three_ways_to_the_states_train_alike(tmp_path, codec):
+    """The real command: from a cache that is captured on first use, from that cache, and from the live target."""
+    runs = {}
+    for how, folder in (("capture", "cache"), ("fail", "cache"), ("live", "none")):
+        words = [f"cache={codec}", f"cache.on_missing={how}", f"cache.dir={folder}", f"run.dir={how}", "train.max_steps=4"]
+        done = command(
+            ROOT / "train/main.py", *words, "reuse=hybrid", "train.batch=2", "data.max_tokens=12000", "data.max_length=128", *SMALL,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()]
+        runs[how] = [line["loss"] for line in lines if "loss" in line]
+    assert len(runs["fail"]) == 4 and not (tmp_path / "none").exists()
+    assert runs["capture"] == runs["fail"]
+    assert runs["live"] == pytest.approx(runs["fail"], abs=1e-4)
+
+
+def test_the_ten_lines_of_the_documentation_read_a_cache(tmp_path, monkeypatch):
+    """docs/cache.md's reader, run as it stands there, on an fp8 cache of the embedded target."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/cache.md").read_text(), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10 and "data_prep" not in code
+    captured(tmp_path, "cache", TEXTS, "cache=fp8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    reader = CacheReader(tmp_path / "cache")
+    ours = reader.read(0, ["input_ids", "key.0", "last_hidden"])
+    assert torch.equal(names["ids"], ours["input_ids"]) and load_tokenizer(str(ROOT / "data_prep/targets/tiny")).decode(
+        names["ids"]
+    )
+    assert torch.equal(names["keys"], ours["key.0"].float() * ours["key.0.scale"][..., None]) and names["keys"].dim() == 3
+    assert torch.equal(names["teachers"], ours["last_hidden"].float() * ours["last_hidden.scale"][..., None])
