@@ -68,12 +68,22 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
     out = Path(recipe.regenerate.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    if rank() == 0:
-        _own(file, out)
-    barrier()
-    fcntl.flock(file, fcntl.LOCK_SH)
-    done = _done(out, settings)
-    barrier()  # all have read the same file before one of them appends to it
+    try:
+        if rank() == 0:
+            _own(file, out)
+        barrier()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        done = _done(out, settings)
+        barrier()  # all have read the same file before one of them appends to it
+        _answer(recipe, settings, done, file, out)
+        barrier()
+        if rank() == 0:
+            print(f"{out}: {len(_done(out, settings)):,} conversations; use them with data=chat data.path={out}", flush=True)
+    finally:
+        os.close(file)
+
+
+def _answer(recipe: DataPrepRecipe, settings: dict, done: set[int], file: int, out: Path) -> None:
     left_out: Counter = Counter()
     with Progress(disable=rank() != 0) as progress:
         task = progress.add_task("regenerate", total=None)
@@ -81,7 +91,8 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         def write(id: str, messages: list[dict], finish: str) -> None:
             line = {"id": id, "messages": messages, "finish": finish, "regenerated": settings}
             _append(file, out, json.dumps(line, ensure_ascii=False) + "\n")
-            left_out["kept, but its last reply was cut at regenerate.max_tokens"] += finish == "length"
+            if finish == "length":
+                left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
             progress.advance(task)
 
         todo = _conversations(recipe, done, left_out)
@@ -89,13 +100,8 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
             asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
         else:
             _answer_here(recipe, todo, write, left_out)
-    barrier()
     for reason, count in left_out.items():
-        if count:
-            print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
-    if rank() == 0:
-        print(f"{out}: {len(_done(out, settings)):,} conversations; use them with data=chat data.path={out}", flush=True)
-    os.close(file)
+        print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
 
 
 def _conversations(recipe: DataPrepRecipe, done: set[int], left_out: Counter) -> Iterator[Conversation]:

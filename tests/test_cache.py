@@ -220,6 +220,7 @@ def test_a_killed_capture_goes_on(tmp_path, added):
     killed = CacheWriter(tmp_path, manifest, two_documents)
     for id in list(documents)[:added]:
         killed.add(id, documents[id])
+    killed._wait()
     os.close(killed._lock)  # as the kernel does for a process that dies
     (tmp_path / "shard-00007.safetensors.tmp").write_bytes(b"half a shard")
     (tmp_path / f"shard-{added // 2:05d}.safetensors").write_bytes(b"tensors without their seal")

@@ -111,17 +111,16 @@ def test_a_second_capture_of_the_same_folder_is_refused(tmp_path):
     reason="needs a mount namespace (unshare -rm)",
 )
 def test_a_disk_that_fills_up(tmp_path, untouched):
-    """A real file system of 500 MB: too small by the estimate is refused; filled by somebody else on the way, the capture
+    """A real file system of 600 MB: too small by the estimate is refused; filled by somebody else on the way, the capture
     ends with one line, and goes on once there is room."""
     script = f"""
-        mount -t tmpfs -o size=500m tmpfs {tmp_path} && cd {tmp_path}
+        mount -t tmpfs -o size=600m tmpfs {tmp_path} && cd {tmp_path}
         capture="{sys.executable} {PROGRAM} {" ".join(WORDS)}"
-        head -c 200000000 /dev/zero > ballast
         $capture cache.dir=cache data.max_tokens=600000 2> refused; echo "refused $?"
         test ! -e cache && echo nothing written
         $capture cache.dir=cache 2> full & pid=$!
-        while ! ls cache/shard-*.parquet > /dev/null 2>&1; do sleep 0.05; done
-        head -c 400000000 /dev/zero > more 2> /dev/null
+        while kill -0 $pid && ! ls cache/shard-*.parquet > /dev/null 2>&1; do sleep 0.05; done
+        head -c 600000000 /dev/zero > more 2> /dev/null
         wait $pid; echo "full $?"
         rm more; ls cache/*.tmp 2> /dev/null
         $capture cache.dir=cache > /dev/null; echo "again $?"

@@ -91,7 +91,7 @@ def test_it_goes_on_by_id_and_repairs_a_line_that_was_cut(tmp_path):
     with pytest.raises(UserError, match="other settings; these differ: temperature"):
         run(recipe_of(tmp_path, "regenerate.temperature=0.5"))
     out.write_text('{"id": "x"}\n')
-    with pytest.raises(UserError, match="line 1 is not mode=regenerate's|line 1 was not written by"):
+    with pytest.raises(UserError, match="line 1 was not written by mode=regenerate"):
         run(recipe)
 
 
@@ -209,7 +209,7 @@ def test_a_server_that_stays_away_is_one_line_and_what_is_done_stays(tmp_path, i
     "words,message",
     [
         (["regenerate.out=null"], "needs regenerate.out"),
-        (["data=stdlib"], "has none. Try data=chat"),
+        (["data.format=text"], "has none. Try data=chat"),
         (["data.path=absent"], "data.path=absent is not a file"),
         (["regenerate.out=/tmp"], "is a folder"),
     ],

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -116,6 +118,7 @@ class CacheWriter:
         self._parts: dict[str, list[Tensor]] = {}
         self._rows: list[tuple] = []
         self._bytes = self._tokens = self._teachers = 0
+        self._thread, self._pending = ThreadPoolExecutor(1), None
         if rank == 0:
             self._open_folder(manifest, claimed)
         barrier()
@@ -162,6 +165,8 @@ class CacheWriter:
             UserError: a document of the source is missing or stands twice.
         """
         self._flush()
+        self._wait()
+        self._thread.shutdown()
         self.barrier()
         if self.rank == 0:
             seal(self.folder, self.manifest)
@@ -204,20 +209,36 @@ class CacheWriter:
         if not self._rows:
             return
         name = f"shard-{self._next:05d}"
-        temporary = self.folder / f"{name}.safetensors.tmp"
-        try:
+        with self._naming(name):
             (self.folder / FILES).unlink(missing_ok=True)  # from here on the capture is unfinished again
-            checksum = write_safetensors(temporary, {key: self._parts[key] for key in self.manifest.tensors()})
-            publish(temporary, self.folder / f"{name}.safetensors")
-            write_seal(self.folder / f"{name}.parquet", self._rows, checksum)
-        except OSError as error:
-            for path in (temporary, self.folder / f"{name}.parquet.tmp"):
-                path.unlink(missing_ok=True)
-            raise UserError(
-                f"{self.folder}: shard {name} cannot be written ({error.strerror}); make room, then run the same command again"
-            ) from error
+            tensors = {key: self._parts[key] for key in self.manifest.tensors()}
+            checksum = write_safetensors(self.folder / f"{name}.safetensors.tmp", tensors)
+        self._wait()  # one shard at most waits for the disk
+        self._pending = self._thread.submit(self._seal, name, self._rows, checksum)
         self._next, self._parts, self._rows = self._next + self.world, {}, []
         self._bytes = self._tokens = self._teachers = 0
+
+    def _seal(self, name: str, rows: list[tuple], checksum: str) -> None:
+        """On a thread: fsync takes longer than writing, and the next shard can be written meanwhile."""
+        with self._naming(name):
+            publish(self.folder / f"{name}.safetensors.tmp", self.folder / f"{name}.safetensors")
+            write_seal(self.folder / f"{name}.parquet", rows, checksum)
+
+    def _wait(self) -> None:
+        if self._pending:
+            self._pending.result()
+
+    @contextmanager
+    def _naming(self, name: str):
+        """An error of the disk becomes a line that names the shard; its half-written files go."""
+        try:
+            yield
+        except OSError as error:
+            for leftover in self.folder.glob(f"{name}.*.tmp"):
+                leftover.unlink()
+            raise UserError(
+                f"{self.folder}: {name} cannot be written ({error.strerror}); make room, then run the same command again"
+            ) from error
 
 
 def claim(folder: Path) -> int:
