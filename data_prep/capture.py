@@ -6,6 +6,7 @@ Shapes: P tokens of a batch, documents back to back without padding; B documents
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -108,23 +109,20 @@ class Outbox:
     def _to_host(self, batch: Batch, states: States) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """Pinned tensors that are being filled, and a function that returns once they are."""
         devices = {t.device for kind in (states.hidden, states.key, states.value) for t in kind.values()}
-        for device in {states.last_hidden.device, *devices}:
-            side = self._streams.setdefault(device, torch.cuda.Stream(device))
-            side.wait_stream(torch.cuda.current_stream(device))
-            torch.cuda.set_stream(side)
-        try:
+        host: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for device in {states.last_hidden.device, *devices}:
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                self._streams[device].wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(self._streams[device]))
             states.map(lambda t: t.record_stream(self._streams[t.device]) or t)  # not reused before it is copied
-            host, events = {}, []
             for name, tensor in batch.tensors(states, self.writer.manifest).items():
                 if tensor.device.type == "cuda":
                     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                     tensor = pinned.copy_(tensor, non_blocking=True)
                 host[name] = tensor
-            for side in self._streams.values():
-                events.append(side.record_event())
-        finally:
-            for device in self._streams:
-                torch.cuda.set_stream(torch.cuda.default_stream(device))
+            events = [side.record_event() for side in self._streams.values()]
         return host, lambda: [event.synchronize() for event in events]
 
 

@@ -17,6 +17,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
+from data_prep.ranks import PR_SET_PDEATHSIG
 from data_prep.recipe import DataRecipe
 from data_prep.sources import Record
 from data_prep.tokens import LeftOut, TokenDocument, encode, pieces
@@ -28,18 +29,22 @@ SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("
 def tokenized(
     source: Iterable[Record], tokenizer: PreTrainedTokenizerBase, data: DataRecipe, left_out: Counter, workers: int = 1
 ) -> Iterator[TokenDocument]:
-    """Every document of `source`, in its order, until `data.max_tokens` tokens have been read. What is left out is
-    counted by reason in `left_out`."""
+    """Every document of `source`, in its order, until there are `data.max_tokens` tokens (the last one is cut there). What
+    is left out is counted by reason in `left_out`."""
     left = float("inf") if data.max_tokens is None else data.max_tokens
     for record, encoded in _encoded(iter(source), tokenizer, data, workers):
-        if left < 2:
-            return
         if isinstance(encoded, str):
             left_out[encoded] += 1
             continue
-        ids, mask = (part[: int(min(left, len(part)))] for part in encoded)
-        left -= len(ids)
-        yield from pieces(record, ids, mask, data, left_out)
+        for document in pieces(record, *encoded, data, left_out):
+            if len(document.input_ids) > left:
+                document = TokenDocument(document.id, *(part[: int(left)] for part in document[1:]))
+                if document.loss_mask.any():
+                    left_out["kept, but cut at data.max_tokens"] += 1
+                    yield document
+                return
+            left -= len(document.input_ids)
+            yield document
 
 
 def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
@@ -48,7 +53,8 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
         for chunk in chunks:
             yield from zip(chunk, _encode_chunk(chunk, tokenizer, data))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (tokenizer, data))
+    arguments = (tokenizer, data, os.getpid())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
     with pool:
         window: deque = deque()
         for chunk in chunks:
@@ -76,12 +82,14 @@ def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int],
     return [one(record) for record in chunk]
 
 
-def _start_worker(tokenizer, data) -> None:
+def _start_worker(tokenizer, data, parent: int) -> None:
     global _worker_state
     _worker_state = tokenizer, data
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _worker(chunk: list[Record]):

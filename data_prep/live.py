@@ -4,15 +4,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 from torch import Tensor
 
 from data_prep import prepare
-from data_prep.cache.manifest import FILES, Manifest, is_teacher
+from data_prep.cache.codec import SCALE
+from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, is_teacher
 from data_prep.cache.reader import CacheReader
-from data_prep.capture import Batch
+from data_prep.capture import Batch, batches
 from data_prep.documents import Documents
 from data_prep.errors import UserError
+from data_prep.ranks import world_size
 from data_prep.recipe import CaptureSections
 from data_prep.target import load_target
 
@@ -27,11 +30,12 @@ class LiveReader:
     def __init__(self, recipe: CaptureSections):
         self.folder = Path(recipe.cache.dir)
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the file's name
-            source = prepare.tokenise(recipe, Path(folder) / prepare.DOCUMENTS)
-            self._documents = Documents(Path(folder) / prepare.DOCUMENTS)
+            source = prepare.tokenise(recipe, Path(folder) / DOCUMENTS, processes=world_size())  # every process for itself
+            self._documents = Documents(Path(folder) / DOCUMENTS)
         self._order = pc.sort_indices(self._documents.ids).to_numpy()  # a cache's index is in the order of ids too
         self.ids = self._documents.ids.take(pc.sort_indices(self._documents.ids)).combine_chunks()
         self.lengths = self._documents.lengths[self._order]
+        self._batch_tokens = recipe.capture.batch_tokens
         self._target = load_target(recipe.target, recipe.capture)
         self.manifest = prepare.completed(prepare.plan(recipe, source), self._target)
         self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers)
@@ -43,17 +47,24 @@ class LiveReader:
         return self.ids[int(index)].as_py()
 
     def read_many(self, indices: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
-        """One forward of the target over these documents; their tensors as `CacheReader.read` gives them."""
-        batch = Batch([self._documents[self._order[i]] for i in indices])
+        """Their tensors as `CacheReader.read` gives them, from forwards of at most `capture.batch_tokens` tokens."""
+        longest_first = np.argsort(-self.lengths[np.asarray(indices)], kind="stable")
+        found: dict[int, dict[str, Tensor]] = {}
+        for group in batches(longest_first, self.lengths[np.asarray(indices)], self._batch_tokens, self._target.packs):
+            found |= zip(group.tolist(), self._forward([self._order[indices[i]] for i in group], names))
+        return [found[i] for i in range(len(indices))]
+
+    def _forward(self, documents: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
+        batch = Batch([self._documents[i] for i in documents])
         manifest = self.manifest.model_copy(update={"last_hidden": "supervised"})
         tensors = batch.tensors(batch.forward(self._target), manifest)
-        documents, place, teacher = [], 0, 0
+        found, place, teacher = [], 0, 0
         for length in batch.lengths:
             teachers = int(batch.mask_P[place : place + length].sum())
             rows = {True: slice(teacher, teacher + teachers), False: slice(place, place + length)}
-            documents.append({n: t[rows[is_teacher(n)]] for n, t in tensors.items() if n.removesuffix(".scale") in names})
+            found.append({n: t[rows[is_teacher(n)]] for n, t in tensors.items() if n.removesuffix(SCALE) in names})
             place, teacher = place + length, teacher + teachers
-        return documents
+        return found
 
 
 def missing(recipe: CaptureSections) -> bool:
@@ -69,11 +80,12 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
     """
     if missing(recipe):
         prepare.check(recipe)
+        if recipe.cache.on_missing == "live" and recipe.capture.spread == "tp":
+            raise UserError("cache.on_missing=live with capture.spread=tp: every rank reads other documents; capture first")
         return prepare.plan(recipe, {})
     manifest = CacheReader(recipe.cache.dir).manifest
     if recipe.cache.on_missing != "fail":
-        asked = prepare.plan(recipe, {"name": recipe.data.source}).differs(manifest)
-        if fields := [f for f in asked if not f.startswith(("source.", "target."))]:
+        if fields := prepare.differences(prepare.plan(recipe, {}), manifest, data=True):
             raise UserError(
                 f"{recipe.cache.dir} holds another cache than cache.on_missing={recipe.cache.on_missing} would make; these "
                 f"differ: {', '.join(fields)}. Choose another cache.dir, or cache.on_missing=fail to use it as it is"

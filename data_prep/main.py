@@ -26,6 +26,8 @@ def check(recipe: DataPrepRecipe) -> None:
     match recipe.mode:
         case "capture" | "estimate":
             prepare.check(recipe)
+            if recipe.mode == "estimate" and recipe.capture.spread == "tp":
+                raise UserError("mode=estimate measures one process; with a target for several, use capture.spread=device_map")
         case "regenerate":
             check_regenerate(recipe)
         case "verify" | "inspect":
@@ -40,13 +42,16 @@ def check(recipe: DataPrepRecipe) -> None:
 def run(recipe: DataPrepRecipe) -> None:
     if ranks.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    match recipe.mode:
-        case "capture":
-            prepare.build(recipe, ranks.barrier())
-        case "regenerate":
-            regenerate(recipe, ranks.barrier())
-        case _ if ranks.rank() == 0:
-            {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}[recipe.mode](recipe)
+    try:
+        match recipe.mode:
+            case "capture":
+                prepare.build(recipe, ranks.barrier())
+            case "regenerate":
+                regenerate(recipe, ranks.barrier())
+            case _ if ranks.rank() == 0:
+                {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}[recipe.mode](recipe)
+    except OSError as error:  # a disk that is full, read-only or gone, wherever it happens
+        raise UserError(f"{error.filename or recipe.cache.dir}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

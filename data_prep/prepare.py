@@ -1,5 +1,6 @@
 """A recipe -> a finished cache: the checks that need no GPU, the plan with its size, and the capture itself."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from data_prep import cli, sources
-from data_prep.cache.manifest import FORMAT_VERSION, Manifest, software_versions
+from data_prep.cache.manifest import DOCUMENTS, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
 from data_prep.cache.writer import CacheWriter, claim
 from data_prep.capture import Batch, batches, capture
 from data_prep.documents import Documents, tokenized, write_documents
@@ -22,8 +23,6 @@ from data_prep.errors import UserError
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import CacheRecipe, CaptureSections
 from data_prep.target import Sizes, load_target, load_tokenizer, target_sizes, tokenizer_hashes
-
-DOCUMENTS = "documents.arrow"  # the tokenised source, in the cache's folder while it is being captured
 
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
@@ -51,6 +50,12 @@ def check(recipe: CaptureSections) -> None:
     if recipe.capture.spread == "device_map" and find_spec("accelerate") is None:
         raise UserError("capture.spread=device_map, but accelerate is not installed: pip install accelerate")
     sizes = target_sizes(recipe.target)
+    if (Path(recipe.cache.dir) / MANIFEST).exists():
+        if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
+            raise UserError(
+                f"{recipe.cache.dir} holds another cache; these differ: {', '.join(fields)}. "
+                "Choose another cache.dir or remove that folder"
+            )
     chosen_layers(recipe.cache, sizes)
     if recipe.data.max_length > sizes.max_positions:
         raise UserError(f"data.max_length={recipe.data.max_length} exceeds the target's {sizes.max_positions} positions")
@@ -84,9 +89,17 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
         codec=recipe.cache.codec,
         last_hidden=recipe.cache.last_hidden,
         max_length=recipe.data.max_length,
-        source={"name": recipe.data.source, **source},
+        source={"name": recipe.data.source, "recipe": recipe.data.model_dump(), **source},
         software=software_versions(),
     )
+
+
+def differences(planned: Manifest, manifest: Manifest, data: bool = False) -> list[str]:
+    """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell; with
+    `data` also how the source is named."""
+    later = ("source.", "target.weights_hash", "target.architecture.")
+    fields = [f for f in planned.differs(manifest) if not f.startswith(later)]
+    return fields + ["data"] * (data and planned.source["recipe"] != manifest.source.get("recipe"))
 
 
 def completed(manifest: Manifest, target) -> Manifest:
@@ -95,11 +108,12 @@ def completed(manifest: Manifest, target) -> Manifest:
     return manifest.model_copy(update={"target": manifest.target | known})
 
 
-def tokenise(recipe: CaptureSections, path: Path) -> dict:
-    """Write the tokenised source to `path`; returns the manifest's word on it and says what was left out."""
+def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
+    """Write the tokenised source to `path`, as one of `processes` that do so at once; returns the manifest's word on it and
+    says what was left out."""
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     left_out: Counter = Counter()
-    workers = recipe.capture.workers or os.cpu_count() or 1
+    workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
     documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)
     source = write_documents(path, documents, left_out)
     for reason, count in left_out.most_common():
@@ -128,35 +142,39 @@ def build(recipe: CaptureSections, barrier: Callable[[], None]) -> None:
         UserError: the folder holds another cache, the source gives nothing, or the disk cannot hold the cache.
     """
     folder, claimed, manifest = Path(recipe.cache.dir), None, None
-    if rank() == 0:
-        claimed = claim(folder)
-        try:
+    try:
+        if rank() == 0:
+            claimed = claim(folder)
             manifest = plan(recipe, tokenise(recipe, folder / DOCUMENTS))
             _refuse_small_disk(folder, describe(manifest))
-        except UserError:
+        barrier()
+        target = load_target(recipe.target, recipe.capture)
+        together = recipe.capture.spread == "tp"
+        if together and rank() != 0:
+            target.weights_hash()  # gathering the shards takes all processes
+        if manifest:
+            manifest = completed(manifest, target)
+        writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
+        for name in writer.removed:
+            print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
+        if rank() == 0 and len(writer.done):
+            print(f"{len(writer.done):,} documents are there already", flush=True)
+        capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
+    except BaseException:
+        if claimed is not None:
             _leave(folder)
-            raise
-    barrier()
-    target = load_target(recipe.target, recipe.capture)
-    together = recipe.capture.spread == "tp"
-    if together and rank() != 0:
-        target.weights_hash()  # gathering the shards takes all processes
-    if manifest:
-        manifest = completed(manifest, target)
-    writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
-    for name in writer.removed:
-        print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
-    if rank() == 0 and len(writer.done):
-        print(f"{len(writer.done):,} documents are there already", flush=True)
-    capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
+        raise
     if rank() == 0:
-        (folder / DOCUMENTS).unlink()
         print(f"cache: {folder} (manifest {writer.manifest.hash()})", flush=True)
+    del target  # its hooks refer to it: without a collection it would stay on the GPU beside what is trained next
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def estimate(recipe: CaptureSections) -> None:
     """Bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_existing(Path(recipe.cache.dir).absolute().parent)) as folder:  # /tmp may be small
         path = Path(folder) / DOCUMENTS
         manifest = plan(recipe, tokenise(recipe, path))
         size = describe(manifest)
@@ -193,7 +211,7 @@ def _leave(folder: Path) -> None:
     """After a refusal: nothing half-written stays, and no folder that was made for nothing."""
     for name in (DOCUMENTS, DOCUMENTS + ".tmp"):
         (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
+    if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
 
 

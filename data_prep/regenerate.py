@@ -7,6 +7,7 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from rich.progress import Progress
 from transformers import GenerationConfig
 
@@ -35,6 +37,10 @@ class Conversation(NamedTuple):
     id: str
     prompts: list[list[dict]]
 
+    @property
+    def hash(self) -> str:
+        return f"{stable_hash(json.dumps(self.prompts, ensure_ascii=False)):016x}"
+
 
 class Reply(NamedTuple):
     message: dict
@@ -48,6 +54,10 @@ def check(recipe: DataPrepRecipe) -> None:
     if recipe.data.format not in ("chat", "auto"):
         raise UserError(f"mode=regenerate answers conversations; data of format '{recipe.data.format}' has none. Try data=chat")
     sources.check(recipe.data)
+    if recipe.capture.spread == "tp":
+        raise UserError("mode=regenerate with capture.spread=tp: serve the target and give its regenerate.base_url instead")
+    if recipe.data.path and Path(recipe.data.path).resolve() == Path(recipe.regenerate.out).resolve():
+        raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
     if Path(recipe.regenerate.out).is_dir():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
     if not recipe.regenerate.base_url and not load_tokenizer(recipe.target.location, recipe.target.revision).chat_template:
@@ -63,6 +73,7 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
     settings = {
         "model": recipe.regenerate.model or recipe.target.path,
         "revision": recipe.target.revision,
+        "template": recipe.data.template,
         **{key: getattr(recipe.regenerate, key) for key in ("temperature", "top_p", "max_tokens", "thinking", "seed")},
     }
     out = Path(recipe.regenerate.out)
@@ -70,7 +81,7 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
     file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         if rank() == 0:
-            _own(file, out)
+            _own(file, out, settings)
         barrier()
         fcntl.flock(file, fcntl.LOCK_SH)
         done = _done(out, settings)
@@ -83,14 +94,17 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         os.close(file)
 
 
-def _answer(recipe: DataPrepRecipe, settings: dict, done: set[int], file: int, out: Path) -> None:
+def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], file: int, out: Path) -> None:
     left_out: Counter = Counter()
+    written = 0
     with Progress(disable=rank() != 0) as progress:
         task = progress.add_task("regenerate", total=None)
 
-        def write(id: str, messages: list[dict], finish: str) -> None:
-            line = {"id": id, "messages": messages, "finish": finish, "regenerated": settings}
+        def write(asked: Conversation, messages: list[dict], finish: str) -> None:
+            nonlocal written
+            line = {"id": asked.id, "messages": messages, "finish": finish, "prompts": asked.hash, "regenerated": settings}
             _append(file, out, json.dumps(line, ensure_ascii=False) + "\n")
+            written += 1
             if finish == "length":
                 left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
             progress.advance(task)
@@ -102,12 +116,14 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: set[int], file: int, o
             _answer_here(recipe, todo, write, left_out)
     for reason, count in left_out.items():
         print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
+    if left_out and not written and not done:
+        raise UserError(f"not one conversation could be answered: {left_out.most_common(1)[0][0]}")
 
 
-def _conversations(recipe: DataPrepRecipe, done: set[int], left_out: Counter) -> Iterator[Conversation]:
-    """This process's share of what is to be answered."""
+def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Counter) -> Iterator[Conversation]:
+    """This process's share of what is to be answered. Raises UserError when an answer that is there had other prompts."""
     for record in sources.records(recipe.data, heldout=None):
-        if (key := stable_hash(record.id)) in done or key % world_size() != rank():
+        if (key := stable_hash(record.id)) % world_size() != rank():
             continue
         try:
             messages = messages_of(record.fields)
@@ -123,16 +139,21 @@ def _conversations(recipe: DataPrepRecipe, done: set[int], left_out: Counter) ->
             elif prompts[-1]:
                 prompts.append([])
         prompts = [p for p in prompts if any(m["role"] == "user" for m in p)]
-        if prompts:
-            yield Conversation(record.id, prompts)
-        else:
+        conversation = Conversation(record.id, prompts)
+        if not prompts:
             left_out["no message of a user"] += 1
+        elif key not in done:
+            yield conversation
+        elif done[key] != conversation.hash:
+            raise UserError(
+                f"{recipe.regenerate.out} holds an answer to other prompts of conversation '{record.id}'; choose another file"
+            )
 
 
 def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, left_out: Counter) -> None:
     """transformers in this process, `batch` conversations at a time, turn by turn."""
     ask = recipe.regenerate
-    target, tokenizer = load_target(recipe.target), load_tokenizer(recipe.target.location, recipe.target.revision)
+    target, tokenizer = load_target(recipe.target, recipe.capture), load_tokenizer(recipe.target.location, recipe.target.revision)
     thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
     turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     special = set(tokenizer.all_special_ids)
@@ -150,43 +171,47 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, le
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends),
     )
 
-    def replies(histories: list[list[dict]], seed: str) -> list[Reply | None]:
-        """None: no room for a reply."""
-        ids = [
-            tokenizer.apply_chat_template(h, add_generation_prompt=True, return_dict=True, **recipe.data.template, **thinking)[
-                "input_ids"
-            ]
-            for h in histories
-        ]
-        room = [len(i) + ask.max_tokens <= target.architecture.max_positions for i in ids]
-        fitting = [i for i, fits in zip(ids, room) if fits]
-        texts = iter(())
-        if fitting:
-            padded = tokenizer.pad({"input_ids": fitting}, padding_side="left", return_tensors="pt").to(target.device)
-            torch.manual_seed(stable_hash(seed) % 2**63)
-            rows = target.model.generate(**padded, generation_config=config)[:, padded["input_ids"].shape[1] :].tolist()
-            texts = iter(rows)
-        return [_reply(next(texts), ends, tokenizer) if fits else None for fits in room]
+    def prompt(history: list[dict]) -> list[int]:
+        """Raises LeftOut when the template refuses it or there is no room for a reply."""
+        options = recipe.data.template | thinking
+        try:
+            ids = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
+        except (TemplateError, TypeError, ValueError) as error:
+            raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
+        if len(ids) + ask.max_tokens > target.architecture.max_positions:
+            raise LeftOut("prompt and regenerate.max_tokens exceed the target's positions")
+        return ids
+
+    def replies(prompts: list[list[int]], seed: str) -> list[Reply]:
+        longest = max(map(len, prompts))
+        ids_BT = torch.tensor([[config.pad_token_id] * (longest - len(p)) + p for p in prompts], device=target.device)
+        real_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=target.device)
+        torch.manual_seed(stable_hash(seed) % 2**63)
+        rows = target.model.generate(ids_BT, attention_mask=real_BT, generation_config=config)[:, longest:].tolist()
+        return [_reply(row, ends, tokenizer) for row in rows]
 
     while batch := list(islice(todo, ask.batch)):
         histories: dict[str, list[dict]] = {c.id: [] for c in batch}
         finish = dict.fromkeys(histories, "stop")
         for turn_number in range(max(len(c.prompts) for c in batch)):
-            asked = [c for c in batch if turn_number < len(c.prompts) and finish.get(c.id) == "stop"]
+            asked, prompts = [], []
+            for conversation in batch:
+                if turn_number < len(conversation.prompts) and finish.get(conversation.id) == "stop":
+                    histories[conversation.id] += conversation.prompts[turn_number]
+                    try:
+                        prompts.append(prompt(histories[conversation.id]))
+                        asked.append(conversation.id)
+                    except LeftOut as reason:
+                        left_out[str(reason)] += 1
+                        del finish[conversation.id]
             if not asked:
                 break
-            for conversation in asked:
-                histories[conversation.id] += conversation.prompts[turn_number]
-            seed = f"regenerate/{ask.seed}/{turn_number}/{asked[0].id}"
-            for conversation, reply in zip(asked, replies([histories[c.id] for c in asked], seed)):
-                if reply is None:
-                    left_out["prompt and regenerate.max_tokens exceed the target's positions"] += 1
-                    finish.pop(conversation.id)
-                else:
-                    histories[conversation.id].append(reply.message)
-                    finish[conversation.id] = reply.finish
-        for id, how in finish.items():
-            write(id, histories[id], how)
+            for id, reply in zip(asked, replies(prompts, f"regenerate/{ask.seed}/{turn_number}/{asked[0]}")):
+                histories[id].append(reply.message)
+                finish[id] = reply.finish
+        for conversation in batch:
+            if conversation.id in finish:
+                write(conversation, histories[conversation.id], finish[conversation.id])
 
 
 def _reply(tokens: list[int], ends: set[int], tokenizer) -> Reply:
@@ -226,8 +251,11 @@ async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conv
         except httpx.HTTPStatusError as error:
             said = " ".join(error.response.text.split())[:200]
             if error.response.status_code in THIS_EXAMPLE:
-                raise LeftOut(f"the server refuses it ({error.response.status_code})") from error
+                what = re.sub(r"\d+", "N", said)[:100]  # numbers differ from example to example
+                raise LeftOut(f"the server refuses it ({error.response.status_code}: {what})") from error
             raise UserError(f"{ask.base_url} answers {error.response.status_code}: {said}; what is done is kept") from error
+        except httpx.ReadTimeout as error:
+            raise LeftOut(f"no answer within regenerate.timeout_s={ask.timeout_s:g}") from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
             what = f"{type(error).__name__} {error}".strip()
             raise UserError(
@@ -245,7 +273,7 @@ async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conv
                 history.append(message)
                 if finish == "length":
                     break
-            write(conversation.id, history, finish)
+            write(conversation, history, finish)
         except LeftOut as reason:
             left_out[str(reason)] += 1
 
@@ -271,26 +299,33 @@ async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conv
                 task.cancel()
 
 
-def _own(file: int, out: Path) -> None:
-    """One command at a time; a last line that a kill cut short is removed."""
+def _own(file: int, out: Path, settings: dict) -> None:
+    """One command at a time. A last line that a kill cut short is removed, from a file that is seen to be ours."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"{out} is being written by another process") from error
     content = out.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.ftruncate(file, content.rfind(b"\n") + 1)
+    if not _done(out, settings) and content and not content.startswith(b'{"id": '):
+        raise UserError(f"{out} was not written by mode=regenerate; choose another regenerate.out")
+    os.ftruncate(file, content.rfind(b"\n") + 1)
 
 
-def _done(out: Path, settings: dict) -> set[int]:
-    """Hashed ids of the conversations that are there. Raises UserError when they were made with other settings."""
-    done = set()
-    with open(out, encoding="utf-8") as file:
+def _done(out: Path, settings: dict) -> dict[int, str]:
+    """Hashed ids of the conversations that are there, and the hash of their prompts. A line without its end does not count.
+
+    Raises:
+        UserError: a line is not ours, or was made with other settings.
+    """
+    done = {}
+    with open(out, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
             try:
                 record = json.loads(line)
                 earlier = record["regenerated"]
-                done.add(stable_hash(record["id"]))
+                done[stable_hash(record["id"])] = record["prompts"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{out}, line {number} was not written by mode=regenerate; choose another regenerate.out"
@@ -301,14 +336,20 @@ def _done(out: Path, settings: dict) -> set[int]:
 
 
 def _append(file: int, out: Path, line: str) -> None:
-    """One whole line, on the disk before this returns; processes take turns."""
+    """One whole line, on the disk before this returns, or nothing; processes take turns."""
     fcntl.lockf(file, fcntl.LOCK_EX)
     try:
-        data = line.encode()
-        while data:
-            data = data[os.write(file, data) :]
-        os.fsync(file)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); make room, then run the same command again") from error
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":  # another process was killed on its line
+            size = out.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(file, size)
+        try:
+            data = line.encode()
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        except OSError as error:
+            os.ftruncate(file, size)
+            raise UserError(f"{out} cannot be written ({error.strerror}); make room, then run the same command again") from error
     finally:
         fcntl.lockf(file, fcntl.LOCK_UN)

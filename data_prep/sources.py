@@ -110,14 +110,19 @@ def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     except Exception as error:  # the library raises whatever its builders and its network raise
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"data.name={data.name}, data.split={data.split}: datasets cannot load it ({what[:300]})") from error
-    numbered = enumerate(dataset)
+    numbered = iter(enumerate(dataset))
     if not data.streaming:
-        ids = [str(i) for i in dataset[data.id]] if data.id in dataset.column_names else [str(i) for i in range(len(dataset))]
-        if len(set(ids)) < len(ids):
-            raise UserError(f"data.name={data.name}: ids in column '{data.id}' stand twice; number the rows with data.id=null")
+        named = dataset[data.id] if data.id in dataset.column_names else [None] * len(dataset)
+        ids = [_id({data.id: name}, data, number) for number, name in enumerate(named)]
         numbered = ((i, dataset[i]) for i in sorted(range(len(ids)), key=lambda i: stable_hash(ids[i])))
     seen: set[int] = set()
-    for number, fields in numbered:
+    while True:
+        try:
+            number, fields = next(numbered)
+        except StopIteration:
+            return
+        except Exception as error:  # as above: the network, or a file that is not what its first rows promised
+            raise UserError(f"data.name={data.name} cannot be read to its end ({' '.join(str(error).split())[:300]})") from error
         id = _id(fields, data, number)
         if (key := stable_hash(id)) in seen:
             raise UserError(f"data.name={data.name}: the id '{id}' stands twice; number the rows with data.id=null")

@@ -125,12 +125,12 @@ class Target:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
             )
-        # The last three: weights misshapen or cut, and a package (flash-attn, accelerate) that is not there.
+            self.model = (model if over else model.to(device)).eval()
+        # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise UserError(f"target.path={path}: no causal LM can be loaded there ({_first_line(error)})") from error
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
             raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
-        self.model = (model if over else model.to(device)).eval()
         self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
         if spread == "device_map":
             self.device = self.model.get_input_embeddings().weight.device

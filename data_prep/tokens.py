@@ -4,9 +4,11 @@ A chat's mask comes from the chat template itself: from its generation marks whe
 differences of token ids. A template that breaks its own prefixes is noticed, never masked wrongly or to zero in silence.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,8 @@ from data_prep.sources import Record
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+DATE = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")
+TODAY = date(2026, 1, 1)  # for templates that write the date: a capture must go on tomorrow
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -45,7 +49,7 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe)
         case "tokens":
             return _stored_tokens(record.fields, len(tokenizer))
         case "chat":
-            return _chat(messages_of(record.fields), tokenizer, data)
+            return _chat(messages_of(record.fields), record.fields.get("tools"), tokenizer, data)
     if not isinstance(record.fields.get("text"), str):
         raise LeftOut("it has no 'text'")
     try:
@@ -85,12 +89,26 @@ def messages_of(fields: dict) -> list[dict]:
         if not isinstance(turn, dict):
             raise LeftOut("a message of it is not an object")
         role = turn.get("role") or turn.get("from")
-        role = SPEAKERS.get(role, role)
+        role = SPEAKERS.get(role, role) if isinstance(role, str) else None
         if role not in ROLES:
             raise LeftOut(f"an unknown role '{role}'")
         rest = {k: v for k, v in turn.items() if k not in ("role", "from", "value", "content") and v is not None}
-        messages.append({"role": role, "content": turn.get("content", turn.get("value")), **rest})
+        messages.append({"role": role, "content": _content(turn), **rest})
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise LeftOut("its text is not valid Unicode") from None
     return messages
+
+
+def _content(turn: dict) -> str | None:
+    """The text of a message; OpenAI's parts are joined when they are text. None only beside a call of tools."""
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    if isinstance(content, str) or (content is None and turn.get("tool_calls")):
+        return content
+    raise LeftOut("a message of it is not text")
 
 
 def _format(fields: dict, data: DataRecipe) -> str:
@@ -106,20 +124,27 @@ def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]
     mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise LeftOut("'input_ids' and 'loss_mask' are not lists of one length")
-    if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or not set(mask) <= {0, 1}:
+    if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or not all(m in (0, 1) for m in mask):
         raise LeftOut("a token id outside the vocabulary, or a loss mask that is not of 0 and 1")
     return ids, [int(m) for m in mask]
 
 
-def _chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
+def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
     if not tokenizer.chat_template:
         raise UserError("the target's tokenizer has no chat template, which data=chat needs")
-    marked = bool(GENERATION_MARK.search(_template(tokenizer)))
+
+    template = DATE.sub(lambda call: repr(TODAY.strftime(call[1])), tokenizer.get_chat_template(tools=tools or None))
 
     def render(some: list[dict], prompt: bool = False, mask: bool = False):
         try:
             out = tokenizer.apply_chat_template(
-                some, add_generation_prompt=prompt, return_dict=True, return_assistant_tokens_mask=mask, **data.template
+                some,
+                tools=tools or None,
+                add_generation_prompt=prompt,
+                return_dict=True,
+                return_assistant_tokens_mask=mask,
+                chat_template=template,
+                **data.template,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
@@ -128,38 +153,33 @@ def _chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, data: DataRe
     if data.loss_mask == "none":
         ids = render(messages)
         return ids, [1] * len(ids)
-    if marked:
-        ids, mask = render(messages, mask=True)
-        return ids, _last_run(mask) if data.loss_mask == "last_turn" else mask
     turns = [k for k, message in enumerate(messages) if k and message["role"] == "assistant"]  # the first answers nobody
     if not turns:
         raise LeftOut("no reply of the assistant")
+    turns = turns[-1:] if data.loss_mask == "last_turn" else turns
+    if GENERATION_MARK.search(template):
+        ids, mask = render(messages, mask=True)
+        if data.loss_mask == "last_turn":
+            before = len(_prefix(render(messages[: turns[0]], prompt=True), ids, data))
+            mask = [0] * before + mask[before:]
+        return ids, mask
     ids = render(messages)
     mask, special = [0] * len(ids), set(tokenizer.all_special_ids)
-    for k in turns[-1:] if data.loss_mask == "last_turn" else turns:
-        before, after = render(messages[:k], prompt=True), render(messages[: k + 1])
-        if after[: len(before)] != before or ids[: len(after)] != after:
-            raise LeftOut(
-                "the chat template writes a turn differently once others follow it (Qwen3 drops earlier thinking), so that "
-                f"its tokens cannot be told by data.loss_mask={data.loss_mask}"
-            )
-        end = len(after)
-        ends = [i for i in range(len(before), end) if after[i] in special]
+    for k in turns:
+        after = _prefix(render(messages[: k + 1]), ids, data)
+        start, end = len(_prefix(render(messages[:k], prompt=True), after, data)), len(after)
+        ends = [i for i in range(start, end) if after[i] in special]
         if ends and not tokenizer.decode(after[ends[-1] + 1 :]).strip():
             end = ends[-1] + 1  # white space behind the end-of-turn token is the template's, not the model's
-        mask[len(before) : end] = [1] * (end - len(before))
+        mask[start:end] = [1] * (end - start)
     return ids, mask
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that `apply_chat_template` uses; a tokenizer may have several by name."""
-    return tokenizer.get_chat_template()
-
-
-def _last_run(mask: list[int]) -> list[int]:
-    """`mask` with its last run of ones only."""
-    end = len(mask) - mask[::-1].index(1) if 1 in mask else 0
-    start = end
-    while start and mask[start - 1]:
-        start -= 1
-    return [0] * start + mask[start:end] + [0] * (len(mask) - end)
+def _prefix(part: list[int], whole: list[int], data: DataRecipe) -> list[int]:
+    """`part`, once it is seen to begin `whole`."""
+    if whole[: len(part)] != part:
+        raise LeftOut(
+            "the chat template writes a turn differently once others follow it (Qwen3 drops earlier thinking), so that "
+            f"its tokens cannot be told by data.loss_mask={data.loss_mask}"
+        )
+    return part

@@ -1,6 +1,10 @@
 """The target's own replies: through transformers here, and through a real OpenAI-compatible server."""
 
 import json
+import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +21,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.ranks import free_port
 from data_prep.recipe import ROOT, DataPrepRecipe
-from data_prep.regenerate import check, regenerate
+from data_prep.regenerate import _append, check, regenerate
 from data_prep.target import Target, load_tokenizer
 from tests.conftest import command
 
@@ -88,11 +92,56 @@ def test_it_goes_on_by_id_and_repairs_a_line_that_was_cut(tmp_path):
     before = out.read_bytes()
     run(recipe)
     assert out.read_bytes() == before
+    given[0]["messages"][1]["content"] = "another prompt"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    with pytest.raises(UserError, match="other prompts of conversation 'c0'"):
+        run(recipe)
     with pytest.raises(UserError, match="other settings; these differ: temperature"):
         run(recipe_of(tmp_path, "regenerate.temperature=0.5"))
-    out.write_text('{"id": "x"}\n')
-    with pytest.raises(UserError, match="line 1 was not written by mode=regenerate"):
-        run(recipe)
+    for foreign in ('{"id": "x"}\n', '{"some": "json"}', "one\ntwo"):
+        out.write_text(foreign)
+        with pytest.raises(UserError, match="not written by mode=regenerate"):
+            run(recipe)
+        assert out.read_text() == foreign
+    with pytest.raises(UserError, match="is the source itself"):
+        run(recipe_of(tmp_path, f"regenerate.out={tmp_path / 'in.jsonl'}"))
+
+
+def test_a_line_that_another_process_left_cut_is_removed_before_the_next(tmp_path):
+    out = tmp_path / "out.jsonl"
+    file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    _append(file, out, "one\n")
+    os.write(file, b"tw")
+    _append(file, out, "three\n")
+    assert out.read_text() == "one\nthree\n"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15, limit[1]))  # the disk takes half of the line
+        with pytest.raises(UserError, match="make room"):
+            _append(file, out, "far too long\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert out.read_text() == "one\nthree\n"
+
+
+def test_what_the_template_refuses_is_counted_not_fatal(tmp_path, capsys):
+    """Also a tokenizer without a padding token, as Llama 3's."""
+    target = tmp_path / "target"
+    shutil.copytree(TINY, target)
+    template = (target / "chat_template.jinja").read_text()
+    refuses = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    (target / "chat_template.jinja").write_text(refuses + template)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    given = conversations(tmp_path / "in.jsonl")
+    given[2]["messages"][1]["content"] = "no"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    answered = run(recipe_of(tmp_path, f"target.path={target}"))
+    assert sorted(r["id"] for r in answered) == ["c0", "c1", "c3", "c4", "c5"]
+    assert "left out: 1 x the chat template refuses it (not this)" in capsys.readouterr().out
 
 
 def test_sampling_is_sampling(tmp_path):
@@ -182,7 +231,7 @@ def test_a_server_that_stumbles_is_asked_again_a_few_at_a_time(tmp_path, impatie
     recipe = recipe_of(tmp_path, *words, "regenerate.thinking=false", "regenerate.temperature=0.7", "regenerate.model=m")
     answered = run(recipe)
     assert_answers([g for g in given if g["id"] != "c3"], answered)
-    assert "left out: 1 x the server refuses it (400)" in capsys.readouterr().out
+    assert 'left out: 1 x the server refuses it (400: {"error": "maximum context length"})' in capsys.readouterr().out
     assert 2 <= server.most <= 4 and min(server.seen.values()) >= 2
     path, body, key = server.bodies[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret") and "secret" not in (tmp_path / "out.jsonl").read_text()
@@ -191,6 +240,11 @@ def test_a_server_that_stumbles_is_asked_again_a_few_at_a_time(tmp_path, impatie
     asked = len(server.bodies)
     run(recipe)
     assert len(server.bodies) == asked + 1  # the refused one is tried again, the others are not
+    given = [{"id": "x", "messages": [{"role": "user", "content": "too long"}]}]
+    (tmp_path / "in.jsonl").write_text(json.dumps(given[0]))
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(UserError, match="not one conversation could be answered: the server refuses it"):
+        run(recipe)
     server.shutdown()
 
 

@@ -168,6 +168,11 @@ def test_what_is_too_long_is_split_cut_or_dropped_and_counted(tokenizer, long, l
         ({"text": "half a character \ud800"}, "not valid Unicode"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
         ({"messages": ["x"]}, "not an object"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "a message of it is not text"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}, {"role": "assistant", "content": "x"}]}, "is not text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}, "not valid Unicode"),
+        ({"input_ids": [1, 2], "loss_mask": [[0], 1]}, "not of 0 and 1"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no reply of the assistant"),
         ({"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "x"}]}, "no reply of the assistant"),
     ],
@@ -176,6 +181,24 @@ def test_what_cannot_be_used_is_counted_by_reason(tokenizer, fields, reason):
     documents, left_out = everything([Record("a", fields), Record("b", {"text": "import os"})], tokenizer, data())
     assert [d.id for d in documents] == ["b#0"] and sum(left_out.values()) == 1
     assert reason in next(iter(left_out))
+
+
+def test_a_limit_is_spent_on_what_is_kept(tokenizer):
+    """A document that is dropped costs nothing, and none is cut to fit what would have dropped it."""
+    source = [Record(str(i), {"input_ids": list(range(3, 3 + n))}) for i, n in enumerate((50, 6, 50, 7, 6))]
+    documents, left_out = everything(source, tokenizer, data(max_length=8, long="drop", max_tokens=16))
+    assert [len(d.input_ids) for d in documents] == [6, 7, 3]
+    assert dict(left_out) == {"longer than data.max_length=8 tokens": 2, "kept, but cut at data.max_tokens": 1}
+
+
+def test_rows_without_an_id_are_numbered_and_a_broken_set_is_one_line(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"id": None, "text": "a"}, {"id": "x", "text": "b"}, {"id": None, "text": "c"}])
+    for streaming in (False, True):
+        recipe = data(source="hub", name="json", files=path, streaming=streaming)
+        assert {r.id: r.fields["text"] for r in records(recipe, None)} == {"0": "a", "x": "b", "2": "c"}
+    (tmp_path / "rows.jsonl").write_text('{"id": "x", "text": "a"}\n' * 3 + "{broken\n")
+    with pytest.raises(UserError, match="cannot be read to its end|cannot load it|stands twice"):
+        list(records(data(source="hub", name="json", files=path, streaming=True), None))
 
 
 def test_a_source_that_gives_nothing_is_refused_with_the_reasons(tmp_path, tokenizer):
@@ -247,6 +270,35 @@ def test_a_template_that_breaks_its_prefixes_is_noticed(with_template):
     assert len(left_out) == 1 and "writes a turn differently" in next(iter(left_out)) and "all_turns" in next(iter(left_out))
     ids, mask = encode(two, tokenizer, data(loss_mask="last_turn"))
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "<think>y</think>b<|im_end|>"
+
+
+def test_last_turn_is_all_of_the_last_turn(with_template):
+    """A template that marks thinking and answer apart: both belong to the turn."""
+    twice = MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endgen",
+        "{{ m['t'] }}{% endgeneration %}|{% generation %}{{ m['content'] }}<|im_end|>{% endgen",
+    )
+    tokenizer = with_template(twice + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    messages = [m | {"t": f"why{i}"} for i, m in enumerate(conversation(["q", "no", "q", "yes"]))]
+    ids, mask = encode(Record("a", {"messages": messages}), tokenizer, data(loss_mask="last_turn"))
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "why3yes<|im_end|>"
+
+
+def test_parts_of_text_are_text_and_tools_reach_the_template(with_template):
+    tokenizer = with_template("{% if tools %}tools: {{ tools[0]['name'] }}{% endif %}" + PLAIN)
+    plain = conversation(["q", "two parts"])
+    parts = [plain[0], {"role": "assistant", "content": [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]}]
+    assert encode(Record("a", {"messages": parts}), tokenizer, data()) == encode(
+        Record("a", {"messages": plain}), tokenizer, data()
+    )
+    ids, _ = encode(Record("a", {"messages": plain, "tools": [{"name": "calculator"}]}), tokenizer, data())
+    assert tokenizer.decode(ids).startswith("tools: calculator<|im_start|>")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_tomorrow(with_template):
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + PLAIN)
+    ids, _ = encode(Record("a", {"messages": conversation(["q", "a"])}), tokenizer, data())
+    assert tokenizer.decode(ids).startswith("01 Jan 2026<|im_start|>")
 
 
 def test_a_reply_that_melts_into_its_header_is_noticed(tokenizer):

@@ -65,6 +65,7 @@ def test_verify_knows_the_documents_of_its_source(tmp_path):
 def test_inspect_shows_what_is_supervised(tmp_path, capsys):
     rows = [{"id": f"c{i}", "messages": conversation(["question", "an answer", "again", "so be it"])} for i in range(3)]
     rows.append({"id": "bad", "messages": []})
+    rows[0]["id"] = "markup[/bold]"
     path = write_lines(tmp_path / "chat.jsonl", rows)
     words = [
         "data=chat",
@@ -109,11 +110,31 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkey
     assert not (tmp_path / "cache").exists()
 
 
+def test_another_capture_into_a_finished_cache_is_refused_and_leaves_it_alone(tmp_path):
+    recipe = captured(tmp_path, "cache", TEXTS)
+    changes = {"codec": "fp8"}, {"layers": [0, 2]}, {"last_hidden": "all"}
+    for change in changes:  # known before a document is read
+        with pytest.raises(UserError, match=f"these differ: .*{next(iter(change))}"):
+            prepare.check(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
+    other = write_lines(tmp_path / "other.jsonl", TEXTS[:3])
+    with pytest.raises(UserError, match="these differ: source.documents, source.hash"):  # known after
+        build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": other})}), lambda: None)
+    verify(recipe)
+    moved = write_lines(tmp_path / "moved.jsonl", TEXTS)  # the same data by another name is the same data
+    build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": moved})}), lambda: None)
+    verify(recipe)
+
+
 def test_merged_caches_are_the_capture_of_both_sources(tmp_path, capsys):
     first, second, both = (captured(tmp_path, n, rows) for n, rows in (("a", TEXTS[:5]), ("b", TEXTS[5:]), ("both", TEXTS)))
     recipe = recipe_of(f"cache.dir={tmp_path / 'm'}", f"merge.sources=[{first.cache.dir},{second.cache.dir}]")
     merge(recipe)
-    merge(recipe)  # said again after a kill, say: the same
+    with pytest.raises(UserError, match="is not empty"):
+        merge(recipe)
+    (tmp_path / "k.merging").mkdir()
+    (tmp_path / "k.merging/shard-00000.safetensors").write_bytes(b"of a merge that was killed")
+    merge(recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"dir": str(tmp_path / "k")})}))
+    assert not list(CacheReader(tmp_path / "k").problems()) and not (tmp_path / "k.merging").exists()
     merged, direct = CacheReader(tmp_path / "m"), CacheReader(both.cache.dir)
     assert not list(merged.problems())
     assert merged.ids == direct.ids and merged.manifest.hash() == direct.manifest.hash()
@@ -134,7 +155,7 @@ def test_merged_caches_are_the_capture_of_both_sources(tmp_path, capsys):
     assert not (tmp_path / "n").exists()
 
 
-def test_on_missing_decides_once_and_refuses_another_cache(tmp_path):
+def test_on_missing_decides_once_and_refuses_another_cache(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "texts.jsonl", TEXTS)
     words = [f"cache.dir={tmp_path / 'cache'}", "data=jsonl", f"data.path={path}", "data.max_length=64", "capture.workers=1"]
     recipe = lambda *more: cli.compose("train", TrainRecipe, [*words, *more])
@@ -148,6 +169,14 @@ def test_on_missing_decides_once_and_refuses_another_cache(tmp_path):
         assert again.manifest == first.manifest == manifest_of(recipe(f"cache.on_missing={how}"))
     with pytest.raises(UserError, match="holds another cache .*these differ: codec, kv_layers"):
         manifest_of(recipe("cache.on_missing=live", "cache=fp8", "cache.kinds=[hidden]"))
+    with pytest.raises(UserError, match="holds another cache .*these differ: data"):
+        manifest_of(recipe("cache.on_missing=capture", "data.max_tokens=50"))
+    with pytest.raises(UserError, match="holds another cache .*these differ: target.revision"):
+        manifest_of(recipe("cache.on_missing=capture", "target.revision=main"))
+    with pytest.raises(UserError, match="capture first"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        manifest_of(recipe("cache.on_missing=live", f"cache.dir={tmp_path / 'x'}", "capture.spread=tp"))
+    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(UserError, match="there is no layer 17"):
         manifest_of(recipe("cache.on_missing=capture", f"cache.dir={tmp_path / 'x'}", "cache.layers=[17]"))
 

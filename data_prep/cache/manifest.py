@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 
 FORMAT_VERSION = 2
 MANIFEST, INDEX, FILES = "manifest.json", "index.parquet", "files.json"
+DOCUMENTS = "documents.arrow"  # the tokenised source, in the cache's folder while it is being captured
 
 
 class Manifest(BaseModel):
@@ -30,7 +31,7 @@ class Manifest(BaseModel):
     codec: str  # fp8, bf16 or fp32
     last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
     max_length: int
-    source: dict  # name, hash (documents.Digest), documents, tokens, supervised, what was left out and why
+    source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised, what was left out and why
     software: dict
 
     @property
@@ -61,12 +62,17 @@ class Manifest(BaseModel):
         return sum(row(*spec) * (teachers if is_teacher(name) else tokens) for name, spec in self.tensors().items())
 
     def differs(self, other: "Manifest") -> list[str]:
-        """Dotted names of the fields that differ; software versions are recorded, not compared."""
-        mine, theirs = (flatten(m.model_dump(exclude={"software"})) for m in (self, other))
+        """Dotted names of the fields of `identity` that differ."""
+        mine, theirs = (flatten(m.identity()) for m in (self, other))
         return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
     def hash(self) -> str:
-        return xxhash.xxh3_128_hexdigest(canonical(self.model_dump(exclude={"software"})).encode())
+        return xxhash.xxh3_128_hexdigest(canonical(self.identity()).encode())
+
+    def identity(self) -> dict:
+        """What two captures of the same thing share: not by which software they were made, nor how the data were named."""
+        fields = self.model_dump(exclude={"software"})
+        return fields | {"source": {key: value for key, value in self.source.items() if key != "recipe"}}
 
 
 def is_teacher(name: str) -> bool:

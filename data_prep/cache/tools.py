@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from data_prep.cache.codec import decode, paired
-from data_prep.cache.manifest import MANIFEST, publish, read_manifest, write_text
+from data_prep.cache.manifest import MANIFEST, write_text
 from data_prep.cache.reader import CacheReader
-from data_prep.cache.writer import claim, read_seal, seal, write_seal
+from data_prep.cache.writer import read_seal, seal, write_seal
 from data_prep.documents import Digest
 from data_prep.errors import UserError
 from data_prep.recipe import DataPrepRecipe, TargetRecipe, location
@@ -45,7 +46,7 @@ def verify(recipe: DataPrepRecipe) -> None:
 def _against_target(reader: CacheReader, recipe: TargetRecipe) -> list[str]:
     manifest = reader.manifest
     tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(location(recipe.path), recipe.revision))
-    target = load_target(recipe)
+    target = load_target(recipe.model_copy(update={"device": "cpu"}))  # however large, it is only hashed
     differ = {
         "weights": target.weights_hash() != manifest.target["weights_hash"],
         "tokenizer": tokenizer_hash != manifest.tokenizer_hash,
@@ -65,7 +66,7 @@ def inspect(recipe: DataPrepRecipe) -> None:
     chosen = np.linspace(0, len(reader) - 1, min(SAMPLE, len(reader))).astype(int)
     norms = _norms(reader, chosen)
 
-    table = Table(title=str(reader.folder))
+    table = Table(title=escape(str(reader.folder)))
     for column in ("", "value"):
         table.add_column(column)
     rows = {
@@ -81,13 +82,15 @@ def inspect(recipe: DataPrepRecipe) -> None:
         **{f"norm of {name}": "median {:.3g}, 99% {:.3g}".format(*np.quantile(n, [0.5, 0.99])) for name, n in norms.items()},
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     console.print(table)
     _draw(Path(recipe.inspect.out), reader.lengths, share, norms)
     tokenizer = load_tokenizer(location(manifest.target["id"]), manifest.target["revision"]) if recipe.inspect.examples else None
     for index in np.linspace(0, len(reader) - 1, min(recipe.inspect.examples, len(reader))).astype(int):
         tensors = reader.read(index, ["input_ids", "loss_mask"])
-        console.print(f"\n[bold]{reader.id(index)}[/bold] ({reader.lengths[index]} tokens; supervised text between » and «)")
+        console.print(
+            f"\n[bold]{escape(reader.id(index))}[/bold] ({reader.lengths[index]} tokens; supervised text between » and «)"
+        )
         console.print(_marked(tensors["input_ids"].tolist(), tensors["loss_mask"].tolist(), tokenizer))
     print(f"picture: {recipe.inspect.out}")
 
@@ -155,26 +158,26 @@ def merge(recipe: DataPrepRecipe) -> None:
             raise UserError(f"{reader.folder}: document '{min(again)}' stands in another of these caches too; nothing is written")
         seen.update(ids)
     folder, manifest = Path(recipe.cache.dir), first.model_copy(update={"source": source})
-    lock = claim(folder)
-    if (folder / MANIFEST).exists() and read_manifest(folder).differs(manifest):
-        raise UserError(f"{folder} holds another cache already; choose another cache.dir")
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))  # first: a merge that was killed can be run again
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another cache.dir")
+    building = folder.with_name(folder.name + ".merging")
+    shutil.rmtree(building, ignore_errors=True)  # of a merge that was killed
+    building.mkdir(parents=True)
     for number, path in enumerate(p for reader in readers for p in sorted(reader.folder.glob("shard-*.parquet"))):
         name, rows = f"shard-{number:05d}", read_seal(path)
-        _link(path.with_suffix(".safetensors"), folder / f"{name}.safetensors")
-        write_seal(
-            folder / f"{name}.parquet", [tuple(row.values()) for row in rows.to_pylist()], rows.schema.metadata[b"xxh3"].decode()
-        )
-    seal(folder, manifest)
-    os.close(lock)
+        _link(path.with_suffix(".safetensors"), building / f"{name}.safetensors")
+        columns = [tuple(row.values()) for row in rows.to_pylist()]
+        write_seal(building / f"{name}.parquet", columns, rows.schema.metadata[b"xxh3"].decode())
+    write_text(building / MANIFEST, manifest.model_dump_json(indent=1))
+    seal(building, manifest)
+    building.rename(folder)
     print(f"cache: {folder} ({source['documents']:,} documents, {source['tokens']:,} tokens, manifest {manifest.hash()})")
 
 
 def _link(source: Path, to: Path) -> None:
-    temporary = to.with_name(to.name + ".tmp")
     try:
-        os.link(source, temporary)
+        os.link(source, to)
     except OSError:  # another disk
-        shutil.copyfile(source, temporary)
-    publish(temporary, to)
-    temporary.unlink(missing_ok=True)  # renaming one link of a file onto another does nothing
+        shutil.copyfile(source, to)
+        with open(to, "rb+") as file:
+            os.fsync(file.fileno())

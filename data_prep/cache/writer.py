@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from data_prep.cache.manifest import (
+    DOCUMENTS,
     FILES,
     INDEX,
     MANIFEST,
@@ -169,6 +170,7 @@ class CacheWriter:
         self._thread.shutdown()
         self.barrier()
         if self.rank == 0:
+            (self.folder / DOCUMENTS).unlink(missing_ok=True)
             seal(self.folder, self.manifest)
         self.barrier()
         os.close(self._lock)
@@ -187,7 +189,10 @@ class CacheWriter:
         except UserError:
             os.close(self._lock)
             raise
-        fcntl.flock(self._lock, fcntl.LOCK_SH)  # every process of this capture shares it until it ends
+        try:  # every process of this capture shares it until it ends; in between (it is not one step) another could come in
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is being written by another process") from error
 
     def _seals(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.parquet"))
@@ -254,7 +259,7 @@ def claim(folder: Path) -> int:
     except BlockingIOError as error:
         os.close(lock)
         raise UserError(f"{folder} is being written by another process") from error
-    if not (folder / MANIFEST).exists() and any(p.suffix not in (".tmp", ".arrow") for p in folder.iterdir()):
+    if not (folder / MANIFEST).exists() and any(p.suffix != ".tmp" and p.name != DOCUMENTS for p in folder.iterdir()):
         os.close(lock)
         raise UserError(f"{folder} is not empty and holds no cache; choose another cache.dir")
     unsealed = [p for p in folder.glob("shard-*.safetensors") if not p.with_suffix(".parquet").exists()]
