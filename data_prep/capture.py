@@ -79,8 +79,8 @@ def batches(indices: np.ndarray, lengths: np.ndarray, batch_tokens: int, packed:
 
 
 class Outbox:
-    """Brings states to the host and to the writer while the next forward runs: copies on a stream of their own, encoding
-    (on a CPU), checksums and writes on a thread. At most `UNDERWAY` batches wait; the shard being collected aside, that
+    """Brings states to the host and to the writer while the next forward runs: copies on a stream of their own, checksums
+    and writes on a thread. At most `UNDERWAY` batches wait; the shard being collected aside, that
     bounds the memory."""
 
     def __init__(self, writer: CacheWriter):
@@ -91,19 +91,18 @@ class Outbox:
         """Raises whatever the writing of an earlier batch raised."""
         while len(self._pending) >= UNDERWAY:
             self._pending.popleft().result()
-        if states.last_hidden.device.type == "cuda":
-            tensors, arrived = self._to_host(batch, states)
-            job: Callable[[], None] = lambda: (arrived(), self._write(batch, tensors))
-        else:
-            job = lambda: self._write(batch, batch.tensors(states, self.writer.manifest))
-        self._pending.append(self._thread.submit(job))
+        on_gpu = states.last_hidden.device.type == "cuda"
+        tensors, arrived = self._to_host(batch, states) if on_gpu else (batch.tensors(states, self.writer.manifest), None)
+        self._pending.append(self._thread.submit(self._write, batch, tensors, arrived))
 
     def close(self) -> None:
         while self._pending:
             self._pending.popleft().result()
         self._thread.shutdown()
 
-    def _write(self, batch: Batch, tensors: dict[str, Tensor]) -> None:
+    def _write(self, batch: Batch, tensors: dict[str, Tensor], arrived: Callable[[], None] | None) -> None:
+        if arrived:
+            arrived()
         self.writer.add_batch(batch.names, batch.lengths, tensors)
 
     def _to_host(self, batch: Batch, states: States) -> tuple[dict[str, Tensor], Callable[[], None]]:
