@@ -7,6 +7,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
@@ -55,14 +56,17 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
         return
     arguments = (tokenizer, data, os.getpid())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
-    with pool:
-        window: deque = deque()
-        for chunk in chunks:
-            window.append((chunk, pool.submit(_worker, chunk)))
-            if len(window) > 4 * workers:  # what is read ahead is bounded
+    window: deque = deque()
+    try:
+        with pool:
+            for chunk in chunks:
+                window.append((chunk, pool.submit(_worker, chunk)))
+                if len(window) > 4 * workers:  # what is read ahead is bounded
+                    yield from _result(window)
+            while window:
                 yield from _result(window)
-        while window:
-            yield from _result(window)
+    except BrokenProcessPool as error:
+        raise UserError("a process that tokenises was killed (too little memory?); run the same command again") from error
 
 
 def _result(window: deque):

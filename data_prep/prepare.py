@@ -116,9 +116,15 @@ def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
     workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
     documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)
     source = write_documents(path, documents, left_out)
-    for reason, count in left_out.most_common():
-        print(f"left out, {count:,} x: {reason}" if not reason.startswith("kept") else f"{count:,} x {reason}")
+    if rank() == 0:
+        say(left_out)
     return source
+
+
+def say(left_out: Counter) -> None:
+    """Print what was left out of a source, or kept with a loss, and why."""
+    for reason, count in left_out.most_common():
+        print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
 
 
 def describe(manifest: Manifest) -> int:

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from data_prep import sources
 from data_prep.errors import UserError
+from data_prep.prepare import say
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
 from data_prep.sources import stable_hash
@@ -86,25 +87,26 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
         done = _done(out, settings)
         barrier()  # all have read the same file before one of them appends to it
-        _answer(recipe, settings, done, file, out)
+        left_out = _answer(recipe, settings, done, file, out)
         barrier()
+        say(left_out)
         if rank() == 0:
-            print(f"{out}: {len(_done(out, settings)):,} conversations; use them with data=chat data.path={out}", flush=True)
+            if not (done := _done(out, settings)):
+                raise UserError(f"not one conversation could be answered: {'; '.join(left_out) or 'the source is empty'}")
+            print(f"{out}: {len(done):,} conversations; use them with data=chat data.path={out}", flush=True)
     finally:
         os.close(file)
 
 
-def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], file: int, out: Path) -> None:
+def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], file: int, out: Path) -> Counter:
+    """Answer what is not `done`; returns what could not be answered, by reason."""
     left_out: Counter = Counter()
-    written = 0
     with Progress(disable=rank() != 0) as progress:
         task = progress.add_task("regenerate", total=None)
 
         def write(asked: Conversation, messages: list[dict], finish: str) -> None:
-            nonlocal written
             line = {"id": asked.id, "messages": messages, "finish": finish, "prompts": asked.hash, "regenerated": settings}
             _append(file, out, json.dumps(line, ensure_ascii=False) + "\n")
-            written += 1
             if finish == "length":
                 left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
             progress.advance(task)
@@ -114,10 +116,7 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], file: 
             asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
         else:
             _answer_here(recipe, todo, write, left_out)
-    for reason, count in left_out.items():
-        print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
-    if left_out and not written and not done:
-        raise UserError(f"not one conversation could be answered: {left_out.most_common(1)[0][0]}")
+    return left_out
 
 
 def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Counter) -> Iterator[Conversation]:

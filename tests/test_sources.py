@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -340,6 +341,16 @@ def test_workers_change_nothing(tokenizer):
             a.id == b.id and np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.loss_mask, b.loss_mask)
             for a, b in zip(one, many)
         )
+
+
+def test_a_worker_that_is_killed_ends_the_work_with_one_line(tokenizer):
+    documents = tokenized(
+        (Record(str(i), {"text": "x = 1\n" * 50}) for i in range(10**6)), tokenizer, data(), Counter(), workers=2
+    )
+    next(documents)
+    psutil.Process().children()[-1].kill()
+    with pytest.raises(UserError, match="a process that tokenises was killed"):
+        list(documents)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.randoms(use_true_random=False))
