@@ -49,7 +49,11 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe)
         case "tokens":
             return _stored_tokens(record.fields, len(tokenizer))
         case "chat":
-            return _chat(messages_of(record.fields), record.fields.get("tools"), tokenizer, data)
+            ids, mask = _chat(messages_of(record.fields), record.fields.get("tools"), tokenizer, data)
+            if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
+                last = len(mask) - 1 - mask[::-1].index(1)
+                mask[last] = int(ids[last] not in tokenizer.all_special_ids)
+            return ids, mask
     if not isinstance(record.fields.get("text"), str):
         raise LeftOut("it has no 'text'")
     try:

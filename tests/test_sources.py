@@ -273,6 +273,14 @@ def test_a_template_that_breaks_its_prefixes_is_noticed(with_template):
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "<think>y</think>b<|im_end|>"
 
 
+def test_an_end_that_the_target_never_wrote_is_not_supervised(tokenizer):
+    fields = {"messages": conversation(["q", "a", "q", "cut off"])}
+    (ids, whole), (_, cut) = (encode(Record("a", fields | {"finish": how}), tokenizer, data()) for how in ("stop", "length"))
+    (changed,) = [i for i, (a, b) in enumerate(zip(whole, cut)) if a != b]
+    assert (whole[changed], cut[changed], tokenizer.decode(ids[changed])) == (1, 0, "<|im_end|>")
+    assert changed == max(i for i, m in enumerate(whole) if m)
+
+
 def test_last_turn_is_all_of_the_last_turn(with_template):
     """A template that marks thinking and answer apart: both belong to the turn."""
     twice = MARKED.replace(
