@@ -199,7 +199,7 @@ def estimate(recipe: CaptureSections) -> None:
     rate = tokens / seconds
     hours = manifest.source["tokens"] / rate / 3600
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
-    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {hours:.2f} hours on one process, {hours / 8:.2f} on eight")
+    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {hours:.2g} hours on one process, {hours / 8:.2g} on eight")
     print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
 
 
