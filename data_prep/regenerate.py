@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from rich.progress import Progress
 from transformers import GenerationConfig
 
@@ -26,7 +25,7 @@ from data_prep.ranks import rank, world_size
 from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
 from data_prep.sources import stable_hash
 from data_prep.target import load_target, load_tokenizer
-from data_prep.tokens import LeftOut, messages_of
+from data_prep.tokens import LeftOut, messages_of, rendered
 
 TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
 THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
@@ -172,11 +171,7 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, le
 
     def prompt(history: list[dict]) -> list[int]:
         """Raises LeftOut when the template refuses it or there is no room for a reply."""
-        options = recipe.data.template | thinking
-        try:
-            ids = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
+        ids = rendered(tokenizer, history, add_generation_prompt=True, **recipe.data.template | thinking)["input_ids"]
         if len(ids) + ask.max_tokens > target.architecture.max_positions:
             raise LeftOut("prompt and regenerate.max_tokens exceed the target's positions")
         return ids

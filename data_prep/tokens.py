@@ -83,6 +83,14 @@ def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, le
             yield TokenDocument(f"{record.id}#{k}", piece, supervised)
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options) -> dict:
+    """`apply_chat_template`, ids and all. Raises LeftOut when the template refuses the conversation."""
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
+
+
 def messages_of(fields: dict) -> list[dict]:
     """The conversation as [{"role", "content", ...}]; ShareGPT's {"from", "value"} is translated. Raises LeftOut."""
     turns = fields.get("messages") or fields.get("conversations")
@@ -140,18 +148,8 @@ def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data:
     template = DATE.sub(lambda call: repr(TODAY.strftime(call[1])), tokenizer.get_chat_template(tools=tools or None))
 
     def render(some: list[dict], prompt: bool = False, mask: bool = False):
-        try:
-            out = tokenizer.apply_chat_template(
-                some,
-                tools=tools or None,
-                add_generation_prompt=prompt,
-                return_dict=True,
-                return_assistant_tokens_mask=mask,
-                chat_template=template,
-                **data.template,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
+        options = {"tools": tools or None, "chat_template": template, "add_generation_prompt": prompt}
+        out = rendered(tokenizer, some, return_assistant_tokens_mask=mask, **options, **data.template)
         return (out["input_ids"], out["assistant_masks"]) if mask else out["input_ids"]
 
     if data.loss_mask == "none":

@@ -300,7 +300,10 @@ def seal(folder: Path, manifest: Manifest) -> None:
     expected = manifest.source.get("documents", index.num_rows)
     unique = pc.count_distinct(index["id"]).as_py()
     if not index.num_rows == unique == expected:
-        raise UserError(f"{folder} holds {index.num_rows} documents, {unique} of them distinct, of a source of {expected}")
+        raise UserError(
+            f"{folder} holds {index.num_rows} documents, {unique} of them distinct, of a source of {expected}; "
+            "remove it and capture again"
+        )
     _write_table(index, folder / INDEX)
     sums = {name: file_hash(folder / name) for name in (MANIFEST, INDEX, *(p.name for p in parts))}
     # A shard's checksum is the one it was written with: what was damaged since must not be recorded as good.
