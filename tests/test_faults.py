@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -31,8 +32,12 @@ def start(folder, ranks):
 
 def processes(launcher, word=""):
     """The launcher and all below it whose command line holds `word`."""
-    family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-    return [p for p in family if word in " ".join(p.cmdline())]
+    found = []
+    for process in [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # short-lived helpers come and go
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def wait_for(condition, launcher, seconds=120):
