@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_prep import prepare
 from data_prep.cache.codec import SCALE
-from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, is_teacher
+from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, each_document
 from data_prep.cache.reader import CacheReader
 from data_prep.capture import Batch, batches
 from data_prep.documents import Documents
@@ -32,8 +32,9 @@ class LiveReader:
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the file's name
             source = prepare.tokenise(recipe, Path(folder) / DOCUMENTS, processes=world_size())  # every process for itself
             self._documents = Documents(Path(folder) / DOCUMENTS)
-        self._order = pc.sort_indices(self._documents.ids).to_numpy()  # a cache's index is in the order of ids too
-        self.ids = self._documents.ids.take(pc.sort_indices(self._documents.ids)).combine_chunks()
+        order = pc.sort_indices(self._documents.ids)  # a cache's index is in the order of ids too
+        self._order = order.to_numpy()
+        self.ids = self._documents.ids.take(order).combine_chunks()
         self.lengths = self._documents.lengths[self._order]
         self._batch_tokens = recipe.capture.batch_tokens
         self._target = load_target(recipe.target, recipe.capture)
@@ -58,13 +59,8 @@ class LiveReader:
         batch = Batch([self._documents[i] for i in documents])
         manifest = self.manifest.model_copy(update={"last_hidden": "supervised"})
         tensors = batch.tensors(batch.forward(self._target), manifest)
-        found, place, teacher = [], 0, 0
-        for length in batch.lengths:
-            teachers = int(batch.mask_P[place : place + length].sum())
-            rows = {True: slice(teacher, teacher + teachers), False: slice(place, place + length)}
-            found.append({n: t[rows[is_teacher(n)]] for n, t in tensors.items() if n.removesuffix(SCALE) in names})
-            place, teacher = place + length, teacher + teachers
-        return found
+        tensors = {name: t for name, t in tensors.items() if name.removesuffix(SCALE) in {*names, "loss_mask"}}
+        return [document for *_, document in each_document(tensors, batch.lengths, manifest.last_hidden)]
 
 
 def missing(recipe: CaptureSections) -> bool:

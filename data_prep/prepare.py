@@ -16,7 +16,7 @@ import torch
 
 from data_prep import cli, sources
 from data_prep.cache.manifest import DOCUMENTS, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
-from data_prep.cache.writer import CacheWriter, claim
+from data_prep.cache.writer import CacheWriter, another_cache, claim
 from data_prep.capture import Batch, batches, capture
 from data_prep.documents import Documents, tokenized, write_documents
 from data_prep.errors import UserError
@@ -52,10 +52,7 @@ def check(recipe: CaptureSections) -> None:
     sizes = target_sizes(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
-            raise UserError(
-                f"{recipe.cache.dir} holds another cache; these differ: {', '.join(fields)}. "
-                "Choose another cache.dir or remove that folder"
-            )
+            raise another_cache(Path(recipe.cache.dir), fields)
     chosen_layers(recipe.cache, sizes)
     if recipe.data.max_length > sizes.max_positions:
         raise UserError(f"data.max_length={recipe.data.max_length} exceeds the target's {sizes.max_positions} positions")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +79,20 @@ class Manifest(BaseModel):
 def is_teacher(name: str) -> bool:
     """Whether a tensor has a row a teacher instead of a row a token."""
     return name.removesuffix(SCALE) == "last_hidden"
+
+
+def each_document(
+    tensors: dict[str, torch.Tensor], lengths: Iterable[int], last_hidden: str
+) -> Iterator[tuple[int, int, int, dict[str, torch.Tensor]]]:
+    """(first token, first teacher, supervised tokens, tensors) of every document of tensors that hold `lengths` back to
+    back."""
+    place = teacher = 0
+    for length in lengths:
+        supervised = int(tensors["loss_mask"][place : place + length].sum())
+        teachers = length if last_hidden == "all" else supervised
+        rows = {True: slice(teacher, teacher + teachers), False: slice(place, place + length)}
+        yield place, teacher, supervised, {name: t[rows[is_teacher(name)]] for name, t in tensors.items()}
+        place, teacher = place + length, teacher + teachers
 
 
 def software_versions() -> dict[str, str]:

@@ -137,7 +137,7 @@ def merge(recipe: DataPrepRecipe) -> None:
     """Join finished caches whose manifests differ in nothing but the data. Shards are hard links where the disk allows it.
 
     Raises:
-        UserError: the manifests differ otherwise, a document stands in two of them, or cache.dir is in use.
+        UserError: the manifests differ otherwise, a document stands in two of them, or cache.dir is not empty.
     """
     readers = [CacheReader(folder) for folder in recipe.merge.sources]
     first = readers[0].manifest

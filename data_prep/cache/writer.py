@@ -23,8 +23,8 @@ from data_prep.cache.manifest import (
     MANIFEST,
     Manifest,
     canonical,
+    each_document,
     file_hash,
-    is_teacher,
     publish,
     read_manifest,
     write_text,
@@ -67,8 +67,8 @@ def document_hash(tensors: dict[str, Tensor]) -> str:
 def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
     """Write each name's pieces, joined along the first axis, and return the file's xxh3.
 
-    The library's own `save_file` would need them joined in memory first and copies every byte once more: a tenth of this
-    speed (docs/log.md). Widest dtype first, as the library does, so that every tensor is aligned.
+    The library's own `save_file` would need them joined in memory first and copies every byte once more: three to ten times
+    slower (docs/log.md). Widest dtype first, as the library does, so that every tensor is aligned.
     """
     header, place = {}, 0
     for name in sorted(tensors, key=lambda n: (-tensors[n][0].dtype.itemsize, n)):
@@ -141,18 +141,12 @@ class CacheWriter:
 
     def add_batch(self, ids: Sequence[str], lengths: Sequence[int], tensors: dict[str, Tensor]) -> None:
         """Documents back to back, not copied. Nothing may change the tensors afterwards."""
-        place = teacher = 0
-        for id, length in zip(ids, lengths):
-            supervised = int(tensors["loss_mask"][place : place + length].sum())
-            teachers = length if self.manifest.last_hidden == "all" else supervised
-            one = {
-                name: t[teacher : teacher + teachers] if is_teacher(name) else t[place : place + length]
-                for name, t in tensors.items()
-            }
+        documents = each_document(tensors, lengths, self.manifest.last_hidden)
+        for id, length, (place, teacher, supervised, one) in zip(ids, lengths, documents):
             offsets = self._tokens + place, self._teachers + teacher
             self._rows.append((id, offsets[0], length, offsets[1], supervised, document_hash(one)))
-            place, teacher = place + length, teacher + teachers
-        self._tokens, self._teachers = self._tokens + place, self._teachers + teacher
+        self._tokens += len(tensors["input_ids"])
+        self._teachers += len(tensors["last_hidden"])
         for name, tensor in tensors.items():
             self._parts.setdefault(name, []).append(tensor)
             self._bytes += tensor.nbytes
@@ -182,10 +176,7 @@ class CacheWriter:
             if not (self.folder / MANIFEST).exists():
                 write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1))
             elif fields := manifest.differs(read_manifest(self.folder)):
-                raise UserError(
-                    f"{self.folder} holds another cache; these differ: {', '.join(fields)}. "
-                    "Choose another cache.dir or remove that folder"
-                )
+                raise another_cache(self.folder, fields)
         except UserError:
             os.close(self._lock)
             raise
@@ -244,6 +235,12 @@ class CacheWriter:
             raise UserError(
                 f"{self.folder}: {name} cannot be written ({error.strerror}); make room, then run the same command again"
             ) from error
+
+
+def another_cache(folder: Path, fields: list[str]) -> UserError:
+    return UserError(
+        f"{folder} holds another cache; these differ: {', '.join(fields)}. Choose another cache.dir or remove that folder"
+    )
 
 
 def claim(folder: Path) -> int:
