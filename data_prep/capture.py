@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from data_prep.cache.codec import encode
-from data_prep.cache.manifest import Manifest
+from data_prep.cache.manifest import Manifest, is_teacher
 from data_prep.cache.writer import CacheWriter
 from data_prep.documents import Documents
 from data_prep.target import States, Target
@@ -25,7 +25,7 @@ UNDERWAY = 2  # batches whose states exist beside those that are being computed
 
 class Batch:
     """Documents of one forward. `ids_P` int32 and `mask_P` uint8, back to back; `teacher_P` bool: the position's
-    prediction is supervised, so that its last hidden state is a teacher."""
+    prediction is supervised, so that its last hidden state is a teacher (and its queries are the teacher's)."""
 
     def __init__(self, documents: Sequence[TokenDocument]):
         self.names = [document.id for document in documents]
@@ -53,13 +53,13 @@ class Batch:
         """What the cache stores of this batch, on the devices where the states are."""
         named = {
             "last_hidden": states.last_hidden,
-            **{f"{kind}.{i}": t for kind in ("hidden", "key", "value") for i, t in getattr(states, kind).items()},
+            **{f"{kind}.{i}": t for kind in ("hidden", "key", "value", "query") for i, t in getattr(states, kind).items()},
         }
-        out = {"input_ids": self.ids_P, "loss_mask": self.mask_P}
+        out, teachers = {"input_ids": self.ids_P, "loss_mask": self.mask_P}, self.teacher_P.nonzero().squeeze(1)
         for name in manifest.states:
             state = named[name]
-            if name == "last_hidden" and manifest.last_hidden == "supervised":
-                state = state[self.teacher_P.nonzero().squeeze(1).to(state.device)]
+            if is_teacher(name) and manifest.last_hidden == "supervised":
+                state = state[teachers.to(state.device)]
             out |= encode(name, state, manifest.codec)
         return out
 
@@ -107,7 +107,7 @@ class Outbox:
 
     def _to_host(self, batch: Batch, states: States) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """Pinned tensors that are being filled, and a function that returns once they are."""
-        devices = {t.device for kind in (states.hidden, states.key, states.value) for t in kind.values()}
+        devices = {t.device for kind in (states.hidden, states.key, states.value, states.query) for t in kind.values()}
         host: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for device in {states.last_hidden.device, *devices}:
@@ -128,7 +128,7 @@ class Outbox:
 def capture(target: Target, documents: Documents, writer: CacheWriter, batch_tokens: int, share: bool = True) -> None:
     """Run the target over this process's share of the documents that the cache does not hold yet, then seal the cache.
     `share=False`: every process runs every document (tensor parallelism) and rank 0 alone writes."""
-    target.capture(writer.manifest.hidden_layers, writer.manifest.kv_layers)
+    target.capture(writer.manifest.hidden_layers, writer.manifest.kv_layers, writer.manifest.query_layers)
     todo = batches(documents.missing(writer.done), documents.lengths, batch_tokens, target.packs)
     mine = todo[writer.rank :: writer.world] if share else todo
     columns = [TextColumn("capture"), BarColumn(), TaskProgressColumn()]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from torch import Tensor
 
 from data_prep import prepare
@@ -39,13 +40,18 @@ class LiveReader:
         self._batch_tokens = recipe.capture.batch_tokens
         self._target = load_target(recipe.target, recipe.capture)
         self.manifest = prepare.completed(prepare.plan(recipe, source), self._target)
-        self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers)
+        self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers, self.manifest.query_layers)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def id(self, index: int) -> str:
         return self.ids[int(index)].as_py()
+
+    def text(self, index: int) -> tuple[Tensor, Tensor]:
+        """(input_ids, loss_mask) of one document."""
+        document = self._documents[self._order[index]]
+        return torch.from_numpy(document.input_ids), torch.from_numpy(document.loss_mask)
 
     def read_many(self, indices: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
         """Their tensors as `CacheReader.read` gives them, from forwards of at most `capture.batch_tokens` tokens."""

@@ -83,6 +83,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
         chat_template_hash=template_hash,
         hidden_layers=layers if "hidden" in recipe.cache.kinds else [],
         kv_layers=layers if "kv" in recipe.cache.kinds else [],
+        query_layers=layers if "query" in recipe.cache.kinds else [],
         codec=recipe.cache.codec,
         last_hidden=recipe.cache.last_hidden,
         max_length=recipe.data.max_length,
@@ -128,10 +129,11 @@ def describe(manifest: Manifest) -> int:
     """Print what will be stored; returns its bytes."""
     source = manifest.source
     size = manifest.bytes_of(source["tokens"], source["supervised"])
-    kinds = "+".join(kind for kind, layers in (("hidden", manifest.hidden_layers), ("kv", manifest.kv_layers)) if layers)
+    layers = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers, "query": manifest.query_layers}
+    kinds = [kind for kind in layers if layers[kind]]
     print(
         f"{source['documents']:,} documents, {source['tokens']:,} tokens, {source['supervised']:,} supervised; "
-        f"layers {manifest.hidden_layers or manifest.kv_layers}, {kinds}, {manifest.codec}: "
+        f"layers {layers[kinds[0]]}, {'+'.join(kinds)}, {manifest.codec}: "
         f"{size / 2**30:.2f} GiB, {size / source['tokens']:,.0f} bytes a token",
         flush=True,
     )
@@ -183,7 +185,7 @@ def estimate(recipe: CaptureSections) -> None:
         size = describe(manifest)
         documents = Documents(path)
         target = load_target(recipe.target, recipe.capture)
-        target.capture(manifest.hidden_layers, manifest.kv_layers)
+        target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
         every = batches(documents.by_length(), documents.lengths, recipe.capture.batch_tokens, target.packs)
         tokens = seconds = 0
         for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):

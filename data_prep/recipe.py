@@ -59,7 +59,7 @@ class CacheRecipe(Section):
 
     dir: str
     codec: Literal["fp8", "bf16", "fp32"]
-    kinds: list[Literal["hidden", "kv"]] = Field(min_length=1)
+    kinds: list[Literal["hidden", "kv", "query"]] = Field(min_length=1)
     layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)]
     last_hidden: Literal["supervised", "all"]
     shard_bytes: int = Field(ge=1)

@@ -29,19 +29,20 @@ class States:
     hidden[l] [..., T, E]: the residual stream after layer l (0-based; the embedding is not a layer).
     key[l], value[l] [..., T, G, D]: layer l's keys and values; keys are **before** RoPE.
     last_hidden [..., T, E]: after the final norm, the LM head's input.
+    query[l] [..., T, H, D]: layer l's queries (H query heads), **before** RoPE as the keys are.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     key: dict[int, Tensor] = field(default_factory=dict)
     value: dict[int, Tensor] = field(default_factory=dict)
     last_hidden: Tensor | None = None
+    query: dict[int, Tensor] = field(default_factory=dict)
 
     def map(self, function) -> "States":
         """The same states with `function` applied to every tensor."""
-        return States(
-            *({layer: function(t) for layer, t in kind.items()} for kind in (self.hidden, self.key, self.value)),
-            None if self.last_hidden is None else function(self.last_hidden),
-        )
+        kinds = (self.hidden, self.key, self.value, self.query)
+        hidden, key, value, query = ({layer: function(t) for layer, t in kind.items()} for kind in kinds)
+        return States(hidden, key, value, None if self.last_hidden is None else function(self.last_hidden), query)
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Target:
         self.layers = self.model.model.layers
         self.hidden_layers: set[int] = set()
         self.kv_layers: set[int] = set()
+        self.query_layers: set[int] = set()
         self._states = States()
         for index, layer in enumerate(self.layers):
             self._hook(index, layer)
@@ -165,12 +167,12 @@ class Target:
             max_positions=config.max_position_embeddings,
         )
 
-    def capture(self, hidden_layers, kv_layers) -> None:
+    def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
         """Choose whose states `forward` hands out. Raises UserError for a layer that does not exist."""
-        for layer in {*hidden_layers, *kv_layers}:
+        for layer in {*hidden_layers, *kv_layers, *query_layers}:
             if not 0 <= layer < len(self.layers):
                 raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
-        self.hidden_layers, self.kv_layers = set(hidden_layers), set(kv_layers)
+        self.hidden_layers, self.kv_layers, self.query_layers = set(hidden_layers), set(kv_layers), set(query_layers)
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> States:
@@ -239,6 +241,18 @@ class Target:
         return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
 
     @property
+    def rope_config(self) -> dict:
+        """The rotary embedding as a configuration file says it, in the names of old and new readers."""
+        parameters = dict(self.model.config.rope_parameters)
+        theta = parameters.pop("rope_theta")
+        plain = parameters.get("rope_type", "default") == "default"
+        return {
+            "rope_theta": theta,
+            "rope_scaling": None if plain else parameters,
+            "rope_parameters": {"rope_theta": theta, **parameters},
+        }
+
+    @property
     def final_norm_weight(self) -> Tensor:
         return self.model.model.norm.weight
 
@@ -252,24 +266,26 @@ class Target:
         return digest.hexdigest()
 
     def _hook(self, index: int, layer: nn.Module) -> None:
-        attention = layer.self_attn
+        attention, config = layer.self_attn, self.model.config
 
-        def keep(kind: str, heads: bool, wanted: str):
+        def keep(kind: str, heads: int, wanted: str):
             def hook(module, inputs, output):
                 if index in getattr(self, wanted):
                     output = output[0] if isinstance(output, tuple) else output
                     if heads:
                         output = output if output.dim() == 4 else output.unflatten(-1, (-1, attention.head_dim))
-                        output = _all_heads(output, self.model.config.num_key_value_heads)
+                        output = _all_heads(output, heads)
                     getattr(self._states, kind)[index] = output
 
             return hook
 
         # Keys are taken after the projection (and its norm, where there is one) and so before RoPE: un-rotating
         # bf16 keys costs 3e-3 of relative error. hidden_states[-1] of transformers is already normed: hooked too.
-        getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep("key", True, "kv_layers"))
-        attention.v_proj.register_forward_hook(keep("value", True, "kv_layers"))
-        layer.register_forward_hook(keep("hidden", False, "hidden_layers"))
+        getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep("key", config.num_key_value_heads, "kv_layers"))
+        attention.v_proj.register_forward_hook(keep("value", config.num_key_value_heads, "kv_layers"))
+        queries = getattr(attention, "q_norm", attention.q_proj)
+        queries.register_forward_hook(keep("query", config.num_attention_heads, "query_layers"))
+        layer.register_forward_hook(keep("hidden", 0, "hidden_layers"))
 
     def _refuse_unsupported(self) -> None:
         config = self.model.config
@@ -313,7 +329,7 @@ def _tensor_parallel() -> dict:
 
 
 def _all_heads(local_BTGD: Tensor, heads: int) -> Tensor:
-    """Under tensor parallelism each process computes some of the K/V heads; the cache holds all of them, in order."""
+    """Under tensor parallelism each process computes some of the heads; the cache holds all of them, in order."""
     if local_BTGD.shape[-2] == heads:
         return local_BTGD
     parts = [torch.empty_like(local_BTGD) for _ in range(heads // local_BTGD.shape[-2])]
@@ -341,6 +357,7 @@ class Sizes(NamedTuple):
 
     num_layers: int
     hidden_size: int
+    heads: int
     kv_heads: int
     head_dim: int
     max_positions: int
@@ -353,9 +370,10 @@ def target_sizes(recipe: TargetRecipe) -> Sizes:
         config = AutoConfig.from_pretrained(recipe.location, revision=recipe.revision)
         _refuse_family(recipe.path, config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         positions, vocabulary = config.max_position_embeddings, config.vocab_size
-        return Sizes(config.num_hidden_layers, config.hidden_size, heads, head_dim, positions, vocabulary)
+        return Sizes(config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim, positions, vocabulary)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({_first_line(error)})") from error
 

@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data_prep.target import FrozenHead, States
 from eval.verification import distribution, sample
@@ -98,10 +97,23 @@ class Trained:
         if self.drafter.config.objective == "ttt":
             return self._steps(tokens[-1], anchor, temperature, generator)
         rows = block_rows(torch.zeros_like(anchor), anchor, self.drafter.config.slots)
-        output_JE = self.drafter.block(self._embed(tokens[-1:]), rows, self.memory, self._attend)[0]
+        output_JE = self.drafter.block(self._embed(tokens[-1:])[None], rows, self.memory, self._attend)[0]
+        if self.drafter.sequential is not None:
+            return self._corrected(output_JE, tokens[-1], temperature, generator)
         logits = self._logits(output_JE)
         q_JV = distribution(logits, temperature)
         return Draft([sample(q, generator) for q in q_JV], q_JV, logits)
+
+    def _corrected(self, output_JE: Tensor, token: int, temperature: float, generator: torch.Generator) -> Draft:
+        """A block's outputs, each corrected by the token drafted before it."""
+        tokens, logits, qs, state = [], [], [], None
+        for output_E in output_JE:
+            output_1E, state = self.drafter.sequential.step(output_E[None], self._embed([token]), state)
+            logits.append(self._logits(output_1E))
+            qs.append(distribution(logits[-1], temperature))
+            token = sample(qs[-1][0], generator)
+            tokens.append(token)
+        return Draft(tokens, torch.cat(qs), torch.cat(logits))
 
     def _steps(self, token: int, anchor: Tensor, temperature: float, generator: torch.Generator) -> Draft:
         feature = self.memory.feature[-1:] if self.memory.feature is not None else None
@@ -122,8 +134,7 @@ class Trained:
         return self._head.embed(torch.tensor(tokens, device=self.device))
 
     def _logits(self, output_JE: Tensor) -> Tensor:
-        logits = F.linear(output_JE, self._head.head_VE)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.drafter.head.logits(output_JE, self._head)
 
 
 def zero_memory(states: States, start: int) -> States:

@@ -1,4 +1,4 @@
-"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score]"""
+"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export]"""
 
 import resource
 import sys
@@ -16,9 +16,11 @@ from eval import measure, report  # noqa: E402
 from eval.decode import Generation, decode  # noqa: E402
 from eval.drafting import Drafting, Nobody, PromptLookup, Trained, memory_of, zero_memory  # noqa: E402
 from eval.recipe import EvalRecipe, check  # noqa: E402
-from eval.score import score  # noqa: E402
+from eval.score import diagnose, score  # noqa: E402
 from eval.suites import Prompt, heldout_prompts  # noqa: E402
+from train import diagnostics  # noqa: E402
 from train.attention import executor  # noqa: E402
+from train.drafter.exchange import save_eagle3  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
 
 
@@ -55,6 +57,7 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
         return {
             "tau_micro": micro,
             "tau_macro": macro,
+            "per_prompt": [[g.emitted, len(g.rounds)] for g in generations],  # tokens emitted, verify steps
             "joint": found.joint,
             "conditional": found.conditional,
             "tokens_per_s": measure.tokens_per_s(generations, prefill=False),
@@ -92,6 +95,16 @@ def run(recipe: EvalRecipe) -> None:
         print(f"KL {loss:.4f} nats a slot")
         for kind, a in found.items():
             print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
+        return
+    if recipe.mode == "diagnose":
+        found = diagnose(recipe, target, drafter)
+        report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "diagnostics.json")
+        diagnostics.draw(found, out / "diagnostics.png")
+        print(f"diagnostics: {out / 'diagnostics.json'}, {out / 'diagnostics.png'}")
+        return
+    if recipe.mode == "export":
+        save_eagle3(drafter, target, out)
+        print(f"eagle3: {out}")
         return
     tokenizer = load_tokenizer(target.path, target.revision)
     prompts = heldout_prompts(recipe.data, recipe.prompts, tokenizer)

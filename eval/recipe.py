@@ -12,6 +12,7 @@ from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
+from train.drafter.exchange import check_eagle3
 
 
 class PromptsRecipe(Section):
@@ -23,7 +24,7 @@ class PromptsRecipe(Section):
 
 
 class ScoreRecipe(Section):
-    """`mode=score`: teacher-forced, from the cache alone."""
+    """`mode=score` and `mode=diagnose`: teacher-forced, from the cache alone."""
 
     documents: int = Field(ge=1)
     anchors: int = Field(ge=1)  # a document
@@ -33,7 +34,7 @@ class ScoreRecipe(Section):
 class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
-    mode: Literal["decode", "score"]
+    mode: Literal["decode", "score", "diagnose", "export"]
     drafter: str
     out: str
     target: TargetRecipe
@@ -63,8 +64,10 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(
             f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
         )
-    executor(recipe.attention, pick_device(recipe.target.device), training=False)
-    if recipe.mode == "score":
+    executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
+    if recipe.mode == "export":
+        check_eagle3(config)
+    if recipe.mode in ("score", "diagnose"):
         manifest = CacheReader(recipe.cache.dir).manifest
         if manifest.target["weights_hash"] != config.target["weights_hash"]:
             raise UserError(f"{recipe.cache.dir} is a cache of another target than the drafter's")

@@ -1,36 +1,78 @@
-"""`mode=score`: acceptance from the cache alone, teacher-forced on its validation documents."""
+"""`mode=score` and `mode=diagnose`: a drafter on the documents that training held out, teacher-forced, from the cache."""
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.cache.reader import CacheReader
+from data_prep.errors import UserError
 from data_prep.target import Target
 from eval.recipe import EvalRecipe
-from train import acceptance
+from train import acceptance, diagnostics
 from train.attention import executor
-from train.batches import PackStream, split
+from train.batches import Pack, PackStream, split
 from train.drafter.model import Drafter
+from train.losses import LossRecipe
 from train.objectives import Objective
+
+
+def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool) -> Objective:
+    attend, equal = executor(recipe.attention, target.device, training), torch.ones(drafter.config.draft_length)
+    return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024)
+
+
+def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str]) -> Iterator[Pack]:
+    reader, names = CacheReader(recipe.cache.dir), drafter.config.tensors + queries
+    _, validation = split(reader, recipe.score.documents)
+    stream = PackStream(reader, validation, names, recipe.score.pack_tokens, recipe.score.anchors, recipe.seed, shuffle=False)
+    for indices in stream.passes(0):
+        yield stream.read(indices).to(target.device)
 
 
 @torch.no_grad()
 def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float]:
-    """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot) on the documents that training held out."""
-    reader = CacheReader(recipe.cache.dir)
-    _, validation = split(reader, recipe.score.documents)
-    stream = PackStream(
-        reader, validation, drafter.config.tensors, recipe.score.pack_tokens, recipe.score.anchors, recipe.seed, shuffle=False
-    )
-    objective = Objective(
-        drafter.eval(),
-        target.frozen_head,
-        "kl",
-        torch.ones(drafter.config.draft_length),
-        executor(recipe.attention, target.device, training=False),
-        chunk=1024,
-    )
+    """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot)."""
+    objective = _objective(recipe, target, drafter, training=False)
     total = loss = slots = 0.0
-    for indices in stream.passes(0):
-        outcome = objective(stream.read(indices).to(target.device))
+    for pack in _packs(recipe, target, drafter, []):
+        outcome = objective(pack)
         total = total + acceptance.counts(outcome).cpu()
-        loss, slots = loss + float(outcome.loss_sum), slots + int(outcome.valid.sum())
+        loss, slots = loss + float(outcome.share), slots + int(outcome.valid.sum())
     return acceptance.summarise(total), loss / slots
+
+
+def diagnose(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
+    """The figures of `train/diagnostics.py`; gradients are those of the first pack's KL. The target's queries come from the cache
+    where it holds them, else from the target, which then reads the documents again."""
+    layers = sorted(set(drafter.config.query_layers))
+    cached = set(layers) <= set(CacheReader(recipe.cache.dir).manifest.query_layers)
+    packs = list(_packs(recipe, target, drafter, [f"query.{i}" for i in layers] if cached else []))
+    if not cached:
+        packs = [with_queries(pack, target, layers) for pack in packs]
+    objective = _objective(recipe, target, drafter, training=True)
+    found = diagnostics.diagnose(objective, packs)
+    with FlopCounterMode(display=False) as flops:
+        outcome = objective(packs[0])
+        outcome.share.backward()
+    compute = {
+        "gflop_per_anchor": flops.get_total_flops() / 1e9 / len(packs[0].anchor_N)
+    }  # forward and backward, memory included
+    return found | {"gradients": diagnostics.gradients(drafter, int(outcome.valid.sum())), "compute": compute}
+
+
+def with_queries(pack: Pack, target: Target, layers: list[int]) -> Pack:
+    """The pack with the queries that the target used for each teacher. Raises UserError for a document that does not begin at its
+    beginning: its states depend on what was cut off."""
+    target.capture([], [], layers)
+    found: dict[int, list] = {layer: [] for layer in layers}
+    for document in range(int(pack.places.document.max()) + 1):
+        here = pack.places.document == document
+        if pack.places.position[here][0] != 0:
+            raise UserError("mode=diagnose needs whole documents: raise score.pack_tokens to the cache's longest")
+        teachers = pack.mask_P[here][1:].nonzero().squeeze(1)
+        states = target.forward(pack.ids_P[here][None])
+        for layer in layers:
+            found[layer].append(states.query[layer][0, teachers])
+    return replace(pack, query={layer: torch.cat(parts) for layer, parts in found.items()})

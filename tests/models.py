@@ -32,21 +32,38 @@ def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, voca
         return Target(folder, dtype=dtype)
 
 
-def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slots: int = 4, seed: int = 1) -> Drafter:
-    """A drafter of the target's last layers; `objective` is ttt, blockwise, blockwise_shifted or blockwise_causal."""
+def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slots: int = 4, seed: int = 1, **options) -> Drafter:
+    """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted or blockwise_causal, and then
+    +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V, +cross_only or +vocab (a reduced one)."""
+    objective, _, sequential = objective.partition("+")
     kind, _, variant = objective.partition("_")
+    reuse, *words = reuse.split("+")
+    sources = [w for w in words if w in ("projected", "projected_rope", "head_concat")]
+    if sources:
+        options |= {"source": sources[0], "source_layers": [1, 2]}
+    if "cross_only" in words:
+        options["fusion"] = "cross_only"
+    if "vocab" in words:
+        options |= {"draft_vocab": 8, "own_head": True}
     config = DrafterConfig(
         objective=kind,
         reuse=reuse,
         target_layers=list(range(3 - layers, 3)),
-        hidden_layers=[] if reuse == "kv" else list(HIDDEN_LAYERS),
+        hidden_layers=list(HIDDEN_LAYERS) if reuse in ("hidden", "hybrid") else [],
         slots=slots,
         shifted=variant == "shifted",
         causal=variant == "causal",
         seed=seed,
         start="target",
-        mask_token_id=2,
+        mask_token_id=4,
         architecture=target.architecture,
         target={},
+        sequential=sequential or None,
+        sequential_size=16,
+        **options,
     )
-    return Drafter(config).to(target.dtype).start(target, target.frozen_head)
+    counts_V = torch.arange(target.architecture.vocab_size)  # a reduced vocabulary lacks the first tokens
+    drafter = Drafter(config).to(target.dtype).start(target, target.frozen_head, counts_V)
+    if sequential:
+        torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    return drafter

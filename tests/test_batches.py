@@ -19,6 +19,7 @@ from train import acceptance
 from train.attention import EXECUTORS
 from train.batches import PackStream, loaded, make_pack, sample_anchors, split
 from train.drafter.model import Drafter
+from train.losses import LossRecipe
 from train.objectives import Objective, Outcome
 from train.recipe import TrainRecipe, drafter_config
 
@@ -28,7 +29,7 @@ CELLS = [(o, r) for o in ("ttt", "blockwise") for r in ("hidden", "kv", "hybrid"
 
 def objective_of(target, drafter, chunk=16):
     weight = 0.8 ** torch.arange(drafter.config.draft_length)
-    return Objective(drafter, target.frozen_head, "kl", weight, EXECUTORS["reference"], chunk)
+    return Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight, EXECUTORS["reference"], chunk)
 
 
 def texts(*lengths, seed=0):
@@ -47,7 +48,7 @@ def test_packing_two_documents_is_running_them_apart(kind, reuse):
 
     def gradient(packs):
         drafter.zero_grad()
-        loss = sum(objective(pack).loss_sum for pack in packs)
+        loss = sum(objective(pack).share for pack in packs)
         loss.backward()
         return loss.detach(), torch.cat([p.grad.flatten() for p in drafter.parameters()])
 
@@ -91,7 +92,7 @@ def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
         one, *others = [objective(pack) for pack in packs]
     assert one.valid.sum() > 80
     for other in others:
-        torch.testing.assert_close(one.loss_sum, other.loss_sum, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.share, other.share, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one.loss, other.loss, rtol=1e-4, atol=1e-5)
 
 
@@ -118,8 +119,8 @@ def test_anchor_zero_never_counts():
     pack = make_pack(["a"], [cached(target, texts(8)[0])], [np.array([], dtype=np.int64)])
     assert pack.anchor_N.tolist() == [0] and not pack.valid(3).any()
     outcome = objective_of(target, drafter_of(target, "ttt", "hybrid"))(pack)
-    outcome.loss_sum.backward()
-    assert outcome.loss_sum.item() == 0
+    outcome.share.backward()
+    assert outcome.share.item() == 0
 
 
 def test_anchors_are_a_function_of_seed_pass_and_document():
@@ -166,6 +167,7 @@ def test_acceptance_counts_by_hand():
     valid = torch.tensor([[True, True], [True, False]])
     outcome = Outcome(
         torch.tensor(0.0),
+        torch.zeros(4),
         torch.zeros(2, 2),
         torch.tensor([[0.5, 0.4], [0.8, 0.0]]),
         torch.tensor([[1.0, 0.0], [0.0, 0.0]]),

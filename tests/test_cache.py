@@ -1,5 +1,6 @@
 """What was captured is what is read, bit for bit; anything else - damage, a kill, another manifest - is noticed or mended."""
 
+import json
 import os
 import shutil
 import threading
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from data_prep.cache.codec import Scaled, decode, encode, paired
-from data_prep.cache.manifest import FORMAT_VERSION, INDEX, MANIFEST, Manifest
+from data_prep.cache.manifest import FORMAT_VERSION, INDEX, MANIFEST, Manifest, read_manifest
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.cache.writer import CacheWriter, claim
 from data_prep.capture import Batch, batches, capture
@@ -23,7 +24,9 @@ from data_prep.errors import UserError
 from data_prep.tokens import TokenDocument
 from tests.models import small_target
 
-TINY = {"hidden_size": 4, "kv_heads": 2, "head_dim": 3}
+TINY = {"hidden_size": 4, "heads": 4, "kv_heads": 2, "head_dim": 3}
+
+TEACHERS = ("last_hidden", "query.")  # what has a row a supervised token
 
 
 def manifest_of(architecture=TINY, **changed):
@@ -51,7 +54,7 @@ def document(manifest, mask, seed=0):
         "loss_mask": torch.tensor(mask, dtype=torch.uint8),
     }
     for name, row in manifest.states.items():
-        rows = sum(mask) if (name, manifest.last_hidden) == ("last_hidden", "supervised") else len(mask)
+        rows = sum(mask) if name.startswith(TEACHERS) and manifest.last_hidden == "supervised" else len(mask)
         tensors |= encode(name, torch.randn(rows, *row, generator=generator), manifest.codec)
     return tensors
 
@@ -77,7 +80,7 @@ def assert_holds(folder, manifest, documents):
         assert (reader.lengths[index], reader.supervised[index]) == (len(mask), mask.sum())
         if manifest.last_hidden == "all":  # stored for every token, handed out for the teachers
             teachers = mask[1:].nonzero().squeeze(1)
-            given |= {name: given[name][teachers] for name in given if name.startswith("last_hidden")}
+            given |= {name: given[name][teachers] for name in given if name.startswith(TEACHERS)}
         assert stored.keys() == given.keys()
         for name, tensor in given.items():
             assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
@@ -90,13 +93,15 @@ MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=39).map(lambda rest: [0
 @given(
     st.sampled_from(["fp32", "bf16", "fp8"]),
     st.sampled_from(["supervised", "all"]),
+    st.sampled_from([[], [0, 2]]),
     st.lists(st.tuples(MASKS, st.integers(0, 99)), min_size=1, max_size=6),
     st.integers(1, 6000),
     st.permutations(range(6)),
 )
 @settings(max_examples=40, deadline=None)
-def test_documents_in_are_documents_out(tmp_path_factory, codec, last_hidden, contents, shard_bytes, order):
-    manifest, folder = manifest_of(codec=codec, last_hidden=last_hidden), tmp_path_factory.mktemp("cache")
+def test_documents_in_are_documents_out(tmp_path_factory, codec, last_hidden, queries, contents, shard_bytes, order):
+    manifest = manifest_of(codec=codec, last_hidden=last_hidden, query_layers=queries)
+    folder = tmp_path_factory.mktemp("cache")
     documents = {f"doc/{i}": document(manifest, *contents[i]) for i in order if i < len(contents)}
     write(folder, manifest, documents, shard_bytes)
     assert_holds(folder, manifest, documents)
@@ -239,12 +244,24 @@ def test_a_killed_capture_goes_on(tmp_path, added):
     [
         (dict(codec="bf16"), "codec"),
         (dict(codec="bf16", hidden_layers=[0, 1]), "codec, hidden_layers"),
+        (dict(query_layers=[1]), "query_layers"),
         (dict(architecture=TINY | {"head_dim": 2}), "target.architecture.head_dim"),
     ],
 )
 def test_another_manifest_is_refused_by_its_fields(finished, changed, fields):
     with pytest.raises(UserError, match=f"these differ: {fields}\\."):
         CacheWriter(finished, manifest_of(source={"name": "s", "documents": 5}, **changed), 1)
+
+
+def test_a_cache_without_queries_is_what_it_was_before_there_were_any(tmp_path):
+    manifest = manifest_of()
+    fields = json.loads(manifest.model_dump_json())
+    assert "query_layers" not in fields  # and so releases from before read it too
+    assert manifest.hash() == "993239c63c693acc29ae59ec29b8c9bc"  # as bdf9824 computed it
+    (tmp_path / MANIFEST).write_text(json.dumps(fields))
+    assert read_manifest(tmp_path) == manifest
+    queries = manifest_of(query_layers=[1])
+    assert Manifest.model_validate_json(queries.model_dump_json()) == queries and queries.hash() != manifest.hash()
 
 
 def test_one_writer_at_a_time_and_only_in_a_cache(tmp_path):
@@ -262,7 +279,7 @@ def test_one_writer_at_a_time_and_only_in_a_cache(tmp_path):
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("last_hidden", ["supervised", "all"])
 def test_the_size_that_is_announced_is_the_size(tmp_path, codec, last_hidden):
-    manifest = manifest_of(codec=codec, last_hidden=last_hidden)
+    manifest = manifest_of(codec=codec, last_hidden=last_hidden, query_layers=[1])
     write(tmp_path, manifest, {"a": document(manifest, [0, 1, 0]), "b": document(manifest, [0, 1, 1, 1])}, 1)
     real = sum(t.nbytes for path in tmp_path.glob("*.safetensors") for t in load_file(path).values())
     assert manifest.bytes_of(tokens=7, supervised=4) == real
@@ -277,7 +294,8 @@ def test_padding_and_batching_leave_no_trace(tmp_path, last_hidden):
         mask = np.array([0, 1, *random.integers(0, 2, length - 2)], dtype=np.uint8)
         pieces.append(TokenDocument(str(length), random.integers(0, 11, length, dtype=np.int32), mask))
     source = write_documents(tmp_path / "documents.arrow", pieces, Counter())
-    manifest = manifest_of(architecture=asdict(target.architecture), source=source, last_hidden=last_hidden)
+    sizes = asdict(target.architecture)
+    manifest = manifest_of(architecture=sizes, source=source, last_hidden=last_hidden, query_layers=[0, 2])
     documents = Documents(tmp_path / "documents.arrow")
     batched = batches(documents.by_length(), documents.lengths, 120, packed=False)
     assert [[pieces[i].id for i in batch] for batch in batched] == [["40", "29", "17"], ["3", "2"]]
@@ -295,6 +313,8 @@ def test_padding_and_batching_leave_no_trace(tmp_path, last_hidden):
             "hidden.0": alone.hidden[0],
             "hidden.2": alone.hidden[2],
             "last_hidden": alone.last_hidden[teachers],
+            "query.0": alone.query[0][teachers],
+            "query.2": alone.query[2][teachers],
         }
         for name, tensor in reader.read(reader.ids.to_pylist().index(id), list(expected)).items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, check_dtype=False)
@@ -351,10 +371,11 @@ def test_a_crop_keeps_each_teacher_with_its_token(mask, data):
     start = data.draw(st.integers(0, len(mask) - 1))
     stop = data.draw(st.integers(start + 1, len(mask)))
     place, teachers = torch.arange(len(mask)), [i - 1 for i, m in enumerate(mask) if m]
-    whole = {"input_ids": place, "loss_mask": torch.tensor(mask, dtype=torch.uint8), "last_hidden": torch.tensor(teachers)}
-    part = crop(whole | {"last_hidden.scale": whole["last_hidden"]}, start, stop)
+    whole = {"input_ids": place, "loss_mask": torch.tensor(mask, dtype=torch.uint8)}
+    rows = dict.fromkeys(("last_hidden", "last_hidden.scale", "query.0", "query.0.scale"), torch.tensor(teachers))
+    part = crop(whole | rows, start, stop)
     assert part["input_ids"].tolist() == list(range(start, stop)) and part["loss_mask"][0] == 0
     supervised = [start + i for i, m in enumerate(part["loss_mask"].tolist()) if m]
     assert supervised == [i for i in range(start + 1, stop) if mask[i]]
-    assert part["last_hidden"].tolist() == part["last_hidden.scale"].tolist() == [i - 1 for i in supervised]
+    assert all(part[name].tolist() == [i - 1 for i in supervised] for name in rows)
     assert whole["loss_mask"].tolist() == mask

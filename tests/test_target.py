@@ -39,7 +39,7 @@ def close(one, other):
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
 def target(request):
     target = small_target(request.param)
-    target.capture(LAYERS, LAYERS)
+    target.capture(LAYERS, LAYERS, LAYERS)
     return target
 
 
@@ -58,6 +58,29 @@ def test_rotated_keys_and_values_are_the_kv_cache(target):
 
 
 @torch.no_grad()
+def test_queries_are_those_that_the_layer_attends_with(target):
+    """Recomputed from the layer's input; and, rotated, they give its attention's output over its keys and values."""
+    outputs = {}
+    hooks = [
+        target.layers[layer].self_attn.register_forward_hook(lambda *args, layer=layer: outputs.update({layer: args[2][0]}))
+        for layer in LAYERS
+    ]
+    states = target.forward(IDS_BT)
+    [hook.remove() for hook in hooks]
+    rotate = sys.modules[type(target.model).__module__].apply_rotary_pos_emb
+    cos, sin = target.model.model.rotary_emb(states.last_hidden, torch.arange(37)[None])
+    for layer in LAYERS:
+        attention = target.layers[layer].self_attn
+        before = states.hidden[layer - 1] if layer else target.frozen_head.embed(IDS_BT)
+        query_BTHD = attention.q_proj(target.layers[layer].input_layernorm(before)).unflatten(-1, (4, 8))
+        close(states.query[layer], attention.q_norm(query_BTHD) if hasattr(attention, "q_norm") else query_BTHD)
+        query, key = rotate(states.query[layer].transpose(1, 2), states.key[layer].transpose(1, 2), cos, sin)
+        key, value = (t.repeat_interleave(2, 1) for t in (key, states.value[layer].transpose(1, 2)))  # 4 heads share 2
+        scores = (query @ key.mT) / 8**0.5 + torch.full((37, 37), -torch.inf).triu(1)
+        close(attention.o_proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2)), outputs[layer])
+
+
+@torch.no_grad()
 def test_hidden_states_and_logits_are_those_of_transformers(target):
     states = target.forward(IDS_BT)
     output = target.model(IDS_BT, output_hidden_states=True)
@@ -73,7 +96,7 @@ def test_two_chunks_are_one(target, first):
     cache, whole = target.new_cache(), target.forward(IDS_BT)
     one, two = target.forward(IDS_BT[:, :first], cache), target.forward(IDS_BT[:, first:], cache)
     close(torch.cat([one.last_hidden, two.last_hidden], 1), whole.last_hidden)
-    for kind in ("hidden", "key", "value"):
+    for kind in ("hidden", "key", "value", "query"):
         for layer in LAYERS:
             close(torch.cat([getattr(one, kind)[layer], getattr(two, kind)[layer]], 1), getattr(whole, kind)[layer])
 
@@ -82,12 +105,15 @@ def test_only_chosen_layers_are_handed_out(target):
     try:
         target.capture([1], [0, 2])
         states = target.forward(IDS_BT)
-        assert (set(states.hidden), set(states.key), set(states.value)) == ({1}, {0, 2}, {0, 2})
-        for layers in (([3], []), ([], [-1])):
+        assert (set(states.hidden), set(states.key), set(states.value), states.query) == ({1}, {0, 2}, {0, 2}, {})
+        target.capture([], [], [1])
+        states = target.forward(IDS_BT)
+        assert (states.hidden, states.key, states.value, set(states.query)) == ({}, {}, {}, {1})
+        for layers in (([3], []), ([], [-1]), ([], [], [3])):
             with pytest.raises(UserError, match="there is no layer"):
                 target.capture(*layers)
     finally:
-        target.capture(LAYERS, LAYERS)
+        target.capture(LAYERS, LAYERS, LAYERS)
 
 
 def saved(config, folder, dtype=torch.float32):
@@ -166,11 +192,11 @@ def test_documents_of_a_batch_do_not_see_each_other_on_a_gpu(attention):
     ids = [random.integers(3, 8000, n, dtype=np.int32) for n in (300, 7, 120, 1, 64)]
     batch = Batch([TokenDocument(str(i), x, np.zeros(len(x), dtype=np.uint8)) for i, x in enumerate(ids)])
     for target in (exact, fast):
-        target.capture([5], [5])
+        target.capture([5], [5], [5])
     found, place = batch.forward(fast), 0
     for x in ids:
         alone = exact.forward(torch.from_numpy(x).long()[None])
-        for kind in ("hidden", "key", "value"):
+        for kind in ("hidden", "key", "value", "query"):
             mine, theirs = getattr(found, kind)[5][place : place + len(x)].float().cpu(), getattr(alone, kind)[5][0]
             assert ((mine - theirs).norm() / theirs.norm()) < 0.03, (len(x), kind)
         place += len(x)

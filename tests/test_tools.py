@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,14 +14,15 @@ from data_prep.cache.manifest import FILES, MANIFEST
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.tools import inspect, merge, verify
 from data_prep.errors import UserError
-from data_prep.live import manifest_of, open_cache
+from data_prep.live import LiveReader, manifest_of, open_cache
 from data_prep.prepare import build, estimate
 from data_prep.ranks import free_port
 from data_prep.recipe import ROOT, DataPrepRecipe
-from data_prep.target import load_tokenizer
+from data_prep.target import load_target, load_tokenizer
 from tests.conftest import SMALL, command, deepspeed
 from tests.test_commands import rewrite
 from tests.test_sources import conversation, write_lines
+from train.batches import PackStream
 from train.recipe import TrainRecipe
 
 TEXTS = [{"id": f"t{i}", "text": f"def f{i}(x):\n    return x + {i}\n" * (2 + i % 3)} for i in range(12)]
@@ -74,6 +76,7 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
         f"cache.dir={tmp_path / 'cache'}",
         f"inspect.out={tmp_path / 'p/i.png'}",
         "cache=fp8",
+        "cache.kinds=[hidden,kv,query]",
     ]
     recipe = recipe_of(*words, "inspect.examples=1")
     build(recipe, lambda: None)
@@ -82,19 +85,22 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
     shown = capsys.readouterr().out
     reader = CacheReader(tmp_path / "cache")
     assert re.search(rf"tokens.*{reader.lengths.sum()}, of which {reader.supervised.sum()} supervised", shown)
-    assert "left out: it has no" in shown and "norm of key.5" in shown and "fp8" in shown
+    assert "left out: it has no" in shown and "norm of key.5" in shown and "norm of query.5" in shown and "fp8" in shown
     assert re.findall("»(.*?)«", shown.split("and «)")[1]) == ["an answer<|im_end|>", "so be it<|im_end|>"]
     assert (tmp_path / "p/i.png").stat().st_size > 10_000
     assert not list(reader.problems())  # nothing was added to the cache
 
 
-def test_estimate_announces_what_the_capture_takes(tmp_path, capsys):
+@pytest.mark.parametrize("kinds", ["hidden,kv", "query", "hidden,kv,query"])
+def test_estimate_announces_what_the_capture_takes(tmp_path, capsys, kinds):
     path = write_lines(tmp_path / "texts.jsonl", TEXTS)
     recipe = recipe_of(
-        "data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}", "cache=fp8", "capture.batch_tokens=64"
-    )
+        "data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}", "cache=fp8", "capture.batch_tokens=64",
+        f"cache.kinds=[{kinds}]",
+    )  # fmt: skip
     estimate(recipe)
     said = capsys.readouterr().out
+    assert f"layers [0, 5], {kinds.replace(',', '+')}, fp8" in said
     assert re.search(r"[\d,]+ tokens/s on cpu .*hours on one process", said) and "are free" in said
     assert not (tmp_path / "cache").exists()
     build(recipe, lambda: None)
@@ -113,9 +119,9 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkey
 
 def test_another_capture_into_a_finished_cache_is_refused_and_leaves_it_alone(tmp_path):
     recipe = captured(tmp_path, "cache", TEXTS)
-    changes = {"codec": "fp8"}, {"layers": [0, 2]}, {"last_hidden": "all"}
+    changes = {"codec": "fp8"}, {"layers": [0, 2]}, {"last_hidden": "all"}, {"kinds": ["hidden", "kv", "query"]}
     for change in changes:  # known before a document is read
-        with pytest.raises(UserError, match=f"these differ: .*{next(iter(change))}"):
+        with pytest.raises(UserError, match=f"these differ: .*{next(iter(change)).replace('kinds', 'query_layers')}"):
             prepare.check(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
     other = write_lines(tmp_path / "other.jsonl", TEXTS[:3])
     with pytest.raises(UserError, match="these differ: source.documents, source.hash"):  # known after
@@ -127,7 +133,8 @@ def test_another_capture_into_a_finished_cache_is_refused_and_leaves_it_alone(tm
 
 
 def test_merged_caches_are_the_capture_of_both_sources(tmp_path, capsys):
-    first, second, both = (captured(tmp_path, n, rows) for n, rows in (("a", TEXTS[:5]), ("b", TEXTS[5:]), ("both", TEXTS)))
+    parts = (("a", TEXTS[:5]), ("b", TEXTS[5:]), ("both", TEXTS))
+    first, second, both = (captured(tmp_path, name, rows, "cache.kinds=[hidden,query]") for name, rows in parts)
     recipe = recipe_of(f"cache.dir={tmp_path / 'm'}", f"merge.sources=[{first.cache.dir},{second.cache.dir}]")
     merge(recipe)
     with pytest.raises(UserError, match="is not empty"):
@@ -140,16 +147,17 @@ def test_merged_caches_are_the_capture_of_both_sources(tmp_path, capsys):
     assert not list(merged.problems())
     assert merged.ids == direct.ids and merged.manifest.hash() == direct.manifest.hash()
     for index in range(len(direct)):
-        one, other = (r.read(index, ["input_ids", "loss_mask", "hidden.5"]) for r in (merged, direct))
+        one, other = (r.read(index, ["input_ids", "loss_mask", "hidden.5", "query.5"]) for r in (merged, direct))
         assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(one["loss_mask"], other["loss_mask"])
-        torch.testing.assert_close(one["hidden.5"].float(), other["hidden.5"].float(), rtol=0.02, atol=0.5)  # bf16, other batches
+        for name in ("hidden.5", "query.5"):
+            torch.testing.assert_close(one[name].float(), other[name].float(), rtol=0.02, atol=0.5)  # bf16, other batches
     shutil.rmtree(first.cache.dir)  # links, or copies: they stand alone
     assert not list(CacheReader(tmp_path / "m").problems())
 
     again = recipe_of(f"cache.dir={tmp_path / 'n'}", f"merge.sources=[{both.cache.dir},{second.cache.dir}]")
     with pytest.raises(UserError, match="document 't.*#0' stands in another"):
         merge(again)
-    captured(tmp_path, "fp8", TEXTS[:5], "cache=fp8")
+    captured(tmp_path, "fp8", TEXTS[:5], "cache=fp8", "cache.kinds=[hidden,query]")
     other = recipe_of(f"cache.dir={tmp_path / 'n'}", f"merge.sources=[{second.cache.dir},{tmp_path / 'fp8'}]")
     with pytest.raises(UserError, match="cannot be joined .*these differ: codec"):
         merge(other)
@@ -180,6 +188,30 @@ def test_on_missing_decides_once_and_refuses_another_cache(tmp_path, monkeypatch
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(UserError, match="there is no layer 17"):
         manifest_of(recipe("cache.on_missing=capture", f"cache.dir={tmp_path / 'x'}", "cache.layers=[17]"))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("last_hidden", ["supervised", "all"])
+def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, codec, last_hidden):
+    """Rows as last_hidden's, of a cropped document too: all but the last token of a piece predict one (plain text)."""
+    words = [f"cache={codec}", f"cache.last_hidden={last_hidden}", "cache.kinds=[query]"]
+    recipe = captured(tmp_path, "cache", TEXTS, *words)
+    readers = CacheReader(recipe.cache.dir), LiveReader(recipe)
+    everything, names = np.arange(len(readers[0])), ["input_ids", "loss_mask", "last_hidden", "query.0", "query.5"]
+    target = load_target(recipe.target)
+    target.capture([], [], [0, 5])
+    for pack_tokens in (4096, 20):  # all in one pack; every document cropped
+        packs = [PackStream(r, everything, names, pack_tokens, 4, seed=0).read(everything) for r in readers]
+        for pack in (p.to(torch.device("cpu")) for p in packs):
+            assert pack.query.keys() == {0, 5} and not pack.states.query and pack.mask_P.sum() == len(pack.last_hidden_RE)
+            starts = pack.places.position[pack.places.document.diff(prepend=torch.tensor([-1])).nonzero().squeeze(1)]
+            for number, index in enumerate(everything):
+                mine = (pack.places.document == number).nonzero().squeeze(1)
+                whole = target.forward(readers[0].read(index, ["input_ids"])["input_ids"].long()[None])
+                expected = whole.query[5][0, starts[number] :][: len(mine) - 1]
+                found = pack.query[5][pack.teacher_P[mine[:-1]]].float()
+                assert (found - expected).norm() < {"fp32": 1e-4, "bf16": 0.01, "fp8": 0.05}[codec] * expected.norm()
+                assert found.shape == (len(mine) - 1, 4, 64)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -36,15 +36,27 @@ class Pack:
     last_hidden_RE: Tensor | Scaled
     teacher_P: Tensor  # row of last_hidden that predicts the token *after* the position
     anchor_N: Tensor
+    shown_N: Tensor | None = None  # tokens x_a .. of each block that the drafter is shown; None: x_a alone
+    query: dict[int, Tensor | Scaled] = field(default_factory=dict)  # the target's by layer, [R, H, D]: rows as last_hidden's
 
     def valid(self, slots: int) -> Tensor:
-        """bool [N, J]: slot j counts iff x_{a+j} is in the document and supervised, and all slots before it count."""
-        index = self.anchor_N[:, None] + torch.arange(1, slots + 1, device=self.anchor_N.device)
+        """bool [N, J]: slot j counts iff x_{a+j} is in the document and supervised, all before it are, and it is not shown."""
+        index, inside = (t[:, 1:] for t in self.row_index(slots + 1))
+        return (inside & self.mask_P[index]).cumprod(1).bool() & ~self.shown(slots)
+
+    def shown(self, slots: int) -> Tensor:
+        """bool [N, J]: x_{a+j} is shown to the drafter, so that slot j has nothing to predict."""
+        slot = torch.arange(1, slots + 1, device=self.anchor_N.device)
+        return slot < (torch.ones_like(self.anchor_N) if self.shown_N is None else self.shown_N)[:, None]
+
+    def row_index(self, slots: int) -> tuple[Tensor, Tensor]:
+        """(pack index [N, S] of the positions a .. a + S - 1 at which an anchor's draft rows sit, whether each is in the anchor's
+        document)."""
+        index = self.anchor_N[:, None] + torch.arange(slots, device=self.anchor_N.device)
         inside = index < len(self.ids_P)
         index = index.clamp(max=len(self.ids_P) - 1)
-        same = self.places.document[index] == self.places.document[self.anchor_N][:, None]
         started = self.places.position[self.anchor_N] >= 1
-        return (inside & same & self.mask_P[index] & started[:, None]).cumprod(1).bool()
+        return index, inside & (self.places.document[index] == self.places.document[self.anchor_N][:, None]) & started[:, None]
 
     def to(self, device: torch.device) -> "Pack":
         """On `device`, decoded; asynchronously from pinned memory."""
@@ -68,6 +80,8 @@ class Pack:
             function(self.last_hidden_RE),
             function(self.teacher_P),
             function(self.anchor_N),
+            None if self.shown_N is None else function(self.shown_N),
+            {layer: function(t) for layer, t in self.query.items()},
         )
 
 
@@ -76,11 +90,15 @@ def _each(stored: Tensor | Scaled, function: Callable) -> Tensor | Scaled:
 
 
 def make_pack(
-    names: list[str], documents: list[dict[str, Tensor]], anchors: list[np.ndarray], starts: list[int] | None = None
+    names: list[str],
+    documents: list[dict[str, Tensor]],
+    anchors: list[np.ndarray],
+    starts: list[int] | None = None,
+    shown: list[np.ndarray] | None = None,
 ) -> Pack:
     """Join cached documents. `anchors[d]`: indices into document d as it is given; `starts[d]`: the position of its first
-    token, where it was cropped. A pack without any anchor gets one that counts nothing, so that every rank runs the same
-    forward."""
+    token, where it was cropped; `shown[d]`: how many tokens the block of each anchor shows. A pack without any anchor gets
+    one that counts nothing, so that every rank runs the same forward."""
     lengths = torch.tensor([len(d["input_ids"]) for d in documents])
     offsets = lengths.cumsum(0) - lengths
     mask = torch.cat([d["loss_mask"] for d in documents]).bool()
@@ -101,6 +119,8 @@ def make_pack(
         last_hidden_RE=joined["last_hidden"],
         teacher_P=torch.where(next_mask, next_mask.cumsum(0) - 1, 0),
         anchor_N=anchor if len(anchor) else torch.zeros(1, dtype=torch.long),
+        shown_N=None if shown is None else torch.from_numpy(np.concatenate(shown) if len(anchor) else np.ones(1, np.int64)),
+        query=layers("query"),
     )
 
 
@@ -112,6 +132,14 @@ def sample_anchors(id: str, mask: np.ndarray, count: int | None, seed: int, pass
         return candidates
     rng = np.random.default_rng(stable_hash(f"anchors/{seed}/{pass_number}/{id}"))
     return np.sort(rng.choice(candidates, count, replace=False))
+
+
+def sample_shown(id: str, anchors: int, most: int, base: float, seed: int, pass_number: int) -> np.ndarray:
+    """How many tokens (1 .. `most`) each block shows, the anchor's own included: v with a chance in proportion to base^(v - 1)
+    (the truncated geometric of D2SD). A function of (seed, pass, document)."""
+    chance = base ** np.arange(most)
+    rng = np.random.default_rng(stable_hash(f"shown/{seed}/{pass_number}/{id}"))
+    return rng.choice(np.arange(1, most + 1), anchors, p=chance / chance.sum())
 
 
 class PackStream:
@@ -127,9 +155,11 @@ class PackStream:
         anchors: int | None,
         seed: int,
         shuffle: bool = True,
+        shown: tuple[int, float] | None = None,  # (most, base) of `sample_shown`
     ):
         self.reader, self.documents, self.names = reader, np.asarray(documents), names
         self.pack_tokens, self.anchors, self.seed, self.shuffle = pack_tokens, anchors, seed, shuffle
+        self.shown = shown
         self._first = [0]  # number of the first pack of each pass
         self._pass: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -170,7 +200,8 @@ class PackStream:
             documents.append(tensors)
             mask = tensors["loss_mask"].numpy().astype(bool)
             anchors.append(sample_anchors(id, mask, self.anchors, self.seed, pass_number))
-        return make_pack(ids, documents, anchors, starts)
+        shown = self.shown and [sample_shown(i, len(a), *self.shown, self.seed, pass_number) for i, a in zip(ids, anchors)]
+        return make_pack(ids, documents, anchors, starts, shown)
 
 
 def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, workers: int) -> Iterator[Pack]:

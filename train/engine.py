@@ -1,7 +1,9 @@
 """The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
 
+import functools
 import json
 import math
+import operator
 import os
 import resource
 import time
@@ -9,33 +11,55 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
 from data_prep.cache.manifest import write_text
+from data_prep.cache.reader import CacheReader
 from data_prep.cli import git_revision
 from data_prep.errors import UserError
 from data_prep.live import LiveReader, open_cache
 from data_prep.ranks import barrier, rank, world_size
 from data_prep.target import load_target, pick_device
-from train import acceptance
+from train import acceptance, diagnostics
 from train.attention import executor
-from train.batches import PackStream, loaded, split
+from train.batches import Pack, PackStream, loaded, split
 from train.checkpoint import Checkpoints, latest
+from train.drafter.exchange import warm_start
 from train.drafter.model import Drafter
 from train.losses import weights
-from train.objectives import Objective
+from train.objectives import TERMS, Objective, Outcome
 from train.ranks import lock_run
-from train.recipe import TrainRecipe, check_target, drafter_config
+from train.recipe import ObjectiveRecipe, TrainRecipe, check_target, drafter_config
 from train.tracking import Tracker
 
 
-def slot_weights(kind: str, slots: int, decay: float) -> torch.Tensor:
+def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
     """Weights of the drafted slots, [J]."""
-    return weights.geometric(slots, decay) if kind == "ttt" else weights.exponential(slots, decay)
+    return (weights.geometric if objective.kind == "ttt" else weights.exponential)(slots, objective.decay)
+
+
+def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
+    """All parameters; the gates' in a group of their own where they learn at another rate."""
+    ratio, gates = recipe.reuse.gate.lr_ratio, [p for fuse in drafter.fusions for p in fuse.parameters()]
+    if ratio == 1:
+        return [{"params": list(drafter.parameters())}]
+    others = [p for p in drafter.parameters() if all(p is not gate for gate in gates)]
+    return [{"params": others}, {"params": gates, "lr": ratio * recipe.train.lr}]
+
+
+def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
+    """How often the documents supervise each token, [V]."""
+    counts = torch.zeros(vocabulary, dtype=torch.long)
+    for index in documents:
+        ids, mask = reader.text(index)
+        counts += torch.bincount(ids[mask.bool()].long(), minlength=vocabulary)
+    return counts
 
 
 def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
@@ -84,6 +108,35 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     del lock
 
 
+class Sums(NamedTuple):
+    """What one step or more adds up, over packs and ranks; float64 on the device."""
+
+    share: torch.Tensor  # of the step's loss
+    tokens: torch.Tensor
+    rows: torch.Tensor  # draft rows that drafted a slot that counts
+    terms_T: torch.Tensor
+    weight_T: torch.Tensor
+    overlap_J: torch.Tensor
+    valid_J: torch.Tensor
+    counts_4J: torch.Tensor
+
+    @staticmethod
+    def of(outcome: Outcome, pack: Pack) -> "Sums":
+        share, terms_T, valid = outcome.share.detach().double(), outcome.terms_T.double(), outcome.valid
+        overlap_J, valid_J = (outcome.overlap.double() * valid).sum(0), valid.double().sum(0)
+        tokens, counted = share.new_tensor(len(pack.ids_P)), acceptance.counts(outcome)
+        return Sums(share, tokens, valid_J.sum(), terms_T, torch.zeros_like(terms_T), overlap_J, valid_J, counted)
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*(a + b for a, b in zip(self, other)))
+
+    def reduced(self) -> "Sums":
+        """Over all ranks, in one collective."""
+        flat = torch.cat([t.flatten() for t in self])
+        dist.all_reduce(flat)
+        return Sums(*(part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in self]), self)))
+
+
 class _Run:
     """The state of one training run: engine, data, checkpoints, log."""
 
@@ -96,32 +149,45 @@ class _Run:
         target = load_target(recipe.target.model_copy(update={"device": "cpu"}))
         check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
         bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
-        drafter = Drafter(config).start(target, target.frozen_head)
+        training, validation = split(self.reader, recipe.train.validation_documents)
+        counts_V = token_counts(self.reader, training, config.architecture.vocab_size) if config.draft_vocab else None
+        drafter = Drafter(config).start(target, target.frozen_head, counts_V)
+        if recipe.reuse.gate.zero_delta:
+            for fuse in drafter.fusions:
+                torch.nn.init.zeros_(fuse.delta.weight)
+        if recipe.drafter.warm_start:
+            taken, left = warm_start(drafter, recipe.drafter.warm_start)
+            self._say(
+                f"{recipe.drafter.warm_start}: {len(taken)} tensors taken, as drafter.start says: {', '.join(left) or 'none'}"
+            )
         head = target.frozen_head.to(device, torch.bfloat16 if bf16 else torch.float32)
         del target
-        self.weight_J = slot_weights(config.objective, config.draft_length, recipe.objective.decay)
+        weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)
         attend = executor(recipe.drafter.attention, device)
-        objective = Objective(drafter, head, recipe.objective.loss, self.weight_J, attend, recipe.train.chunk_rows)
+        objective = Objective(drafter, head, recipe.loss, weight_J, attend, recipe.train.chunk_rows)
         optimizer = torch.optim.AdamW(
-            objective.parameters(),
+            parameter_groups(drafter, recipe),
             lr=recipe.train.lr,
             betas=recipe.train.betas,
             weight_decay=recipe.train.weight_decay,
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=engine_config(recipe, bf16))
-        self.objective = objective
-
-        training, validation = split(self.reader, recipe.train.validation_documents)
+        self.objective, self.drafter = objective, drafter
         names, pack_tokens, seed = config.tensors, recipe.train.pack_tokens, recipe.train.seed
-        self.stream = PackStream(self.reader, training, names, pack_tokens, recipe.objective.anchors, seed)
+        queries = [f"query.{i}" for i in sorted(set(config.query_layers) & set(self.reader.manifest.query_layers))]
+        complete = len(queries) == len(set(config.query_layers))  # else they are of no use to the diagnostics
+        shown = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
+        learnt, shown_too = queries * (recipe.loss.query_align > 0), queries * complete
+        self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, recipe.objective.anchors, seed, shown=shown)
         self.validation = PackStream(
-            self.reader, validation, names, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False
+            self.reader, validation, names + shown_too, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
     def go(self) -> None:
-        state = self.checkpoints.load() or {"step": 0, "best": 0.0, "best_step": 0}
+        state = self.checkpoints.load() or {"step": 0, "best": 0.0, "best_step": 0, "alpha": [0.0] * self.objective.slots}
+        self.objective.alpha_J = torch.tensor(state["alpha"], dtype=torch.float64, device=self.device)
         done, self.best, self.best_step, last = state["step"], state["best"], state["best_step"], self.recipe.train.max_steps
         self.tracker = self._tracker(done) if rank() == 0 else None
         if done == 0:
@@ -137,8 +203,8 @@ class _Run:
         self.packs = loaded(self.stream, self._share(done, last), self.device, workers)
         window, since = [], time.monotonic()
         for step in range(done + 1, last + 1):
-            window.append(self._step(step))
             saves = step % self.recipe.train.save_every == 0 or step == last
+            window.append(self._step(step, saves))
             if saves or step % self.recipe.train.log_every == 0:  # no window crosses a checkpoint: a resumed run logs the same
                 self._log(step, window, time.monotonic() - since)
                 window, since = [], time.monotonic()
@@ -150,31 +216,28 @@ class _Run:
         if self.tracker:
             self.tracker.close()
 
-    def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step. Returns this rank's [loss, weight, tokens, finite] and acceptance counts, summed over its
-        packs, as one float64 vector."""
+    def _step(self, step: int, saves: bool) -> Sums:
+        """One optimizer step; what it summed over all packs and ranks."""
         packs = list(islice(self.packs, self.accumulation))
-        weight = torch.tensor(
-            [float(self.objective.weight_sum(pack)) for pack in packs], dtype=torch.float64, device=self.device
-        ).sum()
-        dist.all_reduce(weight)
-        sums, culprit = torch.zeros(4 + 4 * len(self.weight_J), dtype=torch.float64, device=self.device), None
+        weight_T = torch.stack([self.objective.weight_sums(pack) for pack in packs]).sum(0)
+        dist.all_reduce(weight_T)
+        for fuse in self.drafter.fusions:
+            fuse.held.fill_(step <= self.recipe.reuse.gate.hold_steps)
+        total, culprit = None, None
         for number, pack in enumerate(packs):
-            outcome = self.engine(pack)
+            outcome = self.engine(pack, weight_T)
             # DeepSpeed divides the sum of gradients by world x accumulation; the loss is a mean over all of them.
-            self.engine.backward(outcome.loss_sum * (self.world * self.accumulation / max(weight.item(), 1e-9)))
-            loss = outcome.loss_sum.detach().double()
-            sums += torch.cat(
-                [
-                    torch.stack([loss, torch.zeros_like(loss), loss.new_tensor(len(pack.ids_P)), (~loss.isfinite()).double()]),
-                    acceptance.counts(outcome).flatten(),
-                ]
-            )
-            culprit = culprit or (pack.names if not loss.isfinite() else None)
+            self.engine.backward(outcome.share * (self.world * self.accumulation))
+            sums, finite = Sums.of(outcome, pack), bool(outcome.share.isfinite())
+            total = sums if total is None else total + sums
+            culprit = culprit or (None if finite else pack.names)
             if number == len(packs) - 1:
-                dist.all_reduce(sums)
-                if sums[3] > 0:
+                total = total.reduced()
+                if not total.share.isfinite():
                     self._stop_on_nan(step, culprit)
+                self.objective.alpha_J = total.overlap_J / total.valid_J.clamp(min=1)
+                if saves and self.recipe.train.diagnose:
+                    self.gradients = diagnostics.gradients(self.drafter, int(total.rows))
                 if self.recipe.deepspeed.stage == 0:  # DeepSpeed reports no norm there, but every rank holds all gradients
                     gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
                     self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -185,8 +248,7 @@ class _Run:
             raise UserError(
                 f"the gradient of step {step} is not finite though its loss is; the last checkpoint is intact. Lower train.lr"
             )
-        sums[1] = weight
-        return sums
+        return total._replace(weight_T=weight_T)
 
     def _share(self, done: int, last: int) -> Iterator[int]:
         """This rank's packs of the steps to come: dealt out so that accumulation and world size do not matter."""
@@ -206,7 +268,7 @@ class _Run:
     def _validate(self) -> dict[str, acceptance.Acceptance]:
         """Teacher-forced acceptance on the validation documents. Every rank runs the same number of forwards."""
         packs = self.validation.passes(0)
-        total = torch.zeros(4, len(self.weight_J), dtype=torch.float64, device=self.device)
+        total = torch.zeros(4, self.objective.slots, dtype=torch.float64, device=self.device)
         self.engine.eval()
         for start in range(0, len(packs), self.world):
             mine = start + rank()
@@ -224,17 +286,33 @@ class _Run:
         self._say(f"step {step}: held-out tau {tau:.3f} sampled, {found['greedy'].tau:.3f} greedy{' (best)' if best else ''}")
         if self.tracker:
             self.tracker.log(step, {"validation": {kind: vars(a) for kind, a in found.items()}})
-        self.checkpoints.save(step, {"step": step, "best": self.best, "best_step": self.best_step})
+        if self.recipe.train.diagnose:
+            self._diagnose(step)
+        state = {"step": step, "best": self.best, "best_step": self.best_step, "alpha": self.objective.alpha_J.tolist()}
+        self.checkpoints.save(step, state)
 
-    def _log(self, step: int, window: list[torch.Tensor], seconds: float) -> None:
+    @torch.no_grad()
+    def _diagnose(self, step: int) -> None:
+        """On the first validation pack; every rank runs the same forwards, which ZeRO-3 needs."""
+        self.engine.eval()
+        pack = self.validation.read(self.validation.passes(0)[0]).to(self.device)
+        found = diagnostics.diagnose(self.objective, [pack]) | {"gradients": self.gradients}
+        self.engine.train()
+        if self.tracker:
+            self.tracker.log(step, {"diagnostics": found})
+            diagnostics.draw(found, self.run_dir / "diagnostics.png")
+            self.tracker.picture(step, "diagnostics", self.run_dir / "diagnostics.png")
+
+    def _log(self, step: int, window: list[Sums], seconds: float) -> None:
         if rank() != 0:
             return
-        total = torch.stack(window).sum(0).cpu()
-        found = acceptance.summarise(total[4:].view(4, -1))
-        loss = float(total[0] / total[1])
-        rate = float(total[2]) / seconds
+        total = functools.reduce(operator.add, window)
+        found = acceptance.summarise(total.counts_4J.cpu())
+        parts = (total.terms_T / total.weight_T.clamp(min=1e-9)).tolist()
+        loss, rate = sum(parts), float(total.tokens) / seconds
         figures = {
             "loss": loss,
+            **({"terms": dict(zip(TERMS, parts))} if sum(part != 0 for part in parts) > 1 else {}),
             "lr": self.engine.get_lr()[0],
             "grad_norm": self.grad_norm,
             "tokens_per_s": rate,

@@ -15,6 +15,8 @@ from data_prep.recipe import CaptureSections, Section
 from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
+from train.drafter.exchange import check_warm_start
+from train.losses import LossRecipe
 
 
 class ObjectiveRecipe(Section):
@@ -25,13 +27,18 @@ class ObjectiveRecipe(Section):
     shifted: bool = False  # block-wise: the slot at index j - 1 proposes x_{a+j}, so that B tokens are drafted
     anchors: int | None = Field(None, ge=1)  # a document and pass; null: every position
     causal: bool = False  # block-wise: a slot sees earlier slots only
-    loss: Literal["kl", "ce"]
+    prefix: float | None = Field(
+        None, gt=0, lt=1
+    )  # block-wise: show v tokens of a block with a chance in proportion to prefix^(v-1)
+    weights: Literal["decay", "dpace"] = "decay"
     decay: float = Field(gt=0)  # block-wise: weights exp(-(j-1)/decay); ttt: decay^(j-1)
 
     @model_validator(mode="after")
     def _a_block_drafts(self):
-        if self.kind == "ttt" and (self.shifted or self.causal):
-            raise ValueError("objective.shifted and objective.causal are for block-wise drafting; ttt is both by nature")
+        if self.kind == "ttt" and (self.shifted or self.causal or self.prefix):
+            raise ValueError(
+                "objective.shifted, .causal and .prefix are for block-wise drafting; ttt is causal and shifted by nature"
+            )
         if self.kind == "blockwise" and self.slots < 2:
             raise ValueError(
                 f"objective.slots={self.slots}: slot 0 of a block is the anchor itself, so a block needs at least 2 slots"
@@ -39,18 +46,53 @@ class ObjectiveRecipe(Section):
         return self
 
 
+class GateRecipe(Section):
+    """Ways to keep the gate of hybrid drafters from closing early (none of them: KVShot's)."""
+
+    hold_steps: int = Field(0, ge=0)  # g = 0.5 for so many steps
+    floor: float = Field(0.0, ge=0, lt=1)
+    zero_delta: bool = False  # W_delta starts at zero: the drafter begins as its hidden-state branch
+    lr_ratio: float = Field(1.0, gt=0)  # the gate's and W_delta's learning rate, over train.lr
+
+
 class ReuseRecipe(Section):
     """Which target state the drafter reads."""
 
-    kind: Literal["hidden", "kv", "hybrid"]
+    kind: Literal["none", "hidden", "kv", "hybrid"]
     hidden_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"  # auto: all that the cache holds
+    source: Literal["native", "projected", "projected_rope", "head_concat"] = "native"
+    kv_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"  # of every source but native
+    fusion: Literal["gated_delta", "cross_only"] = "gated_delta"
+    gate: GateRecipe = GateRecipe()
+
+    @model_validator(mode="after")
+    def _keys_that_mean_something(self):
+        if self.kind in ("none", "hidden") and (self.source != "native" or self.kv_layers != "auto"):
+            raise ValueError(f"reuse={self.kind} reads no K/V: reuse.source and reuse.kv_layers are for kv and hybrid")
+        if self.source == "native" and self.kv_layers != "auto":
+            raise ValueError(
+                "reuse.source=native reads the layers of drafter.target_layers; reuse.kv_layers is for the other sources"
+            )
+        if self.kind in ("none", "kv") and self.hidden_layers != "auto":
+            raise ValueError(f"reuse={self.kind} reads no hidden states: reuse.hidden_layers is for hidden and hybrid")
+        if self.kind != "hybrid" and self.fusion != "gated_delta":
+            raise ValueError("reuse.fusion is for reuse=hybrid")
+        if (self.kind != "hybrid" or self.fusion == "cross_only") and self.gate != GateRecipe():
+            raise ValueError("reuse.gate is for reuse=hybrid reuse.fusion=gated_delta")
+        return self
 
 
 class DrafterRecipe(Section):
     layers: int = Field(ge=1)
     target_layers: Literal["auto"] | list[int]  # one a draft layer; auto: the cache's, first to last (one: the last)
     start: Literal["target", "random"]
+    warm_start: str | None = None  # a drafter, or an EAGLE-3 checkpoint: what fits of it replaces `start`
     attention: Literal["auto", "reference", "flex"]
+    qk_norm: bool | None = None  # null: as the target
+    vocabulary: int | None = Field(None, ge=1)  # keep so many of the most frequent tokens; null: all
+    own_head: bool = False  # train an LM head; false: the target's, frozen
+    sequential: Literal["markov", "gru"] | None = None  # block-wise: correct each slot by the token before it
+    sequential_size: int = Field(256, ge=1)
 
 
 class TrainSection(Section):
@@ -72,6 +114,7 @@ class TrainSection(Section):
     keep_last: int = Field(ge=1)
     validation_documents: int = Field(ge=1)
     validation_anchors: int = Field(ge=1)  # a document
+    diagnose: bool  # at every checkpoint: train/diagnostics.py, on one validation pack
 
 
 class TrackingRecipe(Section):
@@ -107,6 +150,7 @@ class TrainRecipe(CaptureSections):
     and `capture` say what `cache.on_missing=capture|live` makes."""
 
     objective: ObjectiveRecipe
+    loss: LossRecipe
     reuse: ReuseRecipe
     drafter: DrafterRecipe
     train: TrainSection
@@ -114,12 +158,34 @@ class TrainRecipe(CaptureSections):
     tracking: TrackingRecipe
     run: RunRecipe
 
+    @model_validator(mode="after")
+    def _a_cell_that_exists(self):
+        kind, source, blockwise = self.reuse.kind, self.reuse.source, self.objective.kind == "blockwise"
+        if self.reuse.fusion == "cross_only" and blockwise:
+            raise ValueError("reuse.fusion=cross_only with objective=blockwise has no hidden memory left: that is reuse=kv")
+        if self.drafter.sequential and not blockwise:
+            raise ValueError("drafter.sequential is for objective=blockwise; every step of ttt reads the token before it")
+        if self.drafter.qk_norm is False and kind in ("kv", "hybrid") and source in ("native", "head_concat"):
+            raise ValueError(
+                f"drafter.qk_norm=false with reuse.source={source}: draft keys would lack the norm that the target's have; "
+                "drafter.qk_norm=null follows the target"
+            )
+        if (self.loss.kv_align or self.loss.query_align) and kind not in ("kv", "hybrid"):
+            raise ValueError(
+                f"loss.kv_align and loss.query_align compare K/V and queries with the target's; reuse={kind} reads no K/V"
+            )
+        if self.loss.query_align and source.startswith("projected"):
+            raise ValueError(
+                f"loss.query_align with reuse.source={source}: projected keys have their own space; use native or head_concat"
+            )
+        return self
+
     def resumable_differences(self, earlier: dict) -> list[str]:
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
 
         def core(recipe: dict) -> dict:
             free = {("run",), ("tracking",), ("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
-            free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers")}
+            free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers"), ("train", "diagnose")}
             return {
                 (s, k): v
                 for s, section in recipe.items()
@@ -132,19 +198,24 @@ class TrainRecipe(CaptureSections):
         return sorted(".".join(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
 
-def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int]]:
-    """(target layers, one a draft layer; layers whose hidden states are read).
+def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int], list[int]]:
+    """(target layers, one a draft layer; layers whose hidden states are read; layers whose K/V are joined, unless native).
 
     Raises:
         UserError: the cache lacks a layer or a kind that the recipe needs.
     """
-    kind, count = recipe.reuse.kind, recipe.drafter.layers
-    needs = {"hidden": kind in ("hidden", "hybrid"), "kv": kind in ("kv", "hybrid")}
-    held = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers}
+    reuse, count = recipe.reuse, recipe.drafter.layers
+    needs = {
+        "hidden": reuse.kind in ("hidden", "hybrid"),
+        "kv": reuse.kind in ("kv", "hybrid"),
+        "query": recipe.loss.query_align > 0,
+    }
+    held = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers, "query": manifest.query_layers}
     for name in (name for name, needed in needs.items() if needed and not held[name]):
+        wants = "loss.query_align" if name == "query" else f"reuse={reuse.kind}"
         raise UserError(
-            f"reuse={kind} needs {name} states, which the cache {recipe.cache.dir} does not hold; "
-            f"capture it with cache.kinds=[hidden,kv]"
+            f"{wants} needs {name} states, which the cache {recipe.cache.dir} does not hold; "
+            f"capture it with cache.kinds=[{','.join(n for n in held if needs[n] or held[n])}]"
         )
     target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
@@ -158,26 +229,26 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
         target_layers = [available[i] for i in np.linspace(first, last, count).round().astype(int)]
     elif len(target_layers) != count:
         raise UserError(f"drafter.target_layers names {len(target_layers)} layers for drafter.layers={count}")
-    hidden_layers = (
-        []
-        if not needs["hidden"]
-        else (manifest.hidden_layers if recipe.reuse.hidden_layers == "auto" else recipe.reuse.hidden_layers)
-    )
+    auto = lambda layers, name: [] if not needs[name] else held[name] if layers == "auto" else list(layers)
+    hidden_layers = auto(reuse.hidden_layers, "hidden")
+    source_layers = [] if reuse.source == "native" else auto(reuse.kv_layers, "kv")
     deepest = manifest.target["architecture"]["num_layers"] - 1
-    for layer in [*target_layers, *hidden_layers]:
+    for layer in [*target_layers, *hidden_layers, *source_layers]:
         if not 0 <= layer <= deepest:
             raise UserError(f"the target has layers 0 to {deepest}; there is no layer {layer}")
-    for name, layers in (("hidden", hidden_layers), ("kv", target_layers if needs["kv"] else [])):
-        if missing := sorted(set(layers) - set(held[name])):
+    attended = source_layers or target_layers
+    queried = source_layers if reuse.source == "head_concat" else target_layers
+    for name, layers in (("hidden", hidden_layers), ("kv", attended), ("query", queried)):
+        if needs[name] and (missing := sorted(set(layers) - set(held[name]))):
             raise UserError(
-                f"reuse={kind} needs {name} states of layer(s) {missing}; the cache {recipe.cache.dir} holds {held[name]}"
+                f"reuse={reuse.kind} needs {name} states of layer(s) {missing}; the cache {recipe.cache.dir} holds {held[name]}"
             )
-    return list(target_layers), list(hidden_layers)
+    return list(target_layers), list(hidden_layers), source_layers
 
 
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
-    target_layers, hidden_layers = chosen_layers(recipe, manifest)
+    target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
     return DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
@@ -188,6 +259,15 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         shifted=recipe.objective.shifted,
         seed=recipe.train.seed,
         start=recipe.drafter.start,
+        source=recipe.reuse.source,
+        source_layers=source_layers,
+        fusion=recipe.reuse.fusion,
+        gate_floor=recipe.reuse.gate.floor,
+        qk_norm=recipe.drafter.qk_norm,
+        draft_vocab=recipe.drafter.vocabulary,
+        own_head=recipe.drafter.own_head,
+        sequential=recipe.drafter.sequential,
+        sequential_size=recipe.drafter.sequential_size,
         mask_token_id=recipe.target.mask_token_id,
         architecture=Architecture(**manifest.target["architecture"]),
         target={
@@ -211,13 +291,17 @@ def check(recipe: TrainRecipe) -> None:
         refuse_file("run.dir", recipe.run.dir)
     executor(recipe.drafter.attention, pick_device(recipe.target.device))
     manifest = manifest_of(recipe)
-    chosen_layers(recipe, manifest)
+    config = drafter_config(recipe, manifest)
+    if recipe.drafter.warm_start:
+        check_warm_start(recipe.drafter.warm_start, config)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != manifest.tokenizer_hash:
         raise UserError(
             f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}"
         )
     vocab = manifest.target["architecture"]["vocab_size"]
+    if recipe.drafter.vocabulary and recipe.drafter.vocabulary >= vocab:
+        raise UserError(f"drafter.vocabulary={recipe.drafter.vocabulary} is no less than the target's {vocab}; leave it out")
     if recipe.target.mask_token_id is not None and recipe.target.mask_token_id >= vocab:
         raise UserError(f"target.mask_token_id={recipe.target.mask_token_id} is outside the vocabulary of {vocab}")
 

@@ -35,6 +35,12 @@ class Tracker:
                 step=step,
             )
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
     def close(self) -> None:
         self._file.close()
         if self._wandb:

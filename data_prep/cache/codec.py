@@ -2,7 +2,7 @@
 
 fp8 is e4m3 (4 exponent bits, 3 of mantissa): 2^-4 of relative rounding error over a range of 28,000 : 1, so that a scale a
 row is enough even where a few channels are a thousand times the others. `name.scale` (float32) lies beside `name`: one
-number a token and head for K and V, one a token for hidden states; value = fp8 x scale.
+number a token and head for Q, K and V, one a token for hidden states; value = fp8 x scale.
 """
 
 from typing import NamedTuple

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_serializer
 
 from data_prep.cache.codec import SCALE, stored
 from data_prep.errors import UserError
@@ -29,21 +29,28 @@ class Manifest(BaseModel):
     chat_template_hash: str
     hidden_layers: list[int]
     kv_layers: list[int]
+    query_layers: list[int] = []
     codec: str  # fp8, bf16 or fp32
     last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
     max_length: int
     source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised, what was left out and why
     software: dict
 
+    @model_serializer(mode="wrap")
+    def _without_queries(self, dump) -> dict:
+        """A cache without queries is written and hashed as it was before there were any."""
+        return {name: value for name, value in dump(self).items() if name != "query_layers" or value}
+
     @property
     def states(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of one row of every state that is stored; rows are tokens, or teachers for last_hidden."""
+        """Name -> shape of one row of every state that is stored; rows are tokens, or teachers (`is_teacher`)."""
         sizes = self.target["architecture"]
         state, head = (sizes["hidden_size"],), (sizes["kv_heads"], sizes["head_dim"])
         return {
             "last_hidden": state,
             **{f"hidden.{layer}": state for layer in self.hidden_layers},
             **{f"{kind}.{layer}": head for layer in self.kv_layers for kind in ("key", "value")},
+            **{f"query.{layer}": (sizes["heads"], sizes["head_dim"]) for layer in self.query_layers},
         }
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -78,7 +85,7 @@ class Manifest(BaseModel):
 
 def is_teacher(name: str) -> bool:
     """Whether a tensor has a row a teacher instead of a row a token."""
-    return name.removesuffix(SCALE) == "last_hidden"
+    return name.removesuffix(SCALE) == "last_hidden" or name.startswith("query.")
 
 
 def each_document(

@@ -55,8 +55,8 @@ class CacheReader:
         return self.ids[int(index)].as_py()
 
     def read(self, index: int, names: list[str]) -> dict[str, Tensor]:
-        """Tensors of one document, [T, ...] each (last_hidden: one row a supervised token, in order), and `name.scale`
-        beside each fp8 tensor. They are views of the memory-mapped file: copy before you write to one."""
+        """Tensors of one document, [T, ...] each (last_hidden and queries: one row a supervised token, in order), and
+        `name.scale` beside each fp8 tensor. They are views of the memory-mapped file: copy before you write to one."""
         shard = self._shards[self._shard[index]]
         start, teacher, length, supervised = (
             int(column[index]) for column in (self._offset, self._teacher_offset, self.lengths, self.supervised)
@@ -76,6 +76,11 @@ class CacheReader:
             else:
                 tensors[name] = tensor[teacher : teacher + supervised]
         return tensors
+
+    def text(self, index: int) -> tuple[Tensor, Tensor]:
+        """(input_ids, loss_mask) of one document."""
+        tensors = self.read(index, ["input_ids", "loss_mask"])
+        return tensors["input_ids"], tensors["loss_mask"]
 
     def read_many(self, indices: list[int], names: list[str]) -> list[dict[str, Tensor]]:
         return [self.read(index, names) for index in indices]
@@ -109,7 +114,7 @@ class CacheReader:
             yield f"{INDEX}: {len(self)} documents are not the {source['documents']} of the manifest's source (a gap or a change)"
 
     def _whole(self, index: int) -> dict[str, Tensor]:
-        """The stored tensors of a document, every row of last_hidden included."""
+        """The stored tensors of a document, every row of last_hidden and of queries included."""
         start, stop = int(self._offset[index]), int(self._offset[index] + self.lengths[index])
         return {name: t[start:stop] for name, t in self._shards[self._shard[index]].items()}
 
@@ -146,8 +151,8 @@ class CacheReader:
 
 
 def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """Positions [start, stop) of a document's tensors, with the rows of last_hidden that still teach a token: the first
-    token is predicted from what lies before the crop, so that it is not supervised."""
+    """Positions [start, stop) of a document's tensors, with the rows of teachers that still teach a token: the first token
+    is predicted from what lies before the crop, so that it is not supervised."""
     mask = tensors["loss_mask"]
     teachers = slice(int(mask[: start + 1].sum()), int(mask[:stop].sum()))
     out = {name: t[teachers] if is_teacher(name) else t[start:stop] for name, t in tensors.items()}

@@ -72,7 +72,7 @@ def inspect(recipe: DataPrepRecipe) -> None:
     rows = {
         "target": f"{manifest.target['id']}  {manifest.target['revision'] or ''}",
         "source": f"{manifest.source.get('name')}  {manifest.source.get('hash', '')}",
-        "layers": f"hidden {manifest.hidden_layers}  kv {manifest.kv_layers}",
+        "layers": f"hidden {manifest.hidden_layers}  kv {manifest.kv_layers}  query {manifest.query_layers}",
         "codec": f"{manifest.codec}, last_hidden {manifest.last_hidden}",
         "documents": f"{len(reader):,} in {len(reader._shards):,} shards",
         "tokens": f"{reader.lengths.sum():,}, of which {reader.supervised.sum():,} supervised ({share.mean():.0%} of a document)",
@@ -96,7 +96,7 @@ def inspect(recipe: DataPrepRecipe) -> None:
 
 
 def _norms(reader: CacheReader, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """Euclidean norm of every token's state in the chosen documents (of a head, for K and V), by tensor."""
+    """Euclidean norm of every token's state in the chosen documents (of a head, for Q, K and V), by tensor."""
     found: dict[str, list] = {name: [] for name in reader.manifest.states}
     for index in chosen:
         for name, stored in paired(reader.read(index, list(found))).items():
@@ -127,7 +127,7 @@ def _draw(path: Path, lengths: np.ndarray, share: np.ndarray, norms: dict[str, n
     middle.hist(share, bins=np.linspace(0, 1, 41))
     middle.set(xlabel="supervised share of a document", ylabel="documents", title=f"mean {share.mean():.0%}")
     right.boxplot(list(norms.values()), orientation="horizontal", tick_labels=list(norms), showfliers=False)
-    right.set(xscale="log", xlabel="norm of a state (K, V: of a head)", title="states")
+    right.set(xscale="log", xlabel="norm of a state (Q, K, V: of a head)", title="states")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -136,7 +136,7 @@ class CacheWriter:
         barrier()  # all have read the same seals before one of them writes another
 
     def add(self, id: str, tensors: dict[str, Tensor]) -> None:
-        """One document: the tensors of `Manifest.tensors()`, on the CPU, T rows each (last_hidden: one a teacher)."""
+        """One document: the tensors of `Manifest.tensors()`, on the CPU, T rows each (last_hidden and queries: one a teacher)."""
         self.add_batch([id], [len(tensors["input_ids"])], tensors)
 
     def add_batch(self, ids: Sequence[str], lengths: Sequence[int], tensors: dict[str, Tensor]) -> None:

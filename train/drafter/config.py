@@ -1,7 +1,7 @@
 """What a drafter is: everything `config.json` beside its weights says."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -13,9 +13,9 @@ class DrafterConfig:
     """Sizes come from the target (`architecture`); a drafter of one target is of no use to another (`target`)."""
 
     objective: str  # ttt | blockwise
-    reuse: str  # hidden | kv | hybrid
-    target_layers: list[int]  # one a draft layer: the layer it starts from and, with kv, whose K/V it reads in place
-    hidden_layers: list[int]  # whose hidden states fc reads ([] for kv)
+    reuse: str  # none | hidden | kv | hybrid
+    target_layers: list[int]  # one a draft layer: the layer it starts from and, with native K/V, whose K/V it reads in place
+    hidden_layers: list[int]  # whose hidden states fc reads ([] for none and kv)
     slots: int  # block-wise: B, the anchor's own slot included; ttt: steps K
     shifted: bool  # block-wise: the slot at index j - 1 proposes x_{a+j} (else the one at index j, and slot 0 nothing)
     causal: bool  # inside a block: see earlier slots only
@@ -24,6 +24,15 @@ class DrafterConfig:
     mask_token_id: int | None
     architecture: Architecture
     target: dict  # id, weights_hash, tokenizer_hash
+    source: str = "native"  # how target K/V become memory: native | projected | projected_rope | head_concat
+    source_layers: list[int] = field(default_factory=list)  # whose K/V every draft layer reads, unless native
+    fusion: str = "gated_delta"  # hybrid: gated_delta | cross_only
+    gate_floor: float = 0.0
+    qk_norm: bool | None = None  # null: as the target
+    draft_vocab: int | None = None  # null: the target's whole vocabulary
+    own_head: bool = False
+    sequential: str | None = None  # block-wise: markov | gru
+    sequential_size: int = 256
 
     @property
     def uses_hidden(self) -> bool:
@@ -34,13 +43,38 @@ class DrafterConfig:
         return self.reuse in ("kv", "hybrid")
 
     @property
+    def branches(self) -> list[str]:
+        """The attentions of a draft layer, named after the memory that each reads."""
+        if self.reuse == "hybrid":
+            return ["kv"] if self.fusion == "cross_only" else ["hidden", "kv"]
+        return [{"none": "tokens"}.get(self.reuse, self.reuse)]
+
+    @property
     def kv_layers(self) -> list[int]:
-        return self.target_layers if self.uses_kv else []
+        """Target layers whose K/V are read."""
+        return [] if not self.uses_kv else self.target_layers if self.source == "native" else self.source_layers
+
+    @property
+    def query_layers(self) -> list[int]:
+        """Target layers whose queries do what the drafter's do."""
+        return [] if not self.uses_kv or self.source.startswith("projected") else self.kv_layers
+
+    @property
+    def head_copies(self) -> int:
+        """head_concat attends the heads of all source layers side by side."""
+        return len(self.source_layers) if self.source == "head_concat" else 1
 
     @property
     def reads_pairs(self) -> bool:
-        """EAGLE-3's input path: the memory of the verified prefix is made of (next token, feature) pairs."""
+        """EAGLE-3's input path: a row reads its token and a feature."""
         return self.objective == "ttt" and self.uses_hidden
+
+    @property
+    def own_memory(self) -> str | None:
+        """The branch whose memory the draft layers compute themselves, in one causal pass over the verified prefix: of (token,
+        feature) pairs under ttt, of tokens alone for a drafter that reuses nothing."""
+        name = self.branches[0]
+        return name if name == "tokens" or (name == "hidden" and self.reads_pairs) else None
 
     @property
     def draft_length(self) -> int:

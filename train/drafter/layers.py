@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep.target import Architecture
 from train.attention.visibility import Visibility
 from train.drafter.config import DrafterConfig
 
@@ -41,15 +40,18 @@ class Rope:
 class Attention(nn.Module):
     """Projections of one branch; the executor that joins them is chosen at run time."""
 
-    def __init__(self, a: Architecture, inputs: int):
+    def __init__(self, config: DrafterConfig, inputs: int, copies: int = 1):
         super().__init__()
+        a = config.architecture
+        queries, keys, norm = copies * a.heads * a.head_dim, copies * a.kv_heads * a.head_dim, a.qk_norm
+        norm = norm if config.qk_norm is None else config.qk_norm
         self.heads = (-1, a.head_dim)
-        self.q = nn.Linear(inputs, a.heads * a.head_dim, bias=a.qkv_bias)
-        self.k = nn.Linear(inputs, a.kv_heads * a.head_dim, bias=a.qkv_bias)
-        self.v = nn.Linear(inputs, a.kv_heads * a.head_dim, bias=a.qkv_bias)
-        self.o = nn.Linear(a.heads * a.head_dim, a.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if a.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if a.qk_norm else nn.Identity()
+        self.q = nn.Linear(inputs, queries, bias=a.qkv_bias)
+        self.k = nn.Linear(inputs, keys, bias=a.qkv_bias)
+        self.v = nn.Linear(inputs, keys, bias=a.qkv_bias)
+        self.o = nn.Linear(queries, a.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if norm else nn.Identity()
 
     def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
         return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
@@ -62,28 +64,38 @@ class Attention(nn.Module):
 
 class GatedDelta(nn.Module):
     """h = n + g * W_delta(o - n), g = sigmoid(W_g [n; o; o - n] + b): KVShot's fusion of the two branches, where n
-    attends hidden memory and o the target's KV. g starts at 0.5."""
+    attends hidden memory and o the target's KV. g starts at 0.5.
 
-    def __init__(self, hidden_size: int):
+    Two ways to keep the gate from closing before W_delta has learnt: `floor`, g = floor + (1 - floor) sigmoid(...), and
+    `held`, g = 0.5 while training says so. `held` is saved, so that a drafter decodes with the gate that it was saved with.
+    """
+
+    def __init__(self, hidden_size: int, floor: float):
         super().__init__()
         self.gate = nn.Linear(3 * hidden_size, hidden_size)
         self.delta = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.floor = floor
+        self.register_buffer("held", torch.tensor(False))
+
+    def openness(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
+        """g, [Q, E]."""
+        g = self.floor + (1 - self.floor) * torch.sigmoid(self.gate(torch.cat([n_QE, o_QE, o_QE - n_QE], dim=-1)))
+        return torch.where(self.held, 0.5, g)
 
     def forward(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
-        difference = o_QE - n_QE
-        return n_QE + torch.sigmoid(self.gate(torch.cat([n_QE, o_QE, difference], dim=-1))) * self.delta(difference)
+        return n_QE + self.openness(n_QE, o_QE) * self.delta(o_QE - n_QE)
 
 
 class DraftLayer(nn.Module):
-    """One layer. `branches` holds an attention for each kind of memory: "hidden", "kv", or both (hybrid)."""
+    """One layer. `branches` holds an attention for each kind of memory: "tokens", "hidden", "kv", or the last two (hybrid)."""
 
     def __init__(self, config: DrafterConfig, first: bool):
         super().__init__()
         a = config.architecture
         self.pairs = first and config.reads_pairs
-        names = [name for name, used in (("hidden", config.uses_hidden), ("kv", config.uses_kv)) if used]
-        self.branches = nn.ModuleDict({n: Attention(a, a.hidden_size * (2 if self.pairs else 1)) for n in names})
-        self.fuse = GatedDelta(a.hidden_size) if len(names) == 2 else None
+        inputs, names = a.hidden_size * (2 if self.pairs else 1), config.branches
+        self.branches = nn.ModuleDict({n: Attention(config, inputs, config.head_copies if n == "kv" else 1) for n in names})
+        self.fuse = GatedDelta(a.hidden_size, config.gate_floor) if len(names) == 2 else None
         self.input_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         self.token_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps) if self.pairs else None
         self.post_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)

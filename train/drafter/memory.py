@@ -1,14 +1,17 @@
 """What a drafter keeps of the verified prefix: for every layer and branch, the keys and values of each position.
 
-Shapes: P positions, E hidden size, G key/value heads, D head size.
+Shapes: P positions, E hidden size, G key/value heads, D head size, L source layers.
 """
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from data_prep.target import States
 from train.attention.visibility import Places
-from train.drafter.layers import KV
+from train.drafter.config import DrafterConfig
+from train.drafter.layers import KV, Rope
 
 
 @dataclass
@@ -33,3 +36,44 @@ class Memory:
 
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for kv in layer.values() for t in kv)
+
+
+class TargetKV(nn.Module):
+    """The target's K/V -> the keys and values that one draft layer attends (KVShot, section 3).
+
+    native: one target layer's, as they are. head_concat: the heads of L layers side by side, each rotated at its position.
+    projected: one linear map over the L layers' concatenated keys, rotated as the target's cache holds them, and one over
+    their values. projected_rope: the same over keys before RoPE, which is applied after the map, since the map would destroy
+    the positions.
+    """
+
+    def __init__(self, config: DrafterConfig, layer: int):
+        super().__init__()
+        a, count = config.architecture, len(config.source_layers)
+        self.source, self.heads = config.source, (-1, a.head_dim)
+        self.layers = [layer] if config.source == "native" else list(config.source_layers)
+        if self.source.startswith("projected"):
+            size = a.kv_heads * a.head_dim
+            self.k, self.v = (nn.Linear(count * size, size, bias=False) for _ in range(2))
+
+    def forward(self, states: States, rope: Rope, dtype: torch.dtype) -> KV:
+        keys, values = ([kind[layer].to(dtype) for layer in self.layers] for kind in (states.key, states.value))
+        if self.source != "projected_rope":
+            keys = [rope(key) for key in keys]
+        if self.source == "native":
+            return KV(keys[0], values[0])
+        key, value = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        if self.source == "head_concat":
+            return KV(key, value)
+        key, value = (m(t.flatten(1)).unflatten(-1, self.heads) for m, t in ((self.k, key), (self.v, value)))
+        return KV(rope(key) if self.source == "projected_rope" else key, value)
+
+    @torch.no_grad()
+    def start(self, layer: int) -> None:
+        """A projection begins as the choice of one source layer: the draft layer's own, or the nearest to it."""
+        if not self.source.startswith("projected"):
+            return
+        chosen = min(range(len(self.layers)), key=lambda i: abs(self.layers[i] - layer))
+        for module in (self.k, self.v):
+            size = module.out_features
+            module.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size, device=module.weight.device)

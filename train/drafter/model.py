@@ -14,28 +14,38 @@ from data_prep.errors import UserError
 from data_prep.target import FrozenHead, States, Target
 from train.attention.visibility import Places, Rows, Visibility
 from train.drafter.config import DrafterConfig
-from train.drafter.layers import KV, DraftLayer, Rope
-from train.drafter.memory import Memory
+from train.drafter.heads import DraftHead, SequentialHead
+from train.drafter.layers import KV, Attention, DraftLayer, GatedDelta, Rope
+from train.drafter.memory import Memory, TargetKV
 
 Past = list[dict[str, KV]]  # the draft rows' own keys of earlier ttt steps, for each layer and branch
 
 
 class Drafter(nn.Module):
-    """A stack of draft layers over one kind of target state or two. The embedding and the LM head are the target's
-    (`FrozenHead`); they are handed in, not owned."""
+    """A stack of draft layers over one kind of target state, two, or none. The target's embedding and LM head (`FrozenHead`)
+    are handed in, not owned."""
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.config, a = config, config.architecture
         self.layers = nn.ModuleList(DraftLayer(config, first=i == 0) for i in range(len(config.target_layers)))
         self.norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        self.head = DraftHead(config)
+        if config.uses_kv:
+            self.target_kv = nn.ModuleList(TargetKV(config, layer) for layer in config.target_layers)
         if config.uses_hidden:
             self.fc = nn.Linear(len(config.hidden_layers) * a.hidden_size, a.hidden_size, bias=False)
         if config.objective == "blockwise":
             self.mask = nn.Embedding(1, a.hidden_size)  # what an undrafted slot carries
-            if config.uses_hidden:
+            self.sequential = SequentialHead(config) if config.sequential else None
+            if "hidden" in config.branches:
                 self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         self._inv_freq = torch.tensor(a.inv_freq)  # no buffer: a bf16 engine would round it
+
+    @property
+    def fusions(self) -> list[GatedDelta]:
+        """The gated deltas of a hybrid drafter."""
+        return [layer.fuse for layer in self.layers if layer.fuse is not None]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,48 +62,57 @@ class Drafter(nn.Module):
             next_token_PE: embedding of the token *after* each position. A pair (x_{i+1}, f_i) sits at position i + 1,
                 so the pair of the newest position is the anchor's own and its anchor's rows do not see it.
         """
-        config, pairs = self.config, Places(places.document, places.position + 1)
+        config, following = self.config, Places(places.document, places.position + 1)
         memory = Memory.extended(
-            past,
-            len(self.layers),
-            {name: pairs if name == "hidden" and config.reads_pairs else places for name in self.layers[0].branches},
+            past, len(self.layers), {n: following if n == config.own_memory else places for n in config.branches}
         )
-        for layer, source in enumerate(config.kv_layers):
+        if config.uses_kv:
             rope = self.rope(places.position)
-            memory.add(layer, "kv", KV(rope(states.key[source].to(self.dtype)), states.value[source].to(self.dtype)))
-        if not config.uses_hidden:
-            return memory
-        features = self.fc(torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1).to(self.dtype))
-        if config.objective == "blockwise":
+            for layer, target_kv in enumerate(self.target_kv):
+                memory.add(layer, "kv", target_kv(states, rope, self.dtype))
+        if config.uses_hidden:
+            features = self.fc(torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1).to(self.dtype))
+            memory.feature = features if config.reads_pairs else None
+        if config.objective == "blockwise" and "hidden" in config.branches:
             features, rope = self.hidden_norm(features), self.rope(places.position)
             for layer, module in enumerate(self.layers):
                 memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, rope))
-            return memory
-        # ttt: the memory of every layer is that of step 1 with an anchor at every position, one causal pass.
-        memory.feature, rope, x = features, self.rope(pairs.position), features
-        order = torch.arange(len(pairs.position), device=x.device)
-        rows = Rows(pairs.document, pairs.position, order, torch.ones_like(order), pairs.position)
-        visibility = self._visibility(rows, memory, rows)
-        for index, layer in enumerate(self.layers):
-            inputs = layer.inputs(x, next_token_PE)
-            own = layer.keys_values(inputs, rope)
-            memory.add(index, "hidden", own["hidden"])
-            if index + 1 < len(self.layers):
-                x = layer(x, inputs, rope, {n: memory.layers[index][n] + own[n] for n in own}, visibility, attend)
+        if config.own_memory:
+            self._remember_own(memory, features if config.uses_hidden else next_token_PE, next_token_PE, following, attend)
         return memory
 
-    def block(self, anchor_NE: Tensor, rows: Rows, memory: Memory, attend) -> Tensor:
+    def _remember_own(self, memory: Memory, x_PE: Tensor, token_PE: Tensor, places: Places, attend) -> None:
+        """The draft layers' own keys of the new positions: ttt's step 1 with an anchor at every one, in one causal pass."""
+        own_memory, rope = self.config.own_memory, self.rope(places.position)
+        order = torch.arange(len(places.position), device=x_PE.device)
+        rows = Rows(places.document, places.position, order, torch.ones_like(order), places.position)
+        visibility = self._visibility(rows, memory, rows)
+        for index, layer in enumerate(self.layers):
+            inputs = layer.inputs(x_PE, token_PE)
+            own = layer.keys_values(inputs, rope)
+            memory.add(index, own_memory, own[own_memory])
+            if index + 1 < len(self.layers):
+                keys = {n: memory.layers[index][n] + own[n] for n in own}
+                x_PE = layer(x_PE, inputs, rope, keys, visibility, attend)
+
+    def block(self, token_NTE: Tensor, rows: Rows, memory: Memory, attend, shown_N: Tensor | None = None) -> Tensor:
         """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once.
 
         Args:
-            anchor_NE: embeddings of the anchors' tokens.
+            token_NTE: embeddings of the first T tokens of each block, the anchor's first.
             rows: N x S rows, slot by slot within an anchor.
+            shown_N: how many of the T tokens each block shows (training with a variable visible prefix); None: all T.
 
         Returns:
             [N, J, E] after the final norm, of the slots that propose x_{a+1} .. x_{a+J}.
         """
-        mask = self.mask(torch.zeros(1, dtype=torch.long, device=anchor_NE.device))
-        x = torch.cat([anchor_NE[:, None], mask.expand(len(anchor_NE), self.config.slots - 1, -1)], dim=1).flatten(0, 1)
+        count, known, _ = token_NTE.shape
+        mask = self.mask(torch.zeros(1, dtype=torch.long, device=token_NTE.device))
+        x = mask.expand(count, self.config.slots - known, -1)
+        if shown_N is not None:
+            shown = torch.arange(known, device=token_NTE.device) < shown_N[:, None]
+            token_NTE = torch.where(shown[..., None], token_NTE, mask)
+        x = torch.cat([token_NTE, x], dim=1).flatten(0, 1)
         x, _ = self._run(x, x, rows, rows, memory, None, attend)
         return self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :])
 
@@ -158,9 +177,13 @@ class Drafter(nn.Module):
         return drafter
 
     @torch.no_grad()
-    def start(self, target: Target | None, head: FrozenHead) -> "Drafter":
+    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
         """Initial weights, a function of the configuration's seed. start="target": every draft layer begins as its
-        target layer (Q, K, V, O, norms, MLP), fc as a copy of the hidden state that layer would have read."""
+        target layer (Q, K, V, O, norms, MLP), fc as a copy of the hidden state that layer would have read.
+
+        Args:
+            counts_V: how often the training text supervises each token; a reduced draft vocabulary keeps the most frequent.
+        """
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:  # drawn on the CPU: the same start on every device
@@ -172,6 +195,9 @@ class Drafter(nn.Module):
             self.mask.weight.copy_(
                 head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]
             )
+            if self.sequential:
+                self.sequential.up.weight.zero_()  # it begins by correcting nothing
+        self.head.start(head, counts_V)
         if self.config.start == "target":
             self._start_from(target)
         return self
@@ -180,18 +206,33 @@ class Drafter(nn.Module):
         config, size = self.config, self.config.architecture.hidden_size
         self.norm.weight.copy_(target.final_norm_weight)
         for layer, source in zip(self.layers, config.target_layers):
+            for name, branch in layer.branches.items():
+                self._start_branch(branch, [target.layer_weights(i) for i in self._sources(name, source)])
             weights = target.layer_weights(source)
-            # The layer's norm weight moves into Q, K and V, so that memory, which passes another norm, meets the
-            # same projection as in the target.
-            scale = weights["input_norm.weight"]
-            for branch in layer.branches.values():
-                for name, parameter in branch.named_parameters():
-                    value = weights[name] * scale if name in ("q.weight", "k.weight", "v.weight") else weights[name]
-                    # EAGLE-3's pair: token and feature halves both start as the layer's projection.
-                    parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)
             for name in ("post_norm", "gate", "up", "down"):
                 getattr(layer, name).weight.copy_(weights[f"{name}.weight"])
+        for target_kv, source in zip(getattr(self, "target_kv", ()), config.target_layers):
+            target_kv.start(source)
         if config.uses_hidden:
             below = [i for i in config.hidden_layers if i < config.target_layers[0]]
             chosen = config.hidden_layers.index(below[-1] if below else config.hidden_layers[0])
             self.fc.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size, device=self.fc.weight.device)
+
+    def _sources(self, branch: str, layer: int) -> list[int]:
+        """Target layers whose heads a branch is made of."""
+        return list(self.config.source_layers) if branch == "kv" and self.config.source == "head_concat" else [layer]
+
+    @staticmethod
+    def _start_branch(branch: Attention, layers: list[dict[str, Tensor]]) -> None:
+        for name, parameter in branch.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(sum(weights[name] for weights in layers) / len(layers))
+                continue
+            # The layer's norm weight moves into Q, K and V, so that memory, which passes another norm, meets the
+            # same projection as in the target.
+            scaled = name in ("q.weight", "k.weight", "v.weight")
+            values = [weights[name] * weights["input_norm.weight"] if scaled else weights[name] for weights in layers]
+            # Heads side by side; the outputs of several layers' heads are averaged.
+            value = torch.cat(values, dim=1) / len(values) if name == "o.weight" else torch.cat(values)
+            # EAGLE-3's pair: token and feature halves both start as the layer's projection.
+            parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)

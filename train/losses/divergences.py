@@ -1,20 +1,70 @@
-"""Per-slot losses, one short function each. q is the drafter's distribution, p the target's, both over the vocabulary.
+"""Per-slot losses, one short function each.
 
-Shapes: R rows, V vocabulary. Every function maps (log_q [R, V], log_p [R, V], label [R]) to a loss [R] in nats.
+q is the drafter's distribution over its own vocabulary. p is the target's over *its* vocabulary, at the drafter's tokens only:
+where the draft vocabulary is reduced it sums to less than one, because what the drafter cannot say it cannot get accepted.
+
+Shapes: R rows, D draft vocabulary. Every function maps (log_q [R, D], log_p [R, D], label [R]) to a loss [R] in nats
+(tv: a probability). A label of -1 is a token that the drafter cannot say.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def kl(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
-    """Forward KL(p || q) = sum_v p (log p - log q)."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    """Forward KL(p || q) = sum_v p (log p - log q). The only term in which p is renormalised over the draft vocabulary (LK
+    losses, section 3): as it is, the drafter would be asked to sum to less than one."""
+    return F.kl_div(log_q, log_p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+    """KL(q || p) = sum_v q (log q - log p)."""
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def ce(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
-    """-log q(label): cross entropy with the text's own token (DFlash)."""
-    return F.nll_loss(log_q, label, reduction="none")
+    """-log q(label): cross entropy with the text's own token (DFlash). A label outside the draft vocabulary teaches nothing."""
+    return F.nll_loss(log_q, label, reduction="none", ignore_index=-1)
 
 
-LOSSES = {"kl": kl, "ce": ce}
+def overlap(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """alpha = sum_v min(p, q): the chance that a token drawn from q is accepted at temperature 1."""
+    return torch.minimum(log_p, log_q).exp().sum(-1)
+
+
+def tv(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+    """1 - alpha; over a full vocabulary the total variation, half of the L1 distance."""
+    return 1 - overlap(log_q, log_p)
+
+
+def lk_alpha(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+    """-log alpha (LK losses, equation 6), by log-sum-exp: alpha itself underflows for distributions that hardly meet."""
+    return -torch.minimum(log_p, log_q).logsumexp(-1)
+
+
+DIVERGENCES = {"kl": kl, "reverse_kl": reverse_kl, "ce": ce, "tv": tv, "lk_alpha": lk_alpha}
+
+
+def mixture(weights: dict[str, float], log_q: Tensor, log_p: Tensor, label: Tensor, mix_R: Tensor) -> Tensor:
+    """Weighted sum of per-slot losses, [R]. `mix_R` is lk_lambda's lambda: how much of each row is KL, the rest being TV."""
+    total = torch.zeros_like(mix_R)
+    for name, weight in weights.items():
+        if name == "lk_lambda":
+            total = total + weight * (mix_R * kl(log_q, log_p, label) + (1 - mix_R) * tv(log_q, log_p, label))
+        else:
+            total = total + weight * DIVERGENCES[name](log_q, log_p, label)
+    return total
+
+
+def expected_accepted(overlap_NJ: Tensor, valid_NJ: Tensor) -> Tensor:
+    """E = sum_k prod_{i<=k} alpha_i over the slots that count, [N]: differentiable through the product. A slot that does not
+    count before those that do was shown to the drafter, and cannot be refused."""
+    return (torch.where(valid_NJ, overlap_NJ, 1.0).cumprod(1) * valid_NJ).sum(1)
+
+
+def relative_error(draft_RHD: Tensor, target_RHD: Tensor) -> Tensor:
+    """|x' - x|^2 / |x|^2 of each head, averaged over the heads, [R] in float32. Nothing flows into the target's side."""
+    target = target_RHD.detach().float()
+    error = (draft_RHD.float() - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp(min=1e-6)).mean(-1)

@@ -1,8 +1,10 @@
 """What the engine trains: a pack -> sums of loss and weight, and what became of every slot.
 
-Shapes: N anchors, J drafted slots, P positions of a pack, E hidden size.
+Shapes: N anchors, J drafted slots, R slots that count, P positions of a pack, E hidden size, T terms.
 """
 
+from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,17 +12,23 @@ from torch import Tensor, nn
 
 from data_prep.target import FrozenHead
 from train.batches import Pack
+from train.drafter.memory import Memory
 from train.drafter.model import Drafter
-from train.losses.chunked import chunked_loss
-from train.objectives import blockwise, ttt
+from train.losses import LossRecipe, divergences, weights
+from train.losses.chunked import Rows, RowStatistics
+from train.objectives import align, blockwise, ttt
 
 OBJECTIVES = {"ttt": ttt.draft, "blockwise": blockwise.draft}
+TERMS = ("slots", "expected_length", "kv_align", "query_align")  # what is averaged by itself
 
 
 class Outcome(NamedTuple):
-    """`loss_sum` is differentiable; overlap, match and loss are float [N, J], zero where `valid` is False."""
+    """`share` is differentiable: what this pack adds to the step's loss. `terms_T` [T] are its parts before they were divided.
+    The others are float [N, J], zero where `valid` is False; but overlap and match are one where the token was shown to the
+    drafter."""
 
-    loss_sum: Tensor
+    share: Tensor
+    terms_T: Tensor
     loss: Tensor
     overlap: Tensor
     match: Tensor
@@ -30,45 +38,103 @@ class Outcome(NamedTuple):
 class Objective(nn.Module):
     """One drafter under one objective and loss.
 
+    `alpha_J` is each slot's overlap in the optimizer step before, which lk_lambda follows; the engine keeps it.
+
     Args:
         head: the target's frozen embedding and LM head; held outside the module tree, so that no engine shards it.
-        weight_J: what each slot counts.
+        weight_J: what each slot counts; None: D-PACE decides.
         chunk: rows whose logits exist at a time.
     """
 
-    def __init__(self, drafter: Drafter, head: FrozenHead, loss: str, weight_J: Tensor, attend, chunk: int):
+    def __init__(self, drafter: Drafter, head: FrozenHead, loss: LossRecipe, weight_J: Tensor | None, attend, chunk: int):
         super().__init__()
         self.drafter, self._head, self._loss, self._attend, self._chunk = drafter, head, loss, attend, chunk
-        self._weight_J = weight_J
+        self._weight_J, self.slots = weight_J, drafter.config.draft_length
+        self.alpha_J = torch.zeros(self.slots, dtype=torch.float64)  # nothing is known at first: lambda is 1, all KL
 
-    def weight_sum(self, pack: Pack) -> Tensor:
-        """Sum of the weights of the slots that count; known before the forward, as DESIGN's normalisation needs."""
-        return (pack.valid(len(self._weight_J)) * self._weight_J.to(pack.anchor_N.device)).sum()
+    def weight_sums(self, pack: Pack) -> Tensor:
+        """[T] float64: what each term's sum is divided by, known before the forward. D-PACE is divided by its slot count, so that
+        no divisor depends on what the drafter says."""
+        valid = pack.valid(self.slots)
+        slots = valid.sum()
+        weighted = slots if self._weight_J is None else (valid * self._slot_weights(pack, valid)).sum()
+        return torch.stack([t.double() for t in (weighted, slots, pack.row_index(self.drafter.config.slots)[1].sum(), slots)])
 
-    def forward(self, pack: Pack) -> Outcome:
-        output_NJE = self.outputs(pack)
-        valid = pack.valid(len(self._weight_J))
+    def forward(self, pack: Pack, weight_sum_T: Tensor | None = None, memory: Memory | None = None) -> Outcome:
+        """`weight_sum_T`: `weight_sums` of all packs of the step, on all ranks; None: nothing is divided. `memory`: what
+        `remember` has already made of the pack."""
+        memory, config = self.remember(pack) if memory is None else memory, self.drafter.config
+        watching = self._loss.kv_align or self._loss.query_align
+        with align.Watch(self.drafter) if watching else nullcontext() as watch:
+            output_NJE = self.draft(pack, memory)
+        valid = pack.valid(self.slots)
         # Only rows that count meet the LM head: its product is the largest of the step.
         anchor, slot = valid.nonzero(as_tuple=True)
         position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
-        loss_sum, rows = chunked_loss(
+        rows = Rows(
             output_NJE[anchor, slot],
             pack.last_hidden_RE[pack.teacher_P[position]].to(output_NJE.dtype),
             pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)],
-            self._weight_J.to(slot.device)[slot],
-            self._head.head_VE,
-            self._loss,
-            self._chunk,
+            torch.exp(-self._loss.eta * self.alpha_J.to(slot.device))[slot].float(),
         )
+        scale_T = torch.ones(len(TERMS)) if weight_sum_T is None else 1 / weight_sum_T.clamp(min=1e-9)
+        scale_T = scale_T.to(slot.device, torch.float32)
+        share, slots_sum, missed, statistics = self._head_loss(rows, pack, valid, scale_T)
+        aligned = [torch.zeros_like(share), torch.zeros_like(share)]
+        if self._loss.kv_align:
+            aligned[0] = self._loss.kv_align * align.kv_error(watch, config, memory, pack)
+        if self._loss.query_align:
+            aligned[1] = self._loss.query_align * align.query_error(watch, self.drafter, pack, valid)
+        if watching:
+            share = share + (torch.stack(aligned) * scale_T[2:]).sum()
+        loss, overlap, match = (grid(values, valid) for values in statistics[:3])
+        shown = pack.shown(self.slots)
+        terms_T = torch.stack([slots_sum, missed, *aligned]).detach()
+        return Outcome(share, terms_T, loss, overlap.masked_fill(shown, 1), match.masked_fill(shown, 1), valid)
 
-        def spread(values):
-            return torch.zeros(valid.shape, dtype=values.dtype, device=valid.device).masked_scatter_(valid, values)
+    def remember(self, pack: Pack) -> Memory:
+        """The drafter's memory of every position of the pack."""
+        return self.drafter.remember(pack.states, self._head.embed(torch.roll(pack.ids_P, -1)), pack.places, self._attend)
 
-        return Outcome(loss_sum, *map(spread, rows), valid)
-
-    def outputs(self, pack: Pack) -> Tensor:
+    def draft(self, pack: Pack, memory: Memory) -> Tensor:
         """The drafter's output of every slot of every anchor, [N, J, E]: what decoding must reproduce."""
-        drafter = self.drafter
-        next_token_PE = self._head.embed(torch.roll(pack.ids_P, -1))
-        memory = drafter.remember(pack.states, next_token_PE, pack.places, self._attend)
-        return OBJECTIVES[drafter.config.objective](drafter, self._head, pack, memory, self._attend)
+        return OBJECTIVES[self.drafter.config.objective](self.drafter, self._head, pack, memory, self._attend)
+
+    def logits(self, pack: Pack) -> Tensor:
+        """The same over the target's vocabulary, [N, J, V]: for tests, all at once."""
+        return self.drafter.head.logits(self.draft(pack, self.remember(pack)), self._head)
+
+    def _head_loss(self, rows: Rows, pack: Pack, valid: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
+        """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
+        mixture, length = partial(divergences.mixture, self._loss.per_slot), self._loss.expected_length
+        apply = partial(self.drafter.head, rows, self._head, mixture, chunk=self._chunk)
+        slope, missed, seen = None, torch.zeros((), device=valid.device), None
+        if length or self._weight_J is None:
+            # What a slot counts depends on what the drafter says of the whole block: look first, then learn.
+            with torch.no_grad():
+                _, seen = apply(weight_R=torch.ones_like(rows.mix_R))
+        slot_weight = weights.dpace(grid(seen.label_probability, valid), valid) if self._weight_J is None else None
+        slot_weight = (self._slot_weights(pack, valid) if slot_weight is None else slot_weight)[valid]
+        if length:
+            with torch.enable_grad():
+                overlap = grid(seen.overlap, valid).requires_grad_()
+                missed = length * (valid.sum() - divergences.expected_accepted(overlap, valid).sum())
+                slope = torch.autograd.grad(missed, overlap)[0][valid] * scale_T[1]
+        linear, statistics = apply(weight_R=slot_weight * scale_T[0], overlap_weight_R=slope)
+        slots_sum = (statistics.loss * slot_weight).sum()
+        # `linear` has the right gradient, but as a function of the overlaps it is the tangent, not the product.
+        share = linear + (slots_sum * scale_T[0] + missed.detach() * scale_T[1] - linear.detach())
+        return share, slots_sum, missed.detach(), statistics
+
+    def _slot_weights(self, pack: Pack, valid: Tensor) -> Tensor:
+        """[N, J]: the first slot that is not shown counts as the first."""
+        weight_J = self._weight_J.to(valid.device)
+        if pack.shown_N is None:
+            return weight_J.expand(valid.shape)
+        index = torch.arange(self.slots, device=valid.device) - (pack.shown_N[:, None] - 1)
+        return weight_J[index.clamp(min=0)] * (index >= 0)
+
+
+def grid(values_R: Tensor, valid_NJ: Tensor) -> Tensor:
+    """The slots that count in their places, [N, J]; zero elsewhere."""
+    return torch.zeros(valid_NJ.shape, dtype=values_R.dtype, device=valid_NJ.device).masked_scatter_(valid_NJ, values_R)

@@ -1,0 +1,103 @@
+"""What stands between a drafter's output and its tokens: its vocabulary, its LM head, and a head that knows the token before.
+
+Shapes: N anchors, J drafted slots, R rows, V target vocabulary, D draft vocabulary, E hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_prep.target import FrozenHead
+from train.drafter.config import DrafterConfig
+from train.losses.chunked import Heads, Loss, Rows, RowStatistics, chunked_loss
+
+
+class DraftHead(nn.Module):
+    """The LM head: the target's frozen one, some rows of it, or a trained one of the same shape.
+
+    `d2t` [D] holds *offsets*, as EAGLE-3's servers read them: draft token i is target token i + d2t[i].
+    """
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        a = config.architecture
+        size = config.draft_vocab or a.vocab_size
+        if config.draft_vocab:
+            self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
+        self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else None
+
+    @property
+    def kept_D(self) -> Tensor | None:
+        """Target ids of the draft vocabulary; None: all."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t if hasattr(self, "d2t") else None
+
+    @torch.no_grad()
+    def start(self, head: FrozenHead, counts_V: Tensor | None) -> None:
+        """Keep the tokens of the highest counts (ties: the smaller id), ascending. An own head starts as the target's."""
+        if hasattr(self, "d2t"):
+            kept_D = (-counts_V).argsort(stable=True)[: len(self.d2t)].sort().values
+            self.d2t.copy_(kept_D - torch.arange(len(kept_D)))
+        if self.weight is not None:
+            self.weight.copy_(self._rows(head))
+
+    def _rows(self, head: FrozenHead) -> Tensor:
+        return head.head_VE if self.kept_D is None else head.head_VE[self.kept_D]
+
+    def heads(self, head: FrozenHead) -> Heads:
+        return Heads(self._rows(head) if self.weight is None else self.weight, head.head_VE, self.kept_D)
+
+    def labels(self, token_R: Tensor, vocabulary: int) -> Tensor:
+        """Target tokens in the draft vocabulary; -1 for those outside it."""
+        if self.kept_D is None:
+            return token_R
+        index_V = torch.full((vocabulary,), -1, device=token_R.device)
+        index_V[self.kept_D] = torch.arange(len(self.d2t), device=token_R.device)
+        return index_V[token_R]
+
+    def forward(
+        self, rows: Rows, head: FrozenHead, loss: Loss, weight_R: Tensor, chunk: int, overlap_weight_R: Tensor | None = None
+    ) -> tuple[Tensor, RowStatistics]:
+        """`chunked_loss` with this head; `rows.label_R` are target tokens. A forward, so that ZeRO-3 gathers the weight."""
+        rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
+        return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
+
+    def logits(self, output_RE: Tensor, head: FrozenHead) -> Tensor:
+        """float32 (or float64) logits over the target's vocabulary, [R, V]: -inf for what the drafter cannot say."""
+        heads = self.heads(head)
+        logits = F.linear(output_RE, heads.draft_DE)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if heads.kept_D is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], len(head.head_VE)), -torch.inf)
+        return whole.index_copy_(-1, heads.kept_D, logits)
+
+
+class SequentialHead(nn.Module):
+    """Corrects each slot of a block by the token drafted before it, which a block filled at once cannot know.
+
+    markov (DSpark): h_j + W_up W_down e(x_{j-1}). The bias that DSpark adds to the logits, factored through the target's own
+    embedding and head instead of two tables of the vocabulary's size.
+    gru (Domino): h_j + W_up s_j, s_j = GRU(s_{j-1}, W_down [h_j; e(x_{j-1})]).
+    """
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        size, width = config.architecture.hidden_size, config.sequential_size
+        self.gru = nn.GRUCell(width, width) if config.sequential == "gru" else None
+        self.down = nn.Linear(2 * size if self.gru else size, width, bias=False)
+        self.up = nn.Linear(width, size, bias=False)
+
+    def step(self, output_NE: Tensor, previous_NE: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(the corrected output [N, E], the state after it) of one slot."""
+        if self.gru is None:
+            return output_NE + self.up(self.down(previous_NE)), None
+        state = self.gru(self.down(torch.cat([output_NE, previous_NE], dim=-1)), state)
+        return output_NE + self.up(state), state
+
+    def forward(self, output_NJE: Tensor, previous_NJE: Tensor) -> Tensor:
+        """Every slot after the text's own token, [N, J, E]."""
+        state, corrected = None, []
+        for output_NE, previous_NE in zip(output_NJE.unbind(1), previous_NJE.unbind(1)):
+            output_NE, state = self.step(output_NE, previous_NE, state)
+            corrected.append(output_NE)
+        return torch.stack(corrected, dim=1)
