@@ -51,6 +51,23 @@ def test_ttt_second_step_cell_by_cell():
     assert drawn(Visibility(second, places(4, shift=1), first + second, causal=True)) == ["....x.x.", "xx...x.x"]
 
 
+def test_ttt_third_step_of_packed_documents_cell_by_cell():
+    """Step 3 of anchors 2 of the first document and 1 of the second: each sees its own document's memory before its anchor and
+    its own three steps, of which later anchors and the other document see nothing. Steps 1 and 2 come first among the keys."""
+    steps = [ttt_rows([0, 1], [2, 1], j) for j in (1, 2, 3)]
+    drafts = steps[0] + steps[1] + steps[2]
+    assert drawn(Visibility(steps[2], places(4, 3), drafts, causal=True)) == ["xx.....x.x.x.", "....x...x.x.x"]
+    # A row of step 2 does not see step 3, wherever it stands among the keys.
+    assert drawn(Visibility(steps[1], places(4, 3), drafts, causal=True)) == ["xx.....x.x...", "....x...x.x.."]
+
+
+def test_same_slot_and_shifted_blocks_have_the_same_rows():
+    """They differ in which slot proposes x_{a+1}, not in who sees what: slot s sits at a + s in both."""
+    rows = block_rows(torch.tensor([0, 0]), torch.tensor([1, 3]), slots=3)
+    assert rows.position.tolist() == [1, 2, 3, 3, 4, 5] and rows.slot.tolist() == [0, 1, 2, 0, 1, 2]
+    assert drawn(Visibility(rows, places(5), rows, causal=False)) == ["x....xxx..."] * 3 + ["xxx.....xxx"] * 3
+
+
 def packed_case(heads=4, kv_heads=2, size=16):
     g = torch.Generator().manual_seed(0)
     memory = places(70, 50, 30)
@@ -109,11 +126,18 @@ def test_flex_training_on_a_cpu_is_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on a GPU only")
-@pytest.mark.parametrize("causal", [False, True])
-def test_flex_backward_equals_reference_on_a_gpu(causal):
+@pytest.mark.parametrize("rule", ["block", "causal block", "third step of ttt"])
+def test_flex_backward_equals_reference_on_a_gpu(rule):
     q, k, v, rows, memory = packed_case(size=64)
+    drafts = rows
+    if rule.endswith("ttt"):
+        steps = [ttt_rows([0, 0, 0, 1, 1, 2], [5, 40, 69, 1, 49, 20], j) for j in (1, 2, 3)]
+        rows, drafts = steps[2], steps[0] + steps[1] + steps[2]
+        g = torch.Generator().manual_seed(2)
+        keys = memory.position.numel() + drafts.slot.numel()
+        q, k, v = (torch.randn(n, h, 64, generator=g) for n, h in ((6, 4), (keys, 2), (keys, 2)))
     move = lambda value: type(value)(*(getattr(value, f).cuda() for f in value.__dataclass_fields__))
-    visibility = Visibility(move(rows), move(memory), move(rows), causal)
+    visibility = Visibility(move(rows), move(memory), move(drafts), causal=rule != "block")
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).cuda()
     gradients = []
     for name in ("reference", "flex"):
