@@ -49,13 +49,18 @@ ARMS = {
 
 
 def each(jobs: int, work: list[tuple[str, list[str], Path]]) -> None:
-    """Run commands, some at a time; each writes its output to a log. Ends with the first failure's log."""
+    """Run commands, some at a time; each writes its output to a log. A command that has ended well is not run again."""
 
     def one(item):
         name, words, log = item
+        done = log.with_suffix(".done")
+        if done.exists() and done.read_text() == " ".join(words):
+            return 0
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             code = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
+        if code == 0:
+            done.write_text(" ".join(words))
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
         return code
 
@@ -88,9 +93,8 @@ def judge(o) -> None:
                 f"cache.dir={o.runs / 'cache'}",
                 *o.overrides,
             ]
-            if not (run / "report/report.json").exists():
-                work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={run / 'report'}"], run / "report.log"))
-            if seed == 0 and not (run / "diagnosis/diagnostics.json").exists():
+            work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={run / 'report'}"], run / "report.log"))
+            if seed == 0:
                 work.append((f"{arm}, diagnosis", [*words, "mode=diagnose", f"out={run / 'diagnosis'}"], run / "diagnosis.log"))
     each(o.jobs, work)
 
