@@ -53,7 +53,11 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
         return recipe.model_validate(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
         wrong = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else e["msg"] for e in error.errors()
+            ".".join(map(str, e["loc"]))
+            + ": " * bool(e["loc"])
+            + e["msg"]
+            + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
+            for e in error.errors()
         ]
         raise UserError("; ".join(wrong)) from error
 

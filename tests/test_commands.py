@@ -20,14 +20,14 @@ from train.recipe import check as check_train
 
 
 def choices(group):
-    return [path.stem for path in (ROOT / "conf" / group).glob("*.yaml")]
+    return [path.stem for path in (ROOT / "conf" / group).glob("*.yaml") if not path.stem.startswith("_")]
 
 
 @pytest.mark.parametrize(
     "word",
     [
         f"{group}={choice}"
-        for group in ("target", "objective", "reuse", "deepspeed", "tracking", "experiment")
+        for group in ("target", "objective", "reuse", "loss", "deepspeed", "tracking", "experiment")
         for choice in choices(group)
     ],
 )
@@ -44,9 +44,19 @@ def test_every_choice_of_the_others_composes(group):
 
 
 @pytest.mark.parametrize("objective", ["ttt", "blockwise"])
-@pytest.mark.parametrize("reuse", ["hidden", "kv", "hybrid"])
+@pytest.mark.parametrize("reuse", ["none", "hidden", "kv", "hybrid"])
 def test_every_cell_is_accepted(cache, objective, reuse):
-    check_train(cli.compose("train", TrainRecipe, [f"objective={objective}", f"reuse={reuse}", f"cache.dir={cache}"]))
+    sources = ["native", "projected", "projected_rope", "head_concat"] if reuse in ("kv", "hybrid") else [None]
+    for source in sources:
+        words = [f"objective={objective}", f"reuse={reuse}", f"cache.dir={cache}"]
+        check_train(cli.compose("train", TrainRecipe, words + ([f"reuse.source={source}"] if source else [])))
+
+
+def test_recipes_say_what_they_follow():
+    """Every recipe begins with a comment; those after a paper also say where they depart from it."""
+    for path in (ROOT / "conf/experiment").glob("*.yaml"):
+        head = path.read_text().split("defaults:")[0]
+        assert head.count("#") >= 3 and ("Departs:" in head or "control" in head or path.stem == "quickstart"), path
 
 
 @pytest.mark.parametrize(
@@ -56,9 +66,31 @@ def test_every_cell_is_accepted(cache, objective, reuse):
         (["train.max_steps=many"], "train.max_steps.*integer.*many"),
         (["train.max_steps=0"], "train.max_steps.*greater than or equal to 1"),
         (["reuse=everything"], "Could not find 'reuse/everything'"),
-        (["objective.loss=mse"], "objective.loss.*'kl' or 'ce'"),
+        (["loss=mse"], "Could not find 'loss/mse'"),
+        (["loss.kl=0"], "no term has a weight"),
+        (["loss.tv=-1"], "loss.tv.*greater than or equal to 0"),
         (["objective.slots=1"], "a block needs at least 2 slots"),
         (["objective=ttt", "+objective.shifted=true"], "for block-wise drafting"),
+        (["objective=ttt", "+objective.prefix=0.9"], "for block-wise drafting"),
+        (["objective=ttt", "drafter.sequential=gru"], "drafter.sequential is for objective=blockwise"),
+        (["reuse.fusion=cross_only"], "that is reuse=kv"),
+        (["reuse=kv", "+reuse.fusion=cross_only"], "reuse.fusion is for reuse=hybrid"),
+        (["reuse=kv", "+reuse.gate.floor=0.1"], "reuse.gate is for reuse=hybrid"),
+        (
+            ["objective=ttt", "reuse.fusion=cross_only", "reuse.gate.floor=0.1"],
+            "reuse.gate is for reuse=hybrid reuse.fusion=gated",
+        ),
+        (["reuse=none", "+reuse.source=projected"], "reuse=none reads no K/V"),
+        (["reuse=hidden", "+reuse.kv_layers=[0]"], "reuse=hidden reads no K/V"),
+        (["reuse.kv_layers=[0]"], "reuse.source=native reads the layers of drafter.target_layers"),
+        (["reuse=kv", "+reuse.hidden_layers=[0]"], "reuse=kv reads no hidden states"),
+        (["reuse.source=projected", "reuse.kv_layers=[1,2]"], r"needs kv states of layer\(s\) \[1\]"),
+        (["drafter.qk_norm=false"], "draft keys would lack the norm"),
+        (["reuse=hidden", "loss.kv_align=1"], "reuse=hidden reads no K/V"),
+        (["reuse.source=projected", "loss.query_align=1"], "projected keys have their own space"),
+        (["loss.query_align=1"], r"loss.query_align needs query states.*cache.kinds=\[hidden,kv,query\]"),
+        (["drafter.vocabulary=8192"], "drafter.vocabulary=8192 is no less than the target's 8192"),
+        (["drafter.warm_start=nowhere"], "drafter.warm_start=nowhere holds no checkpoint"),
         (["drafter.layers=9"], "the cache holds 3 layer"),
         (["drafter.target_layers=[77]"], "there is no layer 77"),
         (["drafter.target_layers=[3]"], r"needs kv states of layer\(s\) \[3\].*holds \[0, 2, 5\]"),
@@ -120,7 +152,7 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
         (["drafter=nowhere"], "nowhere holds no drafter"),
         (["temperatures=[-1]"], "a temperature is 0"),
         (["prompts.count=1"], "prompts.count"),
-        (["mode=guess"], "mode: Input should be 'decode' or 'score'"),
+        (["mode=guess"], "mode: Input should be 'decode', 'score'"),
     ],
 )
 def test_eval_refuses(words, message):
@@ -193,8 +225,23 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
         cwd=tmp_path,
     )
     assert scored.returncode == 0, scored.stderr
+    assert any("gate" in line.get("diagnostics", {}) for line in lines) and (run / "diagnostics.png").stat().st_size > 10_000
     best = max(line["validation"]["sampled"]["tau"] for line in lines if "validation" in line)
     assert json.loads((tmp_path / "scored/score.json").read_text())["sampled"]["tau"] == pytest.approx(best, abs=1e-6)
+
+    small = ["score.documents=4", "score.anchors=4", "score.pack_tokens=256", f"cache.dir={cache}", f"drafter='{drafter}'"]
+    diagnosed = command(ROOT / "eval/main.py", "mode=diagnose", "out=why", *small, cwd=tmp_path)
+    assert diagnosed.returncode == 0, diagnosed.stderr
+    found = json.loads((tmp_path / "why/diagnostics.json").read_text())  # the target's queries came from the target itself
+    assert len(found["queries"]["layer0.cosine"]) == 3 and found["compute"]["gflop_per_anchor"] > 0
+    assert {"trained", "zero_memory", "other_memory", "oracle_queries"} == found["acceptance"].keys()
+    assert (tmp_path / "why/diagnostics.png").stat().st_size > 10_000
+    cut = command(ROOT / "eval/main.py", "mode=diagnose", "out=no", *small, "score.pack_tokens=64", cwd=tmp_path)
+    assert cut.returncode == 2 and "mode=diagnose needs whole documents" in cut.stderr
+    exported = command(ROOT / "eval/main.py", "mode=export", "out=no", f"drafter='{drafter}'", cwd=tmp_path)
+    assert (
+        exported.returncode == 2 and "cannot be exported as format=eagle3" in exported.stderr and not (tmp_path / "no").exists()
+    )
 
     judged = command(
         ROOT / "eval/main.py",

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from data_prep.cache.manifest import flatten
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.test_commands import rewrite
 from train.ranks import free_port
@@ -20,6 +21,9 @@ from train.ranks import free_port
 pytestmark = pytest.mark.slow
 TRAIN = ROOT / "train/main.py"
 COMMON = ["train.batch=4", "train.max_steps=12", "train.save_every=6", *SMALL]
+# As much as one drafter can have: terms with divisors of their own, a lambda that follows the step before, a head, gates.
+RICH = """reuse=hybrid objective=ttt loss=lk_lambda loss.expected_length=0.5 loss.kv_align=0.1 drafter.vocabulary=4000
+    drafter.own_head=true reuse.source=projected_rope reuse.gate.hold_steps=4 reuse.gate.lr_ratio=2""".split()
 
 
 def losses(run, figure="loss"):
@@ -31,16 +35,7 @@ def losses(run, figure="loss"):
 def alone(cache, tmp_path_factory):
     """The loss curve of one process on the same global batch."""
     folder = tmp_path_factory.mktemp("alone")
-    done = command(
-        TRAIN,
-        "reuse=hybrid",
-        "objective=ttt",
-        f"cache.dir={cache}",
-        f"run.dir={folder / 'run'}",
-        "deepspeed=zero0",
-        *COMMON,
-        cwd=folder,
-    )
+    done = command(TRAIN, *RICH, f"cache.dir={cache}", f"run.dir={folder / 'run'}", "deepspeed=zero0", *COMMON, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -49,8 +44,7 @@ def alone(cache, tmp_path_factory):
 def test_two_ranks_equal_one_process(cache, alone, tmp_path, zero):
     done = command(
         TRAIN,
-        "reuse=hybrid",
-        "objective=ttt",
+        *RICH,
         f"cache.dir={cache}",
         f"run.dir={tmp_path / 'run'}",
         f"deepspeed={zero}",
@@ -64,6 +58,14 @@ def test_two_ranks_equal_one_process(cache, alone, tmp_path, zero):
     # AdamW forgives a wrong scale of the gradient; its norm before clipping does not.
     assert losses(tmp_path / "run", "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-3)
     assert losses(alone)[-1] < losses(alone)[0] - 0.1  # something was learnt, else equal curves say little
+    # What the diagnostics say of gradients does not depend on how ZeRO keeps them.
+    mine, theirs = ([flatten(d["gradients"]) for d in losses(run, "diagnostics")] for run in (alone, tmp_path / "run"))
+    assert len(mine) == 2 and "layer0.kv.k_over_q" in mine[0]
+    for a, b in zip(mine, theirs):
+        # Norms carry the loss's scale, which DeepSpeed divides by the packs of a rank.
+        assert {k: v for k, v in a.items() if "norm" not in k} == pytest.approx(
+            {k: v for k, v in b.items() if "norm" not in k}, rel=1e-2
+        )
     one, two = (load_file(run / "checkpoints/last/model.safetensors") for run in (alone, tmp_path / "run"))
     assert one.keys() == two.keys()
     for name in one:
@@ -74,7 +76,7 @@ def test_two_ranks_equal_one_process(cache, alone, tmp_path, zero):
 def test_bf16_follows_float32(cache, alone, tmp_path, zero, tolerance):
     """bf16 has 8 bits of mantissa: a few per mille of a loss of about 6. ZeRO-0 also adds up four packs' gradients in it."""
     done = command(
-        TRAIN, "reuse=hybrid", "objective=ttt", f"cache.dir={cache}", f"run.dir={tmp_path / 'run'}", f"deepspeed={zero}",
+        TRAIN, *RICH, f"cache.dir={cache}", f"run.dir={tmp_path / 'run'}", f"deepspeed={zero}",
         "train.precision=bf16", *COMMON, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -102,6 +104,9 @@ def test_kill_and_resume_ends_with_the_same_weights(cache, tmp_path, zero, ranks
         str(TRAIN),
         "objective=blockwise",
         "reuse=hybrid",
+        "loss=lk_lambda",  # whose lambda is part of the state
+        "objective.prefix=0.9",
+        "drafter.sequential=gru",
         f"cache.dir={cache}",
         f"deepspeed={zero}",
         "train.batch=2",
