@@ -52,14 +52,13 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
     try:
         return recipe.model_validate(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
-        wrong = [
-            ".".join(map(str, e["loc"]))
-            + ": " * bool(e["loc"])
-            + e["msg"]
-            + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
-            for e in error.errors()
-        ]
-        raise UserError("; ".join(wrong)) from error
+        raise UserError("; ".join(map(_wrong, error.errors()))) from error
+
+
+def _wrong(one: dict) -> str:
+    """What pydantic says of one key, or of a whole section (whose content would fill the line)."""
+    where, got = ".".join(map(str, one["loc"])), one["input"]
+    return f"{where}: " * bool(where) + one["msg"] + f" (got {got!r})" * (not isinstance(got, dict))
 
 
 def git_revision() -> str | None:

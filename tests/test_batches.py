@@ -74,6 +74,7 @@ def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
     build(recipe, lambda: None)
     cache, live = CacheReader(recipe.cache.dir), LiveReader(recipe)
     assert live.manifest == cache.manifest and live.ids == cache.ids and len(cache) > 3
+    assert all(torch.equal(a, b) for i in range(len(cache)) for a, b in zip(cache.text(i), live.text(i)))
     config = drafter_config(recipe, cache.manifest)
     target = load_target(recipe.target)
     drafter = Drafter(config).start(target, target.frozen_head)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from data_prep import cli
 from data_prep.errors import UserError
 from tests.models import drafter_of, small_target
 from tests.test_objectives import document, objective_of, packed
@@ -16,7 +17,9 @@ from train.batches import make_pack
 from train.drafter import exchange
 from train.drafter.layers import Rope
 from train.drafter.model import Drafter
+from train.engine import parameter_groups
 from train.losses import LossRecipe
+from train.recipe import TrainRecipe
 
 KL = LossRecipe(kl=1)
 
@@ -96,6 +99,15 @@ def test_the_gate_can_be_held_floored_and_started_closed(target, tmp_path):
     torch.testing.assert_close(fuse(n, o), n)
     floored = random_weights(drafter_of(target, "ttt", "hybrid", gate_floor=0.25)).fusions[0]
     torch.testing.assert_close(floored.openness(n, o), 0.25 + 0.75 * by_hand)
+
+
+def test_gates_can_learn_at_a_rate_of_their_own(target):
+    drafter = drafter_of(target, "ttt", "hybrid")
+    words = ["reuse=hybrid", "train.lr=1e-3", "reuse.gate.lr_ratio=3"]
+    plain, gates = parameter_groups(drafter, cli.compose("train", TrainRecipe, words))
+    assert gates["lr"] == pytest.approx(3e-3) and "lr" not in plain
+    assert {id(p) for p in gates["params"]} == {id(p) for p in drafter.fusions[0].parameters()}
+    assert len(plain["params"]) + len(gates["params"]) == len(list(drafter.parameters()))
 
 
 def test_a_reduced_vocabulary_keeps_the_most_frequent_tokens(target):

@@ -113,8 +113,10 @@ class Objective(nn.Module):
             # What a slot counts depends on what the drafter says of the whole block: look first, then learn.
             with torch.no_grad():
                 _, seen = apply(weight_R=torch.ones_like(rows.mix_R))
-        slot_weight = weights.dpace(grid(seen.label_probability, valid), valid) if self._weight_J is None else None
-        slot_weight = (self._slot_weights(pack, valid) if slot_weight is None else slot_weight)[valid]
+        if self._weight_J is None:
+            slot_weight = weights.dpace(grid(seen.label_probability, valid), valid)[valid]
+        else:
+            slot_weight = self._slot_weights(pack, valid)[valid]
         if length:
             with torch.enable_grad():
                 overlap = grid(seen.overlap, valid).requires_grad_()
