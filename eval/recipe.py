@@ -68,7 +68,8 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.mode == "export":
         check_eagle3(config)
     if recipe.mode in ("score", "diagnose"):
-        manifest = CacheReader(recipe.cache.dir).manifest
+        reader = CacheReader(recipe.cache.dir)
+        manifest = reader.manifest
         if manifest.target["weights_hash"] != config.target["weights_hash"]:
             raise UserError(f"{recipe.cache.dir} is a cache of another target than the drafter's")
         for kind, needed, held in (
@@ -77,3 +78,6 @@ def check(recipe: EvalRecipe) -> None:
         ):
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")
+        if recipe.mode == "diagnose" and not set(config.query_layers) <= set(manifest.query_layers):
+            if recipe.score.pack_tokens < (longest := int(reader.lengths.max())):  # the target reads them again, from the start
+                raise UserError(f"mode=diagnose needs whole documents: score.pack_tokens={longest} for {recipe.cache.dir}")

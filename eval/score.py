@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.cache.reader import CacheReader
-from data_prep.errors import UserError
 from data_prep.target import Target
 from eval.recipe import EvalRecipe
 from train import acceptance, diagnostics
@@ -16,6 +15,7 @@ from train.batches import Pack, PackStream, split
 from train.drafter.model import Drafter
 from train.losses import LossRecipe
 from train.objectives import Objective
+from train.objectives.align import Watch
 
 
 def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool) -> Objective:
@@ -53,24 +53,28 @@ def diagnose(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         packs = [with_queries(pack, target, layers) for pack in packs]
     objective = _objective(recipe, target, drafter, training=True)
     found = diagnostics.diagnose(objective, packs)
-    with FlopCounterMode(display=False) as flops:
-        outcome = objective(packs[0])
-        outcome.share.backward()
-    compute = {
-        "gflop_per_anchor": flops.get_total_flops() / 1e9 / len(packs[0].anchor_N)
-    }  # forward and backward, memory included
-    return found | {"gradients": diagnostics.gradients(drafter, int(outcome.valid.sum())), "compute": compute}
+    with FlopCounterMode(display=False) as counter, _Attended(drafter) as attended:
+        objective(packs[0]).share.backward()
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    compute = {"gflop_per_anchor": (products + attended.flops()) / 1e9 / len(packs[0].anchor_N)}
+    return found | {"gradients": diagnostics.gradients(drafter, int(objective.draft_rows(packs[0]))), "compute": compute}
+
+
+class _Attended(Watch):
+    """Counts what attention costs, forward and backward, over visible pairs alone: PyTorch's counter knows some kernels only, and
+    counts every pair. Two products a pair forward and four backward, of 2 D operations each."""
+
+    def flops(self) -> int:
+        calls = (call for calls in self.calls.values() for call in calls)
+        return sum(6 * 2 * q.shape[1] * q.shape[2] * int(visibility.dense.sum()) for q, *_, visibility in calls)
 
 
 def with_queries(pack: Pack, target: Target, layers: list[int]) -> Pack:
-    """The pack with the queries that the target used for each teacher. Raises UserError for a document that does not begin at its
-    beginning: its states depend on what was cut off."""
+    """The pack, of whole documents, with the queries that the target used for each teacher."""
     target.capture([], [], layers)
     found: dict[int, list] = {layer: [] for layer in layers}
     for document in range(int(pack.places.document.max()) + 1):
         here = pack.places.document == document
-        if pack.places.position[here][0] != 0:
-            raise UserError("mode=diagnose needs whole documents: raise score.pack_tokens to the cache's longest")
         teachers = pack.mask_P[here][1:].nonzero().squeeze(1)
         states = target.forward(pack.ids_P[here][None])
         for layer in layers:

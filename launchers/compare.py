@@ -1,5 +1,5 @@
 """Does block-wise training realise the potential of KV reuse? All arms of the comparison: same cache, tokens, anchors, drafted
-tokens, depth, loss and seeds; each arm against its control; one table with confidence intervals.
+tokens, depth, loss and seeds; each arm against its control; one table with 95% intervals.
 
     python launchers/compare.py train RUNS [key=value ...]     capture, then every arm and seed (those that are finished are kept)
     python launchers/compare.py judge RUNS [key=value ...]     decode with every drafter; diagnose the first seed's
@@ -10,6 +10,7 @@ Options: --jobs 1 (at a time), --seeds 3, --arms a,b, --tokens 2000000 (of the c
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,8 @@ ARMS = {
     "eagle3": ("ttt_none", ["experiment=eagle3", TTT]),
     "kvshot_kv": ("eagle3", ["experiment=kvshot_kv", TTT]),
     "kvshot_hybrid": ("eagle3", ["experiment=kvshot_hybrid", TTT]),
-    "ttt_native": ("kvshot_kv", ["experiment=kvshot_kv", "reuse.source=native", "drafter.start=target", TTT]),
+    "ttt_native_random": ("kvshot_kv", ["experiment=kvshot_kv", "reuse.source=native", TTT]),
+    "ttt_native": ("ttt_native_random", ["experiment=kvshot_kv", "reuse.source=native", "drafter.start=target", TTT]),
     "blockwise_none": (None, ["experiment=dflash", "reuse=none", SAME]),
     "dflash": ("blockwise_none", ["experiment=dflash", SAME]),
     "blockwise_kv": ("dflash", ["experiment=blockwise_kv", SAME]),
@@ -46,21 +48,33 @@ ARMS = {
     "blockwise_native": ("dflash_from_target", ["experiment=blockwise_native", SAME]),
     "blockwise_native_aligned": ("blockwise_native", ["experiment=blockwise_native_aligned", SAME]),
 }
+# Is what the target's K/V add (the first arm over the second) larger for blocks than for steps (the third over the fourth)?
+CONTRASTS = {
+    "hybrid over hidden: block-wise against ttt": ("blockwise_hybrid", "dflash", "kvshot_hybrid", "eagle3"),
+    "hybrid over hidden: block-wise with a Markov head against ttt": ("dspark_hybrid", "dspark_like", "kvshot_hybrid", "eagle3"),
+    "K/V over hidden: block-wise against ttt": ("blockwise_kv", "dflash", "kvshot_kv", "eagle3"),
+}
 
 
-def each(jobs: int, work: list[tuple[str, list[str], Path]]) -> None:
-    """Run commands, some at a time; each writes its output to a log. A command that has ended well is not run again."""
+def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> None:
+    """Run commands (name, words, log, what they make), some at a time. One that has ended well is not run again, unless its words
+    or the weights that it reads are others. What it made before is removed: no old result can pass for a new one."""
 
     def one(item):
-        name, words, log = item
+        name, words, log, out = item
+        weights = [Path(w.removeprefix("drafter=")) / "model.safetensors" for w in words if w.startswith("drafter=")]
+        key = " ".join([*words, *(str(path.stat().st_mtime_ns) for path in weights if path.exists())])
         done = log.with_suffix(".done")
-        if done.exists() and done.read_text() == " ".join(words):
+        if done.exists() and done.read_text() == key:
             return 0
+        done.unlink(missing_ok=True)
+        if out:
+            shutil.rmtree(out, ignore_errors=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             code = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
         if code == 0:
-            done.write_text(" ".join(words))
+            done.write_text(key)
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
         return code
 
@@ -72,13 +86,13 @@ def each(jobs: int, work: list[tuple[str, list[str], Path]]) -> None:
 def train(o) -> None:
     cache = [f"cache.dir={o.runs / 'cache'}"]
     capture = [str(ROOT / "data_prep/main.py"), *cache, "cache.kinds=[hidden,kv,query]", f"data.max_tokens={o.tokens}"]
-    each(1, [("capture", capture, o.runs / "capture.log")])
+    each(1, [("capture", capture, o.runs / "capture.log", None)])
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:
             run = o.runs / arm / f"seed{seed}"
             words = [*ARMS[arm][1], *SHARED, f"train.seed={seed}", *o.overrides, *cache, f"run.dir={run}"]
-            work.append((f"{arm}, seed {seed}", [str(ROOT / "train/main.py"), *words], run.with_suffix(".log")))
+            work.append((f"{arm}, seed {seed}", [str(ROOT / "train/main.py"), *words], run.with_suffix(".log"), None))
     each(o.jobs, work)
 
 
@@ -93,19 +107,25 @@ def judge(o) -> None:
                 f"cache.dir={o.runs / 'cache'}",
                 *o.overrides,
             ]
-            work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={run / 'report'}"], run / "report.log"))
+            report, diagnosis = run / "report", run / "diagnosis"
+            work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={report}"], run / "report.log", report))
             if seed == 0:
-                work.append((f"{arm}, diagnosis", [*words, "mode=diagnose", f"out={run / 'diagnosis'}"], run / "diagnosis.log"))
+                words = [*words, "mode=diagnose", f"out={diagnosis}"]
+                work.append((f"{arm}, diagnosis", words, run / "diagnosis.log", diagnosis))
     each(o.jobs, work)
 
 
 def reports(o, arm: str) -> list[dict]:
-    return [json.loads((o.runs / arm / f"seed{seed}/report/report.json").read_text()) for seed in range(o.seeds)]
+    """Every seed's. They must be there, and judged alike."""
+    paths = [o.runs / arm / f"seed{seed}/report/report.json" for seed in range(o.seeds)]
+    if absent := [str(path) for path in paths if not path.exists()]:
+        sys.exit(f"error: {absent[0]} is missing; say `judge` again")
+    return [json.loads(path.read_text()) for path in paths]
 
 
-def counts(o, arm: str, temperature: str) -> np.ndarray:
+def counts(found: list[dict], temperature: str) -> np.ndarray:
     """[seeds, prompts, 2]: tokens emitted, verify steps."""
-    return np.array([report["temperatures"][temperature]["per_prompt"] for report in reports(o, arm)], dtype=float)
+    return np.array([report["temperatures"][temperature]["per_prompt"] for report in found], dtype=float)
 
 
 def tau(counted: np.ndarray) -> float:
@@ -113,41 +133,65 @@ def tau(counted: np.ndarray) -> float:
     return emitted / steps
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    return tuple(np.percentile(values, [2.5, 97.5]))
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5% quantiles for so many seeds
+
+
+def interval(statistic, *arms: np.ndarray) -> tuple[float, float, float]:
+    """(value, low, high) of a statistic of several arms' counts: 95%, for other seeds and other prompts.
+
+    Two errors, added in quadrature: that of the seeds, Student's interval over the statistic of each seed (4.30 standard errors
+    for three seeds), and that of the prompts, a bootstrap over prompts with all seeds kept. The seeds' error has some of the
+    prompts' in it, so that the interval is rather too wide than too narrow. One seed: the prompts' alone.
+    """
+    value, (seeds, prompts) = statistic(*arms), arms[0].shape[:2]
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(prompts, size=prompts) for _ in range(1000))
+    error = 1.96 * np.std([statistic(*(arm[:, draw] for arm in arms)) for draw in draws])
+    if seeds > 1:
+        each_seed = [statistic(*(arm[[seed]] for arm in arms)) for seed in range(seeds)]
+        error = np.hypot(error, STUDENT.get(seeds, 2.3) * np.std(each_seed, ddof=1) / np.sqrt(seeds))
+    return value, value - error, value + error
+
+
+def gain(arm: np.ndarray, control: np.ndarray) -> float:
+    return tau(arm) - tau(control)
+
+
+def difference(block: np.ndarray, block_control: np.ndarray, step: np.ndarray, step_control: np.ndarray) -> float:
+    return gain(block, block_control) - gain(step, step_control)
 
 
 def table(o) -> None:
-    """95% intervals by bootstrap over seeds and prompts; an arm and its control are compared on the same seeds and prompts."""
-    rng, rows, picture = np.random.default_rng(0), [], {}
-    found = {(arm, t): counts(o, arm, t) for arm in o.arms for t in ("1", "0")}
-    seeds, prompts = next(iter(found.values())).shape[:2]
-    draws = [(rng.integers(seeds, size=seeds)[:, None], rng.integers(prompts, size=prompts)[None]) for _ in range(4000)]
+    """An arm and its control are compared on the same seeds and prompts."""
+    every = {arm: reports(o, arm) for arm in o.arms}
+    settings = {json.dumps([r["prompts"], list(r["temperatures"])], sort_keys=True) for found in every.values() for r in found}
+    if len(settings) > 1:
+        sys.exit(
+            "error: the reports were made with different prompts or temperatures; say `judge` again with one set of overrides"
+        )
+    found = {(arm, t): counts(every[arm], t) for arm in o.arms for t in ("1", "0")}
+    rows, picture = [], {}
     for arm in o.arms:
-        control, first = ARMS[arm][0], reports(o, arm)[0]
+        control, first = ARMS[arm][0], every[arm][0]
         diagnosis = json.loads((o.runs / arm / "seed0/diagnosis/diagnostics.json").read_text())
         acceptance = {name: kinds["sampled"]["tau"] for name, kinds in diagnosis["acceptance"].items()}
         cells = [arm, f"{first['drafter']['parameters'] / 1e6:.2f}M", f"{diagnosis['compute']['gflop_per_anchor']:.2f}"]
         for t in ("1", "0"):
-            low, high = interval([tau(found[arm, t][d]) for d in draws])
-            cells.append(f"**{tau(found[arm, t]):.2f}** [{low:.2f}, {high:.2f}]")
-        picture[arm] = (tau(found[arm, "1"]), *interval([tau(found[arm, "1"][d]) for d in draws]))
-        cells.append(
-            " ".join(f"{np.mean(c):.2f}" for c in zip(*(r["temperatures"]["1"]["conditional"] for r in reports(o, arm))))
-        )
+            value, low, high = interval(tau, found[arm, t])
+            cells.append(f"**{value:.2f}** [{low:.2f}, {high:.2f}]")
+        picture[arm] = interval(tau, found[arm, "1"])
+        cells.append(" ".join(f"{np.mean(c):.2f}" for c in zip(*(r["temperatures"]["1"]["conditional"] for r in every[arm]))))
         if control in o.arms:
-            gains = {t: [tau(found[arm, t][d]) - tau(found[control, t][d]) for d in draws] for t in ("1", "0")}
-            low, high = interval(gains["1"])
+            value, low, high = interval(gain, found[arm, "1"], found[control, "1"])
             verdict = "beats it" if low > 0 else "WORSE" if high < 0 else "no difference shown"
-            cells += [control, f"{tau(found[arm, '1']) - tau(found[control, '1']):+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
+            cells += [control, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
         else:
             cells += ["", "", ""]
         cells += [
             f"{acceptance[n]:.2f}" if n in acceptance else ""
             for n in ("trained", "zero_memory", "other_memory", "oracle_queries")
         ]
-        draft = np.mean([r["temperatures"]["1"]["round_ms"]["draft"] for r in reports(o, arm)])
-        cells.append(f"{draft:.1f}")
+        cells.append(f"{np.mean([r['temperatures']['1']['round_ms']['draft'] for r in every[arm]]):.1f}")
         rows.append(cells)
     heads = [
         "arm",
@@ -160,9 +204,16 @@ def table(o) -> None:
         "gain at T=1",
         "verdict",
     ]
-    heads += ["held-out tau", "zero memory", "another's memory", "oracle queries", "draft ms"]
+    heads += ["seed 0, held-out tau", "zero memory", "another's memory", "oracle queries", "draft ms"]
     lines = [heads, ["---"] * len(heads), *rows]
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    lines += [[], ["difference of gains at T=1", "block-wise", "ttt", "difference"], ["---"] * 4]
+    for name, arms in CONTRASTS.items():
+        if set(arms) <= set(o.arms):
+            counted = [found[arm, "1"] for arm in arms]
+            value, low, high = interval(difference, *counted)
+            gains = [f"{gain(*counted[:2]):+.2f}", f"{gain(*counted[2:]):+.2f}"]
+            lines.append([name, *gains, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    text = "\n".join("| " + " | ".join(cells) + " |" if cells else "" for cells in lines)
     (o.runs / "compare.md").write_text(text + "\n")
     print(text)
     draw(picture, o.runs / "compare.png")

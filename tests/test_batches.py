@@ -69,7 +69,13 @@ def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
     texts = ["import os\nimport sys\n" * 9, "def f(x):\n    return x + 1\n" * 5]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
     words = [f"cache={codec}", "data=jsonl", "data.max_length=32", "capture.batch_tokens=256", "capture.workers=1"]
-    words += [f"data.path={tmp_path / 'texts.jsonl'}", f"cache.dir={tmp_path / 'c'}", f"objective={kind}", f"reuse={reuse}"]
+    words += [
+        "target.device=cpu",
+        f"data.path={tmp_path / 'texts.jsonl'}",
+        f"cache.dir={tmp_path / 'c'}",
+        f"objective={kind}",
+        f"reuse={reuse}",
+    ]
     recipe = cli.compose("train", TrainRecipe, words)
     build(recipe, lambda: None)
     cache, live = CacheReader(recipe.cache.dir), LiveReader(recipe)

@@ -85,7 +85,7 @@ def test_recipes_say_what_they_follow():
         (["reuse.kv_layers=[0]"], "reuse.source=native reads the layers of drafter.target_layers"),
         (["reuse=kv", "+reuse.hidden_layers=[0]"], "reuse=kv reads no hidden states"),
         (["reuse.source=projected", "reuse.kv_layers=[1,2]"], r"needs kv states of layer\(s\) \[1\]"),
-        (["drafter.qk_norm=false"], "draft keys would lack the norm"),
+        (["drafter.qk_norm=false"], "would be normed differently"),
         (["reuse=hidden", "loss.kv_align=1"], "reuse=hidden reads no K/V"),
         (["reuse.source=projected", "loss.query_align=1"], "projected keys have their own space"),
         (["loss.query_align=1"], r"loss.query_align needs query states.*cache.kinds=\[hidden,kv,query\]"),
@@ -111,6 +111,29 @@ def test_recipes_say_what_they_follow():
 def test_train_refuses(cache, words, message):
     with pytest.raises(UserError, match=message):
         check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words]))
+
+
+@pytest.mark.parametrize("on_missing", ["live", "capture"])
+def test_a_cache_that_is_yet_to_be_made_is_checked_as_far_as_it_is_known(tmp_path, on_missing):
+    words = [f"cache.on_missing={on_missing}", f"cache.dir={tmp_path / 'new'}", "data.max_tokens=2000", "reuse=kv"]
+    compose = lambda *more: cli.compose("train", TrainRecipe, [*words, *more])
+    check_train(compose())
+    check_train(compose("loss.query_align=1", "cache.kinds=[kv,query]"))
+    with pytest.raises(UserError, match="loss.query_align needs query states"):
+        check_train(compose("loss.query_align=1"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_recipes_run_on_a_cache_of_three_layers(cache):
+    """Every recipe passes the check, with as few changes as its own comments name."""
+    for name in choices("experiment"):
+        words = {"eagle3": ["drafter.vocabulary=null"], "blockwise_native": ["drafter.layers=3"]}.get(name, [])
+        recipe = cli.compose("train", TrainRecipe, [f"experiment={name}", f"cache.dir={cache}", *words])
+        if name == "blockwise_native_aligned":
+            with pytest.raises(UserError, match="loss.query_align needs query states"):
+                check_train(recipe)
+        else:
+            check_train(recipe)
 
 
 def test_a_world_size_that_does_not_divide_is_refused(cache, monkeypatch):

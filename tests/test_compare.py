@@ -18,8 +18,29 @@ def test_intervals_by_hand():
 
     counted = np.array([[[30.0, 10.0], [10.0, 10.0]]])
     assert compare.tau(counted) == 2.0 and compare.tau(counted[:, [0, 0]]) == 3.0
-    assert compare.interval(list(range(101))) == (2.5, 97.5)
     assert all(control is None or control in compare.ARMS for control, _ in compare.ARMS.values())
+    # Three seeds of one prompt: 4.30 standard errors of their mean.
+    seeds = np.array([[[10.0, 10.0]], [[20.0, 10.0]], [[30.0, 10.0]]])
+    assert compare.interval(compare.tau, seeds) == pytest.approx((2.0, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+
+
+@pytest.mark.parametrize("seed_noise,prompt_noise", [(0.1, 0.0), (0.0, 0.3), (0.05, 0.3)])
+def test_intervals_cover_the_truth(seed_noise, prompt_noise):
+    """Simulated arms that differ in nothing but the noise of seeds and prompts: at most one verdict in twenty is wrong."""
+    sys.path.insert(0, str(ROOT / "launchers"))
+    import compare
+
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        prompts = rng.normal(0, prompt_noise, (1, 40))  # arms share prompts, but each prompt suits one of them better
+        arms = [
+            2 + rng.normal(0, seed_noise, (3, 1)) + prompts + rng.normal(0, prompt_noise, (1, 40)) + rng.normal(0, 0.1, (3, 40))
+            for _ in range(2)
+        ]
+        counted = [np.stack([20 * arm, np.full_like(arm, 20)], axis=-1) for arm in arms]
+        _, low, high = compare.interval(compare.gain, *counted)
+        covered += low <= 0 <= high
+    assert covered >= 94
 
 
 def test_an_unknown_arm_is_refused(tmp_path):
@@ -41,6 +62,8 @@ def test_the_comparison_runs_to_its_table(tmp_path):
     assert trained.returncode == 0, trained.stdout + trained.stderr
     again = command(COMPARE, "train", "runs", *options, *small, cwd=tmp_path)
     assert again.returncode == 0 and "done" not in again.stdout  # nothing was left to do
+    early = command(COMPARE, "table", "runs", *options, cwd=tmp_path)
+    assert early.returncode == 1 and "is missing; say `judge` again" in early.stderr
     little = ["prompts.count=2", "prompts.tokens=64", "prompts.max_new_tokens=16", "score.documents=4", "score.anchors=4"]
     judged = command(COMPARE, "judge", "runs", *options, *little, cwd=tmp_path)
     assert judged.returncode == 0, judged.stdout + judged.stderr

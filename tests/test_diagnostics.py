@@ -70,13 +70,15 @@ def test_attention_on_draft_keys_by_hand(target):
 
 def test_another_document_s_memory(target):
     pack = packed(target)
-    other = diagnostics._others(pack)
+    other = diagnostics._others(pack, pack)
     values, places = pack.states.value[1], pack.places
     for p in range(len(pack.ids_P)):
         length, begin = (26, 17) if places.document[p] == 0 else (17, 0)
         torch.testing.assert_close(other.value[1][p], values[begin + int(places.position[p]) % length])
     alone = make_pack(["a"], [document(target, 20, 1)], [np.array([4])])
-    torch.testing.assert_close(diagnostics._others(alone).value[1], alone.states.value[1].flip(0))
+    assert diagnostics._others(alone, alone) is None  # nobody else is there: the control is left out
+    assert "other_memory" not in diagnosed(target, drafter_of(target, "ttt", "kv"), alone)["acceptance"]
+    torch.testing.assert_close(diagnostics._others(alone, pack).value[1], values[:20])
 
 
 def test_gate_figures(target):

@@ -197,14 +197,44 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
 
     config = drafter_of(target, "ttt", "hidden", layers=2).config
     exchange.check_warm_start(saved("fits"), config)
+    exchange.save_eagle3(eagle3(target), target, tmp_path / "served")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/config.json").write_text("{")
+    (tmp_path / "torn/model.safetensors").write_bytes(b"")
     for folder, message in (
         (str(tmp_path), "holds no checkpoint"),
         (saved("other", target={"weights_hash": "x", "id": "other"}), "a drafter of another target"),
         (saved("deeper", target_layers=[1]), "has 1 layer"),
         (saved("elsewhere", hidden_layers=[2]), "reads hidden states of layers"),
+        (str(tmp_path / "torn"), "is not readable JSON"),
     ):
         with pytest.raises(UserError, match=message):
             exchange.check_warm_start(folder, config)
+    for changes, message in (({"hidden_layers": [1]}, "reads hidden states of layers"), ({"reuse": "kv"}, "nothing to take")):
+        with pytest.raises(UserError, match=message):
+            exchange.check_warm_start(str(tmp_path / "served"), replace(config, **changes))
+
+
+def test_what_means_something_else_is_left(target, tmp_path):
+    """Weights of equal shape that another source of K/V, another sequential head or another vocabulary gave their meaning."""
+    numbers = iter(range(99))
+
+    def taken(theirs, mine):
+        folder = tmp_path / str(next(numbers))
+        random_weights(drafter_of(target, *theirs)).save_pretrained(folder)
+        return exchange.warm_start(random_weights(drafter_of(target, *mine), seed=4), str(folder))[0]
+
+    assert not any("kv" in n for n in taken(("ttt", "kv+projected"), ("ttt", "kv+projected_rope")))
+    assert not any("kv" in n for n in taken(("ttt", "kv+head_concat"), ("ttt", "kv")))
+    assert any("kv" in n for n in taken(("ttt", "kv+projected"), ("blockwise", "kv+projected")))
+    assert not any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+markov", "kv")))
+    assert any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+gru", "hybrid")))
+    assert not any("head." in n for n in taken(("ttt", "hidden+vocab"), ("ttt", "hidden")))
+    assert {"head.d2t", "head.weight"} <= set(taken(("ttt", "hidden+vocab"), ("ttt", "hybrid+vocab")))
+    normed = random_weights(drafter_of(target, "ttt", "hidden"))
+    normed.save_pretrained(tmp_path / "normed")
+    with pytest.raises(UserError, match="differs in drafter.qk_norm"):
+        exchange.warm_start(eagle3(target, draft_vocab=None, own_head=False), str(tmp_path / "normed"))
 
 
 # EAGLE-3's format

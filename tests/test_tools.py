@@ -223,7 +223,8 @@ def test_three_ways_to_the_states_train_alike(tmp_path, codec):
         words = [f"cache={codec}", f"cache.on_missing={how}", f"cache.dir={folder}", f"run.dir={how}", "train.max_steps=4"]
         done = command(
             ROOT / "train/main.py", *words, "reuse=hybrid", "train.batch=2", "data.max_tokens=12000", "data.max_length=128",
-            *SMALL, cwd=tmp_path, launcher=deepspeed(2, free_port()) if how == "capture" else (),
+            "cache.kinds=[hidden,kv,query]", "loss.query_align=0.1", "drafter.vocabulary=3000", *SMALL,
+            cwd=tmp_path, launcher=deepspeed(2, free_port()) if how == "capture" else (),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()]

@@ -15,9 +15,11 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.target import States
 from train import acceptance
 from train.attention.visibility import Rows, Visibility
 from train.batches import Pack
@@ -51,14 +53,16 @@ def diagnose(objective: Objective, packs: list[Pack]) -> dict:
     """Everything but the gradients, over these packs. Query figures need `pack.query`."""
     drafter, config = objective.drafter, objective.drafter.config
     slots, gates, counted = _Slots(objective.slots), defaultdict(list), defaultdict(lambda: 0)
-    for pack in packs:
+    for number, pack in enumerate(packs):
         memory = objective.remember(pack)
         with Watch(drafter) as watch, _Gates(drafter, gates):
             outcome = objective(pack, memory=memory)
         counted["trained"] += acceptance.counts(outcome)
         if config.reuse != "none":
-            for name, states in (("zero_memory", pack.states.map(torch.zeros_like)), ("other_memory", _others(pack))):
-                counted[name] += acceptance.counts(objective(replace(pack, states=states)))
+            controls = {"zero_memory": pack.states.map(torch.zeros_like), "other_memory": _others(pack, packs[number - 1])}
+            for name, states in controls.items():
+                if states is not None:
+                    counted[name] += acceptance.counts(objective(replace(pack, states=states)))
         _attention_figures(slots, watch, pack, outcome.valid)
         if pack.query and config.query_layers:
             _query_figures(slots, watch, drafter, pack, outcome.valid)
@@ -75,14 +79,14 @@ def diagnose(objective: Objective, packs: list[Pack]) -> dict:
     }
 
 
-def _others(pack: Pack):
+def _others(pack: Pack, before: Pack) -> States | None:
     """Every document's states replaced by those of the next document of the pack, at the same positions (repeated where that is
-    shorter). One document alone: its own, turned around."""
+    shorter). A document alone in its pack gets those of the pack before; None where that is the same."""
     document, index = pack.places.document, torch.arange(len(pack.ids_P), device=pack.ids_P.device)
     lengths = torch.bincount(document)
     first = lengths.cumsum(0) - lengths
     if len(lengths) == 1:
-        return pack.states.map(lambda t: t.flip(0))
+        return None if before is pack else before.states.map(lambda t: t[index % len(t)])
     other = (document + 1) % len(lengths)
     chosen = first[other] + (index - first[document]) % lengths[other]
     return pack.states.map(lambda t: t[chosen])
@@ -180,7 +184,7 @@ class _Gates:
                 n, o = inputs
                 g = module.openness(n, o).float()
                 passed = (output - n).float().norm(dim=1) / n.float().norm(dim=1).clamp(min=1e-12)
-                self._found[f"layer{index}"].append((g.flatten()[:: max(1, g.numel() // 100_000)], g.mean(), passed.mean()))
+                self._found[f"layer{index}"].append((g.flatten()[:: -(-g.numel() // 4096)], g.mean(), passed.mean()))
 
             return keep
 
@@ -195,18 +199,19 @@ class _Gates:
 def _summary(values: list[tuple[Tensor, Tensor, Tensor]]) -> dict:
     """Mean and quantiles of g, and |g W_delta (o - n)| / |n|."""
     sample, mean, share = zip(*values)
-    quantiles = torch.cat(sample).quantile(torch.tensor(QUANTILES, device=sample[0].device))
+    quantiles = np.quantile(torch.cat(sample).cpu().numpy(), QUANTILES)  # torch's own refuses large inputs
     return {"mean": float(sum(mean) / len(mean)), "quantiles": quantiles.tolist(), "share": float(sum(share) / len(share))}
 
 
 def gradients(drafter: Drafter, rows: int) -> dict:
     """Of the last backward, before the optimizer's step; called by all ranks.
 
-    For each layer and branch: root mean square of the gradients of the draft-side K and V projections over that of Q, and every
-    gradient's effective rank (exp of the entropy of its normalised singular values, Roy and Vetterli 2007).
+    For each layer and branch: root mean square of the gradients of the K and V projections over that of Q, and every gradient's
+    effective rank (exp of the entropy of its normalised singular values, Roy and Vetterli 2007). In the branch `kv` the
+    projections make draft keys alone; in `hidden` and `tokens` also the memory's, and learn from every position of it.
 
     Args:
-        rows: draft rows of the step that drafted a slot that counts: the distinct draft K/V that could learn.
+        rows: draft rows of the step, of anchors that count: so many draft K/V could learn.
     """
     found: dict = {"draft_rows": rows}
     for index, layer in enumerate(drafter.layers):
@@ -260,7 +265,7 @@ def draw(found: dict, path: Path) -> None:
     }
     bars = {}
     if branches := {n: v for n, v in found.get("gradients", {}).items() if isinstance(v, dict) and "k_over_q" in v}:
-        bars["Gradients of K and V over Q's"] = {
+        bars["Gradients of K and V over Q's (kv: draft keys alone)"] = {
             f"{n} {k[0].upper()}": v[k] for n, v in branches.items() for k in ("k_over_q", "v_over_q")
         }
         bars["Effective rank of the gradients"] = {f"{n} {k.upper()}": v[f"rank_{k}"] for n, v in branches.items() for k in "qkv"}

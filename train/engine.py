@@ -30,7 +30,7 @@ from train import acceptance, diagnostics
 from train.attention import executor
 from train.batches import Pack, PackStream, loaded, split
 from train.checkpoint import Checkpoints, latest
-from train.drafter.exchange import warm_start
+from train.drafter.exchange import check_warm_start, warm_start
 from train.drafter.model import Drafter
 from train.losses import weights
 from train.objectives import TERMS, Objective, Outcome
@@ -56,9 +56,9 @@ def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
 def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
     """How often the documents supervise each token, [V]."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
-    for index in documents:
-        ids, mask = reader.text(index)
-        counts += torch.bincount(ids[mask.bool()].long(), minlength=vocabulary)
+    for part in np.array_split(documents, -(-len(documents) // 1000)):
+        supervised = [ids[mask.bool()] for ids, mask in map(reader.text, part)]
+        counts += torch.bincount(torch.cat(supervised).long(), minlength=vocabulary)
     return counts
 
 
@@ -113,7 +113,7 @@ class Sums(NamedTuple):
 
     share: torch.Tensor  # of the step's loss
     tokens: torch.Tensor
-    rows: torch.Tensor  # draft rows that drafted a slot that counts
+    rows: torch.Tensor  # draft rows of anchors that count
     terms_T: torch.Tensor
     weight_T: torch.Tensor
     overlap_J: torch.Tensor
@@ -121,11 +121,11 @@ class Sums(NamedTuple):
     counts_4J: torch.Tensor
 
     @staticmethod
-    def of(outcome: Outcome, pack: Pack) -> "Sums":
+    def of(outcome: Outcome, pack: Pack, rows: torch.Tensor) -> "Sums":
         share, terms_T, valid = outcome.share.detach().double(), outcome.terms_T.double(), outcome.valid
         overlap_J, valid_J = (outcome.overlap.double() * valid).sum(0), valid.double().sum(0)
         tokens, counted = share.new_tensor(len(pack.ids_P)), acceptance.counts(outcome)
-        return Sums(share, tokens, valid_J.sum(), terms_T, torch.zeros_like(terms_T), overlap_J, valid_J, counted)
+        return Sums(share, tokens, rows.double(), terms_T, torch.zeros_like(terms_T), overlap_J, valid_J, counted)
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other)))
@@ -155,7 +155,8 @@ class _Run:
         if recipe.reuse.gate.zero_delta:
             for fuse in drafter.fusions:
                 torch.nn.init.zeros_(fuse.delta.weight)
-        if recipe.drafter.warm_start:
+        if recipe.drafter.warm_start and latest(run_dir / "checkpoints") is None:
+            check_warm_start(recipe.drafter.warm_start, config)
             taken, left = warm_start(drafter, recipe.drafter.warm_start)
             self._say(
                 f"{recipe.drafter.warm_start}: {len(taken)} tensors taken, as drafter.start says: {', '.join(left) or 'none'}"
@@ -228,14 +229,15 @@ class _Run:
             outcome = self.engine(pack, weight_T)
             # DeepSpeed divides the sum of gradients by world x accumulation; the loss is a mean over all of them.
             self.engine.backward(outcome.share * (self.world * self.accumulation))
-            sums, finite = Sums.of(outcome, pack), bool(outcome.share.isfinite())
+            sums, finite = Sums.of(outcome, pack, self.objective.draft_rows(pack)), bool(outcome.share.isfinite())
             total = sums if total is None else total + sums
             culprit = culprit or (None if finite else pack.names)
             if number == len(packs) - 1:
                 total = total.reduced()
                 if not total.share.isfinite():
                     self._stop_on_nan(step, culprit)
-                self.objective.alpha_J = total.overlap_J / total.valid_J.clamp(min=1)
+                mean_J = total.overlap_J / total.valid_J.clamp(min=1)  # a slot that never counted keeps what was known of it
+                self.objective.alpha_J = torch.where(total.valid_J > 0, mean_J, self.objective.alpha_J)
                 if saves and self.recipe.train.diagnose:
                     self.gradients = diagnostics.gradients(self.drafter, int(total.rows))
                 if self.recipe.deepspeed.stage == 0:  # DeepSpeed reports no norm there, but every rank holds all gradients

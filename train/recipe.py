@@ -165,11 +165,6 @@ class TrainRecipe(CaptureSections):
             raise ValueError("reuse.fusion=cross_only with objective=blockwise has no hidden memory left: that is reuse=kv")
         if self.drafter.sequential and not blockwise:
             raise ValueError("drafter.sequential is for objective=blockwise; every step of ttt reads the token before it")
-        if self.drafter.qk_norm is False and kind in ("kv", "hybrid") and source in ("native", "head_concat"):
-            raise ValueError(
-                f"drafter.qk_norm=false with reuse.source={source}: draft keys would lack the norm that the target's have; "
-                "drafter.qk_norm=null follows the target"
-            )
         if (self.loss.kv_align or self.loss.query_align) and kind not in ("kv", "hybrid"):
             raise ValueError(
                 f"loss.kv_align and loss.query_align compare K/V and queries with the target's; reuse={kind} reads no K/V"
@@ -218,8 +213,11 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
             f"capture it with cache.kinds=[{','.join(n for n in held if needs[n] or held[n])}]"
         )
     target_layers = recipe.drafter.target_layers
+    deepest = manifest.target["architecture"]["num_layers"] - 1
     if target_layers == "auto":
-        available = held["kv"] or held["hidden"]
+        available, native = held["kv"] or held["hidden"], needs["kv"] and reuse.source == "native"
+        if len(available) < count and not native:
+            available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
         if len(available) < count:
             raise UserError(
                 f"drafter.layers={count}, but the cache holds {len(available)} layer(s); name drafter.target_layers, "
@@ -232,7 +230,6 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     auto = lambda layers, name: [] if not needs[name] else held[name] if layers == "auto" else list(layers)
     hidden_layers = auto(reuse.hidden_layers, "hidden")
     source_layers = [] if reuse.source == "native" else auto(reuse.kv_layers, "kv")
-    deepest = manifest.target["architecture"]["num_layers"] - 1
     for layer in [*target_layers, *hidden_layers, *source_layers]:
         if not 0 <= layer <= deepest:
             raise UserError(f"the target has layers 0 to {deepest}; there is no layer {layer}")
@@ -249,6 +246,13 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
+    architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
+    beside = recipe.reuse.kind in ("kv", "hybrid") and recipe.reuse.source in ("native", "head_concat")
+    if beside and qk_norm not in (None, architecture.qk_norm):
+        raise UserError(
+            f"drafter.qk_norm={str(qk_norm).lower()} with reuse.source={recipe.reuse.source}: draft keys and the target's "
+            "would be normed differently; drafter.qk_norm=null follows the target"
+        )
     return DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
@@ -263,13 +267,13 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         source_layers=source_layers,
         fusion=recipe.reuse.fusion,
         gate_floor=recipe.reuse.gate.floor,
-        qk_norm=recipe.drafter.qk_norm,
+        qk_norm=qk_norm,
         draft_vocab=recipe.drafter.vocabulary,
         own_head=recipe.drafter.own_head,
         sequential=recipe.drafter.sequential,
         sequential_size=recipe.drafter.sequential_size,
         mask_token_id=recipe.target.mask_token_id,
-        architecture=Architecture(**manifest.target["architecture"]),
+        architecture=architecture,
         target={
             "id": manifest.target["id"],
             "weights_hash": manifest.target["weights_hash"],
@@ -291,9 +295,11 @@ def check(recipe: TrainRecipe) -> None:
         refuse_file("run.dir", recipe.run.dir)
     executor(recipe.drafter.attention, pick_device(recipe.target.device))
     manifest = manifest_of(recipe)
-    config = drafter_config(recipe, manifest)
-    if recipe.drafter.warm_start:
-        check_warm_start(recipe.drafter.warm_start, config)
+    chosen_layers(recipe, manifest)
+    if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest
+        config = drafter_config(recipe, manifest)
+        if recipe.drafter.warm_start:
+            check_warm_start(recipe.drafter.warm_start, config)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != manifest.tokenizer_hash:
         raise UserError(

@@ -5,6 +5,7 @@ An EAGLE-3 checkpoint is what vLLM and SGLang load: one layer under `midlayer`, 
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -32,64 +33,94 @@ EAGLE3 = {
 
 def check_warm_start(folder: str, config: DrafterConfig) -> None:
     """Raises UserError when nothing of `folder` can start a drafter of this configuration."""
-    path = Path(folder) / "config.json"
-    if not path.is_file() or not (Path(folder) / "model.safetensors").is_file():
-        raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors)")
-    theirs = json.loads(path.read_text())
+    theirs, where = _config(folder), f"drafter.warm_start={folder}"
     if _is_eagle3(theirs):
         if not config.uses_hidden:
-            raise UserError(
-                f"drafter.warm_start={folder} is an EAGLE-3 checkpoint; reuse={config.reuse} has nothing to take from it"
-            )
+            raise UserError(f"{where} is an EAGLE-3 checkpoint; reuse={config.reuse} has nothing to take from it")
         mine = config.architecture
         if [theirs.get(k) for k in ("hidden_size", "intermediate_size")] != [mine.hidden_size, mine.intermediate_size]:
-            raise UserError(f"drafter.warm_start={folder} is of another target: its sizes are not this target's")
+            raise UserError(f"{where} is of another target: its sizes are not this target's")
+        read = [layer - 1 for layer in theirs.get("eagle_aux_hidden_state_layer_ids") or []]  # counted as inputs, as vLLM does
+        if read and read != config.hidden_layers:
+            raise UserError(f"{where} reads hidden states of layers {read}, not of {config.hidden_layers}")
         return
     other = DrafterConfig.load(folder)
     if other.target.get("weights_hash") != config.target.get("weights_hash"):
-        raise UserError(f"drafter.warm_start={folder} is a drafter of another target ({other.target.get('id')})")
+        raise UserError(f"{where} is a drafter of another target ({other.target.get('id')})")
     if len(other.target_layers) != len(config.target_layers):
-        raise UserError(
-            f"drafter.warm_start={folder} has {len(other.target_layers)} layer(s), drafter.layers={len(config.target_layers)}"
-        )
+        raise UserError(f"{where} has {len(other.target_layers)} layer(s), drafter.layers={len(config.target_layers)}")
     if other.uses_hidden and config.uses_hidden and other.hidden_layers != config.hidden_layers:
-        raise UserError(
-            f"drafter.warm_start={folder} reads hidden states of layers {other.hidden_layers}, not of {config.hidden_layers}"
-        )
+        raise UserError(f"{where} reads hidden states of layers {other.hidden_layers}, not of {config.hidden_layers}")
 
 
 @torch.no_grad()
 def warm_start(drafter: Drafter, folder: str) -> tuple[list[str], list[str]]:
     """Replace every weight of which the checkpoint has a counterpart; (names taken, names left as they were).
 
-    The counterpart has the same name. Between block-wise and ttt the inputs of the first layer's projections differ: a projection
-    of the stream becomes half a projection of the token and half of the feature, and back their sum.
+    The counterpart has the same name and means the same: K/V from the same layers in the same way, the same kind of sequential
+    head, a vocabulary and its head together. Between block-wise and ttt the inputs of the first layer's projections differ: a
+    projection of the stream becomes half a projection of the token and half of the feature, and back their sum.
+
+    Raises:
+        UserError: nothing fits, or queries and keys are normed in one and not in the other.
     """
-    theirs = _weights(folder)
-    taken, left = [], []
-    for name, mine in drafter.state_dict().items():
+    theirs, taken, left = _weights(folder, drafter.config), [], []
+    mine = drafter.state_dict()
+    if any(n.endswith("q.weight") for n in theirs) and _normed(theirs) != _normed(mine):
+        raise UserError(f"drafter.warm_start={folder} differs in drafter.qk_norm: its queries would be other functions")
+    for name, tensor in mine.items():
         other = theirs.get(name, theirs.get(name.replace("token_norm", "input_norm")))
-        if other is not None and other.shape != mine.shape and other.dim() == mine.dim() == 2:
-            if mine.shape == (other.shape[0], 2 * other.shape[1]):
+        if other is not None and PAIRED.fullmatch(name):
+            if tensor.shape == (other.shape[0], 2 * other.shape[1]):
                 other = torch.cat([other, other], dim=1) / 2
-            elif other.shape == (mine.shape[0], 2 * mine.shape[1]):
+            elif other.shape == (tensor.shape[0], 2 * tensor.shape[1]):
                 other = sum(other.chunk(2, dim=1))
-        if other is None or other.shape != mine.shape:
+        if other is None or other.shape != tensor.shape:
             left.append(name)
         else:
-            mine.copy_(other)
+            tensor.copy_(other)
             taken.append(name)
     if not taken:
         raise UserError(f"drafter.warm_start={folder}: none of its weights fits this drafter")
     return taken, left
 
 
-def _weights(folder: str) -> dict[str, Tensor]:
-    theirs = load_file(Path(folder) / "model.safetensors")
-    if not _is_eagle3(json.loads((Path(folder) / "config.json").read_text())):
-        return theirs
-    theirs = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in theirs.items()}  # vLLM takes both
-    return {mine: theirs[name] for mine, name in EAGLE3.items() if name in theirs}
+PAIRED = re.compile(r"layers\.0\.branches\.\w+\.[qkv]\.weight")  # what reads [token; feature] under ttt
+
+
+def _normed(weights: dict[str, Tensor]) -> bool:
+    return any(name.endswith("q_norm.weight") for name in weights)
+
+
+def _config(folder: str) -> dict:
+    path = Path(folder) / "config.json"
+    if not path.is_file() or not (Path(folder) / "model.safetensors").is_file():
+        raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors)")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"drafter.warm_start: {path} is not readable JSON") from error
+
+
+def _weights(folder: str, config: DrafterConfig) -> dict[str, Tensor]:
+    """The checkpoint's weights under our names, without those that mean something else here."""
+    try:
+        theirs = load_file(Path(folder) / "model.safetensors")
+    except Exception as error:  # whatever safetensors raises for a file that is cut
+        raise UserError(f"drafter.warm_start={folder}: its weights cannot be read ({error})") from error
+    if _is_eagle3(_config(folder)):
+        theirs = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in theirs.items()}  # vLLM takes both
+        theirs, foreign = {mine: theirs[name] for mine, name in EAGLE3.items() if name in theirs}, ()
+        size = len(theirs["head.weight"])
+        vocabulary = (None if size == config.architecture.vocab_size else size, True)
+    else:
+        other = DrafterConfig.load(folder)
+        kv = (other.source, other.kv_layers) == (config.source, config.kv_layers)
+        foreign = ("target_kv.", ".branches.kv.") * (not kv) + ("sequential.",) * (other.sequential != config.sequential)
+        vocabulary = (other.draft_vocab, other.own_head)
+    if vocabulary != (config.draft_vocab, config.own_head):
+        foreign += ("head.",)
+    return {name: t for name, t in theirs.items() if not any(part in name for part in foreign)}
 
 
 def _is_eagle3(config: dict) -> bool:

@@ -66,8 +66,8 @@ class GatedDelta(nn.Module):
     """h = n + g * W_delta(o - n), g = sigmoid(W_g [n; o; o - n] + b): KVShot's fusion of the two branches, where n
     attends hidden memory and o the target's KV. g starts at 0.5.
 
-    Two ways to keep the gate from closing before W_delta has learnt: `floor`, g = floor + (1 - floor) sigmoid(...), and
-    `held`, g = 0.5 while training says so. `held` is saved, so that a drafter decodes with the gate that it was saved with.
+    Two ways to keep the gate from closing before W_delta has learnt: `floor`, g = floor + (1 - floor) sigmoid(...), and `held`,
+    g = 0.5 (or the floor, if higher) while training says so. `held` is saved: a drafter decodes with the gate that it had.
     """
 
     def __init__(self, hidden_size: int, floor: float):
@@ -80,7 +80,7 @@ class GatedDelta(nn.Module):
     def openness(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
         """g, [Q, E]."""
         g = self.floor + (1 - self.floor) * torch.sigmoid(self.gate(torch.cat([n_QE, o_QE, o_QE - n_QE], dim=-1)))
-        return torch.where(self.held, 0.5, g)
+        return torch.where(self.held, max(0.5, self.floor), g)
 
     def forward(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
         return n_QE + self.openness(n_QE, o_QE) * self.delta(o_QE - n_QE)

@@ -225,6 +225,8 @@ class Drafter(nn.Module):
     @staticmethod
     def _start_branch(branch: Attention, layers: list[dict[str, Tensor]]) -> None:
         for name, parameter in branch.named_parameters():
+            if name.endswith("norm.weight") and name not in layers[0]:
+                continue  # a norm that the target does not have begins at one
             if name.endswith("norm.weight"):
                 parameter.copy_(sum(weights[name] for weights in layers) / len(layers))
                 continue

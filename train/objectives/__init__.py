@@ -92,6 +92,10 @@ class Objective(nn.Module):
         terms_T = torch.stack([slots_sum, missed, *aligned]).detach()
         return Outcome(share, terms_T, loss, overlap.masked_fill(shown, 1), match.masked_fill(shown, 1), valid)
 
+    def draft_rows(self, pack: Pack) -> Tensor:
+        """How many draft rows, and so how many of their own keys and values, belong to anchors that count."""
+        return (pack.row_index(self.drafter.config.slots)[1] & pack.valid(self.slots).any(1, keepdim=True)).sum()
+
     def remember(self, pack: Pack) -> Memory:
         """The drafter's memory of every position of the pack."""
         return self.drafter.remember(pack.states, self._head.embed(torch.roll(pack.ids_P, -1)), pack.places, self._attend)
@@ -122,7 +126,9 @@ class Objective(nn.Module):
                 overlap = grid(seen.overlap, valid).requires_grad_()
                 missed = length * (valid.sum() - divergences.expected_accepted(overlap, valid).sum())
                 slope = torch.autograd.grad(missed, overlap)[0][valid] * scale_T[1]
-        linear, statistics = apply(weight_R=slot_weight * scale_T[0], overlap_weight_R=slope)
+        linear, statistics = torch.zeros((), device=valid.device), seen
+        if seen is None or torch.is_grad_enabled():
+            linear, statistics = apply(weight_R=slot_weight * scale_T[0], overlap_weight_R=slope)
         slots_sum = (statistics.loss * slot_weight).sum()
         # `linear` has the right gradient, but as a function of the overlaps it is the tangent, not the product.
         share = linear + (slots_sum * scale_T[0] + missed.detach() * scale_T[1] - linear.detach())
