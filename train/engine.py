@@ -187,7 +187,8 @@ class _Run:
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
     def go(self) -> None:
-        state = self.checkpoints.load() or {"step": 0, "best": 0.0, "best_step": 0, "alpha": [0.0] * self.objective.slots}
+        fresh = {"step": 0, "best": 0.0, "best_step": 0, "alpha": [0.0] * self.objective.slots}
+        state = fresh | (self.checkpoints.load() or {})
         self.objective.alpha_J = torch.tensor(state["alpha"], dtype=torch.float64, device=self.device)
         done, self.best, self.best_step, last = state["step"], state["best"], state["best_step"], self.recipe.train.max_steps
         self.tracker = self._tracker(done) if rank() == 0 else None

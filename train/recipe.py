@@ -27,9 +27,8 @@ class ObjectiveRecipe(Section):
     shifted: bool = False  # block-wise: the slot at index j - 1 proposes x_{a+j}, so that B tokens are drafted
     anchors: int | None = Field(None, ge=1)  # a document and pass; null: every position
     causal: bool = False  # block-wise: a slot sees earlier slots only
-    prefix: float | None = Field(
-        None, gt=0, lt=1
-    )  # block-wise: show v tokens of a block with a chance in proportion to prefix^(v-1)
+    # block-wise: blocks show v tokens instead of one, with a chance in proportion to prefix^(v-1)
+    prefix: float | None = Field(None, gt=0, lt=1)
     weights: Literal["decay", "dpace"] = "decay"
     decay: float = Field(gt=0)  # block-wise: weights exp(-(j-1)/decay); ttt: decay^(j-1)
 
