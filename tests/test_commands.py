@@ -329,5 +329,6 @@ def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):
     assert done.returncode == 0, done.stderr
     (log,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
-    for word in (b"cache_manifest_hash", b"git_revision", b"sampled.tau", b"grad_norm", b"sweep"):
+    for word in (b"cache_manifest_hash", b"git_revision", b"sampled.tau", b"grad_norm", b"sweep", b"diagnostics.attention"):
         assert word in content, word
+    assert list(log.parent.glob("files/media/images/diagnostics*.png"))

@@ -102,6 +102,11 @@ def test_effective_rank_by_hand():
     assert diagnostics.effective_rank(torch.ones(4, 6)) == pytest.approx(1, abs=1e-4)
     assert diagnostics.effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(math.exp(0.562335), abs=1e-5)
     assert diagnostics.effective_rank(torch.zeros(3, 3)) == 0
+    for shape in ((20, 50), (50, 20)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        p = torch.linalg.svdvals(matrix.double())
+        p = p / p.sum()
+        assert diagnostics.effective_rank(matrix) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-6)
 
 
 def test_gradients_are_those_of_a_plain_backward(target):

@@ -236,7 +236,10 @@ def full_gradient(parameter: Tensor) -> Tensor:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    values = torch.linalg.svdvals(matrix)
+    """exp of the entropy of the normalised singular values; they come from the smaller Gram matrix in float64, which is far
+    cheaper than a decomposition of the matrix itself."""
+    wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
+    values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=1e-30)
     return float((-(p * p.clamp(min=1e-30).log()).sum()).exp()) if values.sum() > 0 else 0.0
 
