@@ -206,11 +206,14 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
         (saved("other", target={"weights_hash": "x", "id": "other"}), "a drafter of another target"),
         (saved("deeper", target_layers=[1]), "has 1 layer"),
         (saved("elsewhere", hidden_layers=[2]), "reads hidden states of layers"),
+        (saved("normless", qk_norm=False), "differs in drafter.qk_norm"),
         (str(tmp_path / "torn"), "is not readable JSON"),
     ):
         with pytest.raises(UserError, match=message):
             exchange.check_warm_start(folder, config)
-    for changes, message in (({"hidden_layers": [1]}, "reads hidden states of layers"), ({"reuse": "kv"}, "nothing to take")):
+    served = [({"hidden_layers": [1]}, "reads hidden states of layers"), ({"reuse": "kv"}, "nothing to take")]
+    served.append(({"hidden_layers": [0, 1, 2]}, "EAGLE-3 norms no queries"))
+    for changes, message in served:
         with pytest.raises(UserError, match=message):
             exchange.check_warm_start(str(tmp_path / "served"), replace(config, **changes))
 
@@ -231,10 +234,6 @@ def test_what_means_something_else_is_left(target, tmp_path):
     assert any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+gru", "hybrid")))
     assert not any("head." in n for n in taken(("ttt", "hidden+vocab"), ("ttt", "hidden")))
     assert {"head.d2t", "head.weight"} <= set(taken(("ttt", "hidden+vocab"), ("ttt", "hybrid+vocab")))
-    normed = random_weights(drafter_of(target, "ttt", "hidden"))
-    normed.save_pretrained(tmp_path / "normed")
-    with pytest.raises(UserError, match="differs in drafter.qk_norm"):
-        exchange.warm_start(eagle3(target, draft_vocab=None, own_head=False), str(tmp_path / "normed"))
 
 
 # EAGLE-3's format

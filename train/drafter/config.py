@@ -60,6 +60,11 @@ class DrafterConfig:
         return [] if not self.uses_kv or self.source.startswith("projected") else self.kv_layers
 
     @property
+    def normed(self) -> bool:
+        """Whether queries and keys pass a norm."""
+        return self.architecture.qk_norm if self.qk_norm is None else self.qk_norm
+
+    @property
     def head_copies(self) -> int:
         """head_concat attends the heads of all source layers side by side."""
         return len(self.source_layers) if self.source == "head_concat" else 1

@@ -43,6 +43,8 @@ def check_warm_start(folder: str, config: DrafterConfig) -> None:
         read = [layer - 1 for layer in theirs.get("eagle_aux_hidden_state_layer_ids") or []]  # counted as inputs, as vLLM does
         if read and read != config.hidden_layers:
             raise UserError(f"{where} reads hidden states of layers {read}, not of {config.hidden_layers}")
+        if config.normed and "hidden" in config.branches:
+            raise UserError(f"{where}: EAGLE-3 norms no queries, so that they would be other functions; drafter.qk_norm=false")
         return
     other = DrafterConfig.load(folder)
     if other.target.get("weights_hash") != config.target.get("weights_hash"):
@@ -51,6 +53,16 @@ def check_warm_start(folder: str, config: DrafterConfig) -> None:
         raise UserError(f"{where} has {len(other.target_layers)} layer(s), drafter.layers={len(config.target_layers)}")
     if other.uses_hidden and config.uses_hidden and other.hidden_layers != config.hidden_layers:
         raise UserError(f"{where} reads hidden states of layers {other.hidden_layers}, not of {config.hidden_layers}")
+    if other.normed != config.normed and not {f".branches.{name}." for name in other.branches} <= set(_foreign(other, config)):
+        raise UserError(f"{where} differs in drafter.qk_norm, so that its queries would be other functions")
+
+
+def _foreign(other: DrafterConfig, config: DrafterConfig) -> list[str]:
+    """Parts of the names of weights that mean something else in `config` than in `other`."""
+    kv = (other.source, other.kv_layers) == (config.source, config.kv_layers)
+    heads = (other.draft_vocab, other.own_head) == (config.draft_vocab, config.own_head)
+    foreign = {"target_kv.": kv, ".branches.kv.": kv, "sequential.": other.sequential == config.sequential, "head.": heads}
+    return [part for part, same in foreign.items() if not same]
 
 
 @torch.no_grad()
@@ -62,13 +74,10 @@ def warm_start(drafter: Drafter, folder: str) -> tuple[list[str], list[str]]:
     projection of the stream becomes half a projection of the token and half of the feature, and back their sum.
 
     Raises:
-        UserError: nothing fits, or queries and keys are normed in one and not in the other.
+        UserError: nothing fits.
     """
     theirs, taken, left = _weights(folder, drafter.config), [], []
-    mine = drafter.state_dict()
-    if any(n.endswith("q.weight") for n in theirs) and _normed(theirs) != _normed(mine):
-        raise UserError(f"drafter.warm_start={folder} differs in drafter.qk_norm: its queries would be other functions")
-    for name, tensor in mine.items():
+    for name, tensor in drafter.state_dict().items():
         other = theirs.get(name, theirs.get(name.replace("token_norm", "input_norm")))
         if other is not None and PAIRED.fullmatch(name):
             if tensor.shape == (other.shape[0], 2 * other.shape[1]):
@@ -86,10 +95,6 @@ def warm_start(drafter: Drafter, folder: str) -> tuple[list[str], list[str]]:
 
 
 PAIRED = re.compile(r"layers\.0\.branches\.\w+\.[qkv]\.weight")  # what reads [token; feature] under ttt
-
-
-def _normed(weights: dict[str, Tensor]) -> bool:
-    return any(name.endswith("q_norm.weight") for name in weights)
 
 
 def _config(folder: str) -> dict:
@@ -110,16 +115,12 @@ def _weights(folder: str, config: DrafterConfig) -> dict[str, Tensor]:
         raise UserError(f"drafter.warm_start={folder}: its weights cannot be read ({error})") from error
     if _is_eagle3(_config(folder)):
         theirs = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in theirs.items()}  # vLLM takes both
-        theirs, foreign = {mine: theirs[name] for mine, name in EAGLE3.items() if name in theirs}, ()
+        theirs = {mine: theirs[name] for mine, name in EAGLE3.items() if name in theirs}
         size = len(theirs["head.weight"])
-        vocabulary = (None if size == config.architecture.vocab_size else size, True)
+        same = (None if size == config.architecture.vocab_size else size, True) == (config.draft_vocab, config.own_head)
+        foreign = [] if same else ["head."]
     else:
-        other = DrafterConfig.load(folder)
-        kv = (other.source, other.kv_layers) == (config.source, config.kv_layers)
-        foreign = ("target_kv.", ".branches.kv.") * (not kv) + ("sequential.",) * (other.sequential != config.sequential)
-        vocabulary = (other.draft_vocab, other.own_head)
-    if vocabulary != (config.draft_vocab, config.own_head):
-        foreign += ("head.",)
+        foreign = _foreign(DrafterConfig.load(folder), config)
     return {name: t for name, t in theirs.items() if not any(part in name for part in foreign)}
 
 
@@ -129,15 +130,12 @@ def _is_eagle3(config: dict) -> bool:
 
 def check_eagle3(config: DrafterConfig) -> None:
     """Raises UserError when no server could load the drafter as an EAGLE-3 checkpoint."""
-    a = config.architecture
     reasons = {
         f"reuse={config.reuse} reads state that no server hands out": config.reuse != "hidden",
         f"objective={config.objective} is not EAGLE-3's": config.objective != "ttt",
         f"it has {len(config.target_layers)} layers, EAGLE-3 has one": len(config.target_layers) != 1,
-        "its queries and keys are normed (train with drafter.qk_norm=false)": a.qk_norm
-        if config.qk_norm is None
-        else config.qk_norm,
-        "its projections have biases": a.qkv_bias,
+        "its queries and keys are normed (train with drafter.qk_norm=false)": config.normed,
+        "its projections have biases": config.architecture.qkv_bias,
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise UserError(f"the drafter cannot be exported as format=eagle3: {reason}")

@@ -43,15 +43,14 @@ class Attention(nn.Module):
     def __init__(self, config: DrafterConfig, inputs: int, copies: int = 1):
         super().__init__()
         a = config.architecture
-        queries, keys, norm = copies * a.heads * a.head_dim, copies * a.kv_heads * a.head_dim, a.qk_norm
-        norm = norm if config.qk_norm is None else config.qk_norm
+        queries, keys = copies * a.heads * a.head_dim, copies * a.kv_heads * a.head_dim
         self.heads = (-1, a.head_dim)
         self.q = nn.Linear(inputs, queries, bias=a.qkv_bias)
         self.k = nn.Linear(inputs, keys, bias=a.qkv_bias)
         self.v = nn.Linear(inputs, keys, bias=a.qkv_bias)
         self.o = nn.Linear(queries, a.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
 
     def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
         return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
