@@ -206,13 +206,13 @@ def table(o) -> None:
     ]
     heads += ["seed 0, held-out tau", "zero memory", "another's memory", "oracle queries", "draft ms"]
     lines = [heads, ["---"] * len(heads), *rows]
-    lines += [[], ["difference of gains at T=1", "block-wise", "ttt", "difference"], ["---"] * 4]
-    for name, arms in CONTRASTS.items():
-        if set(arms) <= set(o.arms):
-            counted = [found[arm, "1"] for arm in arms]
-            value, low, high = interval(difference, *counted)
-            gains = [f"{gain(*counted[:2]):+.2f}", f"{gain(*counted[2:]):+.2f}"]
-            lines.append([name, *gains, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    if contrasts := {name: arms for name, arms in CONTRASTS.items() if set(arms) <= set(o.arms)}:
+        lines += [[], ["difference of gains at T=1", "block-wise", "ttt", "difference"], ["---"] * 4]
+    for name, arms in contrasts.items():
+        counted = [found[arm, "1"] for arm in arms]
+        value, low, high = interval(difference, *counted)
+        gains = [f"{gain(*counted[:2]):+.2f}", f"{gain(*counted[2:]):+.2f}"]
+        lines.append([name, *gains, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
     text = "\n".join("| " + " | ".join(cells) + " |" if cells else "" for cells in lines)
     (o.runs / "compare.md").write_text(text + "\n")
     print(text)
