@@ -259,12 +259,12 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     assert len(found["queries"]["layer0.cosine"]) == 3 and found["compute"]["gflop_per_anchor"] > 0
     assert {"trained", "zero_memory", "other_memory", "oracle_queries"} == found["acceptance"].keys()
     assert (tmp_path / "why/diagnostics.png").stat().st_size > 10_000
-    cut = command(ROOT / "eval/main.py", "mode=diagnose", "out=no", *small, "score.pack_tokens=64", cwd=tmp_path)
-    assert cut.returncode == 2 and "mode=diagnose needs whole documents" in cut.stderr
-    exported = command(ROOT / "eval/main.py", "mode=export", "out=no", f"drafter='{drafter}'", cwd=tmp_path)
-    assert (
-        exported.returncode == 2 and "cannot be exported as format=eagle3" in exported.stderr and not (tmp_path / "no").exists()
-    )
+    for words, message in (
+        (["mode=diagnose", "score.pack_tokens=64"], "mode=diagnose needs whole documents"),
+        (["mode=export"], "cannot be exported as format=eagle3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_eval(cli.compose("eval", EvalRecipe, [*small, *words]))
 
     judged = command(
         ROOT / "eval/main.py",
