@@ -27,7 +27,7 @@ from train.drafter.model import Drafter
 from train.objectives import Objective
 from train.objectives.align import Watch, target_queries
 
-SAMPLED = 256  # rows of a pack, layer and slot whose attention is looked at
+SAMPLED = 256  # rows of one attention call that are looked at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -106,7 +106,8 @@ def _rows(watch: Watch, where: tuple[int, str], valid: Tensor):
         rows = visibility.queries
         slot = rows.slot - (1 if watch.config.objective == "ttt" else watch.config.first_slot)
         chosen = ((slot >= 0) & valid[rows.group, slot.clamp(min=0)]).nonzero().squeeze(1)
-        chosen = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), SAMPLED), device=q.device).long()]
+        some = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:SAMPLED]  # a stride would prefer slots
+        chosen = chosen[some.to(chosen.device)]
         picked = Rows(*(getattr(rows, f)[chosen] for f in rows.__dataclass_fields__))
         dense = Visibility(picked, visibility.memory, visibility.drafts, visibility.causal).dense
         yield slot[chosen], rows.group[chosen], q[chosen], k, v, dense, visibility.memory
