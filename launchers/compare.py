@@ -5,7 +5,8 @@ tokens, depth, loss and seeds; each arm against its control; one table with 95% 
     python launchers/compare.py judge RUNS [key=value ...]     decode with every drafter; diagnose the first seed's
     python launchers/compare.py table RUNS                     the table, and RUNS/compare.png
 
-Options: --jobs 1 (at a time), --seeds 3, --arms a,b, --tokens 2000000 (of the cache). Overrides go to train/ or eval/main.py.
+Options: --jobs 1 (at a time), --seeds 3, --arms a,b, --tokens 2000000 (of the cache). Overrides go to train/ or eval/main.py,
+those of target, data, cache and capture also to the capture; the arms need as many cached layers as drafter.layers.
 """
 
 import argparse
@@ -85,7 +86,8 @@ def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> Non
 
 def train(o) -> None:
     cache = [f"cache.dir={o.runs / 'cache'}"]
-    capture = [str(ROOT / "data_prep/main.py"), *cache, "cache.kinds=[hidden,kv,query]", f"data.max_tokens={o.tokens}"]
+    named = [word for word in o.overrides if word.startswith(("target", "data", "cache", "capture"))]  # what the cache is made of
+    capture = [str(ROOT / "data_prep/main.py"), "cache.kinds=[hidden,kv,query]", f"data.max_tokens={o.tokens}", *named, *cache]
     each(1, [("capture", capture, o.runs / "capture.log", None)])
     work = []
     for seed in range(o.seeds):

@@ -3,7 +3,8 @@
 - retention: acceptance of the last slot over that of the first.
 - controls: the same slots with the memory zeroed, or filled with another document's states.
 - queries: does the drafter ask the target's K/V what the target itself asks? Cosine of the queries, KL of the attention maps,
-  error of the attention's output, and acceptance with the target's own queries put in (oracle).
+  error of the attention's output, and acceptance with the target's own queries put in (oracle: in a block these also carry the
+  tokens before each slot, which the block has not drafted; its slot 1 alone is told nothing).
 - attention: how much of it falls on the drafter's own keys, the only ones through which its K/V projections learn.
 - gradients: how much those projections learn beside the queries' projection.
 - gate: how open it is, and what share of the output passes it.
