@@ -133,6 +133,7 @@ def test_two_layers_and_sampling(target, objective, reuse):
     ],
 )
 def test_flex_forward_is_decode_loop(target, objective, reuse):
+    torch._dynamo.reset()  # else the shapes of other cells use up the limit of compilations, and no kernel is tested
     worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), attend=EXECUTORS["flex"])
     assert worst < 1e-4
 
