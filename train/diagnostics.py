@@ -25,7 +25,7 @@ from train import acceptance
 from train.attention.visibility import Rows, Visibility
 from train.batches import Pack
 from train.drafter.model import Drafter
-from train.objectives import Objective
+from train.objectives import Objective, grid
 from train.objectives.align import Watch, target_queries
 
 SAMPLED = 256  # rows of one attention call that are looked at
@@ -123,7 +123,7 @@ def _attention_figures(slots: _Slots, watch: Watch, pack: Pack, valid: Tensor) -
 
 def _query_figures(slots: _Slots, watch: Watch, drafter: Drafter, pack: Pack, valid: Tensor) -> None:
     """The target's attention at the slot's teacher, over all that *it* saw, against the drafter's."""
-    own, teacher = (_grid(target_queries(drafter, pack, valid, at_teacher), valid) for at_teacher in (False, True))
+    own, teacher = ([grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher)] for at_teacher in (False, True))
     for layer in range(len(drafter.layers)):
         name = f"queries/layer{layer}"
         for slot, anchor, q, k, v, dense, memory in _rows(watch, (layer, "kv"), valid):
@@ -149,17 +149,9 @@ def _query_figures(slots: _Slots, watch: Watch, drafter: Drafter, pack: Pack, va
             slots.add(f"{name}.target_mass_since_anchor", slot, since)
 
 
-def _grid(values: list[Tensor], valid: Tensor) -> list[Tensor]:
-    """[R, H, D] in their places, [N, J, H, D]."""
-    out = [t.new_zeros(*valid.shape, *t.shape[1:]) for t in values]
-    for whole, t in zip(out, values):
-        whole[valid] = t
-    return out
-
-
 def _oracle(drafter: Drafter, pack: Pack, valid: Tensor):
     """Puts the target's own query of a slot's teacher, at the teacher's position, in place of the drafter's."""
-    oracle, config = _grid(target_queries(drafter, pack, valid, True), valid), drafter.config
+    oracle, config = [grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher=True)], drafter.config
 
     def change(layer: int, branch: str, q: Tensor, visibility: Visibility) -> Tensor:
         if branch != "kv":

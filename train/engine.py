@@ -113,7 +113,6 @@ class Sums(NamedTuple):
 
     share: torch.Tensor  # of the step's loss
     tokens: torch.Tensor
-    rows: torch.Tensor  # draft rows of anchors that count
     terms_T: torch.Tensor
     weight_T: torch.Tensor
     overlap_J: torch.Tensor
@@ -121,11 +120,11 @@ class Sums(NamedTuple):
     counts_4J: torch.Tensor
 
     @staticmethod
-    def of(outcome: Outcome, pack: Pack, rows: torch.Tensor) -> "Sums":
+    def of(outcome: Outcome, pack: Pack) -> "Sums":
         share, terms_T, valid = outcome.share.detach().double(), outcome.terms_T.double(), outcome.valid
         overlap_J, valid_J = (outcome.overlap.double() * valid).sum(0), valid.double().sum(0)
         tokens, counted = share.new_tensor(len(pack.ids_P)), acceptance.counts(outcome)
-        return Sums(share, tokens, rows.double(), terms_T, torch.zeros_like(terms_T), overlap_J, valid_J, counted)
+        return Sums(share, tokens, terms_T, torch.zeros_like(terms_T), overlap_J, valid_J, counted)
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other)))
@@ -179,10 +178,10 @@ class _Run:
         queries = [f"query.{i}" for i in sorted(set(config.query_layers) & set(self.reader.manifest.query_layers))]
         complete = len(queries) == len(set(config.query_layers))  # else they are of no use to the diagnostics
         shown = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
-        learnt, shown_too = queries * (recipe.loss.query_align > 0), queries * complete
+        learnt, diagnosed = queries * (recipe.loss.query_align > 0), queries * complete
         self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, recipe.objective.anchors, seed, shown=shown)
         self.validation = PackStream(
-            self.reader, validation, names + shown_too, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False
+            self.reader, validation, names + diagnosed, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
@@ -230,7 +229,7 @@ class _Run:
             outcome = self.engine(pack, weight_T)
             # DeepSpeed divides the sum of gradients by world x accumulation; the loss is a mean over all of them.
             self.engine.backward(outcome.share * (self.world * self.accumulation))
-            sums, finite = Sums.of(outcome, pack, self.objective.draft_rows(pack)), bool(outcome.share.isfinite())
+            sums, finite = Sums.of(outcome, pack), bool(outcome.share.isfinite())
             total = sums if total is None else total + sums
             culprit = culprit or (None if finite else pack.names)
             if number == len(packs) - 1:
@@ -240,7 +239,9 @@ class _Run:
                 mean_J = total.overlap_J / total.valid_J.clamp(min=1)  # a slot that never counted keeps what was known of it
                 self.objective.alpha_J = torch.where(total.valid_J > 0, mean_J, self.objective.alpha_J)
                 if saves and self.recipe.train.diagnose:
-                    self.gradients = diagnostics.gradients(self.drafter, int(total.rows))
+                    rows = torch.stack([self.objective.draft_rows(pack) for pack in packs]).sum()
+                    dist.all_reduce(rows)
+                    self.gradients = diagnostics.gradients(self.drafter, int(rows))
                 if self.recipe.deepspeed.stage == 0:  # DeepSpeed reports no norm there, but every rank holds all gradients
                     gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
                     self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))

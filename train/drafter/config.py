@@ -54,6 +54,10 @@ class DrafterConfig:
         """Target layers whose K/V are read."""
         return [] if not self.uses_kv else self.target_layers if self.source == "native" else self.source_layers
 
+    def layers_of(self, layer: int) -> list[int]:
+        """Target layers whose K/V the draft layer reads that belongs to target layer `layer`."""
+        return [layer] if self.source == "native" else self.source_layers
+
     @property
     def query_layers(self) -> list[int]:
         """Target layers whose queries do what the drafter's do."""

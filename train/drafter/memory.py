@@ -51,7 +51,7 @@ class TargetKV(nn.Module):
         super().__init__()
         a, count = config.architecture, len(config.source_layers)
         self.source, self.heads = config.source, (-1, a.head_dim)
-        self.layers = [layer] if config.source == "native" else list(config.source_layers)
+        self.layers = config.layers_of(layer)
         if self.source.startswith("projected"):
             size = a.kv_heads * a.head_dim
             self.k, self.v = (nn.Linear(count * size, size, bias=False) for _ in range(2))

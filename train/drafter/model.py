@@ -207,7 +207,8 @@ class Drafter(nn.Module):
         self.norm.weight.copy_(target.final_norm_weight)
         for layer, source in zip(self.layers, config.target_layers):
             for name, branch in layer.branches.items():
-                self._start_branch(branch, [target.layer_weights(i) for i in self._sources(name, source)])
+                joined = name == "kv" and config.source == "head_concat"  # a branch made of several layers' heads
+                self._start_branch(branch, [target.layer_weights(i) for i in (config.layers_of(source) if joined else [source])])
             weights = target.layer_weights(source)
             for name in ("post_norm", "gate", "up", "down"):
                 getattr(layer, name).weight.copy_(weights[f"{name}.weight"])
@@ -218,17 +219,12 @@ class Drafter(nn.Module):
             chosen = config.hidden_layers.index(below[-1] if below else config.hidden_layers[0])
             self.fc.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size, device=self.fc.weight.device)
 
-    def _sources(self, branch: str, layer: int) -> list[int]:
-        """Target layers whose heads a branch is made of."""
-        return list(self.config.source_layers) if branch == "kv" and self.config.source == "head_concat" else [layer]
-
     @staticmethod
     def _start_branch(branch: Attention, layers: list[dict[str, Tensor]]) -> None:
         for name, parameter in branch.named_parameters():
-            if name.endswith("norm.weight") and name not in layers[0]:
-                continue  # a norm that the target does not have begins at one
             if name.endswith("norm.weight"):
-                parameter.copy_(sum(weights[name] for weights in layers) / len(layers))
+                if name in layers[0]:  # one that the target does not have begins at one
+                    parameter.copy_(sum(weights[name] for weights in layers) / len(layers))
                 continue
             # The layer's norm weight moves into Q, K and V, so that memory, which passes another norm, meets the
             # same projection as in the target.

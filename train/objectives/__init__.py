@@ -143,6 +143,8 @@ class Objective(nn.Module):
         return weight_J[index.clamp(min=0)] * (index >= 0)
 
 
-def grid(values_R: Tensor, valid_NJ: Tensor) -> Tensor:
-    """The slots that count in their places, [N, J]; zero elsewhere."""
-    return torch.zeros(valid_NJ.shape, dtype=values_R.dtype, device=valid_NJ.device).masked_scatter_(valid_NJ, values_R)
+def grid(values: Tensor, valid_NJ: Tensor) -> Tensor:
+    """Values [R, ...] of the slots that count in their places, [N, J, ...]; zero elsewhere."""
+    shape = (*valid_NJ.shape, *values.shape[1:])
+    mask = valid_NJ.view(*valid_NJ.shape, *(1 for _ in values.shape[1:])).expand(shape)
+    return torch.zeros(shape, dtype=values.dtype, device=valid_NJ.device).masked_scatter_(mask, values)

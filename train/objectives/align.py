@@ -86,8 +86,8 @@ def target_queries(drafter: Drafter, pack: Pack, valid: Tensor, at_teacher: bool
     anchor, slot = valid.nonzero(as_tuple=True)
     teacher = pack.teacher_P[pack.anchor_N[anchor] + slot]
     rope = drafter.rope(pack.places.position[pack.anchor_N[anchor]] + slot + (0 if at_teacher else config.first_slot))
-    heads = [config.source_layers if config.source == "head_concat" else [layer] for layer in config.target_layers]
-    return [rope(torch.cat([pack.query[i][teacher] for i in layers], dim=1).to(drafter.dtype)) for layers in heads]
+    heads = ([pack.query[i][teacher] for i in config.layers_of(layer)] for layer in config.target_layers)
+    return [rope(torch.cat(layers, dim=1).to(drafter.dtype)) for layers in heads]
 
 
 def query_error(watch: Watch, drafter: Drafter, pack: Pack, valid: Tensor) -> Tensor:

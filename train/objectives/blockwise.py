@@ -34,8 +34,7 @@ def draft(drafter: Drafter, head: FrozenHead, pack: Pack, memory: Memory, attend
     """What the LM head reads for each drafted token, [N, J, E]."""
     config = drafter.config
     rows = block_rows(pack.places.document[pack.anchor_N], pack.places.position[pack.anchor_N], config.slots)
-    # Past a document's end a token is another's: such slots never count (Pack.valid).
-    index_NS = (pack.anchor_N[:, None] + torch.arange(config.slots, device=pack.ids_P.device)).clamp(max=len(pack.ids_P) - 1)
+    index_NS, _ = pack.row_index(config.slots)  # past a document's end a token is another's: such slots never count (Pack.valid)
     known = 1 if pack.shown_N is None else config.slots
     output_NJE = drafter.block(head.embed(pack.ids_P[index_NS[:, :known]]), rows, memory, attend, pack.shown_N)
     if drafter.sequential is None:
