@@ -8,16 +8,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -103,6 +105,21 @@ def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:
     return [job for batch in BasicSweeper.split_arguments(parsed(overrides), max_batch_size=None) for job in batch]
 
 
+def quoted(text: str) -> str:
+    """A value as Hydra's override grammar takes it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def sweep_words(folder: str, overrides: list[str], unnamed: Iterable[str]) -> list[str]:
+    """What makes Hydra put every point of a sweep into a folder of `folder`, named after the keys that are swept."""
+    fixed = [word.key_or_group for word in parsed(overrides) if not word.is_sweep_override()]
+    return [
+        f"hydra.sweep.dir={quoted(folder)}",
+        "hydra.sweep.subdir=${hydra.job.override_dirname}",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted({*fixed, *unnamed}))}]",
+    ]
+
+
 def fail(error: UserError) -> None:
     """Rank 0 prints one line and leaves with code 2; a launcher then ends the others, which wait for that so that none of
     them is the first to go and takes rank 0's line with it."""
@@ -114,25 +131,38 @@ def fail(error: UserError) -> None:
 
 
 def main(
-    config_name: str, recipe: type[BaseModel], check: Callable[[BaseModel], None], task: Callable[[BaseModel], None]
+    config_name: str, recipe: type[BaseModel], check: Callable[[BaseModel], None], task: Callable[[BaseModel], None], gather=None
 ) -> None:
-    """Run `task` under Hydra (`-m`, `--cfg`, `--help` included) once every job's recipe has passed `check`."""
+    """Run `task` under Hydra (`-m`, `--cfg`, `--help` included) once every job's recipe has passed `check`.
+
+    `gather`: where a recipe has a folder `out`, every point of a sweep gets one in it, and `gather`(folder) looks at them all.
+    """
     sys.argv[1:] = without_local_rank(sys.argv[1:])
 
     def job(config: DictConfig) -> None:
         try:
-            task(validated(recipe, config))
+            checked, hydra_config = validated(recipe, config), HydraConfig.get()
+            if gather and hydra_config.mode == RunMode.MULTIRUN:
+                checked = checked.model_copy(update={"out": hydra_config.runtime.output_dir})
+            task(checked)
         except UserError as error:
             fail(error)
 
+    recipes = []
     try:
         words = arguments()
         if not (words.help or words.hydra_help or words.cfg or words.info):
-            for overrides in jobs_of(words.overrides, words.multirun):
-                check(compose(config_name, recipe, overrides))
+            recipes = [compose(config_name, recipe, overrides) for overrides in jobs_of(words.overrides, words.multirun)]
+            for one in recipes:
+                check(one)
+        swept = bool(gather and words.multirun and recipes)
+        if swept:
+            sys.argv += sweep_words(recipes[0].out, words.overrides, ("out", "tracking", "cache.dir"))
     except UserError as error:
         fail(error)
     hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)()
+    if swept:
+        gather(Path(recipes[0].out))
 
 
 def _one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from data_prep.ranks import PR_SET_PDEATHSIG
 from data_prep.recipe import DataRecipe
 from data_prep.sources import Record
-from data_prep.tokens import LeftOut, TokenDocument, encode, pieces
+from data_prep.tokens import LeftOut, TokenDocument, encode, joined, pieces
 
 CHUNK = 64  # records that a worker takes at a time
 SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))])
@@ -33,7 +33,10 @@ def tokenized(
     """Every document of `source`, in its order, until there are `data.max_tokens` tokens (the last one is cut there). What
     is left out is counted by reason in `left_out`."""
     left = float("inf") if data.max_tokens is None else data.max_tokens
-    for record, encoded in _encoded(iter(source), tokenizer, data, workers):
+    every = _encoded(iter(source), tokenizer, data, workers)
+    if data.long == "join":
+        every = joined(every, data.max_length, tokenizer.eos_token_id)
+    for record, encoded in every:
         if isinstance(encoded, str):
             left_out[encoded] += 1
             continue

@@ -50,7 +50,8 @@ class DataRecipe(Section):
     loss_mask: Literal["all_turns", "last_turn", "none"] = "all_turns"  # none: every token is supervised
     template: dict[str, Any] = {}  # what the chat template is given besides the messages, e.g. enable_thinking
     max_length: int = Field(ge=8)
-    long: Literal["split", "cut", "drop"] = "split"  # longer than max_length: into pieces, keep the first, leave out
+    # Longer than max_length: into pieces, keep the first, leave out. join: all records end to end, cut every max_length tokens.
+    long: Literal["split", "cut", "drop", "join"] = "split"
     max_tokens: int | None = Field(None, ge=1)  # stop after this many tokens; null: all
 
 

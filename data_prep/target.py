@@ -101,7 +101,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"target.path={path}: no tokenizer can be loaded there ({_first_line(error)})") from error
+        raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
 
 
 class Target:
@@ -129,7 +129,7 @@ class Target:
             self.model = (model if over else model.to(device)).eval()
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-            raise UserError(f"target.path={path}: no causal LM can be loaded there ({_first_line(error)})") from error
+            raise UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})") from error
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
             raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
         self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
@@ -375,7 +375,7 @@ def target_sizes(recipe: TargetRecipe) -> Sizes:
         positions, vocabulary = config.max_position_embeddings, config.vocab_size
         return Sizes(config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim, positions, vocabulary)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({_first_line(error)})") from error
+        raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({first_line(error)})") from error
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -388,5 +388,5 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return (xxhash.xxh3_128_hexdigest(rules.encode()), xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,7 +7,7 @@ differences of token ids. A template that breaks its own prefixes is noticed, ne
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date
 from typing import NamedTuple
 
@@ -81,6 +81,30 @@ def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, le
             left_out["no supervised token" if len(piece) > 1 else "fewer than two tokens"] += 1
         else:
             yield TokenDocument(f"{record.id}#{k}", piece, supervised)
+
+
+def joined(
+    encoded: Iterable[tuple[Record, tuple[list[int], list[int]] | str]], length: int, end: int | None
+) -> Iterator[tuple[Record, tuple[list[int], list[int]] | str]]:
+    """data.long=join: records end to end, the tokenizer's end token between them, cut every `length` tokens. A piece is named after
+    the record in which it begins, and the place there."""
+    ids: list[int] = []
+    mask: list[int] = []
+    name = ""
+    for record, one in encoded:
+        if isinstance(one, str):
+            yield record, one
+            continue
+        name, started = name if ids else record.id, len(ids)
+        ids, mask = ids + one[0], mask + one[1]
+        if end is not None:
+            ids, mask = [*ids, end], [*mask, 1]
+        while len(ids) >= length:
+            yield Record(name, {}), (ids[:length], mask[:length])
+            ids, mask, started = ids[length:], mask[length:], started - length
+            name = f"{record.id}@{-started}"
+    if ids:
+        yield Record(name, {}), (ids, mask)
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options) -> dict:

@@ -26,7 +26,8 @@ class Round:
 
 @dataclass
 class Generation:
-    """`tokens` is the output, cut at the first end token and at the limit; `rounds` are counted whole. Seconds."""
+    """`tokens` is the output, cut at the first end token and at the limit; `rounds` are counted whole. Seconds. Bytes of the
+    drafter's keys and values: the most that a round read, and the most that were kept."""
 
     tokens: list[int]
     rounds: list[Round] = field(default_factory=list)
@@ -34,6 +35,8 @@ class Generation:
     draft_s: float = 0.0
     verify_s: float = 0.0
     decode_s: float = 0.0
+    read_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def emitted(self) -> int:
@@ -60,7 +63,7 @@ def decode(
     drafting.begin()
     states = target.forward(torch.tensor([prompt], device=target.device), cache).map(lambda t: t[0])
     tokens.append(sample(distribution(target.logits(states.last_hidden[-1]), temperature), generator))
-    drafting.observe(states, tokens[1:])
+    drafting.observe(states, tokens)
     result = Generation([])
     result.prefill_s = (now := _clock(target)) - started
     decoding = now
@@ -82,6 +85,7 @@ def decode(
         result.draft_s += now - before
         result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None))
     result.decode_s = now - decoding
+    result.read_bytes, result.kept_bytes = drafting.kv_bytes()
     output = tokens[len(prompt) : len(prompt) + max_new_tokens]
     end = next((i for i, token in enumerate(output) if token in end_tokens), len(output))
     result.tokens = output[: end + 1]

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from data_prep.target import FrozenHead, States
+from eval.sparse_cache import SparseCache
 from eval.verification import distribution, sample
 from train.attention.visibility import Places, Rows
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.objectives.blockwise import block_rows
+from train.views import View
 
 
 class Draft(NamedTuple):
@@ -28,11 +30,15 @@ class Drafting(Protocol):
     def begin(self) -> None:
         """A new request."""
 
-    def observe(self, states: States, following: list[int]) -> None:
-        """The target has processed P more positions; `following` are the tokens after each, the anchor's being last."""
+    def observe(self, states: States, known: list[int]) -> None:
+        """The target has processed P more positions; `known` are the tokens that were not known before, the anchor's being last: of
+        the first call P + 1, later P."""
 
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         """Guess what follows `tokens`, the last of which is the anchor."""
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """(the most bytes of keys and values that a round of this request has read, the most that were kept)."""
 
 
 class Nobody:
@@ -41,11 +47,14 @@ class Nobody:
     def begin(self) -> None:
         pass
 
-    def observe(self, states: States, following: list[int]) -> None:
+    def observe(self, states: States, known: list[int]) -> None:
         pass
 
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         return Draft([])
+
+    def kv_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
 
 class PromptLookup(Nobody):
@@ -68,41 +77,44 @@ class Trained:
     """A drafter with its memory as a KV cache: every verified position is remembered once.
 
     Args:
+        view: what of the memory the drafter may read; None: all of it.
         change: what the drafter is shown instead of the target's states (the controls); gets the states and the
             position of the first of them.
     """
 
-    def __init__(self, drafter: Drafter, head: FrozenHead, attend, change=None):
-        self.drafter, self._head, self._attend, self._change = drafter.eval(), head, attend, change
+    def __init__(self, drafter: Drafter, head: FrozenHead, attend, view: View | None = None, change=None):
+        self.drafter, self._head, self._attend, self._view, self._change = drafter.eval(), head, attend, view, change
         self.device = head.head_VE.device
         self.begin()
 
     def begin(self) -> None:
-        self.memory: Memory | None = None
-        self._length = 0
+        self.cache, self._length = SparseCache(self.drafter, self._attend, self._view), 0
 
     @torch.no_grad()
-    def observe(self, states: States, following: list[int]) -> None:
+    def observe(self, states: States, known: list[int]) -> None:
         if self._change is not None:
             states = self._change(states, self._length)
-        position = torch.arange(self._length, self._length + len(following), device=self.device)
-        self._length += len(following)
-        self.memory = self.drafter.remember(
-            states, self._embed(following), Places(torch.zeros_like(position), position), self._attend, self.memory
-        )
+        before, self._length = self._length, self._length + len(states.last_hidden)
+        rows = known if before == 0 and not self.drafter.config.reads_pairs else known[-(self._length - before) :]
+        places = self._places(before, self._length)
+        self.cache.extend(states, places, self._embed(rows), self._places(self._length + 1 - len(rows), self._length + 1))
 
     @torch.no_grad()
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
-        anchor = torch.tensor([len(tokens) - 1], device=self.device)
+        memory, position = self.cache.visible(len(tokens) - 1)
+        anchor = torch.tensor([position], device=self.device)
         if self.drafter.config.objective == "ttt":
-            return self._steps(tokens[-1], anchor, temperature, generator)
+            return self._steps(tokens[-1], memory, anchor, temperature, generator)
         rows = block_rows(torch.zeros_like(anchor), anchor, self.drafter.config.slots)
-        output_JE = self.drafter.block(self._embed(tokens[-1:])[None], rows, self.memory, self._attend)[0]
+        output_JE = self.drafter.block(self._embed(tokens[-1:])[None], rows, memory, self._attend)[0]
         if self.drafter.sequential is not None:
             return self._corrected(output_JE, tokens[-1], temperature, generator)
         logits = self._logits(output_JE)
         q_JV = distribution(logits, temperature)
         return Draft([sample(q, generator) for q in q_JV], q_JV, logits)
+
+    def kv_bytes(self) -> tuple[int, int]:
+        return self.cache.read_bytes, self.cache.kept_bytes
 
     def _corrected(self, output_JE: Tensor, token: int, temperature: float, generator: torch.Generator) -> Draft:
         """A block's outputs, each corrected by the token drafted before it."""
@@ -115,14 +127,12 @@ class Trained:
             tokens.append(token)
         return Draft(tokens, torch.cat(qs), torch.cat(logits))
 
-    def _steps(self, token: int, anchor: Tensor, temperature: float, generator: torch.Generator) -> Draft:
-        feature = self.memory.feature[-1:] if self.memory.feature is not None else None
+    def _steps(self, token: int, memory: Memory, anchor: Tensor, temperature: float, generator: torch.Generator) -> Draft:
+        feature = None if memory.feature is None else memory.feature[-1:]
         tokens, logits, qs, earlier, past, zero = [], [], [], None, None, torch.zeros_like(anchor)
         for j in range(1, self.drafter.config.slots + 1):
             rows = Rows(zero, anchor, zero, zero + j, anchor + j - 1)
-            output, feature, past = self.drafter.step(
-                self._embed([token]), feature, rows, earlier, self.memory, past, self._attend
-            )
+            output, feature, past = self.drafter.step(self._embed([token]), feature, rows, earlier, memory, past, self._attend)
             earlier = rows if earlier is None else earlier + rows
             logits.append(self._logits(output))
             qs.append(distribution(logits[-1], temperature))
@@ -130,8 +140,12 @@ class Trained:
             tokens.append(token)
         return Draft(tokens, torch.cat(qs), torch.cat(logits))
 
+    def _places(self, start: int, end: int) -> Places:
+        position = torch.arange(start, end, device=self.device)
+        return Places(torch.zeros_like(position), position)
+
     def _embed(self, tokens: list[int]) -> Tensor:
-        return self._head.embed(torch.tensor(tokens, device=self.device))
+        return self.drafter.embed(torch.tensor(tokens, device=self.device), self._head)
 
     def _logits(self, output_JE: Tensor) -> Tensor:
         return self.drafter.head.logits(output_JE, self._head)

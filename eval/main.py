@@ -1,4 +1,4 @@
-"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export]"""
+"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export] [-m view.budget=256,1024,0]"""
 
 import resource
 import sys
@@ -15,13 +15,15 @@ from data_prep.target import Target, load_target, load_tokenizer  # noqa: E402
 from eval import measure, report  # noqa: E402
 from eval.decode import Generation, decode  # noqa: E402
 from eval.drafting import Drafting, Nobody, PromptLookup, Trained, memory_of, zero_memory  # noqa: E402
-from eval.recipe import EvalRecipe, check  # noqa: E402
+from eval.recipe import EvalRecipe, check, view_of  # noqa: E402
 from eval.score import diagnose, score  # noqa: E402
 from eval.suites import Prompt, heldout_prompts  # noqa: E402
 from train import diagnostics  # noqa: E402
 from train.attention import executor  # noqa: E402
 from train.drafter.exchange import save_eagle3  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
+from train.tracking import Tracker  # noqa: E402
+from train.views import View  # noqa: E402
 
 
 def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
@@ -31,22 +33,26 @@ def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
         raise UserError(
             f"{recipe.drafter} was trained for other weights of {drafter.config.target['id']} than those of {recipe.target.path}"
         )
+    view = view_of(recipe, drafter.config)
+    if drafter.config.lm and view and view.positions == "in_cache":
+        drafter.check_in_cache()
     target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
     return target, drafter.to(target.device, target.dtype)
 
 
-def contenders(target: Target, drafter: Drafter, attend, others: list, prompt: int) -> dict[str, Drafting]:
-    """Who drafts for prompt number `prompt`: nobody, the trained drafter, and the controls."""
-    untrained = Drafter(drafter.config).to(target.device, target.dtype).start(target, target.frozen_head)
-    head = target.frozen_head
-    return {
-        "baseline": Nobody(),
-        "trained": Trained(drafter, head, attend),
-        "untrained": Trained(untrained, head, attend),
-        "prompt_lookup": PromptLookup(drafter.config.draft_length),
-        "zero_memory": Trained(drafter, head, attend, zero_memory),
-        "shuffled_memory": Trained(drafter, head, attend, memory_of(others[prompt - 1])),
-    }
+def contenders(target: Target, drafter: Drafter, attend, view: View | None, controls: bool) -> dict[str, Drafting]:
+    """Who drafts: nobody, the trained drafter, and the controls, all under one view. `shuffled_memory` is another for each prompt."""
+    head, kept_D = target.frozen_head, drafter.head.kept_D
+    found = {"baseline": Nobody(), "trained": Trained(drafter, head, attend, view)}
+    if controls:
+        counts_V = None if kept_D is None else torch.zeros(len(head.head_VE)).index_fill_(0, kept_D.cpu(), 1)
+        untrained = Drafter.of(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
+        found["untrained"] = Trained(untrained, head, attend, view)
+        found["prompt_lookup"] = PromptLookup(drafter.config.draft_length)
+    if controls and drafter.config.reuse != "none":
+        found["zero_memory"] = Trained(drafter, head, attend, view, zero_memory)
+        found["shuffled_memory"] = None
+    return found
 
 
 def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generation]], temperature: float) -> dict:
@@ -85,13 +91,42 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
     return result
 
 
+def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
+    """What a report says of its subject: the drafter, how it was trained, and the view and the context it is judged under."""
+    config, view = drafter.config, view_of(recipe, drafter.config)
+    said = ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal", "budgets", "seed")
+    return {
+        "drafter": {
+            "path": recipe.drafter,
+            "parameters": sum(p.numel() for p in drafter.parameters()),
+            **{name: getattr(config, name) for name in said},
+            "lm": config.lm and config.lm["path"],
+            "trained_view": config.view,
+        },
+        "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **config.target},
+        "view": view.model_dump() if view else {"kind": "full", "budget": 0},
+        "context": recipe.span and recipe.span[0],
+        "commit": cli.git_revision(),
+    }
+
+
+def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
+    """Write the report; to W&B, a sweep's points as one group."""
+    out = Path(recipe.out)
+    report.write_json(out, found, name)
+    if recipe.tracking.kind != "none":
+        tracker = Tracker(recipe.tracking, out, out.parent.name, recipe.model_dump(mode="json"), resumed_at=0)
+        tracker.log(0, {key: value for key, value in found.items() if key not in ("drafter", "target", "prompts", "commit")})
+        tracker.close()
+
+
 def run(recipe: EvalRecipe) -> None:
     target, drafter = load(recipe)
     out = Path(recipe.out)
     if recipe.mode == "score":
         accepted, loss = score(recipe, target, drafter)
         found = {kind: vars(a) for kind, a in accepted.items()}
-        report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, "kl": loss, **found}, "score.json")
+        publish(recipe, "score.json", described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found})
         print(f"KL {loss:.4f} nats a slot")
         for kind, a in found.items():
             print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
@@ -106,64 +141,42 @@ def run(recipe: EvalRecipe) -> None:
         save_eagle3(drafter, target, out)
         print(f"eagle3: {out}")
         return
-    tokenizer = load_tokenizer(target.path, target.revision)
-    prompts = heldout_prompts(recipe.data, recipe.prompts, tokenizer)
-    attend = executor(recipe.attention, target.device, training=False)
-    others = [target.forward(torch.tensor([p.tokens], device=target.device)).map(lambda t: t[0]) for p in prompts]
+    wanted = recipe.prompts.model_copy(update={"tokens": recipe.span[0]})
+    prompts = heldout_prompts(recipe.data, wanted, load_tokenizer(target.path, target.revision))
+    attend, view = executor(recipe.attention, target.device, training=False), view_of(recipe, drafter.config)
     result = {
-        "drafter": {
-            "path": recipe.drafter,
-            "parameters": sum(p.numel() for p in drafter.parameters()),
-            **{
-                k: getattr(drafter.config, k)
-                for k in ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal")
-            },
-        },
-        "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **drafter.config.target},
-        "prompts": {
-            **recipe.prompts.model_dump(),
-            "source": recipe.data.source,
-            "ids": [p.id for p in prompts],
-            "seed": recipe.seed,
-        },
-        "commit": cli.git_revision(),
+        **described(recipe, target, drafter),
+        "prompts": {**wanted.model_dump(), "source": recipe.data.source, "ids": [p.id for p in prompts], "seed": recipe.seed},
         "temperatures": {},
     }
-    everyone = contenders(target, drafter, attend, others, 0)
-    names = list(everyone) if recipe.controls else ["baseline", "trained"]
+    everyone = contenders(target, drafter, attend, view, recipe.controls)
     with Progress() as progress:
         task = progress.add_task("decode", total=len(recipe.temperatures) * len(prompts))
         for temperature in recipe.temperatures:
-            runs: dict[str, list[Generation]] = {name: [] for name in names}
-            for name in names:  # nobody's first request pays for the warm-up
-                decode(target, everyone[name], prompts[0].tokens, 8, temperature, recipe.seed)
+            runs: dict[str, list[Generation]] = {name: [] for name in everyone}
             for number, prompt in enumerate(prompts):
-                if recipe.controls:
-                    everyone["shuffled_memory"] = Trained(drafter, target.frozen_head, attend, memory_of(others[number - 1]))
-                for name in names:  # side by side, so that a machine's moods meet all alike
-                    runs[name].append(
-                        decode(
-                            target,
-                            everyone[name],
-                            prompt.tokens,
-                            recipe.prompts.max_new_tokens,
-                            temperature,
-                            recipe.seed + number,
-                            target.end_tokens,
-                        )
-                    )
+                if "shuffled_memory" in everyone:
+                    other = target.forward(torch.tensor([prompts[number - 1].tokens], device=target.device)).map(lambda t: t[0])
+                    everyone["shuffled_memory"] = Trained(drafter, target.frozen_head, attend, view, memory_of(other))
+                for name, drafting in everyone.items():  # side by side, so that a machine's moods meet all alike
+                    arguments = (target, drafting, prompt.tokens)
+                    if number == 0:  # nobody's first request pays for the warm-up
+                        decode(*arguments, 8, temperature, recipe.seed)
+                    limit = recipe.prompts.max_new_tokens
+                    runs[name].append(decode(*arguments, limit, temperature, recipe.seed + number, target.end_tokens))
                 progress.advance(task)
             result["temperatures"][f"{temperature:g}"] = figures(target, prompts, runs, temperature)
+    result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = (
         torch.cuda.max_memory_allocated() / 2**30
         if target.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     )
-    report.write_json(out, result)
+    publish(recipe, "report.json", result)
     report.draw(out, result)
     report.print_table(result)
     print(f"report: {out / 'report.json'}, {out / 'report.png'}")
 
 
 if __name__ == "__main__":
-    cli.main("eval", EvalRecipe, check, run)
+    cli.main("eval", EvalRecipe, check, run, gather=lambda folder: report.gather([folder], folder))

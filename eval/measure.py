@@ -46,6 +46,12 @@ def round_ms(generations: list[Generation]) -> dict[str, float]:
     return {"draft": draft, "verify": verify, "overhead": total - draft - verify}
 
 
+def kv_mib(generations: list[Generation]) -> dict[str, float]:
+    """MiB of the drafter's keys and values, over all requests: the most that a round read, and the most that were kept."""
+    most = lambda name: max(getattr(g, f"{name}_bytes") for g in generations) / 2**20
+    return {"read_mib": most("read"), "kept_mib": most("kept")}
+
+
 def repetition(generations: list[Generation], n: int = 4) -> float:
     """Share of the outputs' n-grams that stood in the same output before; a loop tends to 1."""
     grams = [[tuple(g.tokens[i : i + n]) for i in range(len(g.tokens) - n + 1)] for g in generations]

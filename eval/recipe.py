@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Literal
 
+from omegaconf import OmegaConf
 from pydantic import Field
 
 from data_prep.cache.reader import CacheReader
-from data_prep.cli import refuse_file
+from data_prep.cli import CONF, refuse_file, validated
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_eagle3
+from train.recipe import TrackingRecipe
+from train.views import View
 
 
 class PromptsRecipe(Section):
@@ -37,6 +40,9 @@ class EvalRecipe(Section):
     mode: Literal["decode", "score", "diagnose", "export"]
     drafter: str
     out: str
+    context: int | None = Field(None, ge=2)  # tokens before the first anchor; decode: null means prompts.tokens; score: anywhere
+    view: View
+    tracking: TrackingRecipe
     target: TargetRecipe
     data: DataRecipe
     prompts: PromptsRecipe
@@ -47,6 +53,41 @@ class EvalRecipe(Section):
     attention: Literal["auto", "reference", "flex"]
     seed: int
 
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """Positions of the anchors that a context asks for: as many as decoding makes tokens."""
+        if self.context is None and self.mode != "decode":
+            return None
+        context = self.context or self.prompts.tokens
+        return context, context + self.prompts.max_new_tokens
+
+
+def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
+    """The view that the drafter is judged under; None: it sees everything. Raises UserError for one that cannot be."""
+    view = recipe.view
+    if view.kind == "auto":
+        trained = config.view or OmegaConf.to_container(OmegaConf.load(f"{CONF}/view/topk_chunk.yaml"))
+        said = {name: getattr(view, name) for name in view.model_fields_set - {"kind"}}
+        view = validated(View, OmegaConf.create(trained | said))
+    if view.kind == "full" or not view.budget:
+        return None
+    if view.positions == "in_cache" and config.source == "projected" and config.uses_kv:
+        raise UserError("view.positions=in_cache turns keys to other positions; the drafter's projected keys mix turned ones")
+    return view
+
+
+def _check_positions(recipe: EvalRecipe, config: DrafterConfig, end: int) -> None:
+    """Raises UserError when the last position of a judgement is one that the drafter has never known."""
+    view, reaches = view_of(recipe, config), end + config.slots
+    if view and view.positions == "in_cache" and not config.memory_attends:
+        reaches = min(reaches, view.budget + 1 + config.slots)
+    known = config.positions or int(config.rope_factor * config.architecture.max_positions)
+    if reaches > known:
+        raise UserError(
+            f"{recipe.drafter} knows positions below {known}, and this asks for {reaches}: train on longer documents, start from the "
+            "target's layers, scale positions (drafter.rope_factor), or keep them short (view.positions=in_cache and a budget)"
+        )
+
 
 def check(recipe: EvalRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded."""
@@ -56,9 +97,15 @@ def check(recipe: EvalRecipe) -> None:
     config = DrafterConfig.load(recipe.drafter)
     if not (Path(recipe.drafter) / "model.safetensors").is_file():
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
-    room = config.architecture.max_positions
-    if recipe.prompts.tokens + recipe.prompts.max_new_tokens + config.slots > room:
-        raise UserError(f"prompts.tokens + prompts.max_new_tokens exceed the target's {room} positions")
+    view_of(recipe, config)
+    if recipe.span:
+        room, end = config.architecture.max_positions, recipe.span[1]
+        if end + config.slots > room:
+            raise UserError(
+                f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the target's "
+                f"{room} positions"
+            )
+        _check_positions(recipe, config, end)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(
@@ -78,6 +125,8 @@ def check(recipe: EvalRecipe) -> None:
         ):
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")
+        if not recipe.span:
+            _check_positions(recipe, config, int(reader.lengths.max()))
         if recipe.mode == "diagnose" and not set(config.query_layers) <= set(manifest.query_layers):
             if recipe.score.pack_tokens < (longest := int(reader.lengths.max())):  # the target reads them again, from the start
                 raise UserError(f"mode=diagnose needs whole documents: score.pack_tokens={longest} for {recipe.cache.dir}")

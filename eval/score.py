@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.cache.reader import CacheReader
+from data_prep.errors import UserError
 from data_prep.target import Target
-from eval.recipe import EvalRecipe
+from eval.recipe import EvalRecipe, view_of
 from train import acceptance, diagnostics
 from train.attention import executor
 from train.batches import Pack, PackStream, split
@@ -16,17 +17,27 @@ from train.drafter.model import Drafter
 from train.losses import LossRecipe
 from train.objectives import Objective
 from train.objectives.align import Watch
+from train.views import View
 
 
-def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool) -> Objective:
+def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
     attend, equal = executor(recipe.attention, target.device, training), torch.ones(drafter.config.draft_length)
-    return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024)
+    return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024, view=view)
 
 
-def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str]) -> Iterator[Pack]:
-    reader, names = CacheReader(recipe.cache.dir), drafter.config.tensors + queries
-    _, validation = split(reader, recipe.score.documents)
-    stream = PackStream(reader, validation, names, recipe.score.pack_tokens, recipe.score.anchors, recipe.seed, shuffle=False)
+def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str], view: View | None = None) -> Iterator[Pack]:
+    """Raises UserError when no held-out document is long enough."""
+    reader, names, span = CacheReader(recipe.cache.dir), drafter.config.tensors + queries, recipe.span
+    longest = recipe.score.pack_tokens
+    _, validation = split(reader, len(reader))
+    if span:
+        longest = max(longest, span[1] + drafter.config.slots)
+        validation = validation[reader.lengths[validation] > span[0] + 1]
+        if not len(validation):
+            raise UserError(f"context={span[0]}: no held-out document of {recipe.cache.dir} is as long; see data.long=join")
+    budgets = {"budgets": lambda step, id: [view.budget], "lasts": view.lasts} if view else {}
+    documents = validation[: recipe.score.documents]
+    stream = PackStream(reader, documents, names, longest, recipe.score.anchors, recipe.seed, shuffle=False, span=span, **budgets)
     for indices in stream.passes(0):
         yield stream.read(indices).to(target.device)
 
@@ -34,11 +45,12 @@ def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[s
 @torch.no_grad()
 def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float]:
     """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot)."""
-    objective = _objective(recipe, target, drafter, training=False)
+    view = view_of(recipe, drafter.config)
+    objective = _objective(recipe, target, drafter, training=False, view=view)
     total = loss = slots = 0.0
-    for pack in _packs(recipe, target, drafter, []):
+    for pack in _packs(recipe, target, drafter, [], view):
         outcome = objective(pack)
-        total = total + acceptance.counts(outcome).cpu()
+        total = total + acceptance.counts(outcome)[0].cpu()
         loss, slots = loss + float(outcome.share), slots + int(outcome.valid.sum())
     return acceptance.summarise(total), loss / slots
 

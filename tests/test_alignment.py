@@ -17,6 +17,7 @@ from train.attention import EXECUTORS
 from train.batches import make_pack
 from train.losses import LossRecipe
 from train.objectives import Objective
+from train.views import FULL, View
 
 CELLS = [
     (objective, reuse)
@@ -62,16 +63,27 @@ def cached(target, tokens, capture=True):
     }
 
 
-def decoded(target, drafter, temperature=0.0, rounds=60):
+def decoded(target, drafter, temperature=0.0, rounds=60, view=None):
     target.capture(HIDDEN_LAYERS, KV_LAYERS)
     prompt = torch.randint(0, 11, (23,), generator=torch.Generator().manual_seed(5)).tolist()
-    trained = Trained(drafter, target.frozen_head, EXECUTORS["reference"])
+    trained = Trained(drafter, target.frozen_head, EXECUTORS["reference"], view)
     generation = decode(target, trained, prompt, 120, temperature, seed=3, keep_drafts=True)
     return prompt, generation, generation.rounds[:rounds]
 
 
-def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None):
-    """Logits [N, J, V] of the training forward at `anchors` of document `tokens`."""
+def ages(anchors, refresh):
+    """How old the selection was that served each round."""
+    chosen, found = anchors[0], []
+    for anchor in anchors:
+        if refresh == "verify" or (refresh != "never" and anchor - chosen >= refresh):
+            chosen = anchor
+        found.append(anchor - chosen)
+    return torch.tensor(found)
+
+
+def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None, view=None):
+    """Logits [N, J, V] of the training forward at `anchors` of document `tokens`. A view's rows stand between those of another
+    budget and those that see everything."""
     generator = torch.Generator().manual_seed(9)
     others = [torch.randint(0, 11, (n,), generator=generator).tolist() for n in (17, 31)] if packing else []
     documents = [cached(target, t) for t in ([others[0], tokens, others[1]] if packing else [tokens])]
@@ -80,19 +92,23 @@ def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None
     pack = make_pack([str(i) for i in range(len(documents))], documents, marks)
     if tamper:
         pack = tamper(pack)
-    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), torch.ones(drafter.config.draft_length), attend, 64)
+    weight_J = torch.ones(drafter.config.draft_length)
+    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, attend, 64, view)
+    if view:
+        budgets = [FULL, view.budget + 7, view.budget]
+        pack.budget_VN, pack.age_N = torch.tensor(budgets)[:, None].expand(-1, len(anchors)), ages(anchors, view.refresh)
     with torch.no_grad():
-        return objective.logits(pack)
+        return objective.logits(pack)[-1] if view else objective.logits(pack)
 
 
-def largest_difference(target, drafter, packing=True, attend=EXECUTORS["reference"], tamper=None, temperature=0.0):
+def largest_difference(target, drafter, packing=True, attend=EXECUTORS["reference"], tamper=None, temperature=0.0, view=None):
     """(largest difference of logits, slots compared that were kept, that were refused); asserts on tokens and lengths
     unless tampered with."""
-    prompt, generation, rounds = decoded(target, drafter, temperature)
+    prompt, generation, rounds = decoded(target, drafter, temperature, view=view)
     # The text is everything that was emitted, not only what was asked for.
     tokens = prompt + generation.tokens
     rounds = [r for r in rounds if r.anchor + r.drafted < len(tokens)]
-    logits = training_side(target, drafter, tokens, [r.anchor for r in rounds], packing, attend, tamper)
+    logits = training_side(target, drafter, tokens, [r.anchor for r in rounds], packing, attend, tamper, view)
     worst, kept, refused = 0.0, 0, 0
     for one, trained in zip(rounds, logits):
         parallel = drafter.config.objective == "blockwise" and not drafter.config.sequential  # else a slot reads the one before
@@ -136,6 +152,46 @@ def test_flex_forward_is_decode_loop(target, objective, reuse):
     torch._dynamo.reset()  # else the shapes of other cells use up the limit of compilations, and no kernel is tested
     worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), attend=EXECUTORS["flex"])
     assert worst < 1e-4
+
+
+VIEWS = {
+    "sink_recent": View(kind="sink_recent", budget=16, sink=2),
+    "sink_recent in cache": View(kind="sink_recent", budget=16, sink=2, positions="in_cache"),
+    "mean": View(kind="topk_chunk", budget=20, sink=4, recent=4, chunk=4),
+    "mean in cache": View(kind="topk_chunk", budget=20, sink=4, recent=4, chunk=4, positions="in_cache"),
+    "quest, every 9 tokens": View(kind="topk_chunk", budget=24, recent=3, chunk=3, scorer="quest", refresh=9),
+    "minmax in cache, never": View(
+        kind="topk_chunk", budget=30, sink=2, recent=2, chunk=2, scorer="minmax", positions="in_cache", refresh="never"
+    ),
+    "lastkey, every 40 tokens": View(kind="topk_chunk", budget=24, sink=4, recent=0, chunk=4, scorer="lastkey", refresh=40),
+    "h2o": View(kind="h2o", budget=16),
+    "h2o in cache, every 7 tokens": View(kind="h2o", budget=24, sink=1, positions="in_cache", refresh=7),
+    "snapkv": View(kind="snapkv", budget=16, recent=5, pool=3),
+    "snapkv in cache, never": View(kind="snapkv", budget=30, recent=4, pool=3, positions="in_cache", refresh="never"),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    "objective,reuse",
+    [
+        ("ttt", "none"),
+        ("ttt", "hidden"),
+        ("ttt", "kv"),
+        ("ttt", "hybrid"),
+        ("ttt", "kv+head_concat"),
+        ("blockwise", "hidden"),
+        ("blockwise_shifted", "hybrid"),
+        ("blockwise+markov", "kv+projected_rope"),
+    ],
+)
+def test_training_forward_is_decode_loop_under_a_view(target, objective, reuse, view):
+    """Two layers, packed, under a budget that the context soon exceeds: memory masked in training (taken out where positions are in
+    the cache), really gathered in decoding."""
+    drafter = drafter_of(target, objective, reuse, layers=2)
+    worst, kept, refused = largest_difference(target, drafter, view=VIEWS[view])
+    assert worst < 1e-4
+    assert kept >= 3 and refused >= 3, (kept, refused)
 
 
 def shifted_states(pack):

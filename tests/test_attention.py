@@ -112,7 +112,7 @@ def test_flex_block_mask_is_the_dense_mask():
     _, _, _, rows, memory = packed_case()
     for causal in (False, True):
         visibility = Visibility(rows, memory, rows, causal)
-        rule = visibility.block_mask.mask_mod
+        rule = visibility.block_mask(2).mask_mod
         q, k = torch.meshgrid(torch.arange(visibility.dense.shape[0]), torch.arange(visibility.dense.shape[1]), indexing="ij")
         assert torch.equal(rule(0, 0, q, k), visibility.dense)
 

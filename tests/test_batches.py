@@ -175,12 +175,13 @@ def test_acceptance_counts_by_hand():
     outcome = Outcome(
         torch.tensor(0.0),
         torch.zeros(4),
-        torch.zeros(2, 2),
-        torch.tensor([[0.5, 0.4], [0.8, 0.0]]),
-        torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+        torch.zeros(2, 2, 2),
+        torch.tensor([[[0.5, 0.4], [0.8, 0.0]], [[1.0, 0.5], [0.0, 0.0]]]),
+        torch.tensor([[[1.0, 0.0], [0.0, 0.0]]] * 2),
         valid,
     )
-    found = acceptance.summarise(acceptance.counts(outcome))
+    found, sparse = map(acceptance.summarise, acceptance.counts(outcome))
+    assert sparse["sampled"].joint == pytest.approx([0.5, 0.25]) and sparse["greedy"] == found["greedy"]
     assert found["sampled"].joint == pytest.approx([0.65, 0.26]) and found["sampled"].tau == pytest.approx(1.91)
     assert found["sampled"].conditional == pytest.approx([0.65, 0.4])
     assert found["greedy"].joint == pytest.approx([0.5, 0.0]) and found["greedy"].conditional == [0.5, 0.0]

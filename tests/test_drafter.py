@@ -138,15 +138,16 @@ def test_a_token_that_the_drafter_cannot_say_is_a_break(target):
         if kept:
             drafter.head.weight.data.copy_(target.frozen_head.head_VE[kept])
         outcome = objective(pack)
+        valid, (overlap,), (match,) = outcome.valid, outcome.overlap, outcome.match
         best = target.logits(teacher).argmax(-1)
         p = target.logits(teacher).softmax(-1)
         if kept is None:
-            torch.testing.assert_close(outcome.overlap[outcome.valid], torch.ones(int(outcome.valid.sum()), dtype=torch.float64))
-            assert outcome.match[outcome.valid].all()
+            torch.testing.assert_close(overlap[valid], torch.ones(int(valid.sum()), dtype=torch.float64))
+            assert match[valid].all()
         else:
-            outside = (best > 7) & outcome.valid
-            assert outside.any() and not outcome.match[outside].any() and outcome.match[outcome.valid & ~outside].all()
-            torch.testing.assert_close(outcome.overlap[outcome.valid], p[..., :8].sum(-1)[outcome.valid])
+            outside = (best > 7) & valid
+            assert outside.any() and not match[outside].any() and match[valid & ~outside].all()
+            torch.testing.assert_close(overlap[valid], p[..., :8].sum(-1)[valid])
 
 
 # Weights from other drafters

@@ -60,7 +60,7 @@ def by_definition(target, objective, pack, loss: LossRecipe, weight_J):
     label = objective.drafter.head.labels(pack.ids_P[index], 11)
     said = torch.where(label < 0, 0.0, q.gather(-1, label.clamp(min=0)[..., None]).squeeze(-1))
     alpha = torch.minimum(p, q).sum(-1)
-    lam = torch.exp(-loss.eta * objective.alpha_J).expand(valid.shape)
+    lam = torch.exp(-loss.eta * objective.alpha_VJ[0]).expand(valid.shape)
     per_slot = sum(
         w * torch.stack([definition(name, *row) for row in zip(q, p, label, lam)]) for name, w in loss.per_slot.items()
     )
@@ -102,7 +102,7 @@ def test_loss_and_gradient_equal_the_definition(target, cell, loss, weighting):
     shown = [np.array([1, 2, 3]), np.array([1, 3, 2, 1])] if weighting == "shown" else None
     pack, weight_J = packed(target, shown), None if weighting == "dpace" else 0.8 ** torch.arange(drafter.config.draft_length)
     objective = objective_of(target, drafter, LOSSES[loss], weight_J)
-    objective.alpha_J = torch.linspace(0.1, 0.9, objective.slots, dtype=torch.float64)
+    objective.alpha_VJ = torch.linspace(0.1, 0.9, objective.slots, dtype=torch.float64)[None]
     expected = by_definition(target, objective, pack, LOSSES[loss], weight_J)
     outcome = objective(pack, objective.weight_sums(pack))
     torch.testing.assert_close(outcome.share, expected, rtol=1e-6, atol=1e-7)
@@ -216,7 +216,7 @@ def test_target_queries_reproduce_the_target_s_attention(target):
     attention = target.layers[2].self_attn
     handle = attention.o_proj.register_forward_pre_hook(lambda module, inputs: outputs.__setitem__("o", inputs[0][0]))
     found = target_queries(drafter, pack, valid, at_teacher=True)[0]
-    memory = drafter.remember(pack.states, target.frozen_head.embed(pack.ids_P), pack.places, REFERENCE)
+    memory = objective_of(target, drafter, LossRecipe(kl=1)).remember(pack)
     keys = memory.layers[0]["kv"]
     anchor, slot = valid.nonzero(as_tuple=True)
     for r, (n, j) in enumerate(zip(anchor.tolist(), slot.tolist())):

@@ -3,7 +3,7 @@
 joint_j = P(slots 1..j are all accepted), cond_j = joint_j / joint_{j−1}, tau = 1 + sum_j joint_j (tokens per verify step,
 the bonus token included). Teacher-forced: slots are judged on the text, not on a decoded continuation.
 
-Shapes: N anchors, J slots.
+Shapes: V views, N anchors, J slots.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from train.objectives import Outcome
 
 
 def counts(outcome: Outcome) -> Tensor:
-    """float64 [4, J], sums over the anchors whose slot j counts: the chance that slots 1..j are all accepted at
+    """float64 [V, 4, J], for each view sums over the anchors whose slot j counts: the chance that slots 1..j are all accepted at
     temperature 1 (product of overlaps), the chance that slots 1..j-1 are, and both at temperature 0 (of matches)."""
     valid = outcome.valid.double()
 
     def both(accepted: Tensor) -> list[Tensor]:
-        through = accepted.double().cumprod(1)
-        before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=1)
-        return [(through * valid).sum(0), (before * valid).sum(0)]
+        through = accepted.double().cumprod(-1)
+        before = torch.cat([torch.ones_like(through[..., :1]), through[..., :-1]], dim=-1)
+        return [(through * valid).sum(1), (before * valid).sum(1)]
 
-    return torch.stack(both(outcome.overlap) + both(outcome.match))
+    return torch.stack(both(outcome.overlap) + both(outcome.match), dim=1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data_prep.cache.reader import CacheReader, crop
 from data_prep.errors import UserError
 from data_prep.sources import stable_hash
 from data_prep.target import States
-from train.attention.visibility import Places
+from train.attention.visibility import Anchors, Places
 
 
 @dataclass
@@ -38,6 +38,16 @@ class Pack:
     anchor_N: Tensor
     shown_N: Tensor | None = None  # tokens x_a .. of each block that the drafter is shown; None: x_a alone
     query: dict[int, Tensor | Scaled] = field(default_factory=dict)  # the target's by layer, [R, H, D]: rows as last_hidden's
+    budget_VN: Tensor | None = None  # memory positions that each view shows each anchor; None: one view, everything
+    age_N: Tensor | None = None  # tokens between the selection that serves an anchor and the anchor; None: there are none
+
+    @property
+    def anchors(self) -> Anchors:
+        return Anchors(self.anchor_N, self.places.document[self.anchor_N], self.places.position[self.anchor_N])
+
+    @property
+    def views(self) -> int:
+        return 1 if self.budget_VN is None else len(self.budget_VN)
 
     def valid(self, slots: int) -> Tensor:
         """bool [N, J]: slot j counts iff x_{a+j} is in the document and supervised, all before it are, and it is not shown."""
@@ -71,6 +81,7 @@ class Pack:
         self._map(lambda t: t.record_stream(stream) or t)
 
     def _map(self, function: Callable) -> "Pack":
+        optional = lambda t: None if t is None else function(t)
         return Pack(
             self.names,
             function(self.ids_P),
@@ -80,8 +91,10 @@ class Pack:
             function(self.last_hidden_RE),
             function(self.teacher_P),
             function(self.anchor_N),
-            None if self.shown_N is None else function(self.shown_N),
+            optional(self.shown_N),
             {layer: function(t) for layer, t in self.query.items()},
+            optional(self.budget_VN),
+            optional(self.age_N),
         )
 
 
@@ -95,10 +108,13 @@ def make_pack(
     anchors: list[np.ndarray],
     starts: list[int] | None = None,
     shown: list[np.ndarray] | None = None,
+    budgets: list[list[int]] | None = None,
+    ages: list[np.ndarray] | None = None,
 ) -> Pack:
     """Join cached documents. `anchors[d]`: indices into document d as it is given; `starts[d]`: the position of its first
-    token, where it was cropped; `shown[d]`: how many tokens the block of each anchor shows. A pack without any anchor gets
-    one that counts nothing, so that every rank runs the same forward."""
+    token, where it was cropped; `shown[d]`: how many tokens the block of each anchor shows; `budgets[d]`: one a view;
+    `ages[d]`: of the selection that serves each anchor. A pack without any anchor gets one that counts nothing, so that every
+    rank runs the same forward."""
     lengths = torch.tensor([len(d["input_ids"]) for d in documents])
     offsets = lengths.cumsum(0) - lengths
     mask = torch.cat([d["loss_mask"] for d in documents]).bool()
@@ -106,6 +122,13 @@ def make_pack(
     anchor = torch.cat([offset + torch.from_numpy(a) for offset, a in zip(offsets, anchors)])
     positions = [torch.arange(start, start + n) for start, n in zip(starts or [0] * len(documents), lengths.tolist())]
     joined = paired({name: torch.cat([d[name] for d in documents]) for name in documents[0]})
+
+    def of_anchors(values: list[np.ndarray] | None, filler: int) -> Tensor | None:
+        return None if values is None else torch.from_numpy(np.concatenate(values) if len(anchor) else np.full(1, filler))
+
+    if budgets is not None:
+        count_D = [len(a) for a in anchors] if len(anchor) else [1] + [0] * (len(anchors) - 1)
+        budgets = torch.tensor(budgets).T.repeat_interleave(torch.tensor(count_D), dim=1)
 
     def layers(kind: str) -> dict[int, Tensor | Scaled]:
         return {int(name.split(".")[1]): t for name, t in joined.items() if name.startswith(f"{kind}.")}
@@ -119,8 +142,10 @@ def make_pack(
         last_hidden_RE=joined["last_hidden"],
         teacher_P=torch.where(next_mask, next_mask.cumsum(0) - 1, 0),
         anchor_N=anchor if len(anchor) else torch.zeros(1, dtype=torch.long),
-        shown_N=None if shown is None else torch.from_numpy(np.concatenate(shown) if len(anchor) else np.ones(1, np.int64)),
+        shown_N=of_anchors(shown, 1),
         query=layers("query"),
+        budget_VN=budgets,
+        age_N=of_anchors(ages, 0),
     )
 
 
@@ -142,9 +167,16 @@ def sample_shown(id: str, anchors: int, most: int, base: float, seed: int, pass_
     return rng.choice(np.arange(1, most + 1), anchors, p=chance / chance.sum())
 
 
+def sample_ages(id: str, anchors: np.ndarray, lasts: int, seed: int, pass_number: int) -> np.ndarray:
+    """How many tokens before each anchor the selection was made that serves it: fewer than `lasts`, and after the document's first
+    token. A function of (seed, pass, document)."""
+    rng = np.random.default_rng(stable_hash(f"ages/{seed}/{pass_number}/{id}"))
+    return np.minimum(rng.integers(lasts, size=len(anchors)), np.maximum(anchors - 1, 0))
+
+
 class PackStream:
     """An endless sequence of packs over some documents of a cache; any element can be asked for at any time. A document
-    longer than `pack_tokens` is cropped to that length, elsewhere in every pass."""
+    longer than `pack_tokens` is cropped to that length, elsewhere in every pass. Pack n is of optimizer step n // batch."""
 
     def __init__(
         self,
@@ -156,10 +188,14 @@ class PackStream:
         seed: int,
         shuffle: bool = True,
         shown: tuple[int, float] | None = None,  # (most, base) of `sample_shown`
+        budgets: Callable[[int, str], list[int]] | None = None,  # (step, document) -> one a view
+        lasts: int = 1,  # tokens that a view's selection serves
+        batch: int = 1,
+        span: tuple[int, int] | None = None,  # positions of anchors; a longer document is cropped behind them
     ):
         self.reader, self.documents, self.names = reader, np.asarray(documents), names
         self.pack_tokens, self.anchors, self.seed, self.shuffle = pack_tokens, anchors, seed, shuffle
-        self.shown = shown
+        self.shown, self.budgets, self.lasts, self.batch, self.span = shown, budgets, lasts, batch, span
         self._first = [0]  # number of the first pack of each pass
         self._pass: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -178,30 +214,34 @@ class PackStream:
             self._pass = (number, np.split(order, cuts[1:]))  # one pass is kept; any other is as cheap to make again
         return self._pass[1]
 
-    def locate(self, number: int) -> tuple[np.ndarray, int]:
-        """(documents, pass) of a pack."""
+    def locate(self, number: int) -> tuple[np.ndarray, int, int]:
+        """(documents, pass, optimizer step) of a pack."""
         while self._first[-1] <= number:
             self._first.append(self._first[-1] + len(self.passes(len(self._first) - 1)))
         pass_number = bisect_right(self._first, number) - 1
-        return self.passes(pass_number)[number - self._first[pass_number]], pass_number
+        return self.passes(pass_number)[number - self._first[pass_number]], pass_number, number // self.batch
 
     def __getitem__(self, number: int) -> Pack:
         return self.read(*self.locate(number))
 
-    def read(self, indices: np.ndarray, pass_number: int = 0) -> Pack:
+    def read(self, indices: np.ndarray, pass_number: int = 0, step: int = 0) -> Pack:
         ids = [self.reader.id(i) for i in indices]
         starts, documents, anchors = [], [], []
         for id, tensors in zip(ids, self.reader.read_many(indices, self.names)):
             spare, start = len(tensors["input_ids"]) - self.pack_tokens, 0
             if spare > 0:
-                start = stable_hash(f"crop/{self.seed}/{pass_number}/{id}") % (spare + 1)
+                start = 0 if self.span else stable_hash(f"crop/{self.seed}/{pass_number}/{id}") % (spare + 1)
                 tensors = crop(tensors, start, start + self.pack_tokens)
             starts.append(start)
             documents.append(tensors)
             mask = tensors["loss_mask"].numpy().astype(bool)
+            if self.span:
+                mask[: self.span[0]] = mask[self.span[1] :] = False
             anchors.append(sample_anchors(id, mask, self.anchors, self.seed, pass_number))
         shown = self.shown and [sample_shown(i, len(a), *self.shown, self.seed, pass_number) for i, a in zip(ids, anchors)]
-        return make_pack(ids, documents, anchors, starts, shown)
+        budgets = self.budgets and [self.budgets(step, id) for id in ids]
+        ages = self.budgets and [sample_ages(i, a, self.lasts, self.seed, pass_number) for i, a in zip(ids, anchors)]
+        return make_pack(ids, documents, anchors, starts, shown, budgets, ages)
 
 
 def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, workers: int) -> Iterator[Pack]:
@@ -216,8 +256,8 @@ def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, wor
     on_gpu = device.type == "cuda"
     side = torch.cuda.Stream(device) if on_gpu else None
 
-    def read(indices: np.ndarray, pass_number: int) -> Pack:
-        pack = stream.read(indices, pass_number)
+    def read(*where) -> Pack:
+        pack = stream.read(*where)
         return pack.pin() if on_gpu else pack.to(device)
 
     def copied(pack: Pack) -> Pack:

@@ -58,17 +58,17 @@ def diagnose(objective: Objective, packs: list[Pack]) -> dict:
         memory = objective.remember(pack)
         with Watch(drafter) as watch, _Gates(drafter, gates):
             outcome = objective(pack, memory=memory)
-        counted["trained"] += acceptance.counts(outcome)
+        counted["trained"] += acceptance.counts(outcome)[0]
         if config.reuse != "none":
             controls = {"zero_memory": pack.states.map(torch.zeros_like), "other_memory": _others(pack, packs[number - 1])}
             for name, states in controls.items():
                 if states is not None:
-                    counted[name] += acceptance.counts(objective(replace(pack, states=states)))
+                    counted[name] += acceptance.counts(objective(replace(pack, states=states)))[0]
         _attention_figures(slots, watch, pack, outcome.valid)
         if pack.query and config.query_layers:
             _query_figures(slots, watch, drafter, pack, outcome.valid)
             with Watch(drafter, _oracle(drafter, pack, outcome.valid)):
-                counted["oracle_queries"] += acceptance.counts(objective(pack, memory=memory))
+                counted["oracle_queries"] += acceptance.counts(objective(pack, memory=memory))[0]
     found = {name: acceptance.summarise(total) for name, total in counted.items()}
     kept = {kind: a.conditional for kind, a in found["trained"].items()}
     return {

@@ -9,6 +9,7 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from train.objectives import TERMS, Objective, Outcome
 from train.ranks import lock_run
 from train.recipe import ObjectiveRecipe, TrainRecipe, check_target, drafter_config
 from train.tracking import Tracker
+from train.views import FULL
 
 
 def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
@@ -115,16 +117,16 @@ class Sums(NamedTuple):
     tokens: torch.Tensor
     terms_T: torch.Tensor
     weight_T: torch.Tensor
-    overlap_J: torch.Tensor
+    overlap_VJ: torch.Tensor  # of each view
     valid_J: torch.Tensor
-    counts_4J: torch.Tensor
+    counts_V4J: torch.Tensor
 
     @staticmethod
     def of(outcome: Outcome, pack: Pack) -> "Sums":
         share, terms_T, valid = outcome.share.detach().double(), outcome.terms_T.double(), outcome.valid
-        overlap_J, valid_J = (outcome.overlap.double() * valid).sum(0), valid.double().sum(0)
+        overlap_VJ, valid_J = (outcome.overlap.double() * valid).sum(1), valid.double().sum(0)
         tokens, counted = share.new_tensor(len(pack.ids_P)), acceptance.counts(outcome)
-        return Sums(share, tokens, terms_T, torch.zeros_like(terms_T), overlap_J, valid_J, counted)
+        return Sums(share, tokens, terms_T, torch.zeros_like(terms_T), overlap_VJ, valid_J, counted)
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other)))
@@ -150,7 +152,9 @@ class _Run:
         bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
         training, validation = split(self.reader, recipe.train.validation_documents)
         counts_V = token_counts(self.reader, training, config.architecture.vocab_size) if config.draft_vocab else None
-        drafter = Drafter(config).start(target, target.frozen_head, counts_V)
+        drafter = Drafter.of(config).start(target, target.frozen_head, counts_V)
+        if config.lm and recipe.view.positions == "in_cache":
+            drafter.check_in_cache()
         if recipe.reuse.gate.zero_delta:
             for fuse in drafter.fusions:
                 torch.nn.init.zeros_(fuse.delta.weight)
@@ -164,7 +168,9 @@ class _Run:
         del target
         weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)
         attend = executor(recipe.drafter.attention, device)
-        objective = Objective(drafter, head, recipe.loss, weight_J, attend, recipe.train.chunk_rows)
+        self.branches = recipe.branches
+        views = {"branches": self.branches.weights, "detach": recipe.objective.detach} if self.branches else {}
+        objective = Objective(drafter, head, recipe.loss, weight_J, attend, recipe.train.chunk_rows, recipe.view, **views)
         optimizer = torch.optim.AdamW(
             parameter_groups(drafter, recipe),
             lr=recipe.train.lr,
@@ -179,16 +185,23 @@ class _Run:
         complete = len(queries) == len(set(config.query_layers))  # else they are of no use to the diagnostics
         shown = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
         learnt, diagnosed = queries * (recipe.loss.query_align > 0), queries * complete
-        self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, recipe.objective.anchors, seed, shown=shown)
+        self.budgets = self.branches.judged if self.branches else [FULL]
+        drawn = (
+            {"budgets": self.branches.budgets, "lasts": recipe.view.lasts, "batch": recipe.train.batch} if self.branches else {}
+        )
+        fixed = drawn and drawn | {"budgets": lambda step, id: self.budgets}
+        self.stream = PackStream(
+            self.reader, training, names + learnt, pack_tokens, recipe.objective.anchors, seed, shown=shown, **drawn
+        )
         self.validation = PackStream(
-            self.reader, validation, names + diagnosed, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False
+            self.reader, validation, names + diagnosed, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False, **fixed
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
     def go(self) -> None:
-        fresh = {"step": 0, "best": 0.0, "best_step": 0, "alpha": [0.0] * self.objective.slots}
-        state = fresh | (self.checkpoints.load() or {})
-        self.objective.alpha_J = torch.tensor(state["alpha"], dtype=torch.float64, device=self.device)
+        alpha_VJ = self.objective.alpha_VJ
+        state = {"step": 0, "best": 0.0, "best_step": 0, "alpha": alpha_VJ.tolist()} | (self.checkpoints.load() or {})
+        self.objective.alpha_VJ = torch.tensor(state["alpha"], dtype=torch.float64, device=self.device).view(alpha_VJ.shape)
         done, self.best, self.best_step, last = state["step"], state["best"], state["best_step"], self.recipe.train.max_steps
         self.tracker = self._tracker(done) if rank() == 0 else None
         if done == 0:
@@ -236,8 +249,8 @@ class _Run:
                 total = total.reduced()
                 if not total.share.isfinite():
                     self._stop_on_nan(step, culprit)
-                mean_J = total.overlap_J / total.valid_J.clamp(min=1)  # a slot that never counted keeps what was known of it
-                self.objective.alpha_J = torch.where(total.valid_J > 0, mean_J, self.objective.alpha_J)
+                mean_VJ = total.overlap_VJ / total.valid_J.clamp(min=1)  # a slot that never counted keeps what was known of it
+                self.objective.alpha_VJ = torch.where(total.valid_J > 0, mean_VJ, self.objective.alpha_VJ)
                 if saves and self.recipe.train.diagnose:
                     rows = torch.stack([self.objective.draft_rows(pack) for pack in packs]).sum()
                     dist.all_reduce(rows)
@@ -269,30 +282,43 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, acceptance.Acceptance]:
-        """Teacher-forced acceptance on the validation documents. Every rank runs the same number of forwards."""
-        packs = self.validation.passes(0)
-        total = torch.zeros(4, self.objective.slots, dtype=torch.float64, device=self.device)
+    def _validate(self) -> list[dict]:
+        """Teacher-forced acceptance and loss on the validation documents, under every budget. Every rank runs the same number of
+        forwards."""
+        packs, slots = self.validation.passes(0), self.objective.slots
+        counts_V4J = torch.zeros(len(self.budgets), 4, slots, dtype=torch.float64, device=self.device)
+        loss_V2 = torch.zeros(len(self.budgets), 2, dtype=torch.float64, device=self.device)
         self.engine.eval()
         for start in range(0, len(packs), self.world):
             mine = start + rank()
-            counted = acceptance.counts(self.engine(self.validation.read(packs[min(mine, len(packs) - 1)]).to(self.device)))
-            total += counted * (mine < len(packs))
+            outcome = self.engine(self.validation.read(packs[min(mine, len(packs) - 1)]).to(self.device))
+            counts_V4J += acceptance.counts(outcome) * (mine < len(packs))
+            sums = outcome.loss.double().sum((1, 2)), outcome.valid.sum().expand(len(self.budgets))
+            loss_V2 += torch.stack(sums, dim=1) * (mine < len(packs))
         self.engine.train()
-        dist.all_reduce(total)
-        return acceptance.summarise(total)
+        for total in (counts_V4J, loss_V2):
+            dist.all_reduce(total)
+        losses = (loss_V2[:, 0] / loss_V2[:, 1].clamp(min=1)).tolist()
+        return [acceptance.summarise(counted) | {"loss": loss} for counted, loss in zip(counts_V4J, losses)]
 
     def _save(self, step: int) -> None:
         found = self._validate()
-        tau = found["sampled"].tau
+        taus = [one["sampled"].tau for one in found]
+        tau = sum(taus) / len(taus)
         if best := tau > self.best:
             self.best, self.best_step = tau, step
-        self._say(f"step {step}: held-out tau {tau:.3f} sampled, {found['greedy'].tau:.3f} greedy{' (best)' if best else ''}")
+        self._say(
+            f"step {step}: held-out tau {taus[0]:.3f} sampled, {found[0]['greedy'].tau:.3f} greedy"
+            + "".join(f", {tau:.3f} with {budget}" for tau, budget in zip(taus[1:], self.budgets[1:]))
+            + " (best)" * best
+        )
         if self.tracker:
-            self.tracker.log(step, {"validation": {kind: vars(a) for kind, a in found.items()}})
+            plain = [{kind: vars(a) if kind != "loss" else a for kind, a in one.items()} for one in found]
+            by_budget = {"budget": {str(b): one for b, one in zip(self.budgets[1:], plain[1:])}} if self.branches else {}
+            self.tracker.log(step, {"validation": plain[0] | by_budget})
         if self.recipe.train.diagnose:
             self._diagnose(step)
-        state = {"step": step, "best": self.best, "best_step": self.best_step, "alpha": self.objective.alpha_J.tolist()}
+        state = {"step": step, "best": self.best, "best_step": self.best_step, "alpha": self.objective.alpha_VJ.tolist()}
         self.checkpoints.save(step, state)
 
     @torch.no_grad()
@@ -300,6 +326,7 @@ class _Run:
         """On the first validation pack; every rank runs the same forwards, which ZeRO-3 needs."""
         self.engine.eval()
         pack = self.validation.read(self.validation.passes(0)[0]).to(self.device)
+        pack = replace(pack, budget_VN=None)
         found = diagnostics.diagnose(self.objective, [pack]) | {"gradients": self.gradients}
         self.engine.train()
         if self.tracker:
@@ -311,7 +338,11 @@ class _Run:
         if rank() != 0:
             return
         total = functools.reduce(operator.add, window)
-        found = acceptance.summarise(total.counts_4J.cpu())
+        counts_V4J = total.counts_V4J.cpu()
+        found, sparse = acceptance.summarise(counts_V4J[0]), {}
+        if self.branches:  # the first view is the full one, where there is one
+            shown = counts_V4J[int(self.branches.full > 0) :].sum(0)
+            sparse = {"sparse": {kind: vars(a) for kind, a in acceptance.summarise(shown).items()}}
         parts = (total.terms_T / total.weight_T.clamp(min=1e-9)).tolist()
         loss, rate = sum(parts), float(total.tokens) / seconds
         figures = {
@@ -322,6 +353,7 @@ class _Run:
             "tokens_per_s": rate,
             "peak_gib": _peak_gib(self.device),
             **{kind: vars(a) for kind, a in found.items()},
+            **sparse,
         }
         self.tracker.log(step, figures)
         left = (self.recipe.train.max_steps - step) * seconds / len(window)

@@ -36,11 +36,6 @@ def run_name(overrides: list[str]) -> str:
     return name if len(name.encode()) <= 200 else f"{name[:150]}-{stable_hash(name):016x}"  # a file name's limit
 
 
-def quoted(text: str) -> str:
-    """A value as Hydra's override grammar takes it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def run(recipe: TrainRecipe, run_dir: str) -> None:
     ranks.single_process_defaults()
     if pick_device(recipe.target.device).type == "cpu":
@@ -86,17 +81,12 @@ def main() -> None:
     sweep = Sweep(str(Path(__file__).resolve()))
     if ranks.rank() != 0:
         return sweep.follow()
-    fixed = [word.key_or_group for word in cli.parsed(overrides) if not word.is_sweep_override()] + list(UNNAMED)
-    sys.argv += [
-        f"hydra.sweep.dir={quoted(run_dir)}",
-        "hydra.sweep.subdir=${hydra.job.override_dirname}",
-        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(set(fixed)))}]",
-    ]
+    sys.argv += cli.sweep_words(run_dir, overrides, UNNAMED)
 
     def point(config) -> None:
         job = HydraConfig.get()
         words = [word for word in job.overrides.task if key_of(word) not in ("run.dir", "run.group")]
-        sweep.run([*words, f"run.dir={quoted(job.runtime.output_dir)}", f"run.group={quoted(Path(run_dir).name)}"])
+        sweep.run([*words, f"run.dir={cli.quoted(job.runtime.output_dir)}", f"run.group={cli.quoted(Path(run_dir).name)}"])
 
     hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(point)()
     sweep.finish()

@@ -4,7 +4,7 @@ import importlib.util
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_prep.cache.manifest import Manifest
 from data_prep.cli import refuse_file
@@ -16,7 +16,10 @@ from data_prep.target import Architecture, load_tokenizer, pick_device, tokenize
 from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_warm_start
+from train.drafter.standalone import check_vocabulary, lm_config
 from train.losses import LossRecipe
+from train.objectives.budgetdraft import Branches
+from train.views import View
 
 
 class ObjectiveRecipe(Section):
@@ -31,6 +34,14 @@ class ObjectiveRecipe(Section):
     prefix: float | None = Field(None, gt=0, lt=1)
     weights: Literal["decay", "dpace"] = "decay"
     decay: float = Field(gt=0)  # block-wise: weights exp(-(j-1)/decay); ttt: decay^(j-1)
+    # objective=budgetdraft: the weights of the branch that sees everything and of those that see a budget (lambda)
+    full: float = Field(1.0, ge=0)
+    sparse: float = Field(0.0, ge=0)
+    budgets: Literal["paper", "sandwich", "fixed"] = "sandwich"  # where they come from while view.budget is null
+    smallest: int = Field(256, ge=1)
+    largest: int = Field(2048, ge=1)
+    draws: int = Field(1, ge=0)  # sandwich: budgets beside the smallest
+    detach: bool = False  # nothing is learned through memory
 
     @model_validator(mode="after")
     def _a_block_drafts(self):
@@ -38,6 +49,8 @@ class ObjectiveRecipe(Section):
             raise ValueError(
                 "objective.shifted, .causal and .prefix are for block-wise drafting; ttt is causal and shifted by nature"
             )
+        if self.smallest > self.largest:
+            raise ValueError(f"objective.smallest={self.smallest} exceeds objective.largest={self.largest}")
         if self.kind == "blockwise" and self.slots < 2:
             raise ValueError(
                 f"objective.slots={self.slots}: slot 0 of a block is the anchor itself, so a block needs at least 2 slots"
@@ -92,6 +105,16 @@ class DrafterRecipe(Section):
     own_head: bool = False  # train an LM head; false: the target's, frozen
     sequential: Literal["markov", "gru"] | None = None  # block-wise: correct each slot by the token before it
     sequential_size: int = Field(256, ge=1)
+    rope_factor: float = Field(1.0, ge=1)  # positions are divided by it
+    lm: str | None = None  # a language model of its own instead of layers like the target's
+
+    @model_validator(mode="after")
+    def _a_language_model_brings_its_own(self):
+        if self.lm:
+            others = ("warm_start", "qk_norm", "vocabulary", "sequential")
+            if set_too := [name for name in others if getattr(self, name) is not None] + ["own_head"] * self.own_head:
+                raise ValueError(f"drafter.lm brings layers, norms, vocabulary and head; leave out drafter.{set_too[0]}")
+        return self
 
 
 class TrainSection(Section):
@@ -148,6 +171,7 @@ class TrainRecipe(CaptureSections):
     """`deepspeed train/main.py`: a cache -> a drafter. Of `cache` only `dir` counts when a capture is there; the rest, `data`
     and `capture` say what `cache.on_missing=capture|live` makes."""
 
+    view: View = View(kind="full")
     objective: ObjectiveRecipe
     loss: LossRecipe
     reuse: ReuseRecipe
@@ -172,7 +196,44 @@ class TrainRecipe(CaptureSections):
             raise ValueError(
                 f"loss.query_align with reuse.source={source}: projected keys have their own space; use native or head_concat"
             )
+        if self.drafter.lm and (kind != "none" or blockwise):
+            raise ValueError("drafter.lm drafts token by token with K/V of its own: reuse=none objective=ttt, or budgetdraft")
+        self._check_view()
         return self
+
+    def _check_view(self) -> None:
+        view, objective = self.view, self.objective
+        if view.kind == "auto":
+            raise ValueError("view=auto is for evaluation; training needs to know the view: full, sink_recent, topk_chunk, ...")
+        if (view.kind == "full") != (objective.sparse == 0):
+            raise ValueError(
+                "objective=budgetdraft with view=full has nothing to hide; choose another view, or objective=ttt"
+                if objective.sparse
+                else f"view={view.kind} needs a branch that sees no more than it shows: objective=budgetdraft"
+            )
+        if view.budget == 0:
+            raise ValueError("view.budget=0 (everything) trains no sparse branch; name a budget, or null to draw them")
+        if self.branches is None:
+            return
+        if objective.budgets == "fixed" and view.budget is None:
+            raise ValueError("objective.budgets=fixed needs view.budget")
+        if (least := min(self.branches.judged)) < view.least:
+            raise ValueError(f"a budget of {least}: {view.too_small}")
+        if self.loss.kv_align or self.loss.query_align:
+            raise ValueError(
+                "loss.kv_align and loss.query_align are for objective=ttt and blockwise, where each anchor has one view"
+            )
+        if view.positions == "in_cache" and self.reuse.source == "projected":
+            raise ValueError("view.positions=in_cache turns keys to other positions; reuse.source=projected mixes turned keys")
+
+    @property
+    def branches(self) -> Branches | None:
+        """The views of a step; None: everything, alone."""
+        o, budget = self.objective, self.view.budget
+        if not o.sparse:
+            return None
+        sampler, smallest = ("fixed", budget) if budget else (o.budgets, o.smallest)
+        return Branches(o.full, o.sparse, sampler, smallest, o.largest, o.draws, self.train.seed)
 
     def resumable_differences(self, earlier: dict) -> list[str]:
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
@@ -188,6 +249,11 @@ class TrainRecipe(CaptureSections):
                 if (s, k) not in free
             }
 
+        try:  # a run of an earlier release does not know the newest keys: it has their defaults
+            known = {name: value for name, value in earlier.items() if name in TrainRecipe.model_fields}
+            earlier = TrainRecipe.model_validate(known).model_dump(mode="json")
+        except ValidationError:
+            pass
         mine, theirs = core(self.model_dump(mode="json")), core(earlier)
         return sorted(".".join(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
@@ -199,6 +265,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
         UserError: the cache lacks a layer or a kind that the recipe needs.
     """
     reuse, count = recipe.reuse, recipe.drafter.layers
+    if recipe.drafter.lm:
+        return [], [], []
     needs = {
         "hidden": reuse.kind in ("hidden", "hybrid"),
         "kv": reuse.kind in ("kv", "hybrid"),
@@ -245,6 +313,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
+    lm, branches = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.branches
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
     beside = recipe.reuse.kind in ("kv", "hybrid") and recipe.reuse.source in ("native", "head_concat")
     if beside and qk_norm not in (None, architecture.qk_norm):
@@ -271,6 +340,11 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         own_head=recipe.drafter.own_head,
         sequential=recipe.drafter.sequential,
         sequential_size=recipe.drafter.sequential_size,
+        rope_factor=recipe.drafter.rope_factor,
+        view=branches and recipe.view.model_dump(exclude={"budget"}),
+        budgets=branches and (branches.smallest if branches.sampler == "fixed" else branches.sampler),
+        positions=_positions(recipe, manifest, lm),
+        lm=lm,
         mask_token_id=recipe.target.mask_token_id,
         architecture=architecture,
         target={
@@ -279,6 +353,23 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
             "tokenizer_hash": manifest.tokenizer_hash,
         },
     )
+
+
+def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int | None:
+    """Up to where the drafter will know positions: what it began with, or the longest document.
+
+    Raises:
+        UserError: the documents are longer than what a language model was made for.
+    """
+    factor, longest = recipe.drafter.rope_factor, manifest.max_length
+    if lm is None:
+        return longest if recipe.drafter.start == "random" else None
+    if lm["positions"] and longest > factor * lm["positions"]:
+        raise UserError(
+            f"drafter.lm={lm['path']} knows {lm['positions']} positions, the cache's documents have up to {longest}; scale its "
+            f"positions with drafter.rope_factor={-(-longest // lm['positions'])}, or cut the documents (data.max_length)"
+        )
+    return max(longest, int(factor * (lm["positions"] or 0)))
 
 
 def check(recipe: TrainRecipe) -> None:
@@ -305,6 +396,9 @@ def check(recipe: TrainRecipe) -> None:
             f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}"
         )
     vocab = manifest.target["architecture"]["vocab_size"]
+    if recipe.drafter.lm:
+        _positions(recipe, manifest, lm_config(recipe.drafter.lm))
+        check_vocabulary(recipe.drafter.lm, tokenizer, vocab)
     if recipe.drafter.vocabulary and recipe.drafter.vocabulary >= vocab:
         raise UserError(f"drafter.vocabulary={recipe.drafter.vocabulary} is no less than the target's {vocab}; leave it out")
     if recipe.target.mask_token_id is not None and recipe.target.mask_token_id >= vocab:

@@ -22,6 +22,5 @@ def flex(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) ->
     """Softmax attention of the visible keys, [Q, H, D]."""
     q, k, v = (t.transpose(0, 1)[None].contiguous() for t in (q_QHD, k_KGD, v_KGD))
     # PyTorch 2.13's C++ template does not compile for symbolic sizes, so a CPU compiles every shape anew.
-    return _compiled(q.is_cuda)(q, k, v, block_mask=visibility.block_mask, enable_gqa=True, kernel_options=OPTIONS)[0].transpose(
-        0, 1
-    )
+    mask = visibility.block_mask(q.shape[1] // k.shape[1])
+    return _compiled(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=OPTIONS)[0].transpose(0, 1)

@@ -9,4 +9,7 @@ from train.attention.visibility import Visibility
 def reference(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q_QHD, k_KGD, v_KGD))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense, enable_gqa=True)[0].transpose(0, 1)
+    mask = visibility.dense
+    if mask.dim() == 3:  # a mask for each KV head
+        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)

@@ -1,19 +1,23 @@
-"""Who sees what: one rule for training and decoding, for every reuse, objective and executor.
+"""Who sees what: one rule for training and decoding, for every reuse, objective, view and executor.
 
 A draft row (a query) belongs to one anchor. It attends two kinds of keys:
 
-- memory: one key a verified position, from the target's states;
+- memory: one key a verified position, from the target's states; a view may hide some of them (`train/views.py`);
 - draft: the keys of draft rows, its own included.
 
 Shapes: Q draft rows (queries), P memory positions, R draft rows (keys), K = P + R keys, H query heads, G key/value
-heads, D head size, N anchors.
+heads, D head size, M groups (an anchor under one view), C chunks of memory, X and Y tiles of rows and of keys.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 128  # rows, and keys, of a tile of FlexAttention
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Rows:
 
     document: Tensor
     anchor: Tensor  # position of the newest token that is known but not yet processed by the target
-    group: Tensor  # which anchor of the batch the row belongs to
+    group: Tensor  # which anchor of the batch, under which view, the row belongs to
     slot: Tensor  # 0 = the anchor token itself (block-wise), j = the j-th drafted token
     position: Tensor
 
@@ -41,9 +45,36 @@ class Places:
         return Places(torch.cat([self.document, other.document]), torch.cat([self.position, other.position]))
 
 
+class Anchors(NamedTuple):
+    """Where rounds begin, [N] each: the anchor token's place in the pack, its document and its position there."""
+
+    index: Tensor
+    document: Tensor
+    position: Tensor
+
+    def repeated(self, views: int) -> "Anchors":
+        return Anchors(*(t.repeat(views) for t in self))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a view leaves of one layer's memory: sinks, a tail, and chosen chunks, each KV head its own."""
+
+    index_P: Tensor  # place of the key among its document's keys
+    chunk_P: Tensor  # its chunk
+    sink: int  # the first keys of every document
+    tail_M: Tensor  # index of the tail's first key
+    chosen_MGC: Tensor  # bool
+
+
 def sees_memory(q_document, q_anchor, k_document, k_position):
     """Memory *strictly* before the anchor (the target has not processed the anchor token) of the same document."""
     return (q_document == k_document) & (k_position < q_anchor)
+
+
+def in_view(k_index, sink: int, q_tail, chosen):
+    """Keys that a view shows; `chosen`: the query's KV head reads the key's chunk."""
+    return (k_index < sink) | (k_index >= q_tail) | chosen
 
 
 def sees_draft(q_group, q_slot, k_group, k_slot, causal: bool):
@@ -56,41 +87,98 @@ def sees_draft(q_group, q_slot, k_group, k_slot, causal: bool):
 class Visibility:
     """The rule applied to these rows and keys; keys are ordered memory first, draft rows after.
 
-    `dense` is the oracle's mask; `block_mask` is the same rule for FlexAttention. Built once, used by every layer.
+    `dense` is the oracle's mask; `block_mask` is the same rule for FlexAttention, in memory that grows with tiles instead of with
+    rows x keys. Built once, used by every layer that sees the same.
     """
 
     queries: Rows
     memory: Places
     drafts: Rows
     causal: bool
+    shown: Shown | None = None  # None: all of the memory
 
     @cached_property
     def dense(self) -> Tensor:
-        """bool [Q, P + R], True = attend."""
+        """bool [Q, P + R], or [G, Q, P + R] under a view; True = attend."""
         q, m, d = self.queries, self.memory, self.drafts
-        return torch.cat(
-            [
-                sees_memory(q.document[:, None], q.anchor[:, None], m.document[None], m.position[None]),
-                sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal),
-            ],
-            dim=1,
-        )
+        memory = sees_memory(q.document[:, None], q.anchor[:, None], m.document[None], m.position[None])
+        drafts = sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal)
+        if self.shown is not None:
+            s = self.shown
+            chosen_GMP = s.chosen_MGC.transpose(0, 1)[..., s.chunk_P]
+            memory = memory & in_view(s.index_P, s.sink, s.tail_M[q.group][:, None], chosen_GMP[:, q.group])
+            drafts = drafts.expand(len(memory), -1, -1)
+        return torch.cat([memory, drafts], dim=-1)
 
-    @cached_property
-    def block_mask(self):
-        from torch.nn.attention.flex_attention import create_block_mask
+    def block_mask(self, share: int):
+        """`share`: how many query heads read one KV head."""
+        from torch.nn.attention.flex_attention import BlockMask
 
-        q, memory = self.queries, self.memory.position.numel()
-        # Both kinds of key under one index, so that the predicates need no branch.
-        pad_d, pad_m = torch.full_like(self.drafts.group, -1), torch.full_like(self.memory.position, -1)
-        k_document = torch.cat([self.memory.document, pad_d])
-        k_position = torch.cat([self.memory.position, pad_d])
-        k_group = torch.cat([pad_m, self.drafts.group])
-        k_slot = torch.cat([pad_m, self.drafts.slot])
+        if "_block_mask" not in self.__dict__:
+            some_XY, every_XY = self._tiles()
+            sizes = (self.queries.group.numel(), self.memory.position.numel() + self.drafts.group.numel())
+            self.__dict__["_block_mask"] = BlockMask.from_kv_blocks(
+                *_listed(some_XY & ~every_XY), *_listed(every_XY), BLOCK_SIZE=TILE, mask_mod=self._rule(share), seq_lengths=sizes
+            )
+        return self.__dict__["_block_mask"]
 
-        def rule(batch, head, i, k):
+    def _rule(self, share: int):
+        """The predicates over one index of keys: a key that is not of a kind is of document, or group, -1."""
+        q, s, causal = self.queries, self.shown, self.causal
+        no_memory, no_draft = torch.full_like(self.drafts.group, -1), torch.full_like(self.memory.position, -1)
+        k_document, k_position = torch.cat([self.memory.document, no_memory]), torch.cat([self.memory.position, no_memory])
+        k_group, k_slot = torch.cat([no_draft, self.drafts.group]), torch.cat([no_draft, self.drafts.slot])
+
+        def whole(batch, head, i, k):
             in_memory = sees_memory(q.document[i], q.anchor[i], k_document[k], k_position[k])
-            in_draft = sees_draft(q.group[i], q.slot[i], k_group[k], k_slot[k], self.causal)
-            return torch.where(k < memory, in_memory, in_draft)
+            return in_memory | sees_draft(q.group[i], q.slot[i], k_group[k], k_slot[k], causal)
 
-        return create_block_mask(rule, None, None, q.group.numel(), k_group.numel(), device=q.group.device)
+        if s is None:
+            return whole
+        k_index, k_chunk = torch.cat([s.index_P, no_memory]), torch.cat([s.chunk_P, torch.zeros_like(no_memory)])
+        q_tail, chosen, sink = s.tail_M[q.group], s.chosen_MGC, s.sink
+
+        def viewed(batch, head, i, k):
+            in_memory = sees_memory(q.document[i], q.anchor[i], k_document[k], k_position[k])
+            in_memory = in_memory & in_view(k_index[k], sink, q_tail[i], chosen[q.group[i], head // share, k_chunk[k]])
+            return in_memory | sees_draft(q.group[i], q.slot[i], k_group[k], k_slot[k], causal)
+
+        return viewed
+
+    def _tiles(self) -> tuple[Tensor, Tensor]:
+        """(tiles of which something may be visible, tiles that are visible whole), bool [X, Y] each, from the bounds of their rows
+        and keys. The first may hold more than need be, the second less: `_rule` decides in every tile that is not whole."""
+        q, m, d, s = self.queries, self.memory, self.drafts, self.shown
+        memory, drafts = m.position.numel(), d.group.numel()
+        document, anchor, group, slot = (_bounds(t)[:, :, None] for t in (q.document, q.anchor, q.group, q.slot))
+        k_document, k_position = (_bounds(t, after=drafts) for t in (m.document, m.position))
+        k_group, k_slot = (_bounds(t, before=memory) for t in (d.group, d.slot))
+        some = (document[0] <= k_document[1]) & (k_document[0] <= document[1]) & (k_position[0] < anchor[1])
+        every = (document[0] == k_document[1]) & (document[1] == k_document[0]) & (k_position[1] < anchor[0])
+        if s is not None:
+            tail, k_index = _bounds(s.tail_M[q.group])[:, :, None], _bounds(s.index_P, after=drafts)
+            some &= (k_index[0] < s.sink) | (k_index[1] >= tail[0]) | self._chosen_tiles(_bounds(s.chunk_P, after=drafts))
+            every &= (k_index[1] < s.sink) | (k_index[0] >= tail[1])
+        every[:, memory // TILE :] = False  # where drafts or nothing stand among the keys
+        between = (group[0] <= k_group[1]) & (k_group[0] <= group[1])
+        return some | (between & (k_slot[0] <= slot[1]) if self.causal else between), every
+
+    def _chosen_tiles(self, k_chunk: Tensor) -> Tensor:
+        """bool [X, Y]: some row's group has chosen a chunk that reaches into the keys, for one head or another."""
+        chosen_MC = F.pad(self.shown.chosen_MGC.any(1).cumsum(1, dtype=torch.int32), (1, 0))
+        low, high = (t.clamp(0, chosen_MC.shape[1] - 2) for t in k_chunk)
+        some_QY = (chosen_MC[:, high + 1] > chosen_MC[:, low])[self.queries.group]
+        return F.pad(some_QY, (0, 0, 0, -len(some_QY) % TILE)).unflatten(0, (-1, TILE)).any(1) & (k_chunk[0] <= k_chunk[1])
+
+
+def _bounds(values: Tensor, before: int = 0, after: int = 0) -> Tensor:
+    """[2, X]: the least and the greatest value of each tile, where so many elements of another kind stand before and after."""
+    after += -(before + len(values) + after) % TILE
+    pad = lambda fill: F.pad(values, (before, after), value=fill).view(-1, TILE)
+    return torch.stack([pad(torch.iinfo(values.dtype).max).amin(1), pad(torch.iinfo(values.dtype).min).amax(1)])
+
+
+def _listed(tiles_XY: Tensor) -> tuple[Tensor, Tensor]:
+    """FlexAttention's form of a mask of tiles: how many there are in each row, and which."""
+    indices = tiles_XY.byte().argsort(dim=1, descending=True, stable=True)
+    return tiles_XY.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()

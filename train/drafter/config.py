@@ -33,6 +33,15 @@ class DrafterConfig:
     own_head: bool = False
     sequential: str | None = None  # block-wise: markov | gru
     sequential_size: int = 256
+    rope_factor: float = 1.0  # positions are divided by it
+    view: dict | None = None  # under which it was trained (train/views.py), budgets aside; null: everything
+    budgets: str | int | None = None  # paper | sandwich | the one budget that it was trained with
+    positions: int | None = None  # it knows positions below this; null: all of its target's
+    lm: dict | None = None  # a language model of its own: its path, depth and Hugging Face configuration
+
+    @property
+    def depth(self) -> int:
+        return len(self.target_layers) if self.lm is None else self.lm["layers"]
 
     @property
     def uses_hidden(self) -> bool:
@@ -84,6 +93,11 @@ class DrafterConfig:
         feature) pairs under ttt, of tokens alone for a drafter that reuses nothing."""
         name = self.branches[0]
         return name if name == "tokens" or (name == "hidden" and self.reads_pairs) else None
+
+    @property
+    def memory_attends(self) -> bool:
+        """Whether memory is made by reading memory, so that more of it takes all that there is."""
+        return self.own_memory is not None and self.depth > 1
 
     @property
     def draft_length(self) -> int:

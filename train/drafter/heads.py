@@ -18,13 +18,15 @@ class DraftHead(nn.Module):
     `d2t` [D] holds *offsets*, as EAGLE-3's servers read them: draft token i is target token i + d2t[i].
     """
 
-    def __init__(self, config: DrafterConfig):
+    def __init__(self, config: DrafterConfig, weight: nn.Parameter | None = None):
+        """`weight`: an LM head that is there already. It says the target's first tokens if it has fewer rows, and the rows that it
+        has beyond the target's vocabulary say nothing."""
         super().__init__()
         a = config.architecture
-        size = config.draft_vocab or a.vocab_size
-        if config.draft_vocab:
+        size = config.draft_vocab or a.vocab_size if weight is None else len(weight)
+        if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
-        self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else None
+        self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else weight
 
     @property
     def kept_D(self) -> Tensor | None:
@@ -44,7 +46,8 @@ class DraftHead(nn.Module):
         return head.head_VE if self.kept_D is None else head.head_VE[self.kept_D]
 
     def heads(self, head: FrozenHead) -> Heads:
-        return Heads(self._rows(head) if self.weight is None else self.weight, head.head_VE, self.kept_D)
+        draft_DE = self._rows(head) if self.weight is None else self.weight[: len(head.head_VE)]
+        return Heads(draft_DE, head.head_VE, self.kept_D)
 
     def labels(self, token_R: Tensor, vocabulary: int) -> Tensor:
         """Target tokens in the draft vocabulary; -1 for those outside it."""
@@ -57,8 +60,8 @@ class DraftHead(nn.Module):
     def forward(
         self, rows: Rows, head: FrozenHead, loss: Loss, weight_R: Tensor, chunk: int, overlap_weight_R: Tensor | None = None
     ) -> tuple[Tensor, RowStatistics]:
-        """`chunked_loss` with this head; `rows.label_R` are target tokens. A forward, so that ZeRO-3 gathers the weight."""
-        rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
+        """`chunked_loss` with this head; `rows.label_L` are target tokens. A forward, so that ZeRO-3 gathers the weight."""
+        rows = rows._replace(label_L=self.labels(rows.label_L, len(head.head_VE)))
         return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
 
     def logits(self, output_RE: Tensor, head: FrozenHead) -> Tensor:

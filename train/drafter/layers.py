@@ -25,10 +25,11 @@ class KV(NamedTuple):
 
 
 class Rope:
-    """Rotary angles of some positions, in the target's own convention (halves, not interleaved pairs)."""
+    """Rotary angles of some positions [P], or [P, heads], in the target's own convention (halves, not interleaved pairs)."""
 
-    def __init__(self, position_P: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype):
-        angles = position_P[:, None, None].float() * inv_freq.to(position_P.device)  # bf16 positions would be wrong past 256
+    def __init__(self, position: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype):
+        position = position if position.dim() == 2 else position[:, None]
+        angles = position[..., None].float() * inv_freq.to(position.device)  # bf16 positions would be wrong past 256
         angles = torch.cat([angles, angles], dim=-1)
         self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
@@ -55,10 +56,13 @@ class Attention(nn.Module):
     def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
         return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
 
+    def queries(self, x_QI: Tensor, rope: Rope) -> Tensor:
+        """Rotated, [Q, H, D]."""
+        return rope(self.q_norm(self.q(x_QI).unflatten(-1, self.heads)))
+
     def forward(self, x_QI: Tensor, rope: Rope, keys: KV, visibility: Visibility, attend) -> Tensor:
         """[Q, E]: the rows' queries over `keys` (memory, then draft rows)."""
-        q_QHD = rope(self.q_norm(self.q(x_QI).unflatten(-1, self.heads)))
-        return self.o(attend(q_QHD, keys.key, keys.value, visibility).flatten(1))
+        return self.o(attend(self.queries(x_QI, rope), keys.key, keys.value, visibility).flatten(1))
 
 
 class GatedDelta(nn.Module):

@@ -3,13 +3,13 @@
 Shapes: P positions, E hidden size, G key/value heads, D head size, L source layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.target import States
-from train.attention.visibility import Places
+from train.attention.visibility import Places, Shown
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV, Rope
 
@@ -22,6 +22,7 @@ class Memory:
     layers: list[dict[str, KV]]
     places: dict[str, Places]
     feature: Tensor | None = None
+    shown: list[dict[str, Shown]] | None = None  # what a view leaves of each layer and branch; None: everything
 
     @staticmethod
     def extended(past: "Memory | None", layers: int, new: dict[str, Places]) -> "Memory":
@@ -33,6 +34,11 @@ class Memory:
     def add(self, layer: int, branch: str, kv: KV) -> None:
         old = self.layers[layer].get(branch)
         self.layers[layer][branch] = kv if old is None else old + kv
+
+    def detached(self) -> "Memory":
+        """The same keys and values, through which nothing is learned."""
+        layers = [{name: KV(*(t.detach() for t in kv)) for name, kv in layer.items()} for layer in self.layers]
+        return replace(self, layers=layers)
 
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for kv in layer.values() for t in kv)

@@ -3,6 +3,7 @@
 Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,20 +53,24 @@ class Drafter(nn.Module):
         return self.norm.weight.dtype
 
     def rope(self, position_P: Tensor) -> Rope:
-        return Rope(position_P, self._inv_freq, self.config.architecture.rope_scale, self.dtype)
+        return Rope(position_P / self.config.rope_factor, self._inv_freq, self.config.architecture.rope_scale, self.dtype)
 
-    def remember(self, states: States, next_token_PE: Tensor, places: Places, attend, past: Memory | None = None) -> Memory:
+    def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
+        """What the drafter reads of tokens, [..., E]."""
+        return head.embed(ids)
+
+    def remember(
+        self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
+    ) -> Memory:
         """Memory of `past` and of P more verified positions.
 
         Args:
             states: the target's states at `places`, [P, ...].
-            next_token_PE: embedding of the token *after* each position. A pair (x_{i+1}, f_i) sits at position i + 1,
-                so the pair of the newest position is the anchor's own and its anchor's rows do not see it.
+            token_RE: embeddings of the tokens newly known, at `rows`. With pairs, R = P: the pair (x_{i+1}, f_i) sits at position
+                i + 1. The newest one is the anchor's own, and its anchor's rows do not see it.
         """
-        config, following = self.config, Places(places.document, places.position + 1)
-        memory = Memory.extended(
-            past, len(self.layers), {n: following if n == config.own_memory else places for n in config.branches}
-        )
+        config = self.config
+        memory = Memory.extended(past, len(self.layers), {n: rows if n == config.own_memory else places for n in config.branches})
         if config.uses_kv:
             rope = self.rope(places.position)
             for layer, target_kv in enumerate(self.target_kv):
@@ -78,22 +83,45 @@ class Drafter(nn.Module):
             for layer, module in enumerate(self.layers):
                 memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, rope))
         if config.own_memory:
-            self._remember_own(memory, features if config.uses_hidden else next_token_PE, next_token_PE, following, attend)
+            self._read(memory, features if config.uses_hidden else token_RE, token_RE, rows, attend, keep=True)
         return memory
 
-    def _remember_own(self, memory: Memory, x_PE: Tensor, token_PE: Tensor, places: Places, attend) -> None:
-        """The draft layers' own keys of the new positions: ttt's step 1 with an anchor at every one, in one causal pass."""
-        own_memory, rope = self.config.own_memory, self.rope(places.position)
-        order = torch.arange(len(places.position), device=x_PE.device)
-        rows = Rows(places.document, places.position, order, torch.ones_like(order), places.position)
+    def observe(
+        self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
+    ) -> list[dict[str, Tensor]]:
+        """The queries [R, H, D] with which known tokens at `rows` read all of the memory before them, for each layer and branch:
+        what views choose by.
+
+        Args:
+            feature_RE: with pairs, the feature of the position before each token.
+        """
+        x_RE = feature_RE if self.config.reads_pairs else token_RE
+        return self._read(replace(memory, shown=None), x_RE, token_RE, rows, attend, keep=False)
+
+    def _read(
+        self, memory: Memory, x_RE: Tensor, token_RE: Tensor, places: Places, attend, keep: bool
+    ) -> list[dict[str, Tensor]]:
+        """Step 1 with an anchor at every row, in one causal pass; the queries of each layer and branch. `keep`: the rows' keys become
+        memory, of which later rows of the pass see them too."""
+        own_memory, rope, queries = self.config.own_memory, self.rope(places.position), []
+        rows = known_rows(places)
         visibility = self._visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
-            inputs = layer.inputs(x_PE, token_PE)
+            inputs = layer.inputs(x_RE, token_RE)
             own = layer.keys_values(inputs, rope)
-            memory.add(index, own_memory, own[own_memory])
+            if keep:
+                memory.add(index, own_memory, own[own_memory])
+            else:
+                queries.append({name: branch.queries(inputs, rope) for name, branch in layer.branches.items()})
             if index + 1 < len(self.layers):
                 keys = {n: memory.layers[index][n] + own[n] for n in own}
-                x_PE = layer(x_PE, inputs, rope, keys, visibility, attend)
+                x_RE = layer(x_RE, inputs, rope, keys, visibility[index], attend)
+        return queries
+
+    def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
+        """Keys as they would be so many positions further on."""
+        wide = torch.promote_types(key_PGD.dtype, torch.float32)
+        return Rope(moved_PG / self.config.rope_factor, self._inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 
     def block(self, token_NTE: Tensor, rows: Rows, memory: Memory, attend, shown_N: Tensor | None = None) -> Tensor:
         """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once.
@@ -147,29 +175,50 @@ class Drafter(nn.Module):
             own = layer.keys_values(inputs, rope)
             kept.append(own if past is None else {name: past[index][name] + own[name] for name in own})
             keys = {name: memory.layers[index][name] + kept[index][name] for name in own}
-            x = layer(x, inputs, rope, keys, visibility, attend)
+            x = layer(x, inputs, rope, keys, visibility[index], attend)
         return x, kept
 
-    def _visibility(self, queries: Rows, memory: Memory, drafts: Rows) -> dict[str, Visibility]:
+    def _visibility(self, queries: Rows, memory: Memory, drafts: Rows) -> list[dict[str, Visibility]]:
+        """For each layer and branch; layers that see the same share it."""
         causal = self.config.objective == "ttt" or self.config.causal
-        return {name: Visibility(queries, places, drafts, causal) for name, places in memory.places.items()}
+
+        def of(shown: dict) -> dict[str, Visibility]:
+            return {n: Visibility(queries, places, drafts, causal, shown.get(n)) for n, places in memory.places.items()}
+
+        return [of({})] * len(memory.layers) if memory.shown is None else [of(shown) for shown in memory.shown]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""
+        found = {(t.data_ptr(), t.shape): (name, t) for name, t in reversed(self.state_dict().items())}
+        return dict(reversed(found.values()))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`config.json` and `model.safetensors`, each whole or absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, folder / "model.safetensors.tmp"
-        )
+        weights = {name: t.detach().cpu().contiguous() for name, t in self.weights().items()}
+        save_file(weights, folder / "model.safetensors.tmp")
         publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
         write_text(folder / "config.json", self.config.to_json())
 
     @staticmethod
+    def of(config: DrafterConfig) -> "Drafter":
+        """A drafter of this configuration, its weights still to be chosen."""
+        if config.lm is None:
+            return Drafter(config)
+        from train.drafter.standalone import Standalone
+
+        return Standalone(config)
+
+    @staticmethod
     def from_pretrained(folder: str | Path) -> "Drafter":
         """Raises UserError when the folder holds no drafter or its weights do not fit its configuration."""
-        drafter = Drafter(DrafterConfig.load(folder))
+        drafter = Drafter.of(DrafterConfig.load(folder))
         try:
-            drafter.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+            weights = load_file(Path(folder) / "model.safetensors")
+            absent, foreign = drafter.load_state_dict(weights, strict=False)
+            if wrong := [*foreign, *(name for name in absent if name in drafter.weights())]:
+                raise KeyError(f"{len(wrong)} weights, such as {wrong[0]}")
         except Exception as error:
             raise UserError(
                 f"{folder}: the drafter's weights are missing or do not fit its config.json ({str(error).splitlines()[0]})"
@@ -234,3 +283,9 @@ class Drafter(nn.Module):
             value = torch.cat(values, dim=1) / len(values) if name == "o.weight" else torch.cat(values)
             # EAGLE-3's pair: token and feature halves both start as the layer's projection.
             parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)
+
+
+def known_rows(places: Places) -> Rows:
+    """Rows of known tokens: step 1 of an anchor at each, which sees the memory before it and itself."""
+    order = torch.arange(len(places.position), device=places.position.device)
+    return Rows(places.document, places.position, order, torch.ones_like(order), places.position)

@@ -10,7 +10,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class LossRecipe(Section):
-    """A weighted sum of terms. The first six are per slot and share the slot weights; the others are averaged by themselves.
+    """A weighted sum of terms. The first seven are per slot and share the slot weights; the others are averaged by themselves.
 
     Each term's sum over all ranks is divided by its own sum of weights, so a term's weight means the same at any size.
     """
@@ -18,6 +18,7 @@ class LossRecipe(Section):
     kl: Weight = 0.0  # forward KL(p || q)
     reverse_kl: Weight = 0.0  # KL(q || p)
     ce: Weight = 0.0  # cross entropy with the text's own token
+    ce_greedy: Weight = 0.0  # cross entropy with the target's most likely token
     tv: Weight = 0.0  # total variation; half of an L1 distance
     lk_alpha: Weight = 0.0  # -log sum_v min(p, q)
     lk_lambda: Weight = 0.0  # lambda KL + (1 - lambda) TV, lambda = exp(-eta alpha)
@@ -28,7 +29,7 @@ class LossRecipe(Section):
 
     @property
     def per_slot(self) -> dict[str, float]:
-        names = ("kl", "reverse_kl", "ce", "tv", "lk_alpha", "lk_lambda")
+        names = ("kl", "reverse_kl", "ce", "ce_greedy", "tv", "lk_alpha", "lk_lambda")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @model_validator(mode="after")

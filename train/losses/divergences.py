@@ -28,6 +28,12 @@ def ce(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
     return F.nll_loss(log_q, label, reduction="none", ignore_index=-1)
 
 
+def ce_greedy(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+    """-log q(argmax p): cross entropy with the target's own most likely token, among those that the drafter can say (BudgetDraft's
+    hard label)."""
+    return F.nll_loss(log_q, log_p.argmax(-1), reduction="none")
+
+
 def overlap(log_q: Tensor, log_p: Tensor) -> Tensor:
     """alpha = sum_v min(p, q): the chance that a token drawn from q is accepted at temperature 1."""
     return torch.minimum(log_p, log_q).exp().sum(-1)
@@ -43,7 +49,7 @@ def lk_alpha(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
     return -torch.minimum(log_p, log_q).logsumexp(-1)
 
 
-DIVERGENCES = {"kl": kl, "reverse_kl": reverse_kl, "ce": ce, "tv": tv, "lk_alpha": lk_alpha}
+DIVERGENCES = {"kl": kl, "reverse_kl": reverse_kl, "ce": ce, "ce_greedy": ce_greedy, "tv": tv, "lk_alpha": lk_alpha}
 
 
 def mixture(weights: dict[str, float], log_q: Tensor, log_p: Tensor, label: Tensor, mix_R: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_prep.target import FrozenHead
-from train.attention.visibility import Rows
+from train.attention.visibility import Anchors, Rows
 from train.batches import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
@@ -30,13 +30,15 @@ def block_rows(document_N: Tensor, anchor_N: Tensor, slots: int) -> Rows:
     )
 
 
-def draft(drafter: Drafter, head: FrozenHead, pack: Pack, memory: Memory, attend) -> Tensor:
+def draft(drafter: Drafter, head: FrozenHead, pack: Pack, anchors: Anchors, memory: Memory, attend) -> Tensor:
     """What the LM head reads for each drafted token, [N, J, E]."""
     config = drafter.config
-    rows = block_rows(pack.places.document[pack.anchor_N], pack.places.position[pack.anchor_N], config.slots)
-    index_NS, _ = pack.row_index(config.slots)  # past a document's end a token is another's: such slots never count (Pack.valid)
-    known = 1 if pack.shown_N is None else config.slots
-    output_NJE = drafter.block(head.embed(pack.ids_P[index_NS[:, :known]]), rows, memory, attend, pack.shown_N)
+    rows = block_rows(anchors.document, anchors.position, config.slots)
+    views = len(anchors.index) // len(pack.anchor_N)
+    # Past a document's end a token is another's: such slots never count (Pack.valid).
+    index_NS = pack.row_index(config.slots)[0].repeat(views, 1)
+    known, shown_N = (1, None) if pack.shown_N is None else (config.slots, pack.shown_N.repeat(views))
+    output_NJE = drafter.block(drafter.embed(pack.ids_P[index_NS[:, :known]], head), rows, memory, attend, shown_N)
     if drafter.sequential is None:
         return output_NJE
-    return drafter.sequential(output_NJE, head.embed(pack.ids_P[index_NS[:, : config.draft_length]]))
+    return drafter.sequential(output_NJE, drafter.embed(pack.ids_P[index_NS[:, : config.draft_length]], head))

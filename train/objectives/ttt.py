@@ -10,24 +10,22 @@ import torch
 from torch import Tensor
 
 from data_prep.target import FrozenHead
-from train.attention.visibility import Rows
+from train.attention.visibility import Anchors, Rows
 from train.batches import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 
 
-def draft(drafter: Drafter, head: FrozenHead, pack: Pack, memory: Memory, attend) -> Tensor:
+def draft(drafter: Drafter, head: FrozenHead, pack: Pack, anchors: Anchors, memory: Memory, attend) -> Tensor:
     """What the LM head reads for each drafted token, [N, K, E]."""
-    anchor, places = pack.anchor_N, pack.places
-    group = torch.arange(len(anchor), device=anchor.device)
-    feature = memory.feature[(anchor - 1).clamp(min=0)] if memory.feature is not None else None
+    index, document, position = anchors
+    group = torch.arange(len(index), device=index.device)
+    feature = memory.feature[(index - 1).clamp(min=0)] if memory.feature is not None else None
     earlier, past, outputs = None, None, []
     for j in range(1, drafter.config.slots + 1):
         # Past a document's end the token is another's: such slots never count (Pack.valid).
-        token = head.embed(pack.ids_P[(anchor + j - 1).clamp(max=len(pack.ids_P) - 1)])
-        rows = Rows(
-            places.document[anchor], places.position[anchor], group, torch.full_like(group, j), places.position[anchor] + j - 1
-        )
+        token = drafter.embed(pack.ids_P[(index + j - 1).clamp(max=len(pack.ids_P) - 1)], head)
+        rows = Rows(document, position, group, torch.full_like(group, j), position + j - 1)
         output, feature, past = drafter.step(token, feature, rows, earlier, memory, past, attend)
         earlier = rows if earlier is None else earlier + rows
         outputs.append(output)

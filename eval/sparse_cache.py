@@ -1,0 +1,174 @@
+"""A drafter's memory of one request, and what its view leaves of it, really taken out: the `gather` executor.
+
+Shapes: P memory positions, K keys that are visible, C chunks, G key/value heads, H query heads, D head size.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from data_prep.target import States
+from train import views
+from train.attention.visibility import Places
+from train.drafter.layers import KV
+from train.drafter.memory import Memory
+from train.drafter.model import Drafter
+from train.views import View
+
+
+@dataclass
+class Picked:
+    """One layer and branch at a selection: the best chunks' keys, best first, and which keys of the request they are [K, G]."""
+
+    kv: KV
+    index_KG: Tensor
+
+
+class SparseCache:
+    """Grows with what is verified; `visible` gives the drafter its memory for a round.
+
+    Memory that no later selection can ask for is dropped, if the drafter makes memory without attention: a drafter whose deeper
+    layers read its own memory to make more of it keeps all of it, and drafts from what is taken out.
+    """
+
+    def __init__(self, drafter: Drafter, attend, view: View | None):
+        hides = view is not None and view.kind != "full" and view.budget
+        self.drafter, self._attend, self._view = drafter, attend, view if hides else None
+        settled = bool(hides) and (view.kind == "sink_recent" or view.refresh == "never")
+        self._forgets = settled and not drafter.config.memory_attends
+        self.memory: Memory | None = None
+        self._first: dict[str, int] = {}  # position of each branch's first key
+        self._dropped: dict[str, int] = {}  # keys that are gone, behind the sinks
+        self._chosen_at: int | None = None
+        self._picked: list[dict[str, Picked]] = []
+        self._votes: list[dict[str, Tensor]] = []  # h2o: attention that each key has got, [G, P]
+        self._queries: list[dict[str, Tensor]] = []  # of the last tokens, [W, H, D]
+        self.read_bytes = self.kept_bytes = 0  # the most that a round has read, and that were kept
+
+    @torch.no_grad()
+    def extend(self, states: States, places: Places, token_RE: Tensor, rows: Places) -> None:
+        """Remember more verified positions, as `Drafter.remember` does."""
+        self.memory = self.drafter.remember(states, places, token_RE, rows, self._attend, self.memory)
+        for branch, held in self.memory.places.items():
+            self._first.setdefault(branch, int(held.position[0]))
+            self._dropped.setdefault(branch, 0)
+        view = self._view
+        if view and view.window != 0 and not (view.refresh == "never" and self._chosen_at is not None):
+            last = slice(None) if view.window is None else slice(-view.window, None)
+            feature = None if self.memory.feature is None else self.memory.feature[last]
+            seats = Places(rows.document[last], rows.position[last])
+            queries = self.drafter.observe(token_RE[last], feature, seats, self.memory, self._attend)
+            self._vote(queries, seats) if view.window is None else self._note(queries, view.window)
+
+    @torch.no_grad()
+    def visible(self, anchor: int) -> tuple[Memory, int]:
+        """(what the rows of a round may read, the anchor's position for them)."""
+        view = self._view
+        count = {branch: anchor - first for branch, first in self._first.items()}
+        if view and (self._chosen_at is None or self._due(anchor)):
+            self._chosen_at, self._picked = anchor, [{} for _ in self.memory.layers]
+            for branch in count:
+                self._select(branch, count[branch])
+        found = (self.memory, anchor) if not view or max(count.values()) <= view.budget else self._taken_out(anchor, count)
+        held = [p.kv for layer in self._picked for p in layer.values()]
+        self.read_bytes = max(self.read_bytes, found[0].nbytes())
+        self.kept_bytes = max(self.kept_bytes, self.memory.nbytes() + sum(t.nbytes for kv in held for t in kv))
+        return found
+
+    def _due(self, anchor: int) -> bool:
+        refresh = self._view.refresh
+        return refresh == "verify" or (refresh != "never" and anchor - self._chosen_at >= refresh)
+
+    def _vote(self, queries: list[dict[str, Tensor]], seats: Places) -> None:
+        self._votes = self._votes or [{} for _ in queries]
+        for layer, kinds in enumerate(queries):
+            for branch, query_RHD in kinds.items():
+                key_PGD = self.memory.layers[layer][branch].key.float()
+                land = views.ground(self.memory.places[branch], 1)
+                total_GP = views.votes(
+                    views.Observed(query_RHD, seats.document, seats.position - self._first[branch]), key_PGD, land
+                )
+                old = self._votes[layer].get(branch)
+                if old is not None:
+                    total_GP[:, : old.shape[1]] += old
+                self._votes[layer][branch] = total_GP
+
+    def _note(self, queries: list[dict[str, Tensor]], window: int) -> None:
+        join = lambda old, new: new if old is None else torch.cat([old, new])[-window:]
+        old = self._queries or [{} for _ in queries]
+        self._queries = [{n: join(was.get(n), q) for n, q in now.items()} for was, now in zip(old, queries)]
+
+    def _select(self, branch: str, count: int) -> None:
+        """Rank the chunks as they are now, and take out as many of the best as a round can want."""
+        view, places = self._view, self.memory.places[branch]
+        tail, most = views.reserve(view, view.budget, count)
+        if most == 0:  # nothing to choose, now or later
+            return
+        land, device = views.ground(places, view.chunk), places.position.device
+        one = lambda value: torch.tensor([value], device=device)
+        for layer, kinds in enumerate(self.memory.layers):
+            if view.kind == "h2o":
+                scores_1GC = self._votes[layer][branch][None]
+            else:
+                observed = None
+                if self._queries:
+                    query_WHD = self._queries[layer][branch]
+                    seen_W = count + torch.arange(1 - len(query_WHD), 1, device=device)
+                    observed = views.Observed(query_WHD, torch.zeros_like(seen_W), seen_W)
+                ((_, scores_1GC),) = views.scores(view, kinds[branch].key, land, one(0), one(count), observed)
+            chunk_GC = views.ranked(scores_1GC, land, one(0), view, one(tail), most)[0]
+            index_KG = (chunk_GC.T[:, None] * view.chunk + torch.arange(view.chunk, device=device)[:, None]).flatten(0, 1)
+            head = torch.arange(index_KG.shape[1], device=device)
+            self._picked[layer][branch] = Picked(KV(*(t[index_KG, head] for t in kinds[branch])), index_KG)
+
+    def _taken_out(self, anchor: int, count: dict[str, int]) -> tuple[Memory, int]:
+        """Sinks, the best chunks and the tail of every layer and branch, one behind the other."""
+        view, age, sizes = self._view, anchor - self._chosen_at, {}
+        for branch, before in count.items():
+            layout = views.layout(view, *(torch.tensor(n) for n in (view.budget, before, before - age)))
+            tail, chunks = map(int, layout)
+            if self._forgets:
+                self._forget(branch, tail)
+            sizes[branch] = (view.sink if tail else 0, chunks * view.chunk, tail, before)
+        visible = {branch: lead + picks + before - tail for branch, (lead, picks, tail, before) in sizes.items()}
+        room = max(n + self._first[branch] for branch, n in visible.items())
+        in_cache = view.positions == "in_cache"
+        layers: list[dict[str, KV]] = [{} for _ in self.memory.layers]
+        for branch, (lead, picks, tail, before) in sizes.items():
+            gone = self._dropped[branch] if tail else 0
+            for layer, kinds in enumerate(self.memory.layers):
+                parts = [KV(*(t[:lead] for t in kinds[branch])), KV(*(t[tail - gone : before - gone] for t in kinds[branch]))]
+                index_KG = None
+                if picks:
+                    picked = self._picked[layer][branch]
+                    parts.insert(1, KV(*(t[:picks] for t in picked.kv)))
+                    index_KG = picked.index_KG[:picks]
+                key, value = (torch.cat(part) for part in zip(*parts))
+                if in_cache:
+                    key = self.drafter.rotate(key, self._moved(key, sizes[branch], index_KG, room, self._first[branch]))
+                layers[layer][branch] = KV(key, value)
+        # A place before every anchor: all that was taken out is visible.
+        device = key.device
+        nowhere = {branch: Places(*torch.tensor([[0], [-1]], device=device).expand(2, n)) for branch, n in visible.items()}
+        return Memory(layers, nowhere, self.memory.feature), room if in_cache else anchor
+
+    def _moved(self, key_KGD: Tensor, sizes: tuple[int, int, int, int], index_KG: Tensor | None, room: int, first: int) -> Tensor:
+        """By how many positions each key moves when visible keys stand one behind the other, the last before `room`, [K, G]."""
+        lead, picks, tail, before = sizes
+        span = lambda *ends: torch.arange(*ends, device=key_KGD.device)[:, None].expand(-1, key_KGD.shape[1])
+        index = torch.cat([span(lead), *([] if index_KG is None else [index_KG]), span(tail, before)])
+        slot_KG = index.argsort(dim=0).argsort(dim=0)
+        return (room - len(index) + slot_KG) - (first + index)
+
+    def _forget(self, branch: str, tail: int) -> None:
+        """Drop what lies between the sinks and the tail."""
+        sink, gone = self._view.sink, self._dropped[branch]
+        if tail <= sink + gone:
+            return
+        cut = lambda t: torch.cat([t[:sink], t[tail - gone :]])
+        for kinds in self.memory.layers:
+            kinds[branch] = KV(*map(cut, kinds[branch]))
+        held = self.memory.places[branch]
+        places = self.memory.places | {branch: Places(cut(held.document), cut(held.position))}
+        self.memory, self._dropped[branch] = replace(self.memory, places=places), tail - sink

@@ -1,0 +1,228 @@
+"""A small language model of any Hugging Face family as a drafter that reuses nothing of the target (BudgetDraft's llama-68m).
+
+The model's own code runs; only its attention is ours. transformers lets a function be registered as the attention of every family
+and hands it rotated queries and keys: with that, memory, draft rows, views and executors are those of every other drafter.
+
+Shapes: R rows, E the model's hidden size, H query heads, G key/value heads, D head size.
+"""
+
+import json
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from data_prep.errors import UserError
+from data_prep.target import FrozenHead, States, Target, first_line
+from train.attention.reference import reference
+from train.attention.visibility import Places, Rows
+from train.drafter.config import DrafterConfig
+from train.drafter.heads import DraftHead
+from train.drafter.layers import KV, Rope
+from train.drafter.memory import Memory
+from train.drafter.model import Drafter, Past, known_rows
+
+NAME, BRANCH = "understudy", "tokens"
+_running: ContextVar[Callable] = ContextVar("running")  # what the registered function calls: (layer, q, k, v) -> [R, H, D]
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float | None = None, **options):
+    """transformers' interface: [1, H, R, D] in, [1, R, H, D] out."""
+    if options.get("sliding_window") or options.get("softcap") or options.get("s_aux") is not None:
+        raise UserError("its attention has a sliding window, a cap on its scores, or sinks of its own")
+    query = query if scaling is None else query * (scaling * query.shape[-1] ** 0.5)  # executors divide by sqrt(D)
+    return _running.get()(module.layer_idx, *(t[0].transpose(0, 1) for t in (query, key, value)))[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def lm_config(path: str) -> dict:
+    """What a drafter's configuration says of a causal LM. Raises UserError when there is none at `path`."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"drafter.lm={path}: there is no language model ({first_line(error)})") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    fields = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"}
+    return {"path": path, "layers": config.num_hidden_layers, "positions": positions, "config": fields}
+
+
+def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises UserError when the model's tokens are not the target's."""
+    try:
+        theirs, mine = ({i: t for t, i in one.get_vocab().items()} for one in (AutoTokenizer.from_pretrained(path), tokenizer))
+    except (OSError, ValueError):
+        if (size := lm_config(path)["config"]["vocab_size"]) != vocab_size:
+            raise UserError(f"drafter.lm={path} has no tokenizer, and {size} tokens where the target has {vocab_size}") from None
+        return
+    if other := sorted(i for i in theirs.keys() & mine.keys() if theirs[i] != mine[i]):
+        i = other[0]
+        raise UserError(
+            f"drafter.lm={path} has another vocabulary than the target: token {i} is {theirs[i]!r} there and {mine[i]!r} here"
+        )
+
+
+class Standalone(Drafter):
+    """The model as layers over a memory of its own, of tokens. Its embedding and its LM head are its own, and trained."""
+
+    def __init__(self, config: DrafterConfig):
+        nn.Module.__init__(self)
+        self.config, self.sequential, self.layers = config, None, []
+        self._take(_made(config.lm))
+
+    def _take(self, lm: PreTrainedModel) -> None:
+        self.body = lm.base_model.eval()
+        self.head = DraftHead(self.config, lm.get_output_embeddings().weight)
+        buffers = ((m, name, b) for m in self.body.modules() for name, b in m.named_buffers(recurse=False))
+        self._exact = [(m, name, b.clone()) for m, name, b in buffers if b.is_floating_point()]
+
+    def _apply(self, function, recurse: bool = True):
+        """A bf16 engine would round the inverse frequencies, which are wrong then."""
+        super()._apply(function, recurse)
+        for module, name, buffer in self._exact:
+            setattr(module, name, buffer.to(self.head.weight.device))
+        return self
+
+    def train(self, mode: bool = True):
+        """Without dropout: training is to be the function that decodes."""
+        super().train(mode)
+        self.body.eval()
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
+        return self.body.get_input_embeddings()(ids)
+
+    def remember(
+        self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
+    ) -> Memory:
+        memory, alone = Memory.extended(past, self.config.depth, {BRANCH: rows}), known_rows(rows)
+        self._run(token_RE, alone, alone, memory, None, attend, keep=True)
+        return memory
+
+    def observe(self, token_RE: Tensor, feature_RE: None, rows: Places, memory: Memory, attend) -> list[dict[str, Tensor]]:
+        alone = known_rows(rows)
+        return self._run(token_RE, alone, alone, replace(memory, shown=None), None, attend)[2]
+
+    def step(self, token_NE: Tensor, feature_NE, rows: Rows, earlier: Rows | None, memory: Memory, past: Past | None, attend):
+        output_NE, kept, _ = self._run(token_NE, rows, rows if earlier is None else earlier + rows, memory, past, attend)
+        return output_NE, None, kept
+
+    def _run(self, x_RE: Tensor, rows: Rows, drafts: Rows, memory: Memory, past: Past | None, attend, keep: bool = False):
+        """(output after the final norm [R, E], the draft rows' keys with these, queries). `keep`: the keys become memory too."""
+        visibility, kept, queries = self._visibility(rows, memory, drafts), [], []
+
+        def attention(layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
+            own = KV(k_RGD, v_RGD)
+            queries.append({BRANCH: q_RHD})
+            kept.append({BRANCH: own if past is None else past[layer][BRANCH] + own})
+            if keep:
+                memory.add(layer, BRANCH, own)
+            keys = memory.layers[layer][BRANCH] + kept[layer][BRANCH]
+            return attend(q_RHD, keys.key, keys.value, visibility[layer][BRANCH])
+
+        position = rows.position if self.config.rope_factor == 1 else rows.position / self.config.rope_factor
+        token = _running.set(attention)
+        try:
+            output = self.body(inputs_embeds=x_RE[None], position_ids=position[None], use_cache=False).last_hidden_state[0]
+        finally:
+            _running.reset(token)
+        return output, kept, queries
+
+    def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
+        wide = torch.promote_types(key_PGD.dtype, torch.float32)
+        inv_freq = self.body.rotary_emb.inv_freq.float()
+        return Rope(moved_PG / self.config.rope_factor, inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
+
+    @torch.no_grad()
+    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Standalone":
+        """The model's own weights, or with start="random" new ones; checked to say what the model says.
+
+        Raises:
+            UserError: the model cannot be loaded, or does something that our attention does not know.
+        """
+        path, dtype, device = self.config.lm["path"], self.dtype, self.head.weight.device
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            lm = _made(self.config.lm, None if self.config.start == "random" else path)
+        self._take(lm)
+        self._check(lm, head)
+        return self.to(device, dtype)
+
+    def _check(self, lm: PreTrainedModel, head: FrozenHead) -> None:
+        """Six tokens remembered and six drafted give the logits of the model's own forward over the twelve."""
+        where = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})"
+        ids = torch.randint(len(self.head.weight), (12,), generator=torch.Generator().manual_seed(0)).clamp(
+            max=len(head.head_VE) - 1
+        )
+        lm.eval().set_attn_implementation("eager")
+        expected = lm(input_ids=ids[None]).logits[0, 6:]
+        lm.set_attn_implementation(NAME)
+        place, tokens = Places(torch.zeros_like(ids), torch.arange(12)), self.embed(ids, head)
+        try:
+            memory = self.remember(
+                States(), place, tokens[:6], Places(*(t[:6] for t in (place.document, place.position))), reference
+            )
+            anchor, outputs, earlier, past = torch.tensor([6]), [], None, None
+            for j in range(6):
+                rows = Rows(anchor * 0, anchor, anchor * 0, anchor * 0 + j + 1, anchor + j)
+                output, _, past = self.step(tokens[6 + j, None], None, rows, earlier, memory, past, reference)
+                earlier = rows if earlier is None else earlier + rows
+                outputs.append(output)
+        except (UserError, LookupError) as error:
+            raise UserError(f"{where} cannot be a drafter: {error}") from error
+        found, expected = nn.functional.linear(torch.cat(outputs), self.head.weight), expected
+        if (found - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1):
+            raise UserError(
+                f"{where} cannot be a drafter: its own logits differ from those through our attention by "
+                f"{float((found - expected).abs().max()):.2g} (logits that are scaled or capped, positions or layers of another kind)"
+            )
+
+    @torch.no_grad()
+    def check_in_cache(self) -> None:
+        """Raises UserError when keys cannot be moved to positions in the cache by rotating them."""
+        ids, moved = torch.arange(4, device=self.head.weight.device), 5
+        place, tokens = Places(torch.zeros_like(ids), ids), self.embed(ids, None)
+        at = lambda offset: self.remember(States(), place, tokens, Places(place.document, place.position + offset), reference)
+        layers = zip(*([kinds[BRANCH].key.float() for kinds in at(offset).layers] for offset in (0, moved)))
+
+        def turns(one: Tensor, other: Tensor) -> bool:
+            try:
+                return bool(
+                    (self.rotate(one, torch.full_like(one[..., 0], moved)) - other).abs().max() < 1e-2 * other.abs().max()
+                )
+            except (AttributeError, RuntimeError):  # no rotary embedding, or one of a part of the head
+                return False
+
+        if not all(turns(*pair) for pair in layers):
+            raise UserError(f"view.positions=in_cache: the keys of {self.config.lm['path']} do not turn with their positions")
+
+
+def _made(lm: dict, path: str | None = None) -> PreTrainedModel:
+    """The model with its own weights from `path`, or with new ones, in float32. Raises UserError when that cannot be."""
+    try:
+        if path:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=NAME)
+        fields = dict(lm["config"])
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    except KeyError as error:  # the model looks for its attention elsewhere
+        raise UserError(
+            f"drafter.lm={lm['path']}: its family lets no other attention in; it cannot draft under a view"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"drafter.lm={lm['path']} cannot be loaded ({first_line(error)})") from error
