@@ -86,8 +86,8 @@ def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, le
 def joined(
     encoded: Iterable[tuple[Record, tuple[list[int], list[int]] | str]], length: int, end: int | None
 ) -> Iterator[tuple[Record, tuple[list[int], list[int]] | str]]:
-    """data.long=join: records end to end, the tokenizer's end token between them, cut every `length` tokens. A piece is named after
-    the record in which it begins, and the place there."""
+    """data.long=join: records end to end, the tokenizer's end token between them, cut every `length` tokens. A piece is named
+    after the record in which it begins, and the place there."""
     ids: list[int] = []
     mask: list[int] = []
     name = ""

@@ -31,8 +31,8 @@ class Drafting(Protocol):
         """A new request."""
 
     def observe(self, states: States, known: list[int]) -> None:
-        """The target has processed P more positions; `known` are the tokens that were not known before, the anchor's being last: of
-        the first call P + 1, later P."""
+        """The target has processed P more positions; `known` are the tokens that were not known before, the anchor's being last:
+        P + 1 in the first call, P in later ones."""
 
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         """Guess what follows `tokens`, the last of which is the anchor."""

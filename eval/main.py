@@ -41,7 +41,8 @@ def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
 
 
 def contenders(target: Target, drafter: Drafter, attend, view: View | None, controls: bool) -> dict[str, Drafting]:
-    """Who drafts: nobody, the trained drafter, and the controls, all under one view. `shuffled_memory` is another for each prompt."""
+    """Who drafts: nobody, the trained drafter, and the controls, all under one view. `shuffled_memory` is another's for each
+    prompt, and still to be made."""
     head, kept_D = target.frozen_head, drafter.head.kept_D
     found = {"baseline": Nobody(), "trained": Trained(drafter, head, attend, view)}
     if controls:

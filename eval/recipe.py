@@ -84,8 +84,8 @@ def _check_positions(recipe: EvalRecipe, config: DrafterConfig, end: int) -> Non
     known = config.positions or int(config.rope_factor * config.architecture.max_positions)
     if reaches > known:
         raise UserError(
-            f"{recipe.drafter} knows positions below {known}, and this asks for {reaches}: train on longer documents, start from the "
-            "target's layers, scale positions (drafter.rope_factor), or keep them short (view.positions=in_cache and a budget)"
+            f"{recipe.drafter} knows positions below {known}, and this asks for {reaches}: train on longer documents, start from "
+            "the target's layers, scale positions (drafter.rope_factor), or keep them short (view.positions=in_cache, a budget)"
         )
 
 
@@ -102,8 +102,8 @@ def check(recipe: EvalRecipe) -> None:
         room, end = config.architecture.max_positions, recipe.span[1]
         if end + config.slots > room:
             raise UserError(
-                f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the target's "
-                f"{room} positions"
+                f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the "
+                f"target's {room} positions"
             )
         _check_positions(recipe, config, end)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)

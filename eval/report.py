@@ -4,8 +4,10 @@ python eval/report.py SWEEP [SWEEP ...]     one table and one picture of everyth
 """
 
 import json
+import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -16,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.cache.manifest import write_text
+from data_prep.cli import fail
+from data_prep.errors import UserError
 
 
 def write_json(out: Path, report: dict, name: str = "report.json") -> None:
@@ -89,76 +93,74 @@ def draw(out: Path, report: dict) -> None:
 
 # A sweep: many reports -> acceptance and speed against budget and context.
 
-FULL = "full"
+FULL = 1 << 40  # where no budget hides anything
+FIGURES = ("tau T", "speedup T", "draft ms T", "KV read MiB", "KV kept MiB", "teacher-forced tau", "teacher-forced KL")
+DRAWN = FIGURES[:2] + FIGURES[5:6]
+Cells = dict[tuple[str, int, str], dict[int, list[float]]]  # {(figure, context, drafter): {budget: a number of each report}}
 
 
 def gather(folders: list[Path], out: Path) -> None:
-    """`sweep.md` and `sweep.png` in `out`, of every report.json and score.json under `folders`. Drafters that differ in their seed
-    alone are averaged, with the least and the greatest."""
-    decoded, scored = (
-        [json.loads(p.read_text()) for f in folders for p in sorted(f.rglob(n))] for n in ("report.json", "score.json")
-    )
-    found = {"decoded": _cells(decoded, _of_decoding), "teacher-forced": _cells(scored, _of_score)}
-    found = {name: cells for name, cells in found.items() if cells}
-    if not found:
-        return
-    tables = [_table(name, cells) for name, cells in found.items()]
-    write_text(out / "sweep.md", "\n\n".join(_markdown(table) for table in tables) + "\n")
-    for table in tables:
-        Console(width=150).print(table)
-    _draw_sweep(out / "sweep.png", found)
+    """`sweep.md` and `sweep.png` in `out`, of every report.json and score.json under `folders`. Drafters that differ in their
+    seed alone are averaged, with the least and the greatest beside.
+
+    Raises:
+        UserError: there is no report.
+    """
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    for name, figures_of in (("report.json", _of_decoding), ("score.json", _of_score)):
+        for report in (json.loads(path.read_text()) for folder in folders for path in sorted(folder.rglob(name))):
+            budget = report["view"]["budget"] or FULL
+            for who, figure, value in figures_of(report):
+                cells[figure, report["context"] or 0, who][budget].append(value)
+    if not cells:
+        raise UserError(f"{', '.join(map(str, folders))}: no report of a drafter is there")
+    numbered = lambda who: re.sub(r"\d+", lambda digits: digits[0].zfill(9), who)
+    order = lambda key: ([key[0].startswith(name) for name in FIGURES].index(True), *key[:2], numbered(key[2]))
+    cells = {key: cells[key] for key in sorted(cells, key=order)}
+    budgets = sorted({budget for row in cells.values() for budget in row})
+    heads = ["", "context", "drafter", *map(_budget, budgets)]
+    rows = {key: [key[0], str(key[1] or "any"), key[2], *(_spread(row.get(b)) for b in budgets)] for key, row in cells.items()}
+    lines = [f"| {' | '.join(row)} |\n" for row in [heads, ["---"] * len(heads), *rows.values()]]
+    write_text(out / "sweep.md", "".join(lines))
+    table, following = Table(title="against the budget of memory positions"), [*list(cells)[1:], ("",)]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("", "drafter") else "right")
+    for key, after in zip(cells, following):
+        table.add_row(*(cell.split(" [")[0] for cell in rows[key]), end_section=key[:2] != after[:2])
+    Console(width=140).print(table)
+    _draw_sweep(out / "sweep.png", cells, budgets)
     print(f"sweep: {out / 'sweep.md'}, {out / 'sweep.png'}")
 
 
 def _name(report: dict) -> str:
-    """What a drafter was trained for."""
+    """What a drafter is and was trained for."""
     drafter = report["drafter"]
-    budgets = drafter["budgets"]
-    views = "full view only" if budgets is None else f"{budgets} alone" if isinstance(budgets, int) else f"multi-view ({budgets})"
-    what = f"lm {Path(drafter['lm']).name}" if drafter["lm"] else f"{drafter['objective']} {drafter['reuse']}"
-    return f"{what}, {views}"
+    what, budgets = f"{drafter['objective']} {drafter['reuse']}", drafter["budgets"]
+    if drafter["lm"]:
+        what = f"{Path(drafter['lm']).name}"
+    return f"{what}, " + {None: "full view only", "paper": "paper", "sandwich": "sandwich"}.get(budgets, f"{budgets} only")
 
 
-def _of_decoding(report: dict) -> dict[str, dict]:
-    """Figures of the drafter and of its controls."""
-    rows: dict[str, dict] = defaultdict(dict)
+def _of_decoding(report: dict) -> Iterator[tuple[str, str, float]]:
+    """(who, figure, value) of the drafter and of those that it has to beat."""
     for temperature, figures in report["temperatures"].items():
-        own = {_name(report): figures, "plain decoding": None, **figures["controls"]}
-        for who, one in own.items():
-            if one is None or who in ("zero_memory", "shuffled_memory"):
-                continue
-            rows[who][f"tau T={temperature}"] = one["tau_micro"]
-            rows[who][f"speedup T={temperature}"] = one["tokens_per_s"] / figures["baseline_tokens_per_s"]
-            rows[who][f"draft ms T={temperature}"] = one["round_ms"]["draft"]
-    rows[_name(report)] |= {"KV read MiB": report["drafter_kv"]["read_mib"], "KV kept MiB": report["drafter_kv"]["kept_mib"]}
-    return rows
+        others = {name.replace("_", " "): one for name, one in figures["controls"].items() if not name.endswith("memory")}
+        for who, one in {_name(report): figures, **others}.items():
+            yield who, f"tau T={temperature}", one["tau_micro"]
+            yield who, f"speedup T={temperature}", one["tokens_per_s"] / figures["baseline_tokens_per_s"]
+            yield who, f"draft ms T={temperature}", one["round_ms"]["draft"]
+    for kind in ("read", "kept"):
+        yield _name(report), f"KV {kind} MiB", report["drafter_kv"][f"{kind}_mib"]
 
 
-def _of_score(report: dict) -> dict[str, dict]:
-    return {_name(report): {"tau T=1": report["sampled"]["tau"], "tau T=0": report["greedy"]["tau"], "KL": report["kl"]}}
+def _of_score(report: dict) -> Iterator[tuple[str, str, float]]:
+    for kind, temperature in (("sampled", 1), ("greedy", 0)):
+        yield _name(report), f"teacher-forced tau T={temperature}", report[kind]["tau"]
+    yield _name(report), "teacher-forced KL", report["kl"]
 
 
-def _cells(reports: list[dict], figures_of) -> dict[tuple, dict[str, list[float]]]:
-    """{(context, drafter, view, budget): {figure: one number a report}}."""
-    cells: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for report in reports:
-        budget = report["view"]["budget"] or FULL
-        for who, figures in figures_of(report).items():
-            for name, value in figures.items():
-                cells[report["context"] or 0, who.replace("_", " "), budget][name].append(value)
-    return dict(
-        sorted(cells.items(), key=lambda item: (*item[0][:2], item[0][2] == FULL, item[0][2] if item[0][2] != FULL else 0))
-    )
-
-
-def _table(title: str, cells: dict) -> Table:
-    columns = sorted({name for figures in cells.values() for name in figures}, key=lambda n: (n.startswith("KV"), "KL" == n, n))
-    table = Table(title=title)
-    for column in ("context", "drafter", "budget", *columns):
-        table.add_column(column, justify="left" if column == "drafter" else "right")
-    for (context, who, budget), figures in cells.items():
-        table.add_row(str(context or "any"), who, str(budget), *(_spread(figures.get(column)) for column in columns))
-    return table
+def _budget(budget: int) -> str:
+    return "full" if budget == FULL else str(budget)
 
 
 def _spread(values: list[float] | None) -> str:
@@ -167,44 +169,31 @@ def _spread(values: list[float] | None) -> str:
     return f"{mean(values):.2f}" + f" [{min(values):.2f}, {max(values):.2f}]" * (len(values) > 1)
 
 
-def _markdown(table: Table) -> str:
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    head, *rows = (" | ".join(row) for row in zip(*columns))
-    return "\n".join([f"{table.title}:", "", f"| {head} |", "|" + " --- |" * len(columns), *(f"| {row} |" for row in rows)])
-
-
-def _draw_sweep(path: Path, found: dict[str, dict]) -> None:
-    """A row a figure, a column a context; each drafter a line over budgets. Prompt lookup knows no budget."""
+def _draw_sweep(path: Path, cells: Cells, budgets: list[int]) -> None:
+    """A row of panels for each figure, a column for each context; a drafter is a line over budgets. Prompt lookup knows none."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wanted = [(kind, figure) for kind in found for figure in ("tau T=1", "tau T=0", "speedup T=1", "speedup T=0")]
-    wanted = [(kind, figure) for kind, figure in wanted if any(figure in cell for cell in found[kind].values())]
-    contexts = sorted({key[0] for cells in found.values() for key in cells})
-    size = (4.5 * len(contexts), 3.2 * len(wanted))
-    figure, axes = plt.subplots(len(wanted), len(contexts), figsize=size, layout="constrained", squeeze=False)
-    for row, (kind, name) in zip(axes, wanted):
-        budgets = list(
-            dict.fromkeys(key[2] for key in sorted(found[kind], key=lambda k: (k[2] == FULL, k[2] if k[2] != FULL else 0)))
-        )
+    names = [name for name in dict.fromkeys(key[0] for key in cells) if name.startswith(DRAWN)]
+    contexts = sorted({key[1] for key in cells})
+    size = (5 * len(contexts) + 2, 3.2 * len(names))
+    figure, axes = plt.subplots(len(names), len(contexts), figsize=size, layout="constrained", squeeze=False, sharey="row")
+    for row, name in zip(axes, names):
         for axis, context in zip(row, contexts):
-            lines: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
-            for (there, who, budget), cell in found[kind].items():
-                if there == context and name in cell:
-                    lines[who].append((budgets.index(budget), cell[name]))
-            for who, points in lines.items():
-                x, y = [p[0] for p in points], [mean(p[1]) for p in points]
+            for who, values in ((key[2], row) for key, row in cells.items() if key[:2] == (name, context)):
+                x, middle = [budgets.index(b) for b in sorted(values)], [mean(values[b]) for b in sorted(values)]
                 if who == "prompt lookup":
-                    axis.axhline(mean(y), color="0.5", linestyle=":", label=who)
+                    axis.axhline(mean(middle), color="0.5", linestyle=":", label=who)
                     continue
-                error = [[m - min(p[1]) for m, p in zip(y, points)], [max(p[1]) - m for m, p in zip(y, points)]]
-                axis.errorbar(x, y, error, fmt="s--" if who == "untrained" else "o-", capsize=2, markersize=4, label=who)
-            axis.set_xticks(range(len(budgets)), list(map(str, budgets)))
-            axis.set(title=f"{kind}, {f'context {context}' if context else 'any context'}", xlabel="budget", ylabel=name)
+                low, high = ([pick(values[b]) for b in sorted(values)] for pick in (min, max))
+                error = [[m - one for m, one in zip(middle, low)], [one - m for m, one in zip(middle, high)]]
+                axis.errorbar(x, middle, error, fmt="s--" if who == "untrained" else "o-", capsize=2, markersize=4, label=who)
+            axis.set_xticks(range(len(budgets)), map(_budget, budgets))
+            axis.set(title=f"context {context or 'any'}", xlabel="budget", ylabel=name)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=6)
+        row[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     temporary = path.with_name(path.stem + ".tmp.png")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
@@ -212,4 +201,7 @@ def _draw_sweep(path: Path, found: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    gather([Path(word) for word in sys.argv[1:]], Path(sys.argv[1]))
+    try:
+        gather([Path(word) for word in sys.argv[1:]], Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    except UserError as error:
+        fail(error)

@@ -85,10 +85,8 @@ class SparseCache:
         for layer, kinds in enumerate(queries):
             for branch, query_RHD in kinds.items():
                 key_PGD = self.memory.layers[layer][branch].key.float()
-                land = views.ground(self.memory.places[branch], 1)
-                total_GP = views.votes(
-                    views.Observed(query_RHD, seats.document, seats.position - self._first[branch]), key_PGD, land
-                )
+                observed = views.Observed(query_RHD, seats.document, seats.position - self._first[branch])
+                total_GP = views.votes(observed, key_PGD, views.chunking(self.memory.places[branch], 1))
                 old = self._votes[layer].get(branch)
                 if old is not None:
                     total_GP[:, : old.shape[1]] += old
@@ -105,7 +103,7 @@ class SparseCache:
         tail, most = views.reserve(view, view.budget, count)
         if most == 0:  # nothing to choose, now or later
             return
-        land, device = views.ground(places, view.chunk), places.position.device
+        chunks, device = views.chunking(places, view.chunk), places.position.device
         one = lambda value: torch.tensor([value], device=device)
         for layer, kinds in enumerate(self.memory.layers):
             if view.kind == "h2o":
@@ -116,8 +114,8 @@ class SparseCache:
                     query_WHD = self._queries[layer][branch]
                     seen_W = count + torch.arange(1 - len(query_WHD), 1, device=device)
                     observed = views.Observed(query_WHD, torch.zeros_like(seen_W), seen_W)
-                ((_, scores_1GC),) = views.scores(view, kinds[branch].key, land, one(0), one(count), observed)
-            chunk_GC = views.ranked(scores_1GC, land, one(0), view, one(tail), most)[0]
+                ((_, scores_1GC),) = views.scores(view, kinds[branch].key, chunks, one(0), one(count), observed)
+            chunk_GC = views.ranked(scores_1GC, chunks, one(0), view, one(tail), most)[0]
             index_KG = (chunk_GC.T[:, None] * view.chunk + torch.arange(view.chunk, device=device)[:, None]).flatten(0, 1)
             head = torch.arange(index_KG.shape[1], device=device)
             self._picked[layer][branch] = Picked(KV(*(t[index_KG, head] for t in kinds[branch])), index_KG)

@@ -90,13 +90,13 @@ def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None
     marks = [np.zeros(0, dtype=np.int64)] * len(documents)
     marks[len(documents) // 2] = np.asarray(anchors)
     pack = make_pack([str(i) for i in range(len(documents))], documents, marks)
+    if view:
+        budgets = [FULL, view.budget + 7, view.budget]
+        pack.budget_VN, pack.age_N = torch.tensor(budgets)[:, None].expand(-1, len(anchors)), ages(anchors, view.refresh)
     if tamper:
         pack = tamper(pack)
     weight_J = torch.ones(drafter.config.draft_length)
     objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, attend, 64, view)
-    if view:
-        budgets = [FULL, view.budget + 7, view.budget]
-        pack.budget_VN, pack.age_N = torch.tensor(budgets)[:, None].expand(-1, len(anchors)), ages(anchors, view.refresh)
     with torch.no_grad():
         return objective.logits(pack)[-1] if view else objective.logits(pack)
 
@@ -186,8 +186,8 @@ VIEWS = {
     ],
 )
 def test_training_forward_is_decode_loop_under_a_view(target, objective, reuse, view):
-    """Two layers, packed, under a budget that the context soon exceeds: memory masked in training (taken out where positions are in
-    the cache), really gathered in decoding."""
+    """Two layers, packed, under a budget that the context soon exceeds: memory masked in training (taken out where positions are
+    in the cache), really gathered in decoding."""
     drafter = drafter_of(target, objective, reuse, layers=2)
     worst, kept, refused = largest_difference(target, drafter, view=VIEWS[view])
     assert worst < 1e-4
@@ -241,3 +241,29 @@ def test_negative_controls_are_noticed(target, objective, reuse, tamper):
         assert worst < 1e-4  # it reads no state
     else:
         assert worst > 1e-3
+
+
+def another_budget(pack):
+    """One chunk less is shown."""
+    pack.budget_VN = pack.budget_VN - 4
+    return pack
+
+
+def older_selection(pack):
+    """Chunks were ranked for another token."""
+    pack.age_N = torch.minimum(pack.age_N + 3, pack.places.position[pack.anchor_N] - 1)
+    return pack
+
+
+def no_view(pack):
+    """Everything is shown."""
+    pack.budget_VN = torch.full_like(pack.budget_VN, FULL)
+    return pack
+
+
+@pytest.mark.parametrize("objective,reuse", [("ttt", "none"), ("ttt", "hybrid"), ("blockwise", "kv")])
+@pytest.mark.parametrize("view", ["mean", "mean in cache"])
+@pytest.mark.parametrize("tamper", [another_budget, older_selection, no_view], ids=lambda f: f.__name__)
+def test_negative_controls_of_a_view_are_noticed(target, objective, reuse, view, tamper):
+    worst, *_ = largest_difference(target, drafter_of(target, objective, reuse, layers=2), tamper=tamper, view=VIEWS[view])
+    assert worst > 1e-3

@@ -27,23 +27,41 @@ def choices(group):
     "word",
     [
         f"{group}={choice}"
-        for group in ("target", "objective", "reuse", "loss", "deepspeed", "tracking", "experiment")
+        for group in ("target", "objective", "reuse", "loss", "view", "deepspeed", "tracking", "experiment")
         for choice in choices(group)
     ],
 )
 def test_every_choice_of_train_composes(word):
-    recipe = cli.compose("train", TrainRecipe, [word])
+    objective = ["objective=budgetdraft"] if word.startswith("view=") and word not in ("view=full", "view=auto") else []
+    if word == "view=auto":
+        with pytest.raises(UserError, match="view=auto is for evaluation"):
+            cli.compose("train", TrainRecipe, [word])
+        return
+    recipe = cli.compose("train", TrainRecipe, [*objective, word])
     assert engine_config(recipe, bf16=True)["zero_optimization"] == recipe.deepspeed.zero_optimization
 
 
-@pytest.mark.parametrize("group", ["target", "data"])
+@pytest.mark.parametrize("group", ["target", "data", "view"])
 def test_every_choice_of_the_others_composes(group):
     for choice in choices(group):
-        cli.compose("data_prep", DataPrepRecipe, [f"{group}={choice}"])
+        if group != "view":
+            cli.compose("data_prep", DataPrepRecipe, [f"{group}={choice}"])
         cli.compose("eval", EvalRecipe, [f"{group}={choice}", "drafter=x"])
 
 
-@pytest.mark.parametrize("objective", ["ttt", "blockwise"])
+def test_budgetdraft_brings_a_view_and_a_number_is_the_only_budget():
+    compose = lambda *words: cli.compose("train", TrainRecipe, ["objective=budgetdraft", *words])
+    assert compose().view.kind == "topk_chunk" and compose("view=h2o").view.kind == "h2o"
+    assert compose().branches.sampler == "sandwich" and compose("objective.budgets=paper").branches.sampler == "paper"
+    assert compose("view.budget=512").branches.judged[1:] == [512]
+    assert compose("view.budget=512", "objective.budgets=fixed").branches == compose("view.budget=512").branches
+    block = compose("objective.kind=blockwise", "objective.slots=8", "objective.decay=4")
+    assert block.objective.kind == "blockwise" and block.branches.sparse == 0.5
+    assert cli.compose("train", TrainRecipe, ["objective=ttt"]).branches is None
+    assert cli.compose("train", TrainRecipe, ["experiment=budgetdraft", "drafter.lm=x"]).view.refresh == "never"
+
+
+@pytest.mark.parametrize("objective", ["ttt", "blockwise", "budgetdraft"])
 @pytest.mark.parametrize("reuse", ["none", "hidden", "kv", "hybrid"])
 def test_every_cell_is_accepted(cache, objective, reuse):
     sources = ["native", "projected", "projected_rope", "head_concat"] if reuse in ("kv", "hybrid") else [None]
@@ -106,6 +124,32 @@ def test_recipes_say_what_they_follow():
         (["deepspeed.zero_optimization.stage=7"], "stage is 0, 1, 2 or 3, not 7"),
         (["train.betas=[2,0.9]"], "train.betas.0.*less than 1"),
         (["reuse=hidden", "reuse.hidden_layers=[]"], "hidden_layers"),
+        (["view=topk_chunk"], "needs a branch that sees no more than it shows: objective=budgetdraft"),
+        (["view.budget=256"], "view=full shows everything"),
+        (["objective=budgetdraft", "view=full"], "has nothing to hide"),
+        (["objective=budgetdraft", "view.budget=0"], r"view.budget=0 \(everything\) trains no sparse branch"),
+        (["objective=budgetdraft", "view.budget=-1"], "view.budget.*greater than or equal to 0"),
+        (["objective=budgetdraft", "view.budget=79"], "always shows 8 sinks and 64 recent positions.*the least budget is 80"),
+        (["objective=budgetdraft", "objective.smallest=79"], "a budget of 79: view=topk_chunk always shows 8 sinks"),
+        (["objective=budgetdraft", "objective.smallest=300", "objective.largest=299"], "objective.smallest=300 exceeds"),
+        (["objective=budgetdraft", "objective.budgets=fixed"], "objective.budgets=fixed needs view.budget"),
+        (["objective=budgetdraft", "view.scorer=best"], "view.scorer: Input should be 'mean', 'lastkey', 'minmax' or 'quest'"),
+        (["objective=budgetdraft", "view.sink=4"], "view.sink=4 is not whole chunks of view.chunk=8"),
+        (["objective=budgetdraft", "view.refresh=0"], "a selection lasts 1 token or more"),
+        (["objective=budgetdraft", "view=snapkv", "view.pool=4"], "view.pool is odd"),
+        (["objective=budgetdraft", "view=snapkv", "view.recent=0"], "observes the last view.recent queries"),
+        (["objective=budgetdraft", "+view=sink_recent", "view.scorer=mean"], "view"),
+        (["objective=budgetdraft", "view=sink_recent", "+view.recent=9"], "it has no view.recent"),
+        (["objective=budgetdraft", "loss.kv_align=1"], "where each anchor has one view"),
+        (
+            ["objective=budgetdraft", "reuse.source=projected", "view.positions=in_cache"],
+            "reuse.source=projected mixes turned keys",
+        ),
+        (["objective=blockwise", "reuse=none", "drafter.lm=x"], "drafter.lm drafts token by token"),
+        (["objective=ttt", "drafter.lm=x"], "drafter.lm drafts token by token"),
+        (["objective=ttt", "reuse=none", "drafter.lm=x", "drafter.own_head=true"], "leave out drafter.own_head"),
+        (["objective=ttt", "reuse=none", "drafter.lm=nowhere"], "drafter.lm=nowhere: there is no language model"),
+        (["drafter.rope_factor=0.5"], "drafter.rope_factor.*greater than or equal to 1"),
     ],
 )
 def test_train_refuses(cache, words, message):
@@ -176,6 +220,10 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
         (["temperatures=[-1]"], "a temperature is 0"),
         (["prompts.count=1"], "prompts.count"),
         (["mode=guess"], "mode: Input should be 'decode', 'score'"),
+        (["view.budget=-3"], "view.budget.*greater than or equal to 0"),
+        (["view=topk_chunk", "view.scorer=best"], "view.scorer: Input should be"),
+        (["view=h2o", "view.budget=3", "view.sink=3"], "view=h2o always shows 3 sinks"),
+        (["context=1"], "context.*greater than or equal to 2"),
     ],
 )
 def test_eval_refuses(words, message):

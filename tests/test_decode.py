@@ -9,6 +9,7 @@ from eval.drafting import Draft, Nobody, PromptLookup, Trained, memory_of, zero_
 from eval.verification import distribution, verify
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention import EXECUTORS
+from train.views import View
 
 CELLS = [
     (objective, reuse)
@@ -181,3 +182,40 @@ def test_tau_and_acceptance_by_hand():
     assert found.tau == pytest.approx(2.0) and measure.tau([one]) == (2.0, 2.0)
     assert measure.tokens_per_s([one], prefill=False) == 3.0
     assert measure.repetition([Generation([1, 2, 3, 4, 1, 2, 3, 4])]) == pytest.approx(1 / 5)
+
+
+VIEWS = {
+    "sink_recent": View(kind="sink_recent", budget=12, sink=2),
+    "chunks": View(kind="topk_chunk", budget=16, sink=4, recent=4, chunk=4),
+    "chunks in cache, never": View(
+        kind="topk_chunk", budget=16, sink=4, recent=4, chunk=4, positions="in_cache", refresh="never"
+    ),
+    "h2o, every 5 tokens": View(kind="h2o", budget=12, refresh=5),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("objective,reuse", [("ttt", "none"), ("ttt", "kv"), ("blockwise", "hybrid")])
+def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(exact_target, objective, reuse, view):
+    """Greedy output is `generate`'s; the keys that a round reads are as many as the budget allows, in bytes that were measured; and
+    what no later selection can ask for is gone."""
+    view, drafter = VIEWS[view], drafter_of(exact_target, objective, reuse, layers=2)
+    prompt = prompts(1, length=20)[0]
+    results = [
+        decode(exact_target, Trained(drafter, exact_target.frozen_head, REFERENCE, v), prompt, 60, 0.0, 0, keep_drafts=True)
+        for v in (None, view)
+    ]
+    assert results[0].tokens == results[1].tokens == generated(exact_target, prompt, 60)
+    assert results[0].kept_bytes == results[0].read_bytes
+    drafts = [[r.draft.logits_JV[0] for r in result.rounds] for result in results]
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(*drafts))  # the view hid something
+    # Bytes of a position: two heads of eight numbers, float64, K and V, two layers, each branch.
+    position = 2 * 8 * 8 * 2 * 2 * len(drafter.config.branches)
+    assert results[1].read_bytes <= view.budget * position
+    assert results[0].read_bytes > 60 * position
+    settled = view.refresh == "never" or view.kind == "sink_recent"
+    if settled and reuse != "none":
+        # The prompt's keys are gone; what came since is the tail's, and gives way once the budget is full of it.
+        assert results[1].kept_bytes <= 2 * view.budget * position
+    else:  # a later selection, or memory that is made by reading memory, asks for all of it
+        assert results[1].kept_bytes >= results[0].kept_bytes

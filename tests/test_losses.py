@@ -36,6 +36,7 @@ def definition(name, q, p, label, mix):
         "kl": lambda: kl,
         "reverse_kl": lambda: (q * (q / p).log()).sum(-1),
         "ce": lambda: torch.where(label < 0, 0.0, -q[torch.arange(len(q)), label.clamp(min=0)].log()),
+        "ce_greedy": lambda: -q[torch.arange(len(q)), p.argmax(-1)].log(),
         "tv": lambda: 1 - alpha,
         "lk_alpha": lambda: -alpha.log(),
         "lk_lambda": lambda: mix * kl + (1 - mix) * (1 - alpha),
@@ -50,7 +51,7 @@ def in_vocabulary(label, kept):
     return index[label]
 
 
-PER_SLOT = ["kl", "reverse_kl", "ce", "tv", "lk_alpha", "lk_lambda"]
+PER_SLOT = ["kl", "reverse_kl", "ce", "ce_greedy", "tv", "lk_alpha", "lk_lambda"]
 
 
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])
@@ -80,6 +81,28 @@ def test_every_loss_equals_its_definition(loss, regime, kept):
     torch.testing.assert_close(found.label_probability, said.detach())
     if kept is not None:
         assert (label_D < 0).any() and (p.argmax(-1)[:, None] != kept).all(-1).any()
+
+
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_one_teacher_serves_the_rows_of_several_views(kept, chunk):
+    """Three views' rows one behind the other against three calls with a view each: value, gradients, statistics."""
+    first, teacher, label, weight, mix, head = rows("ordinary", torch.float64)
+    own, label = (head if kept is None else head[kept]).clone().requires_grad_(), in_vocabulary(label, kept)
+    draft = torch.cat([rows("ordinary", torch.float64, seed)[0] for seed in (1, 2, 3)]).detach().requires_grad_()
+    weight, mix = torch.cat([weight, 0.3 * weight, weight * 0]), torch.cat([mix, 1 - mix, mix])
+    heads, loss = Heads(own, head, kept), partial(divergences.mixture, {"lk_lambda": 1.0, "ce": 0.5})
+    together, found = chunked_loss(Rows(draft, teacher, label, mix), heads, loss, weight, chunk, 0.1 * weight)
+    apart = [
+        chunked_loss(Rows(draft[part], teacher, label, mix[part]), heads, loss, weight[part], chunk, 0.1 * weight[part])
+        for part in (slice(v * ROWS, (v + 1) * ROWS) for v in range(3))
+    ]
+    torch.testing.assert_close(together, sum(total for total, _ in apart))
+    for column, parts in zip(found, zip(*(statistics for _, statistics in apart))):
+        torch.testing.assert_close(column, torch.cat(parts))
+    one, other = (torch.autograd.grad(total, (draft, own)) for total in (together, sum(total for total, _ in apart)))
+    for mine, theirs in zip(one, other):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("loss", PER_SLOT)
@@ -142,6 +165,7 @@ def test_numbers_known_by_hand():
         "kl": kl,
         "reverse_kl": kl,
         "ce": 1.609438,
+        "ce_greedy": 1.609438,
         "tv": 0.3,
         "lk_alpha": 0.356675,
         "lk_lambda": lam * kl + (1 - lam) * 0.3,

@@ -168,8 +168,8 @@ def sample_shown(id: str, anchors: int, most: int, base: float, seed: int, pass_
 
 
 def sample_ages(id: str, anchors: np.ndarray, lasts: int, seed: int, pass_number: int) -> np.ndarray:
-    """How many tokens before each anchor the selection was made that serves it: fewer than `lasts`, and after the document's first
-    token. A function of (seed, pass, document)."""
+    """How many tokens before each anchor the selection was made that serves it: fewer than `lasts`, and after the document's
+    first token. A function of (seed, pass, document)."""
     rng = np.random.default_rng(stable_hash(f"ages/{seed}/{pass_number}/{id}"))
     return np.minimum(rng.integers(lasts, size=len(anchors)), np.maximum(anchors - 1, 0))
 

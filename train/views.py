@@ -1,7 +1,7 @@
 """Views: which positions of its memory a drafter may read under a budget.
 
-A view of budget b shows an anchor at most b memory positions of its own document: the first ones (sinks), a tail of the last ones,
-and between them the chunks that score best, chosen by every layer, branch and KV head for itself. Scores are taken at a
+A view of budget b shows an anchor at most b memory positions of its own document: the first ones (sinks), a tail of the last
+ones, and between them the chunks that score best, chosen by every layer, branch and KV head for itself. Scores are taken at a
 *selection*, which may lie before the anchor (`refresh`); what came since belongs to the tail, and the worst of the chosen chunks
 give way to it, so that the budget holds. A budget at or above the context hides nothing.
 
@@ -43,9 +43,8 @@ class View(Section):
     scorer: Literal["mean", "lastkey", "minmax", "quest"] = "mean"
     pool: int = Field(1, ge=1)  # snapkv: neighbouring positions whose scores are averaged
     positions: Literal["absolute", "in_cache"] = "absolute"
-    refresh: Literal["verify", "never"] | int = (
-        "verify"  # select anew: in every round, never after the prompt, every so many tokens
-    )
+    # Select anew: in every round, never after the prompt, or once so many tokens are verified.
+    refresh: Literal["verify", "never"] | int = "verify"
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -72,9 +71,14 @@ class View(Section):
 
     @property
     def too_small(self) -> str:
-        return f"view={self.kind} always shows {self.sink} sinks and {self.recent or 0} recent positions, and then chunks of " + (
-            f"{self.chunk}; the least budget is {self.least}"
-        )
+        always = f"view={self.kind} always shows {self.sink} sinks and {self.recent or 0} recent positions"
+        return f"{always}, and then chunks of {self.chunk}; the least budget is {self.least}"
+
+    def tail_of(self, room):
+        """How many of the positions that sinks leave of a budget are the tail's, at a selection."""
+        if self.recent is not None:
+            return self.recent
+        return room if self.kind == "sink_recent" else room // 2
 
     @property
     def window(self) -> int | None:
@@ -89,7 +93,7 @@ class View(Section):
         return {"verify": 1, "never": NEVER}.get(self.refresh, self.refresh)
 
 
-class Ground(NamedTuple):
+class Chunking(NamedTuple):
     """Memory positions by document: `first_D`, `position_D` are the row and the position of its first key; a key is the
     `index_P`-th of its document and in chunk `chunk_P`; chunk c begins at index `start_C` of `document_C`."""
 
@@ -101,7 +105,7 @@ class Ground(NamedTuple):
     start_C: Tensor
 
 
-def ground(places: Places, chunk: int) -> Ground:
+def chunking(places: Places, chunk: int) -> Chunking:
     """Documents are numbered from 0, in order, and each has a key."""
     document, device = places.document, places.document.device
     lengths_D = torch.bincount(document)
@@ -111,15 +115,14 @@ def ground(places: Places, chunk: int) -> Ground:
     before_D = chunks_D.cumsum(0) - chunks_D
     document_C = torch.arange(len(lengths_D), device=device).repeat_interleave(chunks_D)
     start_C = (torch.arange(len(document_C), device=device) - before_D[document_C]) * chunk
-    return Ground(first_D, places.position[first_D], index_P, before_D[document] + index_P // chunk, document_C, start_C)
+    return Chunking(first_D, places.position[first_D], index_P, before_D[document] + index_P // chunk, document_C, start_C)
 
 
 def layout(view: View, budget: Tensor, count: Tensor, since: Tensor) -> tuple[Tensor, Tensor]:
     """(index of the tail's first key, how many chunks are chosen), for anchors with `count` keys before them, `since` of which
     were there at the selection. Sinks, tail and chunks are at most `budget`, or everything where that is enough."""
     room = budget - view.sink
-    recent = view.recent if view.recent is not None else room if view.kind == "sink_recent" else room // 2
-    tail = (since - recent).div(view.chunk, rounding_mode="floor") * view.chunk
+    tail = (since - view.tail_of(room)).div(view.chunk, rounding_mode="floor") * view.chunk
     tail = torch.maximum(tail, count - room)
     chosen = (room - (count - tail)) // view.chunk
     everything = count <= budget
@@ -130,27 +133,26 @@ def layout(view: View, budget: Tensor, count: Tensor, since: Tensor) -> tuple[Te
 
 
 def reserve(view: View, budget: int, count: int) -> tuple[int, int]:
-    """(index of the tail's first key, the most chunks that any anchor served by it is shown) of a selection with `count` keys."""
+    """Of a selection among `count` keys: (index of the tail's first key, the most chunks that any anchor will be shown)."""
     room = budget - view.sink
-    recent = view.recent if view.recent is not None else room if view.kind == "sink_recent" else room // 2
-    tail = max(0, (count - recent) // view.chunk * view.chunk)
-    return tail, max(0, min((room - recent) // view.chunk, (tail - view.sink) // view.chunk))
+    tail = max(0, (count - view.tail_of(room)) // view.chunk * view.chunk)
+    return tail, max(0, min(room - view.tail_of(room), tail - view.sink) // view.chunk)
 
 
-def ranked(scores_NGC: Tensor, land: Ground, document_N: Tensor, view: View, tail_N: Tensor, most: int) -> Tensor:
-    """The `most` best whole chunks of each anchor's document between sinks and tail, best first, [N, G, most]. Where there are fewer,
-    others follow them."""
-    inside = (land.document_C == document_N[:, None]) & (land.start_C >= view.sink)
-    inside &= land.start_C + view.chunk <= tail_N[:, None]
+def ranked(scores_NGC: Tensor, chunks: Chunking, document_N: Tensor, view: View, tail_N: Tensor, most: int) -> Tensor:
+    """The `most` best whole chunks of each anchor's document between sinks and tail, best first, [N, G, most]. Where there are
+    fewer, others follow them."""
+    inside = (chunks.document_C == document_N[:, None]) & (chunks.start_C >= view.sink)
+    inside &= chunks.start_C + view.chunk <= tail_N[:, None]
     # Pooled scores tie: a stable order breaks ties alike in training and decoding.
     return scores_NGC.masked_fill(~inside[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :most]
 
 
-def choose(scores_NGC: Tensor, land: Ground, document_N: Tensor, view: View, tail_N: Tensor, count_N: Tensor) -> Tensor:
+def choose(scores_NGC: Tensor, chunks: Chunking, document_N: Tensor, view: View, tail_N: Tensor, count_N: Tensor) -> Tensor:
     """bool [N, G, C]: the `count_N` best chunks."""
     chosen_NGC, most = torch.zeros_like(scores_NGC, dtype=torch.bool), int(count_N.max())
     if most:
-        order = ranked(scores_NGC, land, document_N, view, tail_N, most)
+        order = ranked(scores_NGC, chunks, document_N, view, tail_N, most)
         kept = torch.arange(most, device=order.device) < count_N[:, None]
         chosen_NGC.scatter_(2, order, kept[:, None].expand_as(order))
     return chosen_NGC
@@ -165,9 +167,9 @@ class Observed(NamedTuple):
 
 
 def scores(
-    view: View, key_PGD: Tensor, land: Ground, document_N: Tensor, since_N: Tensor, observed: Observed | None
+    view: View, key_PGD: Tensor, chunks: Chunking, document_N: Tensor, since_N: Tensor, observed: Observed | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(some anchors, their chunks' scores [n, G, C] in float32), tile by tile. A chunk is scored by the keys that stood there at
+    """(some anchors, their chunks' scores [n, G, C]), tile by tile, in float32 at least. A chunk is scored by the keys that stood there at
     the selection; `observed` holds each anchor's last W queries, oldest first (h2o: the queries of all rows, in order).
 
     topk_chunk scores by the last query: `mean` q . mean(k) (TriForce); `lastkey` the same with the last key in place of the query
@@ -176,11 +178,11 @@ def scores(
     """
     key_PGD = key_PGD.float()
     if view.kind == "topk_chunk":
-        yield from _summaries(view, key_PGD, land, document_N, since_N, observed)
+        yield from _summaries(view, key_PGD, chunks, document_N, since_N, observed)
     elif view.kind == "snapkv":
-        yield from _snap(view, key_PGD, land, document_N, since_N, observed)
+        yield from _snap(view, key_PGD, chunks, document_N, since_N, observed)
     else:
-        yield from _heavy_hitters(key_PGD, land, document_N, since_N, observed)
+        yield from _heavy_hitters(key_PGD, chunks, document_N, since_N, observed)
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:
@@ -188,22 +190,20 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _summaries(view, key_PGD, land, document_N, since_N, observed):
-    chunks, (_, groups, size) = len(land.start_C), key_PGD.shape
-    place_PGD = land.chunk_P[:, None, None].expand_as(key_PGD)
-    summary = lambda how: key_PGD.new_zeros(chunks, groups, size).scatter_reduce_(0, place_PGD, key_PGD, how, include_self=False)
-    if view.scorer in ("mean", "lastkey"):
-        low_CGD = high_CGD = summary("mean")
-    else:
-        low_CGD, high_CGD = summary("amin"), summary("amax")
+def _summaries(view: View, key_PGD, chunks, document_N, since_N, observed):
+    """By what a chunk's keys have in common: their mean, or the least and the greatest of each channel."""
+    groups, place_PGD = key_PGD.shape[1], chunks.chunk_P[:, None, None].expand_as(key_PGD)
+    empty_CGD = key_PGD.new_zeros(len(chunks.start_C), *key_PGD.shape[1:])
+    summary = lambda how: empty_CGD.scatter_reduce(0, place_PGD, key_PGD, how, include_self=False)
+    bound = view.scorer in ("minmax", "quest")
+    low_CGD, high_CGD = (summary("amin"), summary("amax")) if bound else [summary("mean")] * 2
     if view.scorer == "lastkey":
-        query_NHD = key_PGD[land.first_D[document_N] + (since_N - 1).clamp(min=0)]
+        query_NHD = key_PGD[chunks.first_D[document_N] + (since_N - 1).clamp(min=0)]
     else:
         query_NHD = observed.query_RHD.float()
-    query_NGJD = query_NHD.unflatten(1, (groups, -1))
-    for part in _tiles(len(document_N), query_NHD.shape[1] * chunks):
-        q = query_NGJD[part]
-        product = lambda q, k: torch.einsum("ngjd,cgd->ngjc", q, k)
+    product = lambda q, k_CGD: torch.einsum("ngjd,cgd->ngjc", q, k_CGD)
+    for part in _tiles(len(document_N), query_NHD.shape[1] * len(chunks.start_C)):
+        q = query_NHD[part].unflatten(1, (groups, -1))
         if view.scorer == "quest":
             found = product(q.clamp(min=0), high_CGD) + product(q.clamp(max=0), low_CGD)
         elif view.scorer == "minmax":
@@ -213,42 +213,46 @@ def _summaries(view, key_PGD, land, document_N, since_N, observed):
         yield part, found.mean(2)
 
 
-def _attention(observed: Observed, part: slice, key_PGD: Tensor, land: Ground) -> Tensor:
-    """Softmax of rows `part` over the keys that each could read, averaged over the queries of a KV head, [r, G, P]; zero for a row
-    that could read none."""
+def _attention(observed: Observed, part: slice, key_PGD: Tensor, chunks: Chunking) -> Tensor:
+    """Softmax of rows `part` over the keys that each could read, averaged over the queries of a KV head, [r, G, P]; zero for a
+    row that could read none."""
     query = observed.query_RHD[part].float().unflatten(1, (key_PGD.shape[1], -1)) * key_PGD.shape[2] ** -0.5
-    readable = (land.document_C[land.chunk_P] == observed.document_R[part, None]) & (land.index_P < observed.count_R[part, None])
+    document_P = chunks.document_C[chunks.chunk_P]
+    readable = (document_P == observed.document_R[part, None]) & (chunks.index_P < observed.count_R[part, None])
     products = torch.einsum("rgjd,pgd->rgjp", query, key_PGD)
     weights = products.masked_fill(~readable[:, None, None], -torch.inf).softmax(-1)
     return weights.masked_fill(~readable.any(1)[:, None, None, None], 0).mean(2)
 
 
-def votes(observed: Observed, key_PGD: Tensor, land: Ground) -> Tensor:
+def votes(observed: Observed, key_PGD: Tensor, chunks: Chunking) -> Tensor:
     """Attention that each key gets from all rows, [G, P]."""
     parts = _tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD))
-    return sum(_attention(observed, part, key_PGD, land).sum(0) for part in parts)
+    return sum(_attention(observed, part, key_PGD, chunks).sum(0) for part in parts)
 
 
-def _snap(view, key_PGD, land, document_N, since_N, observed):
+def _snap(view: View, key_PGD, chunks, document_N, since_N, observed):
+    """Attention of the last queries, their own positions left out, pooled over neighbours."""
     window = view.recent
     for part in _tiles(len(document_N), window * observed.query_RHD.shape[1] * len(key_PGD)):
         rows = slice(part.start * window, part.stop * window)
-        votes = _attention(observed, rows, key_PGD, land).unflatten(0, (-1, window)).sum(1)
-        votes = votes.masked_fill((land.index_P >= (since_N[part] - window)[:, None])[:, None], 0)
-        yield part, F.avg_pool1d(votes, view.pool, stride=1, padding=view.pool // 2)
+        votes = _attention(observed, rows, key_PGD, chunks).unflatten(0, (-1, window)).sum(1)
+        votes = votes.masked_fill((chunks.index_P >= (since_N[part] - window)[:, None])[:, None], 0)
+        # Neighbours share all but their outermost votes, which float32 would lose beside a large one.
+        yield part, F.avg_pool1d(votes.double(), view.pool, stride=1, padding=view.pool // 2)
 
 
-def _heavy_hitters(key_PGD, land, document_N, since_N, observed):
-    """Attention that every key has got by the selection. Rows are looked at in order, so that a running sum serves all anchors."""
+def _heavy_hitters(key_PGD, chunks, document_N, since_N, observed):
+    """Attention that every key has got by the selection. Rows are looked at in order: a running sum serves all anchors."""
     total_GP = key_PGD.new_zeros(key_PGD.shape[1], len(key_PGD))
     done = torch.zeros_like(document_N, dtype=torch.bool)
     # Anchor n has seen the rows of its document that could read no more than what was there at the selection.
     for rows in _tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD)):
-        weights = _attention(observed, rows, key_PGD, land)
+        weights = _attention(observed, rows, key_PGD, chunks)
         document_R, count_R = observed.document_R[rows], observed.count_R[rows]
-        last = torch.stack([document_R[-1], count_R[-1]])
-        here = ~done & ((document_N < last[0]) | ((document_N == last[0]) & (since_N <= last[1])))
-        for part in here.nonzero().squeeze(1).split(max(1, SCORES // total_GP.numel())):
+        last, count = document_R[-1], count_R[-1]
+        here = ~done & ((document_N < last) | ((document_N == last) & (since_N <= count)))
+        at = here.nonzero().squeeze(1)
+        for part in (at[some] for some in _tiles(len(at), total_GP.numel())):
             seen = (document_R == document_N[part, None]) & (count_R <= since_N[part, None])
             yield part, total_GP + torch.einsum("nr,rgp->ngp", seen.float(), weights)
         done |= here
@@ -273,59 +277,58 @@ def plan(view: View, memory: Memory, anchors: Anchors, age_N: Tensor | None, bud
     queries, seats = observe(view.window) if view.window != 0 else (None, None)
     found: Plan = [{} for _ in memory.layers]
     for branch, places in memory.places.items():
-        land = ground(places, view.chunk)
-        count_N = anchors.position - land.position_D[anchors.document]
+        chunks = chunking(places, view.chunk)
+        count_N = anchors.position - chunks.position_D[anchors.document]
         since_N = count_N - age_N
         tail_VN, chosen_VN = layout(view, budget_VN, count_N, since_N)
         for layer, kinds in enumerate(memory.layers):
             key_PGD = kinds[branch].key
             chosen_VNGC = torch.zeros(
-                *budget_VN.shape, key_PGD.shape[1], len(land.start_C), dtype=torch.bool, device=key_PGD.device
+                *budget_VN.shape, key_PGD.shape[1], len(chunks.start_C), dtype=torch.bool, device=key_PGD.device
             )
             if bool(chosen_VN.any()):
                 observed = queries and Observed(
-                    queries[layer][branch], seats.document, seats.position - land.position_D[seats.document]
+                    queries[layer][branch], seats.document, seats.position - chunks.position_D[seats.document]
                 )
-                for part, some in scores(view, key_PGD, land, anchors.document, since_N, observed):
+                for part, some in scores(view, key_PGD, chunks, anchors.document, since_N, observed):
                     for chosen_NGC, tail_N, number_N in zip(chosen_VNGC, tail_VN, chosen_VN):
-                        chosen_NGC[part] = choose(some, land, anchors.document[part], view, tail_N[part], number_N[part])
-            found[layer][branch] = Shown(land.index_P, land.chunk_P, view.sink, tail_VN.flatten(), chosen_VNGC.flatten(0, 1))
+                        chosen_NGC[part] = choose(some, chunks, anchors.document[part], view, tail_N[part], number_N[part])
+            found[layer][branch] = Shown(chunks.index_P, chunks.chunk_P, view.sink, tail_VN.flatten(), chosen_VNGC.flatten(0, 1))
     return found
 
 
 def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[[Tensor, Tensor], Tensor]) -> tuple[Memory, Anchors]:
-    """The visible keys of every group, taken out: each group becomes a document of its own, in which visible keys stand one behind
-    the other and the anchor behind the last (in-cache positions). `rotate`(keys [K, G, D], by so many positions [K, G])."""
-    document_M, anchor_M = anchors.document, anchors.position
-    kept, room = {}, torch.zeros_like(anchor_M)
+    """The visible keys of every group, taken out: each group becomes a document of its own, in which visible keys stand one
+    behind the other and the anchor behind the last (in-cache positions).
+
+    Args:
+        rotate: (keys [K, G, D], by how many positions [K, G]) -> keys that stand elsewhere.
+    """
+    groups, end_M = torch.arange(len(anchors.index), device=anchors.index.device), torch.zeros_like(anchors.position)
+    index_MKG: dict[tuple[int, str], Tensor] = {}
+    count_M: dict[str, Tensor] = {}
     for branch, places in memory.places.items():
-        before_MP = sees_memory(document_M[:, None], anchor_M[:, None], places.document, places.position)
-        first_M = places.position[(places.document == document_M[:, None]).int().argmax(1)]
-        for layer, kinds in enumerate(memory.layers):
+        before_MP = sees_memory(anchors.document[:, None], anchors.position[:, None], places.document, places.position)
+        for layer in range(len(memory.layers)):
             s = found[layer][branch]
             visible_MGP = before_MP[:, None] & in_view(s.index_P, s.sink, s.tail_M[:, None, None], s.chosen_MGC[..., s.chunk_P])
-            kept[layer, branch] = _indices(visible_MGP)
-        count_M = visible_MGP[:, 0].sum(1)  # alike for all heads and layers
-        kept[branch] = count_M
-        room = torch.maximum(room, count_M + first_M)
+            index_MKG[layer, branch] = _indices(visible_MGP)
+        count_M[branch] = visible_MGP[:, 0].sum(1)  # alike for all heads and layers
+        end_M = torch.maximum(end_M, count_M[branch] + chunking(places, 1).position_D[anchors.document])
     out = Memory([{} for _ in memory.layers], {}, memory.feature)
-    groups = torch.arange(len(anchor_M), device=anchor_M.device)
     for branch, places in memory.places.items():
-        count_M = kept[branch]
-        slot_K = torch.arange(int(count_M.max()), device=anchor_M.device)
-        slot_MK = (room - count_M)[:, None] + slot_K
-        there_MK = slot_K < count_M[:, None]
+        slot_K = torch.arange(int(count_M[branch].max()), device=groups.device)
+        slot_MK = (end_M - count_M[branch])[:, None] + slot_K
         for layer, kinds in enumerate(memory.layers):
-            index_MKG = kept[layer, branch]
-            head = torch.arange(index_MKG.shape[2], device=anchor_M.device)
-            key, value = (t[index_MKG, head].flatten(0, 1) for t in kinds[branch])
-            moved = slot_MK[..., None] - places.position[index_MKG]
+            index = index_MKG[layer, branch]
+            key, value = (t[index, torch.arange(index.shape[2], device=groups.device)].flatten(0, 1) for t in kinds[branch])
+            moved = slot_MK[..., None] - places.position[index]
             out.layers[layer][branch] = KV(rotate(key, moved.flatten(0, 1)), value)
-        # A key that is not there stands where no anchor sees it.
-        out.places[branch] = Places(
-            groups.repeat_interleave(len(slot_K)), torch.where(there_MK, slot_MK, torch.iinfo(torch.int64).max).flatten()
-        )
-    return out, Anchors(anchors.index, groups, room)
+        # A key that is not there, where a group has fewer than another, stands where no anchor sees it.
+        there_MK = slot_K < count_M[branch][:, None]
+        position = torch.where(there_MK, slot_MK, torch.iinfo(torch.int64).max).flatten()
+        out.places[branch] = Places(groups.repeat_interleave(len(slot_K)), position)
+    return out, Anchors(anchors.index, groups, end_M)
 
 
 def _indices(visible_MGP: Tensor) -> Tensor:

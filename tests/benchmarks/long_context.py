@@ -3,8 +3,8 @@
     python -m tests.benchmarks.long_context shape=tiny reuse=kv
     python -m tests.benchmarks.long_context shape=qwen3_8b reuse=hybrid lengths=[4096,8192,16384,32768]
 
-Features are random, the drafter starts at random. `gib_per_1k_tokens` is what the step takes over the shortest length's, by token:
-the same at every length if memory is linear in it.
+Features are random, the drafter starts at random. `gib_per_1k_tokens` is what the step takes beyond the shortest length's, by
+token: the same at every length if memory is linear in it.
 """
 
 import time

@@ -146,8 +146,8 @@ class Visibility:
         return viewed
 
     def _tiles(self) -> tuple[Tensor, Tensor]:
-        """(tiles of which something may be visible, tiles that are visible whole), bool [X, Y] each, from the bounds of their rows
-        and keys. The first may hold more than need be, the second less: `_rule` decides in every tile that is not whole."""
+        """(tiles of which something may be visible, tiles that are visible whole), bool [X, Y] each, from the bounds of their
+        rows and keys. The first may hold more than need be, the second less: `_rule` decides in tiles that are not whole."""
         q, m, d, s = self.queries, self.memory, self.drafts, self.shown
         memory, drafts = m.position.numel(), d.group.numel()
         document, anchor, group, slot = (_bounds(t)[:, :, None] for t in (q.document, q.anchor, q.group, q.slot))

@@ -19,8 +19,8 @@ class DraftHead(nn.Module):
     """
 
     def __init__(self, config: DrafterConfig, weight: nn.Parameter | None = None):
-        """`weight`: an LM head that is there already. It says the target's first tokens if it has fewer rows, and the rows that it
-        has beyond the target's vocabulary say nothing."""
+        """`weight`: an LM head that is there already. It says the target's first tokens if it has fewer rows, and the rows that
+        it has beyond the target's vocabulary say nothing."""
         super().__init__()
         a = config.architecture
         size = config.draft_vocab or a.vocab_size if weight is None else len(weight)

@@ -101,8 +101,8 @@ class Drafter(nn.Module):
     def _read(
         self, memory: Memory, x_RE: Tensor, token_RE: Tensor, places: Places, attend, keep: bool
     ) -> list[dict[str, Tensor]]:
-        """Step 1 with an anchor at every row, in one causal pass; the queries of each layer and branch. `keep`: the rows' keys become
-        memory, of which later rows of the pass see them too."""
+        """Step 1 with an anchor at every row, in one causal pass; the queries of each layer and branch. Or none (`keep`): then
+        the rows' keys become memory, which later rows of the pass see too."""
         own_memory, rope, queries = self.config.own_memory, self.rope(places.position), []
         rows = known_rows(places)
         visibility = self._visibility(rows, memory, rows)

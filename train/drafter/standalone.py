@@ -165,31 +165,27 @@ class Standalone(Drafter):
 
     def _check(self, lm: PreTrainedModel, head: FrozenHead) -> None:
         """Six tokens remembered and six drafted give the logits of the model's own forward over the twelve."""
-        where = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})"
-        ids = torch.randint(len(self.head.weight), (12,), generator=torch.Generator().manual_seed(0)).clamp(
-            max=len(head.head_VE) - 1
-        )
+        where, size = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})", min(len(self.head.weight), len(head.head_VE))
+        ids = torch.randint(size, (12,), generator=torch.Generator().manual_seed(0))
         lm.eval().set_attn_implementation("eager")
         expected = lm(input_ids=ids[None]).logits[0, 6:]
         lm.set_attn_implementation(NAME)
-        place, tokens = Places(torch.zeros_like(ids), torch.arange(12)), self.embed(ids, head)
+        token, zero, position, anchor = self.embed(ids, head), torch.zeros_like(ids), torch.arange(12), torch.tensor([6])
+        outputs, earlier, past = [], None, None
         try:
-            memory = self.remember(
-                States(), place, tokens[:6], Places(*(t[:6] for t in (place.document, place.position))), reference
-            )
-            anchor, outputs, earlier, past = torch.tensor([6]), [], None, None
-            for j in range(6):
-                rows = Rows(anchor * 0, anchor, anchor * 0, anchor * 0 + j + 1, anchor + j)
-                output, _, past = self.step(tokens[6 + j, None], None, rows, earlier, memory, past, reference)
+            memory = self.remember(States(), None, token[:6], Places(zero[:6], position[:6]), reference)
+            for j in range(1, 7):
+                rows = Rows(zero[:1], anchor, zero[:1], zero[:1] + j, anchor + j - 1)
+                output, _, past = self.step(token[None, 5 + j], None, rows, earlier, memory, past, reference)
                 earlier = rows if earlier is None else earlier + rows
                 outputs.append(output)
-        except (UserError, LookupError) as error:
+        except (UserError, LookupError, AttributeError) as error:
             raise UserError(f"{where} cannot be a drafter: {error}") from error
-        found, expected = nn.functional.linear(torch.cat(outputs), self.head.weight), expected
-        if (found - expected).abs().max() > 1e-3 * expected.abs().max().clamp(min=1):
+        error = float((nn.functional.linear(torch.cat(outputs), self.head.weight) - expected).abs().max())
+        if error > 1e-3 * max(1.0, float(expected.abs().max())):
             raise UserError(
-                f"{where} cannot be a drafter: its own logits differ from those through our attention by "
-                f"{float((found - expected).abs().max()):.2g} (logits that are scaled or capped, positions or layers of another kind)"
+                f"{where} cannot be a drafter: its own logits differ by {error:.2g} from those through our attention (logits "
+                "that are scaled or capped, positions or layers of another kind)"
             )
 
     @torch.no_grad()

@@ -32,9 +32,9 @@ class Heads(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of each row before the head is applied: the drafter's output and lk_lambda's lambda; and of each teacher, which
-    serves the rows of V views: the target's last hidden state, and the text's token (in the draft vocabulary, -1 outside it). The
-    rows of one view stand after those of another, R = V x L."""
+    """What is known of each row before the head is applied: the drafter's output and lk_lambda's lambda; and of each teacher,
+    which serves the rows of V views: the target's last hidden state, and the text's token (in the draft vocabulary, -1 outside
+    it). The rows of one view stand after those of another, R = V x L."""
 
     draft_RE: Tensor
     teacher_LE: Tensor

@@ -29,8 +29,8 @@ def ce(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
 
 
 def ce_greedy(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
-    """-log q(argmax p): cross entropy with the target's own most likely token, among those that the drafter can say (BudgetDraft's
-    hard label)."""
+    """-log q(argmax p): cross entropy with the target's own most likely token, among those that the drafter can say
+    (BudgetDraft's hard label)."""
     return F.nll_loss(log_q, log_p.argmax(-1), reduction="none")
 
 

@@ -133,15 +133,17 @@ class Objective(nn.Module):
         anchors, draft = pack.anchors, partial(OBJECTIVES[self.drafter.config.objective], self.drafter, self._head, pack)
         if pack.budget_VN is None:
             return draft(anchors, memory, self._attend)
-        in_place = self._view.positions == "absolute"
-        # A view that hides nothing has the same positions in the cache and out of it.
-        whole = 0 if in_place else int((pack.budget_VN[0] >= views.FULL).all())
-        plan = views.plan(self._view, memory, anchors, pack.age_N, pack.budget_VN[whole:], partial(self._observe, pack, memory))
-        some = anchors.repeated(pack.views - whole)
-        if in_place:
-            return draft(some, replace(memory, shown=plan), self._attend).unflatten(0, (pack.views, -1))
-        gathered, moved = views.gather(memory, plan, some, self.drafter.rotate)
-        parts = [draft(anchors, memory, self._attend)] * whole + [draft(moved, gathered, self._attend)]
+        if self._view.positions == "absolute":
+            plan = self._plan(pack, memory, pack.budget_VN)
+            everyone = anchors.repeated(pack.views)
+            return draft(everyone, replace(memory, shown=plan), self._attend).unflatten(0, (pack.views, -1))
+        # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
+        whole = int((pack.budget_VN[0] >= views.FULL).all())
+        parts = [draft(anchors, memory, self._attend)] * whole
+        if pack.views > whole:
+            plan = self._plan(pack, memory, pack.budget_VN[whole:])
+            gathered, moved = views.gather(memory, plan, anchors.repeated(pack.views - whole), self.drafter.rotate)
+            parts.append(draft(moved, gathered, self._attend))
         return torch.cat(parts).unflatten(0, (pack.views, -1))
 
     def logits(self, pack: Pack) -> Tensor:
@@ -150,6 +152,9 @@ class Objective(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.drafter.embed(ids, self._head)
+
+    def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> views.Plan:
+        return views.plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
 
     def _observe(self, pack: Pack, memory: Memory, window: int | None) -> tuple[list[dict[str, Tensor]], Places]:
         """Queries of the `window` tokens up to each selection, oldest first, or of all tokens (None); where they sit."""
