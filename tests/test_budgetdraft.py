@@ -1,4 +1,4 @@
-"""BudgetDraft: two branches in one loss, budgets that are functions of seed, step and document, and a teacher that is asked once."""
+"""BudgetDraft: two branches in one loss, budgets that are functions of seed, step and document, one teacher asked once."""
 
 from collections import Counter
 

@@ -96,17 +96,27 @@ def wait_for(condition, seconds, what):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("zero,ranks,victim", [("zero2", 2, "launcher"), ("zero3", 2, "rank"), ("zero1", 1, "launcher")])
-def test_kill_and_resume_ends_with_the_same_weights(cache, tmp_path, zero, ranks, victim):
+# A block with all that is drawn for it, and budgets of every step; lambda is part of the state of both.
+BLOCK = ["objective=blockwise", "reuse=hybrid", "loss=lk_lambda", "objective.prefix=0.9", "drafter.sequential=gru"]
+BUDGETS = ["objective=budgetdraft", "reuse=kv", "loss=lk_lambda", "view.recent=8", "view.refresh=9"]
+BUDGETS += ["objective.smallest=24", "objective.largest=90"]
+
+
+@pytest.mark.parametrize(
+    "zero,ranks,victim,recipe",
+    [
+        ("zero2", 2, "launcher", BLOCK),
+        ("zero3", 2, "rank", BLOCK),
+        ("zero1", 1, "launcher", BLOCK),
+        ("zero2", 2, "rank", BUDGETS),
+    ],
+)
+def test_kill_and_resume_ends_with_the_same_weights(cache, tmp_path, zero, ranks, victim, recipe):
     port = free_port()
     words = [
         *deepspeed(ranks, port),
         str(TRAIN),
-        "objective=blockwise",
-        "reuse=hybrid",
-        "loss=lk_lambda",  # whose lambda is part of the state
-        "objective.prefix=0.9",
-        "drafter.sequential=gru",
+        *recipe,
         f"cache.dir={cache}",
         f"deepspeed={zero}",
         "train.batch=2",

@@ -1,4 +1,4 @@
-"""Language models of other families as drafters: the same function in training and decoding, with and without a view, or a refusal
+"""Language models of other families as drafters: one function in training and decoding, with and without a view, or a refusal
 that says why."""
 
 import dataclasses

@@ -169,8 +169,8 @@ class Observed(NamedTuple):
 def scores(
     view: View, key_PGD: Tensor, chunks: Chunking, document_N: Tensor, since_N: Tensor, observed: Observed | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(some anchors, their chunks' scores [n, G, C]), tile by tile, in float32 at least. A chunk is scored by the keys that stood there at
-    the selection; `observed` holds each anchor's last W queries, oldest first (h2o: the queries of all rows, in order).
+    """(some anchors, their chunks' scores [n, G, C]), tile by tile, in float32 at least. `observed` holds each anchor's last W
+    queries up to its selection, oldest first (h2o: the queries of all rows, in order).
 
     topk_chunk scores by the last query: `mean` q . mean(k) (TriForce); `lastkey` the same with the last key in place of the query
     (BudgetDraft); `minmax` max(q . max(k), q . min(k)) (SpecPV); `quest` sum_d max(q_d max(k)_d, q_d min(k)_d), a true bound.
