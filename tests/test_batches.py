@@ -21,7 +21,8 @@ from train.batches import PackStream, loaded, make_pack, sample_anchors, split
 from train.drafter.model import Drafter
 from train.losses import LossRecipe
 from train.objectives import Objective, Outcome
-from train.recipe import TrainRecipe, drafter_config
+from train.prepare import drafter_config
+from train.recipe import TrainRecipe
 
 ON_GPU = torch.cuda.is_available()
 CELLS = [(o, r) for o in ("ttt", "blockwise") for r in ("hidden", "kv", "hybrid")]

@@ -15,8 +15,8 @@ from eval.recipe import EvalRecipe
 from eval.recipe import check as check_eval
 from tests.conftest import ROOT, SMALL, command
 from train.engine import engine_config
+from train.prepare import check as check_train
 from train.recipe import TrainRecipe
-from train.recipe import check as check_train
 
 
 def choices(group):

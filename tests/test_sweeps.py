@@ -16,8 +16,9 @@ from eval.recipe import check as check_eval
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.test_launch import losses
 from train.drafter.model import Drafter
+from train.prepare import drafter_config
 from train.ranks import free_port
-from train.recipe import TrainRecipe, drafter_config
+from train.recipe import TrainRecipe
 
 EVAL = ROOT / "eval/main.py"
 VIEW = ["view=topk_chunk", "view.recent=8"]

@@ -35,8 +35,9 @@ from train.drafter.exchange import check_warm_start, warm_start
 from train.drafter.model import Drafter
 from train.losses import weights
 from train.objectives import TERMS, Objective, Outcome
+from train.prepare import check_target, drafter_config
 from train.ranks import lock_run
-from train.recipe import ObjectiveRecipe, TrainRecipe, check_target, drafter_config
+from train.recipe import ObjectiveRecipe, TrainRecipe
 from train.tracking import Tracker
 from train.views import FULL
 
@@ -186,15 +187,13 @@ class _Run:
         shown = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
         learnt, diagnosed = queries * (recipe.loss.query_align > 0), queries * complete
         self.budgets = self.branches.judged if self.branches else [FULL]
-        drawn = (
-            {"budgets": self.branches.budgets, "lasts": recipe.view.lasts, "batch": recipe.train.batch} if self.branches else {}
-        )
-        fixed = drawn and drawn | {"budgets": lambda step, id: self.budgets}
-        self.stream = PackStream(
-            self.reader, training, names + learnt, pack_tokens, recipe.objective.anchors, seed, shown=shown, **drawn
-        )
+        drawn = fixed = {"lasts": recipe.view.lasts, "batch": recipe.train.batch}
+        if self.branches:
+            drawn, fixed = drawn | {"budgets": self.branches.budgets}, fixed | {"budgets": lambda step, id: self.budgets}
+        anchors, judged = recipe.objective.anchors, recipe.train.validation_anchors
+        self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, anchors, seed, shown=shown, **drawn)
         self.validation = PackStream(
-            self.reader, validation, names + diagnosed, pack_tokens, recipe.train.validation_anchors, seed, shuffle=False, **fixed
+            self.reader, validation, names + diagnosed, pack_tokens, judged, seed, shuffle=False, **fixed
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
@@ -309,7 +308,7 @@ class _Run:
             self.best, self.best_step = tau, step
         self._say(
             f"step {step}: held-out tau {taus[0]:.3f} sampled, {found[0]['greedy'].tau:.3f} greedy"
-            + "".join(f", {tau:.3f} with {budget}" for tau, budget in zip(taus[1:], self.budgets[1:]))
+            + "".join(f", {sparse:.3f} with {budget}" for sparse, budget in zip(taus[1:], self.budgets[1:]))
             + " (best)" * best
         )
         if self.tracker:

@@ -19,8 +19,9 @@ from data_prep import cli  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
 from data_prep.sources import stable_hash  # noqa: E402
 from data_prep.target import pick_device  # noqa: E402
+from train.prepare import check  # noqa: E402
 from train.ranks import Sweep  # noqa: E402
-from train.recipe import TrainRecipe, check  # noqa: E402
+from train.recipe import TrainRecipe  # noqa: E402
 
 UNNAMED = ("run.dir", "cache.dir", "cache.on_missing", "tracking", "run.group")  # keys that do not make another run
 
