@@ -171,20 +171,13 @@ VIEWS = {
 }
 
 
+# One drafter of each kind of memory; the others are slow only because they are many.
+QUICK = [("ttt", "none"), ("ttt", "hybrid"), ("blockwise+markov", "kv+projected_rope")]
+MORE = [("ttt", "hidden"), ("ttt", "kv"), ("ttt", "kv+head_concat"), ("blockwise", "hidden"), ("blockwise_shifted", "hybrid")]
+
+
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize(
-    "objective,reuse",
-    [
-        ("ttt", "none"),
-        ("ttt", "hidden"),
-        ("ttt", "kv"),
-        ("ttt", "hybrid"),
-        ("ttt", "kv+head_concat"),
-        ("blockwise", "hidden"),
-        ("blockwise_shifted", "hybrid"),
-        ("blockwise+markov", "kv+projected_rope"),
-    ],
-)
+@pytest.mark.parametrize("objective,reuse", [*QUICK, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)])
 def test_training_forward_is_decode_loop_under_a_view(target, objective, reuse, view):
     """Two layers, packed, under a budget that the context soon exceeds: memory masked in training (taken out where positions are
     in the cache), really gathered in decoding."""

@@ -196,9 +196,11 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("objective,reuse", [("ttt", "none"), ("ttt", "kv"), ("blockwise", "hybrid")])
-def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(exact_target, objective, reuse, view):
+def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(objective, reuse, view):
     """Greedy output is `generate`'s; the keys that a round reads are as many as the budget allows, in measured bytes; and what no
     later selection can ask for is gone."""
+    exact_target = small_target(dtype=torch.float64)
+    exact_target.capture(HIDDEN_LAYERS, (1, 2))
     view, drafter = VIEWS[view], drafter_of(exact_target, objective, reuse, layers=2)
     prompt = prompts(1, length=20)[0]
     results = [
