@@ -26,8 +26,8 @@ class Round:
 
 @dataclass
 class Generation:
-    """`tokens` is the output, cut at the first end token and at the limit; `rounds` are counted whole. Seconds. Bytes of the
-    drafter's keys and values: the most that a round read, and the most that were kept."""
+    """`tokens` is the output, cut at the first end token and at the limit; `rounds` are counted whole. Seconds. `kv_bytes`: of
+    the drafter's keys and values."""
 
     tokens: list[int]
     rounds: list[Round] = field(default_factory=list)
@@ -35,8 +35,7 @@ class Generation:
     draft_s: float = 0.0
     verify_s: float = 0.0
     decode_s: float = 0.0
-    read_bytes: int = 0
-    kept_bytes: int = 0
+    kv_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def emitted(self) -> int:
@@ -85,7 +84,7 @@ def decode(
         result.draft_s += now - before
         result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None))
     result.decode_s = now - decoding
-    result.read_bytes, result.kept_bytes = drafting.kv_bytes()
+    result.kv_bytes = drafting.kv_bytes()
     output = tokens[len(prompt) : len(prompt) + max_new_tokens]
     end = next((i for i, token in enumerate(output) if token in end_tokens), len(output))
     result.tokens = output[: end + 1]

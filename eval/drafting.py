@@ -37,8 +37,8 @@ class Drafting(Protocol):
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         """Guess what follows `tokens`, the last of which is the anchor."""
 
-    def kv_bytes(self) -> tuple[int, int]:
-        """(the most bytes of keys and values that a round of this request has read, the most that were kept)."""
+    def kv_bytes(self) -> dict[str, int]:
+        """The most bytes of keys and values in this request, by what became of them (`SparseCache`)."""
 
 
 class Nobody:
@@ -53,8 +53,8 @@ class Nobody:
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         return Draft([])
 
-    def kv_bytes(self) -> tuple[int, int]:
-        return 0, 0
+    def kv_bytes(self) -> dict[str, int]:
+        return {}
 
 
 class PromptLookup(Nobody):
@@ -113,8 +113,8 @@ class Trained:
         q_JV = distribution(logits, temperature)
         return Draft([sample(q, generator) for q in q_JV], q_JV, logits)
 
-    def kv_bytes(self) -> tuple[int, int]:
-        return self.cache.read_bytes, self.cache.kept_bytes
+    def kv_bytes(self) -> dict[str, int]:
+        return self.cache.bytes
 
     def _corrected(self, output_JE: Tensor, token: int, temperature: float, generator: torch.Generator) -> Draft:
         """A block's outputs, each corrected by the token drafted before it."""

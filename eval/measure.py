@@ -47,9 +47,9 @@ def round_ms(generations: list[Generation]) -> dict[str, float]:
 
 
 def kv_mib(generations: list[Generation]) -> dict[str, float]:
-    """MiB of the drafter's keys and values, over all requests: the most that a round read, and the most that were kept."""
-    most = lambda name: max(getattr(g, f"{name}_bytes") for g in generations) / 2**20
-    return {"read_mib": most("read"), "kept_mib": most("kept")}
+    """The most MiB of the drafter's keys and values in any request: `read` by the rows of a round, `searched` to choose them,
+    `kept` between rounds, and the `peak` with the prompt's."""
+    return {f"{what}_mib": max(g.kv_bytes[what] for g in generations) / 2**20 for what in generations[0].kv_bytes}
 
 
 def repetition(generations: list[Generation], n: int = 4) -> float:

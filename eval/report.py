@@ -94,7 +94,17 @@ def draw(out: Path, report: dict) -> None:
 # A sweep: many reports -> acceptance and speed against budget and context.
 
 FULL = 1 << 40  # where no budget hides anything
-FIGURES = ("tau T", "speedup T", "draft ms T", "KV read MiB", "KV kept MiB", "teacher-forced tau", "teacher-forced KL")
+FIGURES = (
+    "tau T",
+    "speedup T",
+    "draft ms T",
+    "KV read MiB",
+    "KV searched MiB",
+    "KV kept MiB",
+    "KV peak MiB",
+    "teacher-forced tau",
+    "teacher-forced KL",
+)
 DRAWN = FIGURES[:2] + FIGURES[5:6]
 Cells = dict[tuple[str, int, str], dict[int, list[float]]]  # {(figure, context, drafter): {budget: a number of each report}}
 
@@ -149,8 +159,8 @@ def _of_decoding(report: dict) -> Iterator[tuple[str, str, float]]:
             yield who, f"tau T={temperature}", one["tau_micro"]
             yield who, f"speedup T={temperature}", one["tokens_per_s"] / figures["baseline_tokens_per_s"]
             yield who, f"draft ms T={temperature}", one["round_ms"]["draft"]
-    for kind in ("read", "kept"):
-        yield _name(report), f"KV {kind} MiB", report["drafter_kv"][f"{kind}_mib"]
+    for name, value in report["drafter_kv"].items():
+        yield _name(report), f"KV {name.removesuffix('_mib')} MiB", value
 
 
 def _of_score(report: dict) -> Iterator[tuple[str, str, float]]:

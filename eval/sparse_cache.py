@@ -1,6 +1,7 @@
 """A drafter's memory of one request, and what its view leaves of it, really taken out: the `gather` executor.
 
-Shapes: P memory positions, K keys that are visible, C chunks, G key/value heads, H query heads, D head size.
+Shapes: R rows of known tokens, P memory positions, K keys that are visible, C chunks, G key/value heads, H query heads, D head
+size.
 """
 
 from dataclasses import dataclass, replace
@@ -43,8 +44,10 @@ class SparseCache:
         self._chosen_at: int | None = None
         self._picked: list[dict[str, Picked]] = []
         self._votes: list[dict[str, Tensor]] = []  # h2o: attention that each key has got, [G, P]
-        self._queries: list[dict[str, Tensor]] = []  # of the last tokens, [W, H, D]
-        self.read_bytes = self.kept_bytes = 0  # the most that a round has read, and that were kept
+        self._rows: tuple | None = None  # known tokens whose queries the next selection may look at (`Drafter.observe`)
+        # The most bytes of keys and values: that the rows of a round read, that a selection looked at to choose them, that were
+        # kept between rounds, and that there ever were (those of the whole prompt, before some of them were dropped).
+        self.bytes = {"read": 0, "searched": 0, "kept": 0, "peak": 0}
 
     @torch.no_grad()
     def extend(self, states: States, places: Places, token_RE: Tensor, rows: Places) -> None:
@@ -53,72 +56,86 @@ class SparseCache:
         for branch, held in self.memory.places.items():
             self._first.setdefault(branch, int(held.position[0]))
             self._dropped.setdefault(branch, 0)
+        self._most("peak", self._held())
         view = self._view
-        if view and view.window != 0 and not (view.refresh == "never" and self._chosen_at is not None):
+        if view and view.window != 0 and (self._chosen_at is None or view.refresh != "never"):
+            feature_RE = token_RE if self.memory.feature is None else self.memory.feature
+            new = (token_RE, feature_RE, rows.document, rows.position)
             last = slice(None) if view.window is None else slice(-view.window, None)
-            feature = None if self.memory.feature is None else self.memory.feature[last]
-            seats = Places(rows.document[last], rows.position[last])
-            queries = self.drafter.observe(token_RE[last], feature, seats, self.memory, self._attend)
-            self._vote(queries, seats) if view.window is None else self._note(queries, view.window)
+            old = self._rows or tuple(t[:0] for t in new)
+            self._rows = tuple(torch.cat(pair)[last] for pair in zip(old, new))
 
     @torch.no_grad()
     def visible(self, anchor: int) -> tuple[Memory, int]:
         """(what the rows of a round may read, the anchor's position for them)."""
-        view = self._view
-        count = {branch: anchor - first for branch, first in self._first.items()}
-        if view and (self._chosen_at is None or self._due(anchor)):
+        view, count = self._view, {branch: anchor - first for branch, first in self._first.items()}
+        fits = not view or max(count.values()) <= view.budget
+        if view and self._due(anchor) and not (fits and view.refresh == "verify"):  # else it may serve a round that does not fit
             self._chosen_at, self._picked = anchor, [{} for _ in self.memory.layers]
-            for branch in count:
-                self._select(branch, count[branch])
-        found = (self.memory, anchor) if not view or max(count.values()) <= view.budget else self._taken_out(anchor, count)
-        held = [p.kv for layer in self._picked for p in layer.values()]
-        self.read_bytes = max(self.read_bytes, found[0].nbytes())
-        self.kept_bytes = max(self.kept_bytes, self.memory.nbytes() + sum(t.nbytes for kv in held for t in kv))
+            self._select(count)
+        found = (self.memory, anchor) if fits else self._taken_out(anchor, count)
+        self._most("read", found[0].nbytes())
+        self._most("kept", self._held())
         return found
+
+    def _most(self, what: str, nbytes: int) -> None:
+        self.bytes[what] = max(self.bytes[what], nbytes)
+
+    def _held(self) -> int:
+        return self.memory.nbytes() + sum(p.kv.nbytes for layer in self._picked for p in layer.values())
 
     def _due(self, anchor: int) -> bool:
         refresh = self._view.refresh
-        return refresh == "verify" or (refresh != "never" and anchor - self._chosen_at >= refresh)
+        if self._chosen_at is None or refresh == "verify":
+            return True
+        return refresh != "never" and anchor - self._chosen_at >= refresh
+
+    def _select(self, count: dict[str, int]) -> None:
+        """Rank the chunks as they are now, and take out as many of the best as a round can want."""
+        view, wanted = self._view, {b: views.reserve(self._view, self._view.budget, n) for b, n in count.items()}
+        if not any(most for _, most in wanted.values()):
+            return  # nothing to choose, now or later
+        queries, seats, searched = [None] * len(self.memory.layers), None, 0
+        if self._rows:
+            token_RE, feature_RE, *seats = self._rows
+            seats = Places(*seats)
+            queries = self.drafter.observe(token_RE, feature_RE, seats, self.memory, self._attend)
+            searched = sum(kv.nbytes for kinds in self.memory.layers[:-1] for kv in kinds.values())
+        if view.window is None:
+            self._vote(queries, seats)
+        for branch, (tail, most) in wanted.items():
+            places = self.memory.places[branch]
+            chunks, one = views.chunking(places, view.chunk), lambda value, at=places.position: at.new_tensor([value])
+            for layer, kinds in enumerate(self.memory.layers):
+                if view.window is None:
+                    scores_1GC = self._votes[layer][branch][None]
+                else:
+                    observed = queries[layer] and self._observed(queries[layer][branch], seats, branch)
+                    key_PGD = kinds[branch].key
+                    ((_, scores_1GC),) = views.scores(view, key_PGD, chunks, one(0), one(count[branch]), observed)
+                searched += kinds[branch].key.nbytes
+                chunk_GC = views.ranked(scores_1GC, chunks, one(0), view, one(tail), most)[0]
+                within = torch.arange(view.chunk, device=chunk_GC.device)[:, None]
+                index_KG = (chunk_GC.T[:, None] * view.chunk + within).flatten(0, 1)
+                head_G = torch.arange(index_KG.shape[1], device=index_KG.device)
+                self._picked[layer][branch] = Picked(KV(*(t[index_KG, head_G] for t in kinds[branch])), index_KG)
+        self._most("searched", searched)
+
+    def _observed(self, query_RHD: Tensor, seats: Places, branch: str) -> views.Observed:
+        return views.Observed(query_RHD, seats.document, seats.position - self._first[branch])
 
     def _vote(self, queries: list[dict[str, Tensor]], seats: Places) -> None:
-        self._votes = self._votes or [{} for _ in queries]
+        """Add the attention of the tokens that became known since the last selection."""
+        self._votes, old = [{} for _ in queries], self._votes
         for layer, kinds in enumerate(queries):
             for branch, query_RHD in kinds.items():
+                chunks = views.chunking(self.memory.places[branch], 1)
                 key_PGD = self.memory.layers[layer][branch].key.float()
-                observed = views.Observed(query_RHD, seats.document, seats.position - self._first[branch])
-                total_GP = views.votes(observed, key_PGD, views.chunking(self.memory.places[branch], 1))
-                old = self._votes[layer].get(branch)
-                if old is not None:
-                    total_GP[:, : old.shape[1]] += old
+                total_GP = views.votes(self._observed(query_RHD, seats, branch), key_PGD, chunks)
+                if old:
+                    total_GP[:, : old[layer][branch].shape[1]] += old[layer][branch]
                 self._votes[layer][branch] = total_GP
-
-    def _note(self, queries: list[dict[str, Tensor]], window: int) -> None:
-        join = lambda old, new: new if old is None else torch.cat([old, new])[-window:]
-        old = self._queries or [{} for _ in queries]
-        self._queries = [{n: join(was.get(n), q) for n, q in now.items()} for was, now in zip(old, queries)]
-
-    def _select(self, branch: str, count: int) -> None:
-        """Rank the chunks as they are now, and take out as many of the best as a round can want."""
-        view, places = self._view, self.memory.places[branch]
-        tail, most = views.reserve(view, view.budget, count)
-        if most == 0:  # nothing to choose, now or later
-            return
-        chunks, device = views.chunking(places, view.chunk), places.position.device
-        one = lambda value: torch.tensor([value], device=device)
-        for layer, kinds in enumerate(self.memory.layers):
-            if view.kind == "h2o":
-                scores_1GC = self._votes[layer][branch][None]
-            else:
-                observed = None
-                if self._queries:
-                    query_WHD = self._queries[layer][branch]
-                    seen_W = count + torch.arange(1 - len(query_WHD), 1, device=device)
-                    observed = views.Observed(query_WHD, torch.zeros_like(seen_W), seen_W)
-                ((_, scores_1GC),) = views.scores(view, kinds[branch].key, chunks, one(0), one(count), observed)
-            chunk_GC = views.ranked(scores_1GC, chunks, one(0), view, one(tail), most)[0]
-            index_KG = (chunk_GC.T[:, None] * view.chunk + torch.arange(view.chunk, device=device)[:, None]).flatten(0, 1)
-            head = torch.arange(index_KG.shape[1], device=device)
-            self._picked[layer][branch] = Picked(KV(*(t[index_KG, head] for t in kinds[branch])), index_KG)
+        self._rows = None
 
     def _taken_out(self, anchor: int, count: dict[str, int]) -> tuple[Memory, int]:
         """Sinks, the best chunks and the tail of every layer and branch, one behind the other."""

@@ -208,16 +208,19 @@ def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(objective, reu
         for v in (None, view)
     ]
     assert results[0].tokens == results[1].tokens == generated(exact_target, prompt, 60)
-    assert results[0].kept_bytes == results[0].read_bytes
+    whole, sparse = (result.kv_bytes for result in results)
+    assert whole["kept"] == whole["read"] <= whole["peak"] and whole["searched"] == 0
     drafts = [[r.draft.logits_JV[0] for r in result.rounds] for result in results]
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(*drafts))  # the view hid something
     # Bytes of a position: two heads of eight numbers, float64, K and V, two layers, each branch.
     position = 2 * 8 * 8 * 2 * 2 * len(drafter.config.branches)
-    assert results[1].read_bytes <= view.budget * position
-    assert results[0].read_bytes > 60 * position
+    assert sparse["read"] <= view.budget * position and whole["read"] > 60 * position
+    assert (sparse["searched"] == 0) == (view.kind == "sink_recent")
+    if sparse["searched"]:  # keys alone are scored; queries of the second layer take reading the first one's K and V
+        assert sparse["searched"] >= 20 * position
     settled = view.refresh == "never" or view.kind == "sink_recent"
     if settled and reuse != "none":
         # The prompt's keys are gone; what came since is the tail's, and gives way once the budget is full of it.
-        assert results[1].kept_bytes <= 2 * view.budget * position
+        assert sparse["kept"] <= 2 * view.budget * position and sparse["peak"] >= 20 * position
     else:  # a later selection, or memory that is made by reading memory, asks for all of it
-        assert results[1].kept_bytes >= results[0].kept_bytes
+        assert sparse["kept"] >= whole["kept"]

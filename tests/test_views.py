@@ -328,6 +328,18 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
+def test_a_plan_of_many_documents_grows_with_them_and_not_with_their_square():
+    """Anchors choose among their own document's chunks; scores exist in tiles."""
+    sizes = {}
+    for count in (32, 64):
+        with Largest() as largest, patch.object(views, "SCORES", 1 << 12):
+            queries, memory, drafts, shown = case(0, (64,) * count, 8, (view_of("h2o"), [20, FULL]))
+            Visibility(queries, memory, drafts, True, shown).block_mask(2)
+        sizes[count] = largest.numel
+        assert shown.chosen_MGC.shape == (2 * 8 * count, 2, 64)
+    assert sizes[64] <= 2.2 * sizes[32], sizes
+
+
 @pytest.mark.parametrize("name", ["mean", "sink_recent"])
 def test_no_mask_grows_with_rows_times_keys(name):
     """A plan and its mask of tiles, of a fixed number of anchors, and the mask of a pass over all positions: twice the context

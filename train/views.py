@@ -9,8 +9,9 @@ One plan has two executors. `mask` leaves the memory where it is and hides keys 
 anchors and several views in one forward. `gather` takes the visible keys out and gives each group of rows its own: decoding
 (`eval/sparse_cache.py`), and training with in-cache positions, where the same key has another position for every anchor.
 
-Shapes: N anchors, V views (budgets) of each, M = V x N groups, P memory positions, C chunks of all documents, G key/value heads,
-H query heads, D head size, W observed queries of an anchor, K keys of a group.
+Shapes: N anchors, V views (budgets) of each, M = V x N groups, P memory positions, C chunks of all documents (of the longest one
+where a group chooses among its own), G key/value heads, H query heads, D head size, W observed queries of an anchor, R observed
+rows, K keys of a group.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.recipe import Section
-from train.attention.visibility import Anchors, Places, Shown, in_view, sees_memory
+from train.attention.visibility import Anchors, Places, Shown
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
 
@@ -94,36 +95,41 @@ class View(Section):
 
 
 class Chunking(NamedTuple):
-    """Memory positions by document: `first_D`, `position_D` are the row and the position of its first key; a key is the
-    `index_P`-th of its document and in chunk `chunk_P`; chunk c begins at index `start_C` of `document_C`."""
+    """Memory positions by document. `first_D`, `position_D`: the row and the position of a document's first key. `index_P`: a key
+    is the so manieth of its document, in the document's chunk index // size. All chunks, document by document: chunk c begins at
+    index `start_C` of `document_C`; `before_D` stand before a document's own."""
 
     first_D: Tensor
     position_D: Tensor
     index_P: Tensor
-    chunk_P: Tensor
+    before_D: Tensor
     document_C: Tensor
     start_C: Tensor
 
 
-def chunking(places: Places, chunk: int) -> Chunking:
+def chunking(places: Places, size: int) -> Chunking:
     """Documents are numbered from 0, in order, and each has a key."""
     document, device = places.document, places.document.device
     lengths_D = torch.bincount(document)
     first_D = lengths_D.cumsum(0) - lengths_D
-    index_P = torch.arange(len(document), device=device) - first_D[document]
-    chunks_D = -(-lengths_D // chunk)
+    chunks_D = -(-lengths_D // size)
     before_D = chunks_D.cumsum(0) - chunks_D
     document_C = torch.arange(len(lengths_D), device=device).repeat_interleave(chunks_D)
-    start_C = (torch.arange(len(document_C), device=device) - before_D[document_C]) * chunk
-    return Chunking(first_D, places.position[first_D], index_P, before_D[document] + index_P // chunk, document_C, start_C)
+    start_C = (torch.arange(len(document_C), device=device) - before_D[document_C]) * size
+    index_P = torch.arange(len(document), device=device) - first_D[document]
+    return Chunking(first_D, places.position[first_D], index_P, before_D, document_C, start_C)
+
+
+def _tail(view: View, room, since):
+    """Index of the tail's first key at a selection among `since` keys: `recent` before it, at a chunk's edge."""
+    return (since - view.tail_of(room)) // view.chunk * view.chunk
 
 
 def layout(view: View, budget: Tensor, count: Tensor, since: Tensor) -> tuple[Tensor, Tensor]:
     """(index of the tail's first key, how many chunks are chosen), for anchors with `count` keys before them, `since` of which
     were there at the selection. Sinks, tail and chunks are at most `budget`, or everything where that is enough."""
     room = budget - view.sink
-    tail = (since - view.tail_of(room)).div(view.chunk, rounding_mode="floor") * view.chunk
-    tail = torch.maximum(tail, count - room)
+    tail = torch.maximum(_tail(view, room, since), count - room)
     chosen = (room - (count - tail)) // view.chunk
     everything = count <= budget
     tail, chosen = (t.masked_fill(everything, 0) for t in (tail, chosen))
@@ -135,27 +141,18 @@ def layout(view: View, budget: Tensor, count: Tensor, since: Tensor) -> tuple[Te
 def reserve(view: View, budget: int, count: int) -> tuple[int, int]:
     """Of a selection among `count` keys: (index of the tail's first key, the most chunks that any anchor will be shown)."""
     room = budget - view.sink
-    tail = max(0, (count - view.tail_of(room)) // view.chunk * view.chunk)
+    tail = max(0, _tail(view, room, count))
     return tail, max(0, min(room - view.tail_of(room), tail - view.sink) // view.chunk)
 
 
 def ranked(scores_NGC: Tensor, chunks: Chunking, document_N: Tensor, view: View, tail_N: Tensor, most: int) -> Tensor:
-    """The `most` best whole chunks of each anchor's document between sinks and tail, best first, [N, G, most]. Where there are
-    fewer, others follow them."""
+    """The `most` best whole chunks of each anchor's document between sinks and tail, counted in the document, best first,
+    [N, G, most]. Where there are fewer, what follows them means nothing."""
     inside = (chunks.document_C == document_N[:, None]) & (chunks.start_C >= view.sink)
     inside &= chunks.start_C + view.chunk <= tail_N[:, None]
     # Pooled scores tie: a stable order breaks ties alike in training and decoding.
-    return scores_NGC.masked_fill(~inside[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :most]
-
-
-def choose(scores_NGC: Tensor, chunks: Chunking, document_N: Tensor, view: View, tail_N: Tensor, count_N: Tensor) -> Tensor:
-    """bool [N, G, C]: the `count_N` best chunks."""
-    chosen_NGC, most = torch.zeros_like(scores_NGC, dtype=torch.bool), int(count_N.max())
-    if most:
-        order = ranked(scores_NGC, chunks, document_N, view, tail_N, most)
-        kept = torch.arange(most, device=order.device) < count_N[:, None]
-        chosen_NGC.scatter_(2, order, kept[:, None].expand_as(order))
-    return chosen_NGC
+    order = scores_NGC.masked_fill(~inside[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :most]
+    return order - chunks.before_D[document_N][:, None, None]
 
 
 class Observed(NamedTuple):
@@ -169,8 +166,8 @@ class Observed(NamedTuple):
 def scores(
     view: View, key_PGD: Tensor, chunks: Chunking, document_N: Tensor, since_N: Tensor, observed: Observed | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(some anchors, their chunks' scores [n, G, C]), tile by tile, in float32 at least. `observed` holds each anchor's last W
-    queries up to its selection, oldest first (h2o: the queries of all rows, in order).
+    """(some anchors, their chunks' scores [n, G, C]), tile by tile, in float32 (snapkv: float64). `observed` holds each anchor's
+    last W queries up to its selection, oldest first (h2o: the queries of all rows, in order).
 
     topk_chunk scores by the last query: `mean` q . mean(k) (TriForce); `lastkey` the same with the last key in place of the query
     (BudgetDraft); `minmax` max(q . max(k), q . min(k)) (SpecPV); `quest` sum_d max(q_d max(k)_d, q_d min(k)_d), a true bound.
@@ -192,7 +189,9 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
 
 def _summaries(view: View, key_PGD, chunks, document_N, since_N, observed):
     """By what a chunk's keys have in common: their mean, or the least and the greatest of each channel."""
-    groups, place_PGD = key_PGD.shape[1], chunks.chunk_P[:, None, None].expand_as(key_PGD)
+    groups, sizes_D = key_PGD.shape[1], torch.diff(chunks.first_D, append=chunks.first_D.new_tensor([len(key_PGD)]))
+    chunk_P = chunks.before_D.repeat_interleave(sizes_D) + chunks.index_P // view.chunk
+    place_PGD = chunk_P[:, None, None].expand_as(key_PGD)
     empty_CGD = key_PGD.new_zeros(len(chunks.start_C), *key_PGD.shape[1:])
     summary = lambda how: empty_CGD.scatter_reduce(0, place_PGD, key_PGD, how, include_self=False)
     bound = view.scorer in ("minmax", "quest")
@@ -217,8 +216,9 @@ def _attention(observed: Observed, part: slice, key_PGD: Tensor, chunks: Chunkin
     """Softmax of rows `part` over the keys that each could read, averaged over the queries of a KV head, [r, G, P]; zero for a
     row that could read none."""
     query = observed.query_RHD[part].float().unflatten(1, (key_PGD.shape[1], -1)) * key_PGD.shape[2] ** -0.5
-    document_P = chunks.document_C[chunks.chunk_P]
-    readable = (document_P == observed.document_R[part, None]) & (chunks.index_P < observed.count_R[part, None])
+    first_R = chunks.first_D[observed.document_R[part]][:, None]
+    row_P = torch.arange(len(key_PGD), device=key_PGD.device)
+    readable = (row_P >= first_R) & (row_P < first_R + observed.count_R[part, None])
     products = torch.einsum("rgjd,pgd->rgjp", query, key_PGD)
     weights = products.masked_fill(~readable[:, None, None], -torch.inf).softmax(-1)
     return weights.masked_fill(~readable.any(1)[:, None, None, None], 0).mean(2)
@@ -278,23 +278,42 @@ def plan(view: View, memory: Memory, anchors: Anchors, age_N: Tensor | None, bud
     found: Plan = [{} for _ in memory.layers]
     for branch, places in memory.places.items():
         chunks = chunking(places, view.chunk)
+        longest = int(chunks.start_C.max()) // view.chunk + 1
         count_N = anchors.position - chunks.position_D[anchors.document]
-        since_N = count_N - age_N
-        tail_VN, chosen_VN = layout(view, budget_VN, count_N, since_N)
+        tail_VN, number_VN = layout(view, budget_VN, count_N, count_N - age_N)
+        some = (number_VN > 0).any(0).nonzero().squeeze(1)  # anchors that leave something to choose
         for layer, kinds in enumerate(memory.layers):
             key_PGD = kinds[branch].key
-            chosen_VNGC = torch.zeros(
-                *budget_VN.shape, key_PGD.shape[1], len(chunks.start_C), dtype=torch.bool, device=key_PGD.device
-            )
-            if bool(chosen_VN.any()):
-                observed = queries and Observed(
-                    queries[layer][branch], seats.document, seats.position - chunks.position_D[seats.document]
-                )
-                for part, some in scores(view, key_PGD, chunks, anchors.document, since_N, observed):
-                    for chosen_NGC, tail_N, number_N in zip(chosen_VNGC, tail_VN, chosen_VN):
-                        chosen_NGC[part] = choose(some, chunks, anchors.document[part], view, tail_N[part], number_N[part])
-            found[layer][branch] = Shown(chunks.index_P, chunks.chunk_P, view.sink, tail_VN.flatten(), chosen_VNGC.flatten(0, 1))
+            chosen_VNGC = key_PGD.new_zeros(*budget_VN.shape, key_PGD.shape[1], longest, dtype=torch.bool)
+            if len(some):
+                observed = queries and _observed(queries[layer][branch], seats, chunks, view.window, some)
+                found_scores = scores(view, key_PGD, chunks, anchors.document[some], (count_N - age_N)[some], observed)
+                for part, scores_NGC in found_scores:
+                    for chosen_NGC, tail_N, number_N in zip(chosen_VNGC, tail_VN, number_VN):
+                        at = some[part]
+                        chosen_NGC[at] = _chosen(
+                            scores_NGC, chunks, anchors.document[at], view, tail_N[at], number_N[at], longest
+                        )
+            found[layer][branch] = Shown(chunks.index_P, view.chunk, view.sink, tail_VN.flatten(), chosen_VNGC.flatten(0, 1))
     return found
+
+
+def _observed(query_RHD: Tensor, seats: Places, chunks: Chunking, window: int | None, some: Tensor) -> Observed:
+    """The rows of some anchors (of all, where every row looks at every anchor's memory)."""
+    found = Observed(query_RHD, seats.document, seats.position - chunks.position_D[seats.document])
+    return found if window is None else Observed(*(t.unflatten(0, (-1, window))[some].flatten(0, 1) for t in found))
+
+
+def _chosen(scores_NGC, chunks: Chunking, document_N, view: View, tail_N, number_N, longest: int) -> Tensor:
+    """bool [N, G, longest]: the `number_N` best chunks of each anchor's document."""
+    chosen_NGC = scores_NGC.new_zeros(*scores_NGC.shape[:2], longest, dtype=torch.bool)
+    most = int(number_N.max())
+    if most:
+        order_NGK = ranked(scores_NGC, chunks, document_N, view, tail_N, most)
+        kept_NGK = (torch.arange(most, device=order_NGK.device) < number_N[:, None])[:, None].expand_as(order_NGK)
+        n, g, _ = kept_NGK.nonzero(as_tuple=True)
+        chosen_NGC[n, g, order_NGK[kept_NGK]] = True
+    return chosen_NGC
 
 
 def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[[Tensor, Tensor], Tensor]) -> tuple[Memory, Anchors]:
@@ -304,37 +323,46 @@ def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[[Tens
     Args:
         rotate: (keys [K, G, D], by how many positions [K, G]) -> keys that stand elsewhere.
     """
-    groups, end_M = torch.arange(len(anchors.index), device=anchors.index.device), torch.zeros_like(anchors.position)
-    index_MKG: dict[tuple[int, str], Tensor] = {}
-    count_M: dict[str, Tensor] = {}
-    for branch, places in memory.places.items():
-        before_MP = sees_memory(anchors.document[:, None], anchors.position[:, None], places.document, places.position)
-        for layer in range(len(memory.layers)):
-            s = found[layer][branch]
-            visible_MGP = before_MP[:, None] & in_view(s.index_P, s.sink, s.tail_M[:, None, None], s.chosen_MGC[..., s.chunk_P])
-            index_MKG[layer, branch] = _indices(visible_MGP)
-        count_M[branch] = visible_MGP[:, 0].sum(1)  # alike for all heads and layers
-        end_M = torch.maximum(end_M, count_M[branch] + chunking(places, 1).position_D[anchors.document])
+    groups = torch.arange(len(anchors.index), device=anchors.index.device)
+    grounds = {branch: chunking(places, 1) for branch, places in memory.places.items()}
+    before_M = {branch: anchors.position - g.position_D[anchors.document] for branch, g in grounds.items()}
+    count_M = {branch: _visible(found[0][branch], before_M[branch]) for branch in grounds}  # alike for all layers
+    end_M = torch.stack([count_M[branch] + g.position_D[anchors.document] for branch, g in grounds.items()]).amax(0)
     out = Memory([{} for _ in memory.layers], {}, memory.feature)
     for branch, places in memory.places.items():
         slot_K = torch.arange(int(count_M[branch].max()), device=groups.device)
-        slot_MK = (end_M - count_M[branch])[:, None] + slot_K
+        slot_MK, there_MK = (end_M - count_M[branch])[:, None] + slot_K, slot_K < count_M[branch][:, None]
         for layer, kinds in enumerate(memory.layers):
-            index = index_MKG[layer, branch]
-            key, value = (t[index, torch.arange(index.shape[2], device=groups.device)].flatten(0, 1) for t in kinds[branch])
-            moved = slot_MK[..., None] - places.position[index]
+            index_MKG = _indices(found[layer][branch], slot_K)
+            row_MKG = (grounds[branch].first_D[anchors.document][:, None, None] + index_MKG).where(there_MK[..., None], 0)
+            head_G = torch.arange(row_MKG.shape[2], device=groups.device)
+            key, value = (t[row_MKG, head_G].flatten(0, 1) for t in kinds[branch])
+            moved = slot_MK[..., None] - places.position[row_MKG]
             out.layers[layer][branch] = KV(rotate(key, moved.flatten(0, 1)), value)
         # A key that is not there, where a group has fewer than another, stands where no anchor sees it.
-        there_MK = slot_K < count_M[branch][:, None]
         position = torch.where(there_MK, slot_MK, torch.iinfo(torch.int64).max).flatten()
         out.places[branch] = Places(groups.repeat_interleave(len(slot_K)), position)
     return out, Anchors(anchors.index, groups, end_M)
 
 
-def _indices(visible_MGP: Tensor) -> Tensor:
-    """Positions of the visible keys in order, [M, K, G]; rows with fewer than others end with zeros."""
-    m, g, p = visible_MGP.nonzero(as_tuple=True)
-    slot = visible_MGP.cumsum(-1, dtype=torch.int32)[m, g, p] - 1
-    index_MGK = torch.zeros(*visible_MGP.shape[:2], int(slot.max()) + 1 if len(slot) else 0, dtype=torch.long, device=m.device)
-    index_MGK[m, g, slot.long()] = p
-    return index_MGK.transpose(1, 2)
+def _sizes(shown: Shown) -> tuple[Tensor, Tensor]:
+    """Of each group [M]: (its sinks, positions of its chosen chunks). A tail that begins at the first key holds the sinks."""
+    return torch.where(shown.tail_M > 0, shown.sink, 0), shown.chunk * shown.chosen_MGC[:, 0].sum(-1)
+
+
+def _visible(shown: Shown, before_M: Tensor) -> Tensor:
+    """How many of the `before_M` keys before its anchor each group is shown, [M]."""
+    return sum(_sizes(shown)) + before_M - shown.tail_M
+
+
+def _indices(shown: Shown, slot_K: Tensor) -> Tensor:
+    """Which key of its document stands in each slot, in order, [M, K, G]: sinks, chosen chunks, tail."""
+    lead_M, picked_M = _sizes(shown)
+    # Chunks that are chosen, in order, before all others.
+    order_MGC = shown.chosen_MGC.byte().argsort(dim=-1, descending=True, stable=True)
+    in_chunks_MK = slot_K - lead_M[:, None]
+    chunk_MKG = (in_chunks_MK // shown.chunk).clamp(0, order_MGC.shape[2] - 1)[..., None].expand(-1, -1, order_MGC.shape[1])
+    picked_MKG = order_MGC.transpose(1, 2).gather(1, chunk_MKG) * shown.chunk + (in_chunks_MK % shown.chunk)[..., None]
+    tail_MK = shown.tail_M[:, None] + in_chunks_MK - picked_M[:, None]
+    rest_MKG = torch.where((in_chunks_MK < picked_M[:, None])[..., None], picked_MKG, tail_MK[..., None])
+    return torch.where((slot_K < lead_M[:, None])[..., None], slot_K[:, None], rest_MKG)

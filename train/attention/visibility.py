@@ -6,7 +6,7 @@ A draft row (a query) belongs to one anchor. It attends two kinds of keys:
 - draft: the keys of draft rows, its own included.
 
 Shapes: Q draft rows (queries), P memory positions, R draft rows (keys), K = P + R keys, H query heads, G key/value
-heads, D head size, M groups (an anchor under one view), C chunks of memory, X and Y tiles of rows and of keys.
+heads, D head size, M groups (an anchor under one view), C chunks of a document, X and Y tiles of rows and of keys.
 """
 
 from dataclasses import dataclass
@@ -61,10 +61,10 @@ class Shown:
     """What a view leaves of one layer's memory: sinks, a tail, and chosen chunks, each KV head its own."""
 
     index_P: Tensor  # place of the key among its document's keys
-    chunk_P: Tensor  # its chunk
+    chunk: int  # so many keys of a document are a chunk
     sink: int  # the first keys of every document
     tail_M: Tensor  # index of the tail's first key
-    chosen_MGC: Tensor  # bool
+    chosen_MGC: Tensor  # bool; C chunks, as many as the longest document has
 
 
 def sees_memory(q_document, q_anchor, k_document, k_position):
@@ -105,7 +105,7 @@ class Visibility:
         drafts = sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal)
         if self.shown is not None:
             s = self.shown
-            chosen_GMP = s.chosen_MGC.transpose(0, 1)[..., s.chunk_P]
+            chosen_GMP = s.chosen_MGC.transpose(0, 1)[..., s.index_P // s.chunk]
             memory = memory & in_view(s.index_P, s.sink, s.tail_M[q.group][:, None], chosen_GMP[:, q.group])
             drafts = drafts.expand(len(memory), -1, -1)
         return torch.cat([memory, drafts], dim=-1)
@@ -135,7 +135,7 @@ class Visibility:
 
         if s is None:
             return whole
-        k_index, k_chunk = torch.cat([s.index_P, no_memory]), torch.cat([s.chunk_P, torch.zeros_like(no_memory)])
+        k_index, k_chunk = torch.cat([s.index_P, no_memory]), torch.cat([s.index_P // s.chunk, torch.zeros_like(no_memory)])
         q_tail, chosen, sink = s.tail_M[q.group], s.chosen_MGC, s.sink
 
         def viewed(batch, head, i, k):
@@ -157,7 +157,9 @@ class Visibility:
         every = (document[0] == k_document[1]) & (document[1] == k_document[0]) & (k_position[1] < anchor[0])
         if s is not None:
             tail, k_index = _bounds(s.tail_M[q.group])[:, :, None], _bounds(s.index_P, after=drafts)
-            some &= (k_index[0] < s.sink) | (k_index[1] >= tail[0]) | self._chosen_tiles(_bounds(s.chunk_P, after=drafts))
+            some &= (
+                (k_index[0] < s.sink) | (k_index[1] >= tail[0]) | self._chosen_tiles(_bounds(s.index_P // s.chunk, after=drafts))
+            )
             every &= (k_index[1] < s.sink) | (k_index[0] >= tail[1])
         every[:, memory // TILE :] = False  # where drafts or nothing stand among the keys
         between = (group[0] <= k_group[1]) & (k_group[0] <= group[1])

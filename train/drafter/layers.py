@@ -20,6 +20,10 @@ class KV(NamedTuple):
     key: Tensor
     value: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.value.nbytes
+
     def __add__(self, other: "KV") -> "KV":
         return KV(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
 

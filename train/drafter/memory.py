@@ -41,7 +41,7 @@ class Memory:
         return replace(self, layers=layers)
 
     def nbytes(self) -> int:
-        return sum(t.nbytes for layer in self.layers for kv in layer.values() for t in kv)
+        return sum(kv.nbytes for layer in self.layers for kv in layer.values())
 
 
 class TargetKV(nn.Module):
