@@ -15,6 +15,8 @@ import xxhash
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe
 
+VALIDATION = "validation/"  # begins the ids of documents that are joined from records on that side of training's split
+
 
 class Record(NamedTuple):
     """`fields` holds what the source has: text, messages or conversations, input_ids and loss_mask, and anything else."""
@@ -26,6 +28,11 @@ class Record(NamedTuple):
 def stable_hash(text: str) -> int:
     """64 bits that are the same on every machine and in every process; all splits and seeds come from it."""
     return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def is_validation(id: str) -> bool:
+    """Whether joined documents judge a training by this record (one in twenty, by hash) instead of training on it."""
+    return stable_hash(f"validation/{id}") % 20 == 0
 
 
 def check(data: DataRecipe) -> None:

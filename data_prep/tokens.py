@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe
-from data_prep.sources import Record
+from data_prep.sources import VALIDATION, Record, is_validation
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
@@ -87,23 +87,25 @@ def joined(
     encoded: Iterable[tuple[Record, tuple[list[int], list[int]] | str]], length: int, end: int | None
 ) -> Iterator[tuple[Record, tuple[list[int], list[int]] | str]]:
     """data.long=join: records end to end, the tokenizer's end token between them, cut every `length` tokens. A piece is named
-    after the record in which it begins, and the place there."""
-    ids: list[int] = []
-    mask: list[int] = []
-    name = ""
+    after the record in which it begins, and the place there. Records that training is to be judged on are joined by themselves,
+    so that no text stands on both sides (`VALIDATION`)."""
+    begun: dict[bool, tuple[str, list[int], list[int]]] = {}
     for record, one in encoded:
         if isinstance(one, str):
             yield record, one
             continue
-        name, started = name if ids else record.id, len(ids)
-        ids, mask = ids + one[0], mask + one[1]
-        if end is not None:
-            ids, mask = [*ids, end], [*mask, 1]
+        judged = is_validation(record.id)
+        prefix = VALIDATION * judged
+        name, ids, mask = begun.pop(judged, (prefix + record.id, [], []))
+        started = len(ids)
+        ids, mask = ids + one[0] + [end] * (end is not None), mask + one[1] + [1] * (end is not None)
         while len(ids) >= length:
             yield Record(name, {}), (ids[:length], mask[:length])
             ids, mask, started = ids[length:], mask[length:], started - length
-            name = f"{record.id}@{-started}"
-    if ids:
+            name = f"{prefix}{record.id}@{-started}"
+        if ids:
+            begun[judged] = name, ids, mask
+    for name, ids, mask in begun.values():
         yield Record(name, {}), (ids, mask)
 
 

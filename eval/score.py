@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +14,7 @@ from data_prep.target import Target
 from eval.recipe import EvalRecipe, view_of
 from train import acceptance, diagnostics
 from train.attention import executor
-from train.batches import Pack, PackStream, split
+from train.batches import Pack, PackStream, sample_ages, split
 from train.drafter.model import Drafter
 from train.losses import LossRecipe
 from train.objectives import Objective
@@ -35,11 +37,20 @@ def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[s
         validation = validation[reader.lengths[validation] > span[0] + 1]
         if not len(validation):
             raise UserError(f"context={span[0]}: no held-out document of {recipe.cache.dir} is as long; see data.long=join")
-    budgets = {"budgets": lambda step, id: [view.budget], "lasts": view.lasts} if view else {}
+    budgets = {"budgets": lambda step, id: [view.budget], "ages": partial(_ages, recipe, view)} if view else {}
     documents = validation[: recipe.score.documents]
     stream = PackStream(reader, documents, names, longest, recipe.score.anchors, recipe.seed, shuffle=False, span=span, **budgets)
     for indices in stream.passes(0):
         yield stream.read(indices).to(target.device)
+
+
+def _ages(recipe: EvalRecipe, view: View, id: str, anchors: np.ndarray, pass_number: int) -> np.ndarray:
+    """Of the selections that serve anchors: behind a context as in decoding, which selects first at its end; else as in
+    training."""
+    if recipe.span is None:
+        return sample_ages(id, anchors, view.lasts, recipe.seed, pass_number)
+    since = anchors - recipe.span[0]
+    return since if view.refresh == "never" else since % view.lasts
 
 
 @torch.no_grad()

@@ -161,6 +161,31 @@ def test_stream_is_the_same_from_any_position(cache):
     assert [pack.tolist() for pack in forward.passes(0)] != [pack.tolist() for pack in forward.passes(1)]
 
 
+def test_joined_documents_are_judged_by_records_that_nobody_trains_on():
+    """A hundred books of five pieces each, cut wherever they fall: no book has tokens on both sides."""
+    from data_prep.sources import Record
+    from data_prep.tokens import joined
+
+    books = [(Record(f"b{i}", {}), ([i] * 95, [1] * 95)) for i in range(100)]
+    pieces = {f"{record.id}#0": ids for record, (ids, _) in joined(books, 20, None)}
+
+    class Joined:
+        folder, ids = "c", pa.array(sorted(pieces))
+        id = staticmethod(lambda index: sorted(pieces)[index])
+
+    sides = [{book for index in side for book in pieces[Joined.id(index)]} for side in split(Joined, 1000)]
+    assert len(sides[1]) >= 2 and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 100
+    # Too few books for two sides: all pieces of one book still stay together.
+    few = {f"{name}#0" for name in ("a", "a@20", "a@40", "b@15", "b@35")}
+
+    class Few(Joined):
+        ids = pa.array(sorted(few))
+        id = staticmethod(lambda index: sorted(few)[index])
+
+    names = [{sorted(few)[i][0] for i in side} for side in split(Few, 1000)]
+    assert not names[0] & names[1]
+
+
 def test_a_cache_of_one_document_is_refused():
     class OneDocument:
         ids, folder = pa.array(["a#0", "a#1"]), "c"

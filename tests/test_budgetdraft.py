@@ -158,7 +158,7 @@ def test_packs_carry_the_budgets_of_their_step(cache):
     reader, sandwich = CacheReader(cache), branches("sandwich", smallest=20, largest=90)
     stream = lambda: PackStream(
         reader, np.arange(len(reader)), ["input_ids", "loss_mask", "last_hidden"], 256, 4, 3,
-        budgets=sandwich.budgets, lasts=5, batch=3,
+        budgets=sandwich.budgets, ages=lambda id, anchors, number: sample_ages(id, anchors, 5, 3, number), batch=3,
     )  # fmt: skip
     packs = [stream()[number] for number in range(9)]
     for number, pack in enumerate(packs):

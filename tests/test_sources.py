@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_prep.documents import Digest, Documents, tokenized, write_documents
 from data_prep.errors import UserError
 from data_prep.recipe import ROOT, DataRecipe
-from data_prep.sources import Record, records, stable_hash
+from data_prep.sources import Record, is_validation, records, stable_hash
 from data_prep.target import load_tokenizer
 from data_prep.tokens import LeftOut, TokenDocument, encode
 
@@ -141,21 +141,28 @@ def test_pieces_restore_their_document(tokenizer, texts, max_length, max_tokens)
     assert np.array_equal(limited, whole[: len(limited)])
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(8, 32))
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=40), st.integers(8, 32))
 @settings(max_examples=100, deadline=None)
 def test_joined_documents_are_the_records_end_to_end(tokenizer, lengths, max_length):
-    """Cut every max_length tokens, an end token behind each record; a piece is named after the place where it begins."""
+    """Cut every max_length tokens, an end token behind each record; a piece is named after the place where it begins. Records
+    that training is judged on are joined by themselves."""
     rows = [[4 + (i + j) % 50 for j in range(n)] for i, n in enumerate(lengths)]
     source = [Record(f"r{i}", {"input_ids": row, "loss_mask": [j % 2 for j in range(len(row))]}) for i, row in enumerate(rows)]
     documents, left_out = everything(source, tokenizer, data(max_length=max_length, long="join"))
-    stream = [(id, j % 2, f"r{i}" + (f"@{j}" if j else "")) for i, row in enumerate(rows) for j, id in enumerate([*row, 0])]
-    stream = [(id, 1 if id == 0 else mask, name) for id, mask, name in stream]
-    pieces = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
-    pieces = [piece for piece in pieces if any(mask for _, mask, _ in piece[1:])]
-    assert [d.input_ids.tolist() for d in documents] == [[id for id, *_ in piece] for piece in pieces]
-    assert [d.loss_mask.tolist() for d in documents] == [[0, *(mask for _, mask, _ in piece[1:])] for piece in pieces]
-    assert [d.id for d in documents] == [piece[0][2] + "#0" for piece in pieces]
-    assert sum(left_out.values()) == -(-len(stream) // max_length) - len(pieces)
+    expected, cut = [], 0
+    for judged in (False, True):
+        mine = [(i, row) for i, row in enumerate(rows) if is_validation(f"r{i}") == judged]
+        stream = [(id, j % 2, f"r{i}" + (f"@{j}" if j else "")) for i, row in mine for j, id in enumerate([*row, 0])]
+        stream = [(id, 1 if id == 0 else mask, "validation/" * judged + name) for id, mask, name in stream]
+        pieces = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+        expected += [piece for piece in pieces if any(mask for _, mask, _ in piece[1:])]
+        cut += len(pieces)
+    found = {d.id: (d.input_ids.tolist(), d.loss_mask.tolist()) for d in documents}
+    assert len(found) == len(documents)
+    assert found == {
+        piece[0][2] + "#0": ([id for id, *_ in piece], [0, *(mask for _, mask, _ in piece[1:])]) for piece in expected
+    }
+    assert sum(left_out.values()) == cut - len(expected)
 
 
 @pytest.mark.parametrize(

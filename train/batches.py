@@ -4,6 +4,7 @@ change of world size.
 Shapes: P positions of a pack, N anchors, J drafted slots, R teacher rows, E hidden size.
 """
 
+import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 from data_prep.cache.codec import Scaled, decode, paired
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.errors import UserError
-from data_prep.sources import stable_hash
+from data_prep.sources import VALIDATION, stable_hash
 from data_prep.target import States
 from train.attention.visibility import Anchors, Places
 
@@ -189,13 +190,13 @@ class PackStream:
         shuffle: bool = True,
         shown: tuple[int, float] | None = None,  # (most, base) of `sample_shown`
         budgets: Callable[[int, str], list[int]] | None = None,  # (step, document) -> one a view
-        lasts: int = 1,  # tokens that a view's selection serves
+        ages: Callable[[str, np.ndarray, int], np.ndarray] | None = None,  # (document, its anchors, pass) -> of their selections
         batch: int = 1,
         span: tuple[int, int] | None = None,  # positions of anchors; a longer document is cropped behind them
     ):
         self.reader, self.documents, self.names = reader, np.asarray(documents), names
         self.pack_tokens, self.anchors, self.seed, self.shuffle = pack_tokens, anchors, seed, shuffle
-        self.shown, self.budgets, self.lasts, self.batch, self.span = shown, budgets, lasts, batch, span
+        self.shown, self.budgets, self.ages, self.batch, self.span = shown, budgets, ages, batch, span
         self._first = [0]  # number of the first pack of each pass
         self._pass: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -240,7 +241,7 @@ class PackStream:
             anchors.append(sample_anchors(id, mask, self.anchors, self.seed, pass_number))
         shown = self.shown and [sample_shown(i, len(a), *self.shown, self.seed, pass_number) for i, a in zip(ids, anchors)]
         budgets = self.budgets and [self.budgets(step, id) for id in ids]
-        ages = self.budgets and [sample_ages(i, a, self.lasts, self.seed, pass_number) for i, a in zip(ids, anchors)]
+        ages = self.ages and [self.ages(id, a, pass_number) for id, a in zip(ids, anchors)]
         return make_pack(ids, documents, anchors, starts, shown, budgets, ages)
 
 
@@ -285,18 +286,19 @@ def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, wor
 
 def split(reader: CacheReader, validation_documents: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, validation) documents: the validation side is a twentieth of the source documents (all pieces of one
-    together), chosen by hash, of which at most `validation_documents` pieces are used.
+    together), chosen by hash, of which at most `validation_documents` pieces are used. Joined documents bring their side with
+    them, if there are records enough for two.
 
     Raises:
         UserError: fewer than two source documents.
     """
-    stem_of = [id.rsplit("#", 1)[0] for id in reader.ids.to_pylist()]
+    stem_of = [re.sub(r"(@\d+)?#\d+$", "", id) for id in reader.ids.to_pylist()]
     stems = sorted(set(stem_of), key=lambda s: stable_hash(f"validation/{s}"))
     if len(stems) < 2:
         raise UserError(
             f"{reader.folder} holds {len(stems)} source document(s); training needs one to train on and one to judge on"
         )
-    held = set(stems[: max(1, len(stems) // 20)])
+    held = {stem for stem in stems if stem.startswith(VALIDATION)} or set(stems[: max(1, len(stems) // 20)])
     side = np.array([stem in held for stem in stem_of])
     training, validation = np.flatnonzero(~side), np.flatnonzero(side)
     order = sorted(validation, key=lambda i: stable_hash(f"validation/{reader.id(i)}"))

@@ -29,7 +29,7 @@ from data_prep.ranks import barrier, rank, world_size
 from data_prep.target import load_target, pick_device
 from train import acceptance, diagnostics
 from train.attention import executor
-from train.batches import Pack, PackStream, loaded, split
+from train.batches import Pack, PackStream, loaded, sample_ages, split
 from train.checkpoint import Checkpoints, latest
 from train.drafter.exchange import check_warm_start, warm_start
 from train.drafter.model import Drafter
@@ -187,9 +187,10 @@ class _Run:
         shown = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
         learnt, diagnosed = queries * (recipe.loss.query_align > 0), queries * complete
         self.budgets = self.branches.judged if self.branches else [FULL]
-        drawn = fixed = {"lasts": recipe.view.lasts, "batch": recipe.train.batch}
+        drawn = fixed = {"batch": recipe.train.batch}
         if self.branches:
-            drawn, fixed = drawn | {"budgets": self.branches.budgets}, fixed | {"budgets": lambda step, id: self.budgets}
+            ages = lambda id, anchors, pass_number: sample_ages(id, anchors, recipe.view.lasts, seed, pass_number)
+            drawn, fixed = (drawn | {"ages": ages, "budgets": b} for b in (self.branches.budgets, lambda step, id: self.budgets))
         anchors, judged = recipe.objective.anchors, recipe.train.validation_anchors
         self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, anchors, seed, shown=shown, **drawn)
         self.validation = PackStream(
@@ -210,6 +211,9 @@ class _Run:
                 f"{len(self.stream.documents):,} training and {len(self.validation.documents):,} validation documents, "
                 f"{self.world} rank(s), {self.accumulation} pack(s) a rank and step -> {self.run_dir}"
             )
+            longest = min(int(self.reader.lengths.max()), self.recipe.train.pack_tokens)
+            if self.branches and longest <= min(self.budgets):
+                self._say(f"no document shows more than {longest} tokens: every view is the full one (data.long=join joins them)")
         else:
             self._say(f"resuming {self.run_dir} after step {done}")
         workers = 0 if isinstance(self.reader, LiveReader) else self.recipe.train.workers  # one target: one thread runs it
