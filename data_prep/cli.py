@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import hydra
+import xxhash
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -110,13 +111,30 @@ def quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def sweep_words(folder: str, overrides: list[str], unnamed: Iterable[str]) -> list[str]:
-    """What makes Hydra put every point of a sweep into a folder of `folder`, named after the keys that are swept."""
-    fixed = [word.key_or_group for word in parsed(overrides) if not word.is_sweep_override()]
+def folder_name(text: str) -> str:
+    """`text` as the name of one folder: no slashes, and within a file name's limit."""
+    name = text.replace("/", "_")
+    return name if len(name.encode()) <= 200 else f"{name[:150]}-{xxhash.xxh3_64_hexdigest(text.encode())}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def sweep_words(key: str, folder: str, overrides: list[str], unnamed: Iterable[str]) -> list[str]:
+    """What makes Hydra put every point of a sweep into a folder of `folder`, named after the keys that are swept.
+
+    Raises:
+        UserError: the folder itself is swept, `key`.
+    """
+    words = parsed(overrides)
+    swept = {word.key_or_group for word in words if word.is_sweep_override()}
+    if key in swept:
+        raise UserError(f"{key} is the folder of the whole sweep; every point gets one in it, named after what is swept")
+    hidden = {word.key_or_group for word in words} | set(unnamed)
     return [
         f"hydra.sweep.dir={quoted(folder)}",
-        "hydra.sweep.subdir=${hydra.job.override_dirname}",
-        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted({*fixed, *unnamed}))}]",
+        "hydra.sweep.subdir='${folder_name:${hydra.job.override_dirname}}'",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(hidden - swept))}]",
     ]
 
 
@@ -157,7 +175,7 @@ def main(
                 check(one)
         swept = bool(gather and words.multirun and recipes)
         if swept:
-            sys.argv += sweep_words(recipes[0].out, words.overrides, ("out", "tracking", "cache.dir"))
+            sys.argv += sweep_words("out", recipes[0].out, words.overrides, ("out", "tracking", "cache.dir"))
     except UserError as error:
         fail(error)
     hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)()

@@ -7,15 +7,17 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
 import torch  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 from data_prep import cli  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
-from data_prep.target import Target, load_target, load_tokenizer  # noqa: E402
+from data_prep.target import Target, load_target, load_tokenizer, pick_device  # noqa: E402
 from eval import measure, report  # noqa: E402
 from eval.decode import Generation, decode  # noqa: E402
 from eval.drafting import Drafting, Nobody, PromptLookup, Trained, memory_of, zero_memory  # noqa: E402
-from eval.recipe import EvalRecipe, check, view_of  # noqa: E402
+from eval.recipe import EvalRecipe, check, named_view, view_of  # noqa: E402
 from eval.score import diagnose, score  # noqa: E402
 from eval.suites import Prompt, heldout_prompts  # noqa: E402
 from train import diagnostics  # noqa: E402
@@ -94,7 +96,7 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
 
 def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     """What a report says of its subject: the drafter, how it was trained, and the view and the context it is judged under."""
-    config, view = drafter.config, view_of(recipe, drafter.config)
+    config = drafter.config
     said = ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal", "budgets", "seed")
     return {
         "drafter": {
@@ -105,7 +107,7 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             "trained_view": config.view,
         },
         "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **config.target},
-        "view": view.model_dump() if view else {"kind": "full", "budget": 0},
+        "view": named_view(recipe, config).model_dump() | {"budget": getattr(view_of(recipe, config), "budget", 0)},
         "context": recipe.span and recipe.span[0],
         "commit": cli.git_revision(),
     }
@@ -113,15 +115,18 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
 
 def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
     """Write the report; to W&B, a sweep's points as one group."""
-    out = Path(recipe.out)
+    out, swept = Path(recipe.out), HydraConfig.get().mode == RunMode.MULTIRUN
     report.write_json(out, found, name)
     if recipe.tracking.kind != "none":
-        tracker = Tracker(recipe.tracking, out, out.parent.name, recipe.model_dump(mode="json"), resumed_at=0)
+        config = recipe.model_dump(mode="json", exclude={"out"})
+        tracker = Tracker(recipe.tracking, out, out.parent.name if swept else None, config, resumed_at=0)
         tracker.log(0, {key: value for key, value in found.items() if key not in ("drafter", "target", "prompts", "commit")})
         tracker.close()
 
 
 def run(recipe: EvalRecipe) -> None:
+    if pick_device(recipe.target.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the point of a sweep that came before
     target, drafter = load(recipe)
     out = Path(recipe.out)
     if recipe.mode == "score":

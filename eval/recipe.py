@@ -62,13 +62,19 @@ class EvalRecipe(Section):
         return context, context + self.prompts.max_new_tokens
 
 
+def named_view(recipe: EvalRecipe, config: DrafterConfig) -> View:
+    """The view that the command names, or the one that the drafter was trained under. Raises UserError for one that cannot be."""
+    view = recipe.view
+    if view.kind != "auto":
+        return view
+    trained = config.view or OmegaConf.to_container(OmegaConf.load(f"{CONF}/view/topk_chunk.yaml"))
+    said = {name: getattr(view, name) for name in view.model_fields_set - {"kind"}}
+    return validated(View, OmegaConf.create(trained | said))
+
+
 def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
     """The view that the drafter is judged under; None: it sees everything. Raises UserError for one that cannot be."""
-    view = recipe.view
-    if view.kind == "auto":
-        trained = config.view or OmegaConf.to_container(OmegaConf.load(f"{CONF}/view/topk_chunk.yaml"))
-        said = {name: getattr(view, name) for name in view.model_fields_set - {"kind"}}
-        view = validated(View, OmegaConf.create(trained | said))
+    view = named_view(recipe, config)
     if view.kind == "full" or not view.budget:
         return None
     if view.positions == "in_cache" and config.source == "projected" and config.uses_kv:
@@ -97,7 +103,12 @@ def check(recipe: EvalRecipe) -> None:
     config = DrafterConfig.load(recipe.drafter)
     if not (Path(recipe.drafter) / "model.safetensors").is_file():
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
-    view_of(recipe, config)
+    view = view_of(recipe, config)
+    if recipe.mode == "diagnose" and (view or config.lm):
+        raise UserError(
+            "mode=diagnose looks at the full view, and at layers of our own: "
+            + ("leave out view.budget" if view else "a drafter.lm has none")
+        )
     if recipe.span:
         room, end = config.architecture.max_positions, recipe.span[1]
         if end + config.slots > room:

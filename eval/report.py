@@ -1,12 +1,12 @@
 """The report: JSON for machines, a table and a picture for people; of one run, and of a sweep.
 
-python eval/report.py SWEEP [SWEEP ...]     one table and one picture of everything that was judged in these folders
+`python eval/report.py SWEEP [SWEEP ...]`: one table and one picture of everything that was judged in these folders.
 """
 
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -20,6 +20,7 @@ from rich.table import Table
 from data_prep.cache.manifest import write_text
 from data_prep.cli import fail
 from data_prep.errors import UserError
+from train.views import FULL
 
 
 def write_json(out: Path, report: dict, name: str = "report.json") -> None:
@@ -93,35 +94,39 @@ def draw(out: Path, report: dict) -> None:
 
 # A sweep: many reports -> acceptance and speed against budget and context.
 
-FULL = 1 << 40  # where no budget hides anything
-FIGURES = (
-    "tau T",
-    "speedup T",
-    "draft ms T",
-    "KV read MiB",
-    "KV searched MiB",
-    "KV kept MiB",
-    "KV peak MiB",
-    "teacher-forced tau",
-    "teacher-forced KL",
-)
-DRAWN = FIGURES[:2] + FIGURES[5:6]
+FIGURES = ("tau T", "speedup T", "draft ms T", "KV ", "teacher-forced tau", "teacher-forced KL")
+DRAWN = FIGURES[:2] + FIGURES[4:5]
+CONTROLS = ("untrained", "prompt lookup")
+NAMED = ("budget", "budgets", "objective", "reuse", "lm", "seed", "path", "parameters", "trained_view")  # or no matter
 Cells = dict[tuple[str, int, str], dict[int, list[float]]]  # {(figure, context, drafter): {budget: a number of each report}}
 
 
 def gather(folders: list[Path], out: Path) -> None:
-    """`sweep.md` and `sweep.png` in `out`, of every report.json and score.json under `folders`. Drafters that differ in their
-    seed alone are averaged, with the least and the greatest beside.
+    """`sweep.md` and `sweep.png` in `out`, of every report.json and score.json under `folders`. What differs among them stands in
+    a drafter's name, its seed aside: seeds are averaged, with the least and the greatest beside.
 
     Raises:
-        UserError: there is no report.
+        UserError: there is no report, or one of an earlier release.
     """
+    figures_of = {"report.json": _of_decoding, "score.json": _of_score}
+    paths = sorted({path for folder in folders for name in figures_of for path in folder.rglob(name)})
+    reports = [(path, json.loads(path.read_text())) for path in paths]
+    if old := [path for path, report in reports if "view" not in report]:
+        raise UserError(f"{old[0]} was made by an earlier release; judge that drafter again")
+    facts = [{**report["view"], **report["drafter"]} for _, report in reports]
+    differing = [key for key in dict.fromkeys(k for f in facts for k in f) if key not in NAMED]
+    differing = [key for key in differing if len({str(f.get(key)) for f in facts}) > 1]
+    found = []
+    for (path, report), fact in zip(reports, facts):
+        suffix = "".join(f", {key} {fact.get(key)}" for key in differing)
+        place = report["context"] or 0, report["view"]["budget"] or FULL, fact.get("seed"), _run_of(fact["path"])
+        found += [(who + suffix, figure, value, *place) for who, figure, value in figures_of[path.name](report)]
+    # Two of one seed, alike in all that reports say, still differ in something: how they were trained.
+    seeds = Counter((who, figure, context, budget, seed) for who, figure, _, context, budget, seed, _ in found)
+    unclear = {key[0] for key, count in seeds.items() if count > 1 and not key[0].startswith(CONTROLS)}
     cells: Cells = defaultdict(lambda: defaultdict(list))
-    for name, figures_of in (("report.json", _of_decoding), ("score.json", _of_score)):
-        for report in (json.loads(path.read_text()) for folder in folders for path in sorted(folder.rglob(name))):
-            budget = report["view"]["budget"] or FULL
-            for who, figure, value in figures_of(report):
-                cells[figure, report["context"] or 0, who][budget].append(value)
+    for who, figure, value, context, budget, _, run in found:
+        cells[figure, context, f"{who} ({run})" if who in unclear else who][budget].append(value)
     if not cells:
         raise UserError(f"{', '.join(map(str, folders))}: no report of a drafter is there")
     numbered = lambda who: re.sub(r"\d+", lambda digits: digits[0].zfill(9), who)
@@ -140,6 +145,11 @@ def gather(folders: list[Path], out: Path) -> None:
     Console(width=140).print(table)
     _draw_sweep(out / "sweep.png", cells, budgets)
     print(f"sweep: {out / 'sweep.md'}, {out / 'sweep.png'}")
+
+
+def _run_of(path: str) -> str:
+    """The run that a drafter is a checkpoint of."""
+    return re.sub(r"/checkpoints/.*", "", path)
 
 
 def _name(report: dict) -> str:
@@ -194,12 +204,14 @@ def _draw_sweep(path: Path, cells: Cells, budgets: list[int]) -> None:
         for axis, context in zip(row, contexts):
             for who, values in ((key[2], row) for key, row in cells.items() if key[:2] == (name, context)):
                 x, middle = [budgets.index(b) for b in sorted(values)], [mean(values[b]) for b in sorted(values)]
-                if who == "prompt lookup":
+                if who.startswith("prompt lookup"):
                     axis.axhline(mean(middle), color="0.5", linestyle=":", label=who)
                     continue
                 low, high = ([pick(values[b]) for b in sorted(values)] for pick in (min, max))
                 error = [[m - one for m, one in zip(middle, low)], [one - m for m, one in zip(middle, high)]]
-                axis.errorbar(x, middle, error, fmt="s--" if who == "untrained" else "o-", capsize=2, markersize=4, label=who)
+                axis.errorbar(
+                    x, middle, error, fmt="s--" if who.startswith("untrained") else "o-", capsize=2, markersize=4, label=who
+                )
             axis.set_xticks(range(len(budgets)), map(_budget, budgets))
             axis.set(title=f"context {context or 'any'}", xlabel="budget", ylabel=name)
             axis.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """Sweeps over budgets and contexts by the real commands: a folder a point, one table, one picture, one W&B group."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -23,6 +24,26 @@ from train.recipe import TrainRecipe
 EVAL = ROOT / "eval/main.py"
 VIEW = ["view=topk_chunk", "view.recent=8"]
 SPARSE = ["objective=budgetdraft", "reuse=kv", "view.recent=8", "objective.smallest=24", "objective.largest=90"]
+
+
+def group_of(point) -> str:
+    """The group of the W&B run that was logged there, from its own record: a header of 7 bytes, then blocks of 32 KiB, in which
+    records, or parts of records, follow (crc, length, type)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (log,) = (point / "wandb").glob("offline-run-*/run-*.wandb")
+    data, at, parts = log.read_bytes(), 7, b""
+    while at < len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts, at = parts + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record, parts = Record.FromString(parts), b""
+            if record.WhichOneof("record_type") == "run":
+                return record.run.run_group
+    raise AssertionError(f"{log} holds no run")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +77,9 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
                 point = tmp_path / folder / f"context={context},view.budget={budget}"
                 found = json.loads((point / name).read_text())
                 assert found["context"] == context and found["view"]["budget"] == budget
-                assert found["view"]["kind"] == ("topk_chunk" if budget else "full")
+                assert found["view"]["kind"] == "topk_chunk"
                 assert found["drafter"]["budgets"] == "sandwich" and found["drafter"]["trained_view"]["recent"] == 8
-                (log,) = (point / "wandb").glob("offline-run-*/run-*.wandb")
-                assert folder.encode() in log.read_bytes()  # the group
+                assert group_of(point) == folder
         assert (tmp_path / folder / "sweep.png").stat().st_size > 10_000
     read = {b: json.loads((tmp_path / f"decoded/context=100,view.budget={b}/report.json").read_text()) for b in (24, 0)}
     assert 0 < read[24]["drafter_kv"]["read_mib"] <= 24 * 2 * 2 * 64 * 4 / 2**20  # 24 positions of K and V in one layer, float32
@@ -81,16 +101,42 @@ def test_a_folder_without_reports_is_one_line(tmp_path):
 
 def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
     """Three reports by hand: two seeds of one drafter and another that always saw everything."""
-    for name, budgets, budget, tau in (("a", 512, 256, 2.0), ("b", 512, 256, 3.0), ("c", None, 0, 2.5)):
-        drafter = {"objective": "ttt", "reuse": "kv", "budgets": budgets, "lm": None}
-        found = {"drafter": drafter, "view": {"budget": budget}, "context": 4096, "kl": 1.0}
+
+    def write(name, budgets, budget, tau, seed, view=None, **more):
+        drafter = {
+            "objective": "ttt",
+            "reuse": "kv",
+            "budgets": budgets,
+            "lm": None,
+            "seed": seed,
+            "path": f"{name}/checkpoints/best",
+        }
+        found = {"drafter": drafter | more, "view": {"kind": "h2o", "budget": budget} | (view or {}), "context": 4096, "kl": 1.0}
         (tmp_path / name).mkdir()
         (tmp_path / name / "score.json").write_text(json.dumps(found | {k: {"tau": tau} for k in ("sampled", "greedy")}))
-    report.gather([tmp_path], tmp_path)
-    lines = (tmp_path / "sweep.md").read_text().splitlines()
-    assert lines[0] == "|  | context | drafter | 256 | full |"
-    assert "| teacher-forced tau T=1 | 4096 | ttt kv, 512 only | 2.50 [2.00, 3.00] |  |" in lines
-    assert "| teacher-forced tau T=1 | 4096 | ttt kv, full view only |  | 2.50 |" in lines
+
+    def gathered():
+        report.gather([tmp_path], tmp_path)
+        lines = (tmp_path / "sweep.md").read_text().splitlines()
+        assert lines[0] == "|  | context | drafter | 256 | full |"
+        return [line.split("4096 | ")[1] for line in lines if "tau T=1" in line]
+
+    write("a", 512, 256, 2.0, 0)
+    write("b", 512, 256, 3.0, 1)
+    write("c", None, 0, 2.5, 0)
+    assert gathered() == ["ttt kv, 512 only | 2.50 [2.00, 3.00] |  |", "ttt kv, full view only |  | 2.50 |"]
+    # What differs is named, and never averaged: another view, another drafter, and one whose difference no report knows.
+    write("d", 512, 256, 4.0, 2, {"kind": "snapkv"})
+    assert "ttt kv, 512 only, kind snapkv | 4.00 |  |" in gathered()
+    write("e", 512, 256, 5.0, 3, slots=9)
+    assert "ttt kv, 512 only, kind h2o, slots 9 | 5.00 |  |" in gathered()
+    write("f", 512, 256, 6.0, 0)
+    rows = gathered()
+    for name, tau in (("a", 2.0), ("b", 3.0), ("f", 6.0)):
+        assert f"ttt kv, 512 only, kind h2o, slots None ({name}) | {tau:.2f} |  |" in rows
+    (tmp_path / "f/score.json").write_text(json.dumps({"drafter": "x"}))
+    with pytest.raises(UserError, match="made by an earlier release"):
+        report.gather([tmp_path], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +155,17 @@ def test_eval_refuses_what_a_view_cannot_be(cache, drafter, words, message):
         return check()
     with pytest.raises(UserError, match=message):
         check()
+
+
+def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path):
+    words = [f"drafter={drafter}", f"cache.dir={cache}"]
+    done = command(EVAL, "-m", *words, "mode=score", "out=a,b", cwd=tmp_path)
+    assert done.returncode == 2 and "out is the folder of the whole sweep" in done.stderr and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="mode=diagnose looks at the full view.*leave out view.budget"):
+        check_eval(cli.compose("eval", EvalRecipe, [*words, "mode=diagnose", "view.budget=24"]))
+    swept = cli.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "context=64"], ("out", "cache.dir"))
+    assert swept[2].endswith("exclude_keys=[context,out]")  # what is swept stands in the folder's name
+    assert cli.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(cli.folder_name("x" * 999)) < 200
 
 
 def test_a_context_longer_than_the_cache_s_documents_is_one_line(cache, drafter, tmp_path):

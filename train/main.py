@@ -17,7 +17,6 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
 from data_prep import cli  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
-from data_prep.sources import stable_hash  # noqa: E402
 from data_prep.target import pick_device  # noqa: E402
 from train.prepare import check  # noqa: E402
 from train.ranks import Sweep  # noqa: E402
@@ -33,8 +32,7 @@ def key_of(override: str) -> str:
 def run_name(overrides: list[str]) -> str:
     """A folder's name from the overrides, without a timestamp, so that the same command finds its run again."""
     kept = sorted(word for word in overrides if key_of(word) not in UNNAMED and not key_of(word).startswith("hydra"))
-    name = ",".join(kept).replace("/", "_") or "default"
-    return name if len(name.encode()) <= 200 else f"{name[:150]}-{stable_hash(name):016x}"  # a file name's limit
+    return cli.folder_name(",".join(kept) or "default")
 
 
 def run(recipe: TrainRecipe, run_dir: str) -> None:
@@ -82,7 +80,10 @@ def main() -> None:
     sweep = Sweep(str(Path(__file__).resolve()))
     if ranks.rank() != 0:
         return sweep.follow()
-    sys.argv += cli.sweep_words(run_dir, overrides, UNNAMED)
+    try:
+        sys.argv += cli.sweep_words("run.dir", run_dir, overrides, UNNAMED)
+    except UserError as error:
+        cli.fail(error)
 
     def point(config) -> None:
         job = HydraConfig.get()
