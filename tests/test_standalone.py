@@ -5,14 +5,20 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.errors import UserError
 from tests.models import small_target
 from tests.test_alignment import VIEWS, largest_difference
+from tests.test_budgetdraft import packed
+from train.attention import EXECUTORS
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 from train.drafter.standalone import Standalone, check_vocabulary, lm_config
+from train.losses import LossRecipe
+from train.objectives import Objective
+from train.views import FULL
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 11}
 SIZES |= {"max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -40,8 +46,9 @@ def saved(folder, family, **more):
     return str(folder)
 
 
-def drafter_of(target, path, start="target"):
+def drafter_of(target, path, start="target", **more):
     config = DrafterConfig("ttt", "none", [], [], 4, False, False, 1, start, 4, target.architecture, {}, lm=lm_config(path))
+    config = dataclasses.replace(config, **more)
     return Drafter.of(config).start(target, target.frozen_head)
 
 
@@ -100,14 +107,33 @@ def test_a_random_start_is_a_function_of_the_seed(target, tmp_path):
     assert alike(one, same) and not alike(one, own)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_table_of_learned_positions_ends_where_its_documents_do(target, tmp_path, family):
+    """The last anchors' draft rows and the first ones' queries lie outside the table, and count for nothing."""
+    name = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    long, short = (drafter_of(target, saved(tmp_path / str(size), family, **{name: size})) for size in (64, 26))
+    fits = {key: value[: len(short.state_dict()[key])] for key, value in long.state_dict().items()}
+    short.load_state_dict(fits)
+    pack, outcomes, loss = packed(target, [FULL, 8]), [], LossRecipe(kl=1)
+    for drafter in (long, short):
+        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), EXECUTORS["reference"], 64, VIEWS["snapkv"])
+        outcomes.append(made(pack))
+    assert pack.anchor_N.min() == 1 and outcomes[0].valid[-1].tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # the document has 26 tokens
+    torch.testing.assert_close(outcomes[1].loss, outcomes[0].loss)
+
+
 @pytest.mark.parametrize("rows", [9, 16])
 def test_a_vocabulary_of_another_size(target, tmp_path, rows):
-    """Rows beyond the target's vocabulary say nothing; tokens beyond the model's are never said."""
+    """Rows beyond the target's vocabulary say nothing; tokens beyond the model's are never said, and read as its last."""
     drafter = drafter_of(target, saved(tmp_path, "llama", vocab_size=rows))
     logits = drafter.head.logits(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), target.frozen_head)
     assert logits.shape == (3, 11) and logits.isfinite().sum(1).tolist() == [min(rows, 11)] * 3
-    if rows > 11:
-        assert largest_difference(target, drafter)[0] < 1e-4
+    assert largest_difference(target, drafter)[0] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -118,11 +144,39 @@ def test_a_vocabulary_of_another_size(target, tmp_path, rows):
         ("bloom", {"n_layer": 2, "n_head": 4}, "its own logits differ"),
         ("cohere", {"num_key_value_heads": 4}, r"its own logits differ by .*\(logits that are scaled"),
         ("falcon", {}, "lets no other attention in"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' changes with"),
     ],
 )
 def test_a_family_that_would_be_wrong_is_refused(target, tmp_path, family, more, message):
     with pytest.raises(UserError, match=message):
         drafter_of(target, saved(tmp_path, family, **more))
+
+
+def test_what_is_checked_is_the_model_with_scaled_positions(target, tmp_path):
+    path = saved(tmp_path / "llama", "llama")
+    scaled = drafter_of(target, path, rope_factor=2.0)
+    assert largest_difference(target, scaled)[0] < 1e-4
+    with pytest.raises(UserError, match="drafter.rope_factor=2 scales rotary positions, which it has not"):
+        drafter_of(target, saved(tmp_path / "gpt2", "gpt2"), rope_factor=2.0)
+
+
+def test_small_logits_are_checked_as_strictly(target, tmp_path):
+    """A model that says almost the same of every token is wrong when its differences are."""
+    with pytest.raises(UserError, match="its own logits differ"):
+        drafter_of(target, saved(tmp_path, "bloom", n_layer=2, n_head=4, initializer_range=0.01))
+
+
+def test_weights_that_are_missing_or_torn_are_one_line(target, tmp_path):
+    path = saved(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.1.mlp.up_proj" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks model.layers.1.mlp.up_proj.weight$"):
+        drafter_of(target, path)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        drafter_of(target, path)
 
 
 def test_what_is_no_model_or_speaks_otherwise_is_refused(target, tmp_path):

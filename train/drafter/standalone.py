@@ -7,11 +7,13 @@ Shapes: R rows, E the model's hidden size, H query heads, G key/value heads, D h
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from data_prep.errors import UserError
-from data_prep.target import FrozenHead, States, Target, first_line
+from data_prep.target import STATIC_ROPE, FrozenHead, States, Target, first_line
 from train.attention.reference import reference
 from train.attention.visibility import Places, Rows
 from train.drafter.config import DrafterConfig
@@ -48,14 +50,29 @@ AttentionInterface.register(NAME, _attention)
 
 
 def lm_config(path: str) -> dict:
-    """What a drafter's configuration says of a causal LM. Raises UserError when there is none at `path`."""
+    """What a drafter's configuration says of a causal LM. Raises UserError when there is none at `path`, or one whose rotary
+    frequencies change with the length of the text."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"drafter.lm={path}: there is no language model ({first_line(error)})") from error
     positions = getattr(config, "max_position_embeddings", None)
     fields = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"}
+    if changing := set(_rope_types(fields)) - set(STATIC_ROPE):
+        raise UserError(
+            f"drafter.lm={path}: rope type '{changing.pop()}' changes with the length; supported: {', '.join(STATIC_ROPE)}"
+        )
+    path = str(Path(path).resolve()) if Path(path).is_dir() else path  # a checkpoint is read from other folders
     return {"path": path, "layers": config.num_hidden_layers, "positions": positions, "config": fields}
+
+
+def _rope_types(fields: dict) -> Iterator[str]:
+    """Every one that a configuration names, of all layers or of some kinds."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _rope_types(value)
+        elif name == "rope_type":
+            yield value
 
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -105,7 +122,9 @@ class Standalone(Drafter):
         return self.head.weight.dtype
 
     def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
-        return self.body.get_input_embeddings()(ids)
+        """A token that the model lacks (a target's table is often padded) is read as its last."""
+        table = self.body.get_input_embeddings()
+        return table(ids.clamp(max=table.num_embeddings - 1))
 
     def remember(
         self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
@@ -135,13 +154,20 @@ class Standalone(Drafter):
             keys = memory.layers[layer][BRANCH] + kept[layer][BRANCH]
             return attend(q_RHD, keys.key, keys.value, visibility[layer][BRANCH])
 
-        position = rows.position if self.config.rope_factor == 1 else rows.position / self.config.rope_factor
         token = _running.set(attention)
         try:
-            output = self.body(inputs_embeds=x_RE[None], position_ids=position[None], use_cache=False).last_hidden_state[0]
+            position = self._position(rows.position)[None]
+            output = self.body(inputs_embeds=x_RE[None], position_ids=position, use_cache=False).last_hidden_state[0]
         finally:
             _running.reset(token)
         return output, kept, queries
+
+    def _position(self, position_R: Tensor) -> Tensor:
+        """As the model is to read it. Rows before a document's start or beyond its end, which count for nothing, have no place in
+        a table of learned positions."""
+        if hasattr(self.body, "rotary_emb"):
+            return position_R if self.config.rope_factor == 1 else position_R / self.config.rope_factor
+        return position_R.clamp(0, self.config.lm["positions"] - 1) if self.config.lm["positions"] else position_R
 
     def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
         wide = torch.promote_types(key_PGD.dtype, torch.float32)
@@ -165,24 +191,27 @@ class Standalone(Drafter):
 
     def _check(self, lm: PreTrainedModel, head: FrozenHead) -> None:
         """Six tokens remembered and six drafted give the logits of the model's own forward over the twelve."""
-        where, size = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})", min(len(self.head.weight), len(head.head_VE))
-        ids = torch.randint(size, (12,), generator=torch.Generator().manual_seed(0))
-        lm.eval().set_attn_implementation("eager")
-        expected = lm(input_ids=ids[None]).logits[0, 6:]
-        lm.set_attn_implementation(NAME)
-        token, zero, position, anchor = self.embed(ids, head), torch.zeros_like(ids), torch.arange(12), torch.tensor([6])
+        where, factor = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})", self.config.rope_factor
+        if factor != 1 and not hasattr(self.body, "rotary_emb"):
+            raise UserError(f"{where}: drafter.rope_factor={factor:g} scales rotary positions, which it has not")
+        size = min(len(self.head.weight), len(head.head_VE))
+        ids, position = torch.randint(size, (12,), generator=torch.Generator().manual_seed(0)), torch.arange(12)
+        token, zero, anchor = self.embed(ids, head), torch.zeros_like(ids), torch.tensor([6])
         outputs, earlier, past = [], None, None
         try:
+            lm.eval().set_attn_implementation("eager")
+            expected = lm(input_ids=ids[None], position_ids=self._position(position)[None]).logits[0, 6:]
+            lm.set_attn_implementation(NAME)
             memory = self.remember(States(), None, token[:6], Places(zero[:6], position[:6]), reference)
             for j in range(1, 7):
                 rows = Rows(zero[:1], anchor, zero[:1], zero[:1] + j, anchor + j - 1)
                 output, _, past = self.step(token[None, 5 + j], None, rows, earlier, memory, past, reference)
                 earlier = rows if earlier is None else earlier + rows
                 outputs.append(output)
-        except (UserError, LookupError, AttributeError) as error:
+        except (UserError, LookupError, AttributeError, TypeError) as error:
             raise UserError(f"{where} cannot be a drafter: {error}") from error
         error = float((nn.functional.linear(torch.cat(outputs), self.head.weight) - expected).abs().max())
-        if error > 1e-3 * max(1.0, float(expected.abs().max())):
+        if error > 1e-3 * float(expected.abs().max()):
             raise UserError(
                 f"{where} cannot be a drafter: its own logits differ by {error:.2g} from those through our attention (logits "
                 "that are scaled or capped, positions or layers of another kind)"
@@ -211,14 +240,17 @@ class Standalone(Drafter):
 def _made(lm: dict, path: str | None = None) -> PreTrainedModel:
     """The model with its own weights from `path`, or with new ones, in float32. Raises UserError when that cannot be."""
     try:
-        if path:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=NAME)
-        fields = dict(lm["config"])
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-    except KeyError as error:  # the model looks for its attention elsewhere
-        raise UserError(
-            f"drafter.lm={lm['path']}: its family lets no other attention in; it cannot draft under a view"
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+        if not path:
+            fields = dict(lm["config"])
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+        options = {"dtype": torch.float32, "attn_implementation": NAME, "output_loading_info": True}
+        made, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    except KeyError as error:
+        said = "its family lets no other attention in; it cannot draft under a view" if NAME in str(error) else f"no {error}"
+        raise UserError(f"drafter.lm={lm['path']}: {said}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"drafter.lm={lm['path']} cannot be loaded ({first_line(error)})") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"drafter.lm={path} lacks {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    return made
