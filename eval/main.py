@@ -49,8 +49,11 @@ def contenders(target: Target, drafter: Drafter, attend, view: View | None, cont
     found = {"baseline": Nobody(), "trained": Trained(drafter, head, attend, view)}
     if controls:
         counts_V = None if kept_D is None else torch.zeros(len(head.head_VE)).index_fill_(0, kept_D.cpu(), 1)
-        untrained = Drafter.of(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
-        found["untrained"] = Trained(untrained, head, attend, view)
+        try:
+            untrained = Drafter.of(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
+            found["untrained"] = Trained(untrained, head, attend, view)
+        except UserError as error:  # the language model that it began as is no longer there
+            print(f"the report has no untrained drafter: {error}")
         found["prompt_lookup"] = PromptLookup(drafter.config.draft_length)
     if controls and drafter.config.reuse != "none":
         found["zero_memory"] = Trained(drafter, head, attend, view, zero_memory)

@@ -137,7 +137,7 @@ def check(recipe: EvalRecipe) -> None:
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")
         if not recipe.span:
-            _check_positions(recipe, config, int(reader.lengths.max()))
+            _check_positions(recipe, config, min(int(reader.lengths.max()), recipe.score.pack_tokens))
         if recipe.mode == "diagnose" and not set(config.query_layers) <= set(manifest.query_layers):
             if recipe.score.pack_tokens < (longest := int(reader.lengths.max())):  # the target reads them again, from the start
                 raise UserError(f"mode=diagnose needs whole documents: score.pack_tokens={longest} for {recipe.cache.dir}")

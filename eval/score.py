@@ -24,7 +24,7 @@ from train.views import View
 
 def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
     attend, equal = executor(recipe.attention, target.device, training), torch.ones(drafter.config.draft_length)
-    return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024, view=view)
+    return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024, view=view).eval()
 
 
 def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str], view: View | None = None) -> Iterator[Pack]:

@@ -57,6 +57,12 @@ CONTRASTS = {
 }
 
 
+def said(word: str) -> str:
+    """An override as the commands take it: Hydra would sweep over a path with a comma in it."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if key in ("drafter", "cache.dir", "run.dir", "out") and "'" not in value else word
+
+
 def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> None:
     """Run commands (name, words, log, what they make), some at a time. One that has ended well is not run again, unless its words
     or the weights that it reads are others. What it made before is removed: no old result can pass for a new one."""
@@ -73,7 +79,7 @@ def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> Non
             shutil.rmtree(out, ignore_errors=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
-            code = subprocess.run([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run([sys.executable, *map(said, words)], stdout=file, stderr=subprocess.STDOUT).returncode
         if code == 0:
             done.write_text(key)
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)

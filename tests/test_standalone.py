@@ -116,7 +116,7 @@ def test_a_table_of_learned_positions_ends_where_its_documents_do(target, tmp_pa
     short.load_state_dict(fits)
     pack, outcomes, loss = packed(target, [FULL, 8]), [], LossRecipe(kl=1)
     for drafter in (long, short):
-        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), EXECUTORS["reference"], 64, VIEWS["snapkv"])
+        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), EXECUTORS["reference"], 64, VIEWS["snapkv"]).eval()
         outcomes.append(made(pack))
     assert pack.anchor_N.min() == 1 and outcomes[0].valid[-1].tolist() == [
         True,

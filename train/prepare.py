@@ -1,7 +1,5 @@
 """A recipe and a cache -> the drafter that is to be trained, and every refusal that needs no GPU."""
 
-import importlib.util
-
 import numpy as np
 
 from data_prep.cache.manifest import Manifest
@@ -115,14 +113,14 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
 
 
 def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int | None:
-    """Up to where the drafter will know positions: what it began with, or the longest document.
+    """Up to where the drafter will know positions: what it began with, or the longest document that a pack holds.
 
     Raises:
         UserError: the documents are longer than what a language model was made for.
     """
     factor, longest = recipe.drafter.rope_factor, manifest.max_length
     if lm is None:
-        return longest if recipe.drafter.start == "random" else None
+        return min(longest, recipe.train.pack_tokens) if recipe.drafter.start == "random" else None
     if lm["positions"] and longest > factor * lm["positions"]:
         raise UserError(
             f"drafter.lm={lm['path']} knows {lm['positions']} positions, the cache's documents have up to {longest}; scale its "
@@ -138,8 +136,6 @@ def check(recipe: TrainRecipe) -> None:
             f"train.batch={recipe.train.batch} packs a step cannot be shared by {world_size()} ranks; "
             "make it a multiple of the world size"
         )
-    if recipe.tracking.kind == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("tracking=wandb, but the package wandb is not installed: pip install wandb, or tracking=none")
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
     executor(recipe.drafter.attention, pick_device(recipe.target.device))

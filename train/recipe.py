@@ -1,5 +1,6 @@
 """What `conf/train.yaml` may say: types, ranges and the rules between keys."""
 
+import importlib.util
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -131,6 +132,13 @@ class TrackingRecipe(Section):
     kind: Literal["none", "wandb"]
     project: str = "understudy"
     entity: str | None = None
+
+    @field_validator("kind")
+    @classmethod
+    def _is_installed(cls, value: str) -> str:
+        if value == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("tracking=wandb, but the package wandb is not installed: pip install wandb, or tracking=none")
+        return value
 
 
 class DeepSpeedRecipe(Section):

@@ -97,7 +97,7 @@ class Objective(nn.Module):
             output_MJE[valid_MJ],
             pack.last_hidden_RE[pack.teacher_P[position]].to(output.dtype),
             pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)],
-            torch.exp(-self._loss.eta * _of_views(self.alpha_VJ, pack).to(slot.device))[:, slot].flatten().float(),
+            torch.exp(-self._loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))[:, slot].flatten().float(),
         )
         scale_T = torch.ones(len(TERMS)) if weight_sum_T is None else 1 / weight_sum_T.clamp(min=1e-9)
         scale_T = scale_T.to(slot.device, torch.float32)
@@ -177,7 +177,7 @@ class Objective(nn.Module):
         """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
         mixture, length = partial(divergences.mixture, self._loss.per_slot), self._loss.expected_length
         apply = partial(self.drafter.head, rows, self._head, mixture, chunk=self._chunk)
-        branch_M = _of_views(self._branch_V, pack).to(valid_MJ.device).repeat_interleave(len(pack.anchor_N))[:, None]
+        branch_M = self._of_views(self._branch_V, pack).to(valid_MJ.device).repeat_interleave(len(pack.anchor_N))[:, None]
         slope, missed, seen = None, torch.zeros((), device=valid_MJ.device), None
         if length or self._weight_J is None:
             # What a slot counts depends on what the drafter says of the whole block: look first, then learn.
@@ -210,11 +210,10 @@ class Objective(nn.Module):
         index = torch.arange(self.slots, device=valid.device) - (pack.shown_N[:, None] - 1)
         return weight_J[index.clamp(min=0)] * (index >= 0)
 
-
-def _of_views(values: Tensor, pack: Pack) -> Tensor:
-    """What is known of each view of a pack, [V, ...]. A pack that is judged under other views than those of training serves no
-    gradient: each of its views counts as the first."""
-    return values if len(values) == pack.views else values[:1].expand(pack.views, *values.shape[1:])
+    def _of_views(self, values: Tensor, pack: Pack) -> Tensor:
+        """What is known of each view of a pack, [V, ...]. Where views are judged, which are others than those of training, each
+        counts as the first."""
+        return values if self.training else values[:1].expand(pack.views, *values.shape[1:])
 
 
 def grid(values: Tensor, valid_NJ: Tensor) -> Tensor:
