@@ -82,9 +82,9 @@ def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
     return view
 
 
-def _check_positions(recipe: EvalRecipe, config: DrafterConfig, end: int) -> None:
+def _check_positions(recipe: EvalRecipe, config: DrafterConfig, reaches: int) -> None:
     """Raises UserError when the last position of a judgement is one that the drafter has never known."""
-    view, reaches = view_of(recipe, config), end + config.slots
+    view = view_of(recipe, config)
     if view and view.positions == "in_cache" and not config.memory_attends:
         reaches = min(reaches, view.budget + 1 + config.slots)
     known = config.positions or int(config.rope_factor * config.architecture.max_positions)
@@ -116,7 +116,7 @@ def check(recipe: EvalRecipe) -> None:
                 f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the "
                 f"target's {room} positions"
             )
-        _check_positions(recipe, config, end)
+        _check_positions(recipe, config, end + config.slots)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(
@@ -137,7 +137,8 @@ def check(recipe: EvalRecipe) -> None:
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")
         if not recipe.span:
-            _check_positions(recipe, config, min(int(reader.lengths.max()), recipe.score.pack_tokens))
+            longest = min(int(reader.lengths.max()), recipe.score.pack_tokens)  # as in training, nothing counts beyond its end
+            _check_positions(recipe, config, longest)
         if recipe.mode == "diagnose" and not set(config.query_layers) <= set(manifest.query_layers):
             if recipe.score.pack_tokens < (longest := int(reader.lengths.max())):  # the target reads them again, from the start
                 raise UserError(f"mode=diagnose needs whole documents: score.pack_tokens={longest} for {recipe.cache.dir}")
