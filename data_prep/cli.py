@@ -61,7 +61,7 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
 def _wrong(one: dict) -> str:
     """What pydantic says of one key, or of a whole section (whose content would fill the line)."""
     where, got = ".".join(map(str, one["loc"])), one["input"]
-    return f"{where}: " * bool(where) + one["msg"] + f" (got {got!r})" * (not isinstance(got, dict))
+    return f"{where}: " * bool(where) + one["msg"].removeprefix("Value error, ") + f" (got {got!r})" * (not isinstance(got, dict))
 
 
 def git_revision() -> str | None:
@@ -74,9 +74,12 @@ def git_revision() -> str | None:
 
 
 def refuse_file(key: str, path: str) -> None:
-    """Raises UserError when `path`, which is to be a folder, is a file."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"{key}={path} is a file; it must name a folder")
+    """Raises UserError when `path`, which is to be a folder, is a file or lies in one."""
+    for place in (Path(path), *Path(path).parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{key}={path}: {place} is a file; it must be a folder")
+            return
 
 
 def arguments():
@@ -96,7 +99,9 @@ def parsed(overrides: list[str]) -> list[Override]:
         with hydra.initialize_config_dir(CONF, version_base="1.3"):
             return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
     except HydraException as error:
-        raise UserError(_one_line(error)) from error
+        several = [word for word in overrides if word.count("=") > 1 and "'" not in word]
+        advice = f"; a value with '=' in it is quoted twice: \"{several[0].replace('=', '=' + chr(39), 1)}'\"" if several else ""
+        raise UserError(_one_line(error) + advice) from error
 
 
 def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:

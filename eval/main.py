@@ -136,7 +136,7 @@ def run(recipe: EvalRecipe) -> None:
         accepted, loss = score(recipe, target, drafter)
         found = {kind: vars(a) for kind, a in accepted.items()}
         publish(recipe, "score.json", described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found})
-        print(f"KL {loss:.4f} nats a slot")
+        print(f"score: {out / 'score.json'}; KL {loss:.4f} nats a slot")
         for kind, a in found.items():
             print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
         return

@@ -104,11 +104,10 @@ def check(recipe: EvalRecipe) -> None:
     if not (Path(recipe.drafter) / "model.safetensors").is_file():
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
     view = view_of(recipe, config)
-    if recipe.mode == "diagnose" and (view or config.lm):
-        raise UserError(
-            "mode=diagnose looks at the full view, and at layers of our own: "
-            + ("leave out view.budget" if view else "a drafter.lm has none")
-        )
+    if view and recipe.mode in ("diagnose", "export"):
+        raise UserError(f"mode={recipe.mode} knows the full view only: leave out view.budget")
+    if config.lm and recipe.mode == "diagnose":
+        raise UserError("mode=diagnose looks at layers of our own, and a drafter.lm has none")
     if recipe.span:
         room, end = config.architecture.max_positions, recipe.span[1]
         if end + config.slots > room:

@@ -3,6 +3,7 @@
 `python eval/report.py SWEEP [SWEEP ...]`: one table and one picture of everything that was judged in these folders.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -30,8 +31,12 @@ def write_json(out: Path, report: dict, name: str = "report.json") -> None:
 
 def print_table(report: dict) -> None:
     """One row a drafter and temperature: the trained one first, then what it has to beat. Milliseconds are a round's."""
-    prompts = report["prompts"]
-    table = Table(title=f"tau = tokens per verify step; {prompts['count']} unseen prompts of {prompts['tokens']} tokens")
+    prompts, view, kv = report["prompts"], report["view"], report["drafter_kv"]
+    table = Table(
+        title=f"tau = tokens per verify step; {prompts['count']} unseen prompts of {prompts['tokens']} tokens",
+        caption=(f"view {view['kind']}, {view['budget']} positions" if view["budget"] else "everything visible")
+        + f"; K/V that a round reads: {kv['read_mib']:.2f} MiB, that the drafter keeps: {kv['kept_mib']:.2f} MiB",
+    )
     for column in ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "tokens/s", "speedup", "lossless"):
         table.add_column(column, justify="left" if column in ("drafter", "acceptance by slot") else "right")
     for temperature, figures in report["temperatures"].items():
@@ -106,10 +111,13 @@ def gather(folders: list[Path], out: Path) -> None:
     a drafter's name, its seed aside: seeds are averaged, with the least and the greatest beside.
 
     Raises:
-        UserError: there is no report, or one of an earlier release.
+        UserError: a folder has no report, or one of an earlier release.
     """
     figures_of = {"report.json": _of_decoding, "score.json": _of_score}
-    paths = sorted({path for folder in folders for name in figures_of for path in folder.rglob(name)})
+    found_in = {folder: [path for name in figures_of for path in folder.rglob(name)] for folder in folders}
+    if empty := [folder for folder, held in found_in.items() if not held]:
+        raise UserError(f"{empty[0]}: no report of a drafter is there")
+    paths = sorted({path for held in found_in.values() for path in held})
     reports = [(path, json.loads(path.read_text())) for path in paths]
     if old := [path for path, report in reports if "view" not in report]:
         raise UserError(f"{old[0]} was made by an earlier release; judge that drafter again")
@@ -118,17 +126,18 @@ def gather(folders: list[Path], out: Path) -> None:
     differing = [key for key in differing if len({str(f.get(key)) for f in facts}) > 1]
     found = []
     for (path, report), fact in zip(reports, facts):
-        suffix = "".join(f", {key} {fact.get(key)}" for key in differing)
+        suffix = {key: f", {key} {fact[key]}" for key in differing if fact.get(key) is not None}
         place = report["context"] or 0, report["view"]["budget"] or FULL, fact.get("seed"), _run_of(fact["path"])
-        found += [(who + suffix, figure, value, *place) for who, figure, value in figures_of[path.name](report)]
+        for who, figure, value in figures_of[path.name](report):
+            # Prompt lookup has no view.
+            shown = (text for key, text in suffix.items() if who != CONTROLS[1] or key not in report["view"])
+            found.append((who + "".join(shown), figure, value, *place))
     # Two of one seed, alike in all that reports say, still differ in something: how they were trained.
     seeds = Counter((who, figure, context, budget, seed) for who, figure, _, context, budget, seed, _ in found)
     unclear = {key[0] for key, count in seeds.items() if count > 1 and not key[0].startswith(CONTROLS)}
     cells: Cells = defaultdict(lambda: defaultdict(list))
     for who, figure, value, context, budget, _, run in found:
         cells[figure, context, f"{who} ({run})" if who in unclear else who][budget].append(value)
-    if not cells:
-        raise UserError(f"{', '.join(map(str, folders))}: no report of a drafter is there")
     numbered = lambda who: re.sub(r"\d+", lambda digits: digits[0].zfill(9), who)
     order = lambda key: ([key[0].startswith(name) for name in FIGURES].index(True), *key[:2], numbered(key[2]))
     cells = {key: cells[key] for key in sorted(cells, key=order)}
@@ -222,8 +231,16 @@ def _draw_sweep(path: Path, cells: Cells, budgets: list[int]) -> None:
     temporary.replace(path)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One table and one picture of everything that was judged in some folders.")
+    parser.add_argument("folders", type=Path, nargs="+", help="reports, searched for in all their subfolders")
+    parser.add_argument("--out", type=Path, help="where sweep.md and sweep.png go (the first folder)")
+    o = parser.parse_args()
     try:
-        gather([Path(word) for word in sys.argv[1:]], Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+        gather(o.folders, o.out or o.folders[0])
     except UserError as error:
         fail(error)
+
+
+if __name__ == "__main__":
+    main()

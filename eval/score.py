@@ -34,9 +34,13 @@ def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[s
     _, validation = split(reader, len(reader))
     if span:
         longest = max(longest, span[1] + drafter.config.slots)
-        validation = validation[reader.lengths[validation] > span[0] + 1]
+        lengths = reader.lengths[validation]
+        validation = validation[lengths > span[0] + 1]
         if not len(validation):
-            raise UserError(f"context={span[0]}: no held-out document of {recipe.cache.dir} is as long; see data.long=join")
+            raise UserError(
+                f"context={span[0]}: the longest held-out document of {recipe.cache.dir} has {lengths.max()} "
+                "tokens, and a context needs two more than its own; capture with a larger data.max_length (and data.long=join)"
+            )
     budgets = {"budgets": lambda step, id: [view.budget], "ages": partial(_ages, recipe, view)} if view else {}
     documents = validation[: recipe.score.documents]
     stream = PackStream(reader, documents, names, longest, recipe.score.anchors, recipe.seed, shuffle=False, span=span, **budgets)

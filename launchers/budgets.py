@@ -60,9 +60,14 @@ def judge(o) -> None:
 
 
 def table(o) -> None:
+    from data_prep.cli import fail
+    from data_prep.errors import UserError
     from eval import report
 
-    report.gather([o.runs / arm for arm in o.arms], o.runs)
+    try:
+        report.gather([o.runs / arm for arm in o.arms], o.runs)
+    except UserError as error:
+        fail(error)
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
     write("f", 512, 256, 6.0, 0)
     rows = gathered()
     for name, tau in (("a", 2.0), ("b", 3.0), ("f", 6.0)):
-        assert f"ttt kv, 512 only, kind h2o, slots None ({name}) | {tau:.2f} |  |" in rows
+        assert f"ttt kv, 512 only, kind h2o ({name}) | {tau:.2f} |  |" in rows
     (tmp_path / "f/score.json").write_text(json.dumps({"drafter": "x"}))
     with pytest.raises(UserError, match="made by an earlier release"):
         report.gather([tmp_path], tmp_path)
@@ -154,8 +154,15 @@ def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path)
     words = [f"drafter={drafter}", f"cache.dir={cache}"]
     done = command(EVAL, "-m", *words, "mode=score", "out=a,b", cwd=tmp_path)
     assert done.returncode == 2 and "out is the folder of the whole sweep" in done.stderr and not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="mode=diagnose looks at the full view.*leave out view.budget"):
-        check_eval(cli.compose("eval", EvalRecipe, [*words, "mode=diagnose", "view.budget=24"]))
+    for mode in ("diagnose", "export"):
+        with pytest.raises(UserError, match=f"mode={mode} knows the full view only: leave out view.budget"):
+            check_eval(cli.compose("eval", EvalRecipe, [*words, f"mode={mode}", "view.budget=24"]))
+    with pytest.raises(UserError, match="/none: no report of a drafter is there"):
+        report.gather([tmp_path / "none"], tmp_path)
+    with pytest.raises(UserError, match="""'=' in it is quoted twice: "drafter='a/view.budget=2/best'\""""):
+        cli.parsed(["drafter=a/view.budget=2/best"])
+    with pytest.raises(UserError, match="/dev/null is a file; it must be a folder"):
+        check_eval(cli.compose("eval", EvalRecipe, [*words, "out=/dev/null/x"]))
     swept = cli.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "context=64"], ("out", "cache.dir"))
     assert swept[2].endswith("exclude_keys=[context,out]")  # what is swept stands in the folder's name
     assert cli.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(cli.folder_name("x" * 999)) < 200
@@ -163,7 +170,9 @@ def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path)
 
 def test_a_context_longer_than_the_cache_s_documents_is_one_line(cache, drafter, tmp_path):
     done = command(EVAL, "mode=score", f"drafter={drafter}", f"cache.dir={cache}", "context=4000", "out=no", cwd=tmp_path)
-    assert done.returncode == 2 and "context=4000: no held-out document" in done.stderr and not (tmp_path / "no").exists()
+    assert (
+        done.returncode == 2 and "context=4000: the longest held-out document" in done.stderr and not (tmp_path / "no").exists()
+    )
 
 
 def test_a_drafter_beyond_its_positions_is_refused(cache, tmp_path):
@@ -174,10 +183,12 @@ def test_a_drafter_beyond_its_positions_is_refused(cache, tmp_path):
     check = lambda *words: check_eval(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
     with pytest.raises(UserError, match=r"knows positions below 128, and this asks for 580.*view.positions=in_cache"):
         check("context=512", "view.budget=64")
-    check("context=512", "view.budget=64", "+view.positions=in_cache")
+    check("context=512", "view.budget=64", "view.positions=in_cache")
     check("context=56", "prompts.max_new_tokens=64")
     with pytest.raises(UserError, match="knows positions below 128"):  # nothing is hidden: positions are those of the text
-        check("context=512", "view.budget=0", "+view.positions=in_cache")
+        check("context=512", "view.budget=0", "view.positions=in_cache")
+    auto = cli.compose("eval", EvalRecipe, ["drafter=x", "view.budget=99", "view.recent=16"]).view
+    assert auto.model_fields_set == {"kind", "budget", "recent"}  # all else is as trained
     check("mode=score", f"cache.dir={cache}")  # the documents that it was trained on
     short = dataclasses.replace(drafter_config(recipe, CacheReader(cache).manifest), positions=100)  # of packs of 100 tokens
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(short)))

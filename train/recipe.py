@@ -205,7 +205,7 @@ class TrainRecipe(CaptureSections):
             raise ValueError(
                 "objective=budgetdraft with view=full has nothing to hide; choose another view, or objective=ttt"
                 if objective.sparse
-                else f"view={view.kind} needs a branch that sees no more than it shows: objective=budgetdraft"
+                else f"view={view.kind} is practised by objective=budgetdraft; the other objectives train under the full view"
             )
         if view.budget == 0:
             raise ValueError("view.budget=0 (everything) trains no sparse branch; name a budget, or null to draw them")

@@ -47,6 +47,11 @@ class View(Section):
     # Select anew: in every round, never after the prompt, or once so many tokens are verified.
     refresh: Literal["verify", "never"] | int = "verify"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unsaid(cls, fields: dict) -> dict:
+        return {k: v for k, v in fields.items() if v is not None} if fields.get("kind") == "auto" else fields
+
     @model_validator(mode="after")
     def _fits_together(self):
         if isinstance(self.refresh, int) and self.refresh < 1:
@@ -72,8 +77,9 @@ class View(Section):
 
     @property
     def too_small(self) -> str:
-        always = f"view={self.kind} always shows {self.sink} sinks and {self.recent or 0} recent positions"
-        return f"{always}, and then chunks of {self.chunk}; the least budget is {self.least}"
+        others = f"{self.recent or 0} recent positions, and then chunks of {self.chunk}"
+        others = "the last positions" if self.kind == "sink_recent" else others
+        return f"view={self.kind} always shows {self.sink} sinks and {others}; the least budget is {self.least}"
 
     def tail_of(self, room):
         """How many of the positions that sinks leave of a budget are the tail's, at a selection."""
