@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import hydra
-import xxhash
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from data_prep.errors import UserError
 from data_prep.ranks import rank
 from data_prep.recipe import ROOT
+from data_prep.sources import stable_hash
 
 CONF = str(ROOT / "conf")
 
@@ -119,7 +119,7 @@ def quoted(text: str) -> str:
 def folder_name(text: str) -> str:
     """`text` as the name of one folder: no slashes, and within a file name's limit."""
     name = text.replace("/", "_")
-    return name if len(name.encode()) <= 200 else f"{name[:150]}-{xxhash.xxh3_64_hexdigest(text.encode())}"
+    return name if len(name.encode()) <= 200 else f"{name[:150]}-{stable_hash(name):016x}"
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -143,6 +143,11 @@ def sweep_words(key: str, folder: str, overrides: list[str], unnamed: Iterable[s
     ]
 
 
+def in_sweep() -> bool:
+    """Whether the job that runs is a point of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def fail(error: UserError) -> None:
     """Rank 0 prints one line and leaves with code 2; a launcher then ends the others, which wait for that so that none of
     them is the first to go and takes rank 0's line with it."""
@@ -164,9 +169,9 @@ def main(
 
     def job(config: DictConfig) -> None:
         try:
-            checked, hydra_config = validated(recipe, config), HydraConfig.get()
-            if gather and hydra_config.mode == RunMode.MULTIRUN:
-                checked = checked.model_copy(update={"out": hydra_config.runtime.output_dir})
+            checked = validated(recipe, config)
+            if gather and in_sweep():
+                checked = checked.model_copy(update={"out": HydraConfig.get().runtime.output_dir})
             task(checked)
         except UserError as error:
             fail(error)

@@ -32,7 +32,7 @@ def stable_hash(text: str) -> int:
 
 def is_validation(id: str) -> bool:
     """Whether joined documents judge a training by this record (one in twenty, by hash) instead of training on it."""
-    return stable_hash(f"validation/{id}") % 20 == 0
+    return stable_hash(VALIDATION + id) % 20 == 0
 
 
 def check(data: DataRecipe) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
 import torch  # noqa: E402
-from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.types import RunMode  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 from data_prep import cli  # noqa: E402
@@ -118,11 +116,11 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
 
 def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
     """Write the report; to W&B, a sweep's points as one group."""
-    out, swept = Path(recipe.out), HydraConfig.get().mode == RunMode.MULTIRUN
+    out = Path(recipe.out)
     report.write_json(out, found, name)
     if recipe.tracking.kind != "none":
         config = recipe.model_dump(mode="json", exclude={"out"})
-        tracker = Tracker(recipe.tracking, out, out.parent.name if swept else None, config, resumed_at=0)
+        tracker = Tracker(recipe.tracking, out, out.parent.name if cli.in_sweep() else None, config, resumed_at=0)
         tracker.log(0, {key: value for key, value in found.items() if key not in ("drafter", "target", "prompts", "commit")})
         tracker.close()
 

@@ -135,9 +135,9 @@ def check(recipe: EvalRecipe) -> None:
         ):
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")
+        longest = int(reader.lengths.max())
         if not recipe.span:
-            longest = min(int(reader.lengths.max()), recipe.score.pack_tokens)  # as in training, nothing counts beyond its end
-            _check_positions(recipe, config, longest)
+            _check_positions(recipe, config, min(longest, recipe.score.pack_tokens))  # as in training, nothing counts beyond
         if recipe.mode == "diagnose" and not set(config.query_layers) <= set(manifest.query_layers):
-            if recipe.score.pack_tokens < (longest := int(reader.lengths.max())):  # the target reads them again, from the start
+            if recipe.score.pack_tokens < longest:  # the target reads them again, from the start
                 raise UserError(f"mode=diagnose needs whole documents: score.pack_tokens={longest} for {recipe.cache.dir}")

@@ -101,7 +101,7 @@ def draw(out: Path, report: dict) -> None:
 
 FIGURES = ("tau T", "speedup T", "draft ms T", "KV ", "teacher-forced tau", "teacher-forced KL")
 DRAWN = FIGURES[:2] + FIGURES[4:5]
-CONTROLS = ("untrained", "prompt lookup")
+CONTROLS = UNTRAINED, LOOKUP = "untrained", "prompt lookup"
 NAMED = ("budget", "budgets", "objective", "reuse", "lm", "seed", "path", "parameters", "trained_view")  # or no matter
 Cells = dict[tuple[str, int, str], dict[int, list[float]]]  # {(figure, context, drafter): {budget: a number of each report}}
 
@@ -130,7 +130,7 @@ def gather(folders: list[Path], out: Path) -> None:
         place = report["context"] or 0, report["view"]["budget"] or FULL, fact.get("seed"), _run_of(fact["path"])
         for who, figure, value in figures_of[path.name](report):
             # Prompt lookup has no view.
-            shown = (text for key, text in suffix.items() if who != CONTROLS[1] or key not in report["view"])
+            shown = (text for key, text in suffix.items() if who != LOOKUP or key not in report["view"])
             found.append((who + "".join(shown), figure, value, *place))
     # Two of one seed, alike in all that reports say, still differ in something: how they were trained.
     seeds = Counter((who, figure, context, budget, seed) for who, figure, _, context, budget, seed, _ in found)
@@ -213,13 +213,13 @@ def _draw_sweep(path: Path, cells: Cells, budgets: list[int]) -> None:
         for axis, context in zip(row, contexts):
             for who, values in ((key[2], row) for key, row in cells.items() if key[:2] == (name, context)):
                 x, middle = [budgets.index(b) for b in sorted(values)], [mean(values[b]) for b in sorted(values)]
-                if who.startswith("prompt lookup"):
+                if who.startswith(LOOKUP):
                     axis.axhline(mean(middle), color="0.5", linestyle=":", label=who)
                     continue
                 low, high = ([pick(values[b]) for b in sorted(values)] for pick in (min, max))
                 error = [[m - one for m, one in zip(middle, low)], [one - m for m, one in zip(middle, high)]]
                 axis.errorbar(
-                    x, middle, error, fmt="s--" if who.startswith("untrained") else "o-", capsize=2, markersize=4, label=who
+                    x, middle, error, fmt="s--" if who.startswith(UNTRAINED) else "o-", capsize=2, markersize=4, label=who
                 )
             axis.set_xticks(range(len(budgets)), map(_budget, budgets))
             axis.set(title=f"context {context or 'any'}", xlabel="budget", ylabel=name)
