@@ -3,6 +3,8 @@
 Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
 """
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -11,7 +13,14 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from data_prep.errors import UserError
@@ -19,7 +28,23 @@ from data_prep.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GIVEN = "understudy_given"  # the attention of `Target.forward_through`
+_given: ContextVar[Callable] = ContextVar("given")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
+
+
+@torch._dynamo.disable
+def _given_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **options):
+    """transformers' interface: [B, H, T, D] in, [B, T, H, D] out."""
+    return _given.get()(module.layer_idx, *(t.transpose(1, 2) for t in (query, key, value))), None
+
+
+AttentionInterface.register(GIVEN, _given_attention)
+
+
+@torch._dynamo.disable  # a compiled layer would forget what it sets
+def _take(module: nn.Module, inputs, output) -> None:
+    module.taken = output[0] if isinstance(output, tuple) else output
 
 
 @dataclass
@@ -139,12 +164,7 @@ class Target:
         self.model.requires_grad_(False)
         self._refuse_unsupported()
         self.layers = self.model.model.layers
-        self.hidden_layers: set[int] = set()
-        self.kv_layers: set[int] = set()
-        self.query_layers: set[int] = set()
-        self._states = States()
-        for index, layer in enumerate(self.layers):
-            self._hook(index, layer)
+        self._sources, self._hooks = [], []
         self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
 
     @property
@@ -172,7 +192,12 @@ class Target:
         for layer in {*hidden_layers, *kv_layers, *query_layers}:
             if not 0 <= layer < len(self.layers):
                 raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
-        self.hidden_layers, self.kv_layers, self.query_layers = set(hidden_layers), set(kv_layers), set(query_layers)
+        for hook in self._hooks:
+            hook.remove()
+        kinds = {"hidden": hidden_layers, "key": kv_layers, "value": kv_layers, "query": query_layers}
+        wanted = [(kind, layer) for kind, layers in kinds.items() for layer in sorted({*layers})]
+        self._sources = [(kind, layer, self._source(kind, layer)) for kind, layer in wanted]
+        self._hooks = [module.register_forward_hook(_take) for _, _, module in self._sources]
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> States:
@@ -180,21 +205,29 @@ class Target:
 
         Rows may be padded on the right: under causal attention nothing before the padding changes.
         """
-        self._states = States()
-        output = self.model.model(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
-        states, self._states = self._states, States()
-        states.last_hidden = output.last_hidden_state
-        return states
+        return self._run(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
+
+    @torch.no_grad()
+    def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend) -> States:
+        """The forward with another attention: `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated) -> [B, T, H, D], to
+        whom it is left what came before and what each row sees."""
+        config = self.model.config
+        usual, given = config._attn_implementation, _given.set(attend)
+        config._attn_implementation = GIVEN
+        try:
+            return self._run(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
+        finally:
+            config._attn_implementation = usual
+            _given.reset(given)
 
     @torch.no_grad()
     def forward_packed(self, ids_P: Tensor, lengths: Tensor) -> States:
         """Documents of `lengths` (int32, their sum is P) back to back, without padding: FlashAttention's variable-length
         kernel keeps them apart. States [1, P, ...]."""
-        self._states = States()
         ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         positions = torch.arange(len(ids_P), device=ids_P.device) - ends[:-1].repeat_interleave(lengths, output_size=len(ids_P))
         longest = int(lengths.max())
-        output = self.model.model(
+        return self._run(
             input_ids=ids_P[None],
             position_ids=positions[None],
             use_cache=False,
@@ -203,9 +236,19 @@ class Target:
             max_length_q=longest,
             max_length_k=longest,
         )
-        states, self._states = self._states, States()
-        states.last_hidden = output.last_hidden_state
+
+    def _run(self, **inputs) -> States:
+        states = States(last_hidden=self.model.model(**inputs).last_hidden_state)
+        for kind, layer, module in self._sources:
+            getattr(states, kind)[layer] = self._taken(kind, module)
         return states
+
+    def compile(self) -> None:
+        """Fuse what the layers do outside of attention, for each number of rows anew (torch.compile; all layers share it)."""
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # `capture` may change its mind
+        for layer in self.layers:
+            layer.compile(dynamic=False)
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
@@ -265,27 +308,24 @@ class Target:
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _hook(self, index: int, layer: nn.Module) -> None:
-        attention, config = layer.self_attn, self.model.config
+    def _source(self, kind: str, index: int) -> nn.Module:
+        """Whose output a state is. Keys and queries are taken after the projection (and its norm, where there is one) and so
+        before RoPE: un-rotating bf16 keys costs 3e-3 of relative error. hidden_states[-1] of transformers is already normed."""
+        layer, attention = self.layers[index], self.layers[index].self_attn
+        return {
+            "hidden": layer,
+            "key": getattr(attention, "k_norm", attention.k_proj),
+            "value": attention.v_proj,
+            "query": getattr(attention, "q_norm", attention.q_proj),
+        }[kind]
 
-        def keep(kind: str, heads: int, wanted: str):
-            def hook(module, inputs, output):
-                if index in getattr(self, wanted):
-                    output = output[0] if isinstance(output, tuple) else output
-                    if heads:
-                        output = output if output.dim() == 4 else output.unflatten(-1, (-1, attention.head_dim))
-                        output = _all_heads(output, heads)
-                    getattr(self._states, kind)[index] = output
-
-            return hook
-
-        # Keys are taken after the projection (and its norm, where there is one) and so before RoPE: un-rotating
-        # bf16 keys costs 3e-3 of relative error. hidden_states[-1] of transformers is already normed: hooked too.
-        getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep("key", config.num_key_value_heads, "kv_layers"))
-        attention.v_proj.register_forward_hook(keep("value", config.num_key_value_heads, "kv_layers"))
-        queries = getattr(attention, "q_norm", attention.q_proj)
-        queries.register_forward_hook(keep("query", config.num_attention_heads, "query_layers"))
-        layer.register_forward_hook(keep("hidden", 0, "hidden_layers"))
+    def _taken(self, kind: str, module: nn.Module) -> Tensor:
+        output = module.__dict__.pop("taken")
+        if kind == "hidden":
+            return output
+        output = output if output.dim() == 4 else output.unflatten(-1, (-1, self.layers[0].self_attn.head_dim))
+        config = self.model.config
+        return _all_heads(output, config.num_attention_heads if kind == "query" else config.num_key_value_heads)
 
     def _refuse_unsupported(self) -> None:
         config = self.model.config

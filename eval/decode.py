@@ -22,6 +22,7 @@ class Round:
     drafted: int
     kept: int
     draft: Draft | None = None  # only when asked for
+    drafted_tokens: list[int] | None = None  # the accepted ones, and the first that was refused
 
 
 @dataclass
@@ -36,11 +37,13 @@ class Generation:
     verify_s: float = 0.0
     decode_s: float = 0.0
     kv_bytes: dict[str, int] = field(default_factory=dict)
+    undone: int = 0  # tokens that a later verify step took back (verify=partial_audited), in so many rollbacks
+    rollbacks: int = 0
 
     @property
     def emitted(self) -> int:
-        """Tokens that verify steps emitted."""
-        return sum(r.kept + 1 for r in self.rounds)
+        """Tokens that verify steps emitted and did not take back."""
+        return sum(r.kept + 1 for r in self.rounds) - self.undone
 
 
 @torch.no_grad()

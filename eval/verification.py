@@ -1,17 +1,40 @@
 """Which drafted tokens the target keeps. Lossless: what is emitted is distributed exactly as the target's own tokens.
 
-Shapes: J drafted tokens, V vocabulary.
+Shapes: B requests, J drafted tokens, K = J + 1, V vocabulary, R rows.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 
-def distribution(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature); at temperature 0 all mass on the most likely token."""
+class Sampling(NamedTuple):
+    """How tokens are drawn, in `generate`'s order: temperature (0: the likeliest token), top-k (0: all), top-p (1: all)."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+def distribution(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """softmax(logits / temperature), cut to the likeliest tokens; at temperature 0 all mass on the most likely token."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    return (logits / temperature).softmax(-1)
+    scores = (logits / temperature).flatten(0, -2)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.view_as(logits).softmax(-1)
+
+
+def drawn(p_RV: Tensor, u_R: Tensor) -> Tensor:
+    """The token of each row that a uniform number in [0, 1) names, [R]: the inverse of the cumulative distribution. `p_RV` need
+    not sum to one."""
+    below_RV = p_RV.double().cumsum(-1)
+    return torch.searchsorted(below_RV, (u_R * below_RV[:, -1])[:, None], right=True)[:, 0].clamp(max=p_RV.shape[-1] - 1)
 
 
 def sample(probabilities: Tensor, generator: torch.Generator) -> int:
@@ -45,3 +68,43 @@ def verify(draft: list[int], q_JV: Tensor | None, p_JV: Tensor, generator: torch
         # p and q equal up to rounding leave nothing to draw from; then p itself is right.
         return slot, sample(rest if float(rest.sum()) > 0 else p, generator)
     return len(draft), sample(p_JV[len(draft)], generator)
+
+
+def accept(draft_BJ: Tensor, best_BK: Tensor, count_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Greedy verification of every request: (how many drafted tokens equal the target's most likely ones, the token after them).
+
+    `count_B`: how many of the J tokens were really drafted; None: all.
+    """
+    same_BJ = draft_BJ == best_BK[:, :-1]
+    kept_B = _leading(same_BJ, count_B)
+    return kept_B, best_BK.gather(1, kept_B[:, None])[:, 0]
+
+
+def accept_sampled(
+    draft_BJ: Tensor, q_BJV: Tensor | None, p_BKV: Tensor, u_BK: Tensor, count_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`verify` for every request, without the host: `u_BK` are uniform numbers in [0, 1), the last for the token emitted."""
+    length = draft_BJ.shape[1]
+    p_BJ = p_BKV[:, :length].gather(2, draft_BJ[..., None])[..., 0]
+    q_BJ = 1.0 if q_BJV is None else q_BJV.gather(2, draft_BJ[..., None])[..., 0]
+    kept_B = _leading(u_BK[:, :length] * q_BJ < p_BJ, count_B)
+    row_B = torch.arange(len(kept_B), device=kept_B.device)
+    p_BV = p_BKV[row_B, kept_B]
+    if length:
+        slot_B = kept_B.clamp(max=length - 1)
+        if q_BJV is None:
+            q_BV = torch.zeros_like(p_BV).scatter_(1, draft_BJ[row_B, slot_B][:, None], torch.inf)
+        else:
+            q_BV = q_BJV[row_B, slot_B]
+        rest_BV = (p_BV - q_BV).clamp(min=0)
+        refused_B = kept_B < (length if count_B is None else count_B)
+        # p and q equal up to rounding leave nothing to draw from; then p itself is right.
+        p_BV = torch.where((refused_B & (rest_BV.sum(1) > 0))[:, None], rest_BV, p_BV)
+    return kept_B, drawn(p_BV, u_BK[:, -1])
+
+
+def _leading(good_BJ: Tensor, count_B: Tensor | None) -> Tensor:
+    """How many slots are good before the first that is not."""
+    if count_B is not None:
+        good_BJ = good_BJ & (torch.arange(good_BJ.shape[1], device=good_BJ.device) < count_B[:, None])
+    return good_BJ.long().cumprod(1).sum(1)

@@ -27,9 +27,10 @@ class Memory:
     @staticmethod
     def extended(past: "Memory | None", layers: int, new: dict[str, Places]) -> "Memory":
         """A memory that holds `past` and has the new places announced; the new keys are still to be added."""
-        if past is None:
-            return Memory([{} for _ in range(layers)], dict(new))
-        return Memory([dict(layer) for layer in past.layers], {n: past.places[n] + new[n] for n in new})
+        return Memory([{} for _ in range(layers)], dict(new)) if past is None else past.announced(new)
+
+    def announced(self, new: dict[str, Places]) -> "Memory":
+        return Memory([dict(layer) for layer in self.layers], {n: self.places[n] + new[n] for n in new})
 
     def add(self, layer: int, branch: str, kv: KV) -> None:
         old = self.layers[layer].get(branch)

@@ -53,6 +53,7 @@ class Drafter(nn.Module):
         return self.norm.weight.dtype
 
     def rope(self, position_P: Tensor) -> Rope:
+        self._inv_freq = self._inv_freq.to(position_P.device)  # once: a CUDA graph copies nothing from the host
         return Rope(position_P / self.config.rope_factor, self._inv_freq, self.config.architecture.rope_scale, self.dtype)
 
     def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:

@@ -1,0 +1,74 @@
+"""Attention over preallocated caches, of which each request has filled as much as it has: no sizes change, nothing is copied.
+
+Shapes: B requests, T rows of each, Q = B x T rows, L places of a cache, R draft rows as keys, H query heads, G key/value heads, D
+head size, S query heads of a KV head. A part is (output [B, T, H, D], log-sum-exp of its scores [B, T, H]); parts over different
+keys are merged by the latter.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+Part = tuple[Tensor, Tensor]
+
+
+def over_cache(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
+    """Every row reads the first `count_B` keys of its request; `growing`: row t reads t more (a causal chain whose own keys are
+    in the cache). Rows that read nothing give zeros, and minus infinity. flash-attn where it is installed, else `dense`."""
+    return (_flash if has_flash(q_BTHD) else dense)(q_BTHD, k_BLGD, v_BLGD, count_B, growing)
+
+
+def has_flash(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _installed()
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def dense(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
+    """The oracle: all scores, those of hidden keys thrown away."""
+    batch, rows, heads, size = q_BTHD.shape
+    count_BT = count_B[:, None] + growing * torch.arange(rows, device=q_BTHD.device)
+    hidden_BTL = torch.arange(k_BLGD.shape[1], device=q_BTHD.device) >= count_BT[..., None]
+    return _attend(q_BTHD, k_BLGD, v_BLGD, hidden_BTL)
+
+
+def over_rows(q_BTHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, seen_BTR: Tensor) -> Part:
+    """Rows over draft rows of all requests: a few keys, so that a mask says whose they are."""
+    return _attend(q_BTHD, k_RGD[None], v_RGD[None], ~seen_BTR)
+
+
+def merge(one: Part, other: Part) -> Tensor:
+    """Softmax attention over both parts' keys, [B, T, H, D]."""
+    (a, a_lse), (b, b_lse) = one, other
+    share = torch.sigmoid(b_lse - a_lse)[..., None]
+    return (a + share * (b - a)).to(a.dtype)
+
+
+def _attend(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, hidden_BTL: Tensor) -> Part:
+    wide = torch.promote_types(q_BTHD.dtype, torch.float32)
+    q_BTGSD = q_BTHD.to(wide).unflatten(2, (k_BLGD.shape[2], -1))
+    k, v = (t.to(wide).expand(len(q_BTHD), -1, -1, -1) for t in (k_BLGD, v_BLGD))
+    scores = torch.einsum("btgsd,blgd->btgsl", q_BTGSD, k) * q_BTHD.shape[-1] ** -0.5
+    scores = scores.masked_fill(hidden_BTL[:, :, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    out = torch.einsum("btgsl,blgd->btgsd", weights, v)
+    return out.flatten(2, 3).to(q_BTHD.dtype), lse.flatten(2, 3)
+
+
+def _flash(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
+    from flash_attn import flash_attn_with_kvcache
+
+    rows = q_BTHD.shape[1]
+    seen_B = (count_B + growing * (rows - 1)).int()  # flash-attn lines the last row up with the last key
+    out, lse_BHT = flash_attn_with_kvcache(
+        q_BTHD, k_BLGD, v_BLGD, cache_seqlens=seen_B, causal=growing, return_softmax_lse=True, num_splits=0
+    )
+    count_BT = count_B[:, None] + growing * torch.arange(rows, device=q_BTHD.device)
+    none_BT1 = (count_BT <= 0)[..., None]  # such a row's log-sum-exp is plus infinity or garbage there
+    return out.masked_fill(none_BT1[..., None], 0), lse_BHT.transpose(1, 2).masked_fill(none_BT1, -torch.inf)

@@ -1,0 +1,57 @@
+"""How many tokens to draft in a round: a number, or what the measured acceptance and latencies make fastest."""
+
+from collections.abc import Sequence
+
+
+class Lengths:
+    """Always `length`."""
+
+    def __init__(self, length: int):
+        self.choices: Sequence[int] = [length]
+
+    @property
+    def longest(self) -> int:
+        return max(self.choices)
+
+    def choose(self) -> int:
+        return self.choices[-1]
+
+    def saw(self, length: int, kept: list[int], seconds: float) -> None:
+        """A round that drafted `length` tokens kept so many of each request's, and took so long."""
+
+
+class Adaptive(Lengths):
+    """Any length up to `longest`: the one that emits most tokens a second by what was seen lately.
+
+    cond_j, how often the j-th token is kept where the ones before it are, and a round's seconds at each length are running means.
+    Tokens that were not drafted tell nothing of themselves: cond_j stands until rounds reach it again, and every `explore`-th
+    round drafts one token more than seems best. The choice precedes a round's tokens and leaves their distribution alone.
+    """
+
+    def __init__(self, longest: int, decay: float = 0.95, explore: int = 16):
+        self.choices = range(1, longest + 1)
+        self._decay, self._explore, self._rounds = decay, explore, 0
+        self._cond = [0.75] * longest  # until something is seen
+        self._seconds: dict[int, float] = {}
+
+    def choose(self) -> int:
+        self._rounds += 1
+        unseen = [length for length in self.choices if length not in self._seconds]
+        if unseen:
+            return unseen[-1]  # the longest first, which tells of every slot
+        best = max(self.choices, key=lambda length: self._emitted(length) / self._seconds[length])
+        return min(best + (self._rounds % self._explore == 0), self.longest)
+
+    def _emitted(self, length: int) -> float:
+        joint = total = 1.0
+        for cond in self._cond[:length]:
+            joint *= cond
+            total += joint
+        return total
+
+    def saw(self, length: int, kept: list[int], seconds: float) -> None:
+        mean = lambda old, new: self._decay * old + (1 - self._decay) * new
+        for one in kept:
+            for slot in range(min(one + 1, length)):
+                self._cond[slot] = mean(self._cond[slot], slot < one)
+        self._seconds[length] = mean(self._seconds.get(length, seconds), seconds)

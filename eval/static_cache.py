@@ -1,0 +1,144 @@
+"""Preallocated keys and values: the target's, and a drafter's memory. How much a request has is a number; to lower it rolls back.
+
+Shapes: B requests, T rows of each, L places, G key/value heads, D head size, N layers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eval.attention import merge, over_cache, over_rows
+from train.attention.visibility import Places, Visibility, sees_draft
+from train.drafter.config import DrafterConfig
+from train.drafter.layers import KV
+from train.drafter.memory import Memory
+
+
+class StaticCache:
+    """The target's keys and values, rotated, [N, B, L, G, D] each."""
+
+    def __init__(self, layers: int, batch: int, room: int, heads: int, size: int, dtype: torch.dtype, device):
+        self.key, self.value = torch.zeros(2, layers, batch, room, heads, size, dtype=dtype, device=device)
+        self.row_B1 = torch.arange(batch, device=device)[:, None]
+
+    @property
+    def room(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.value.nbytes
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [B, L, G, D]."""
+        return self.key[layer], self.value[layer]
+
+    def write(self, layer: int, place_BT: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> None:
+        self.key[layer].index_put_((self.row_B1, place_BT), k_BTGD)
+        self.value[layer].index_put_((self.row_B1, place_BT), v_BTGD)
+
+    def attention(self, base_B: Tensor, rows: int, seen_BTT: Tensor | None = None):
+        """What a forward over `rows` new tokens of each request calls in every layer: keep their keys from place `base_B` on, and
+        read all that is before them and, of their own, those that `seen_BTT` says; None: the earlier ones and themselves."""
+        place_BT = base_B[:, None] + torch.arange(rows, device=base_B.device)
+
+        def attend(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+            self.write(layer, place_BT, k_BTGD, v_BTGD)
+            key, value = self.layer(layer)
+            if seen_BTT is None:
+                return over_cache(q_BTHD, key, value, base_B + 1, growing=True)[0]
+            before = over_cache(q_BTHD, key, value, base_B, growing=False)
+            batch, count = q_BTHD.shape[:2]
+            same_BTBT = torch.eye(batch, dtype=torch.bool, device=base_B.device)[:, None, :, None] & seen_BTT[:, :, None]
+            return merge(before, over_rows(q_BTHD, k_BTGD.flatten(0, 1), v_BTGD.flatten(0, 1), same_BTBT.flatten(2)))
+
+        return attend
+
+    def keep(self, base_B: Tensor, row_BJ: Tensor) -> None:
+        """Move the keys of rows `row_BJ` (a path of a tree, from its root) to the places from `base_B` on."""
+        source = base_B[:, None] + row_BJ
+        target = base_B[:, None] + torch.arange(row_BJ.shape[1], device=base_B.device)
+        for kind in (self.key, self.value):
+            kind[:, self.row_B1, target] = kind[:, self.row_B1, source]
+
+
+class Joined(NamedTuple):
+    """Keys, or values, of a static memory and of draft rows, side by side."""
+
+    memory_BLGD: Tensor
+    own_RGD: Tensor
+    first: int
+
+
+class Part(NamedTuple):
+    """One layer and branch of a static memory; `first`: position of place 0."""
+
+    key: Tensor
+    value: Tensor
+    first: int
+
+    def __add__(self, own: KV) -> KV:
+        return KV(Joined(self.key, own.key, self.first), Joined(self.value, own.value, self.first))
+
+
+class StaticMemory(Memory):
+    """A drafter's memory whose places are there from the beginning. `Drafter` writes and reads it as any other memory.
+
+    Args:
+        borrowed: layers of the target's own cache that serve as they are, by (draft layer, branch): nothing is kept of those.
+    """
+
+    def __init__(self, config: DrafterConfig, batch: int, room: int, device, borrowed: dict[tuple[int, str], KV]):
+        self.batch, self.room, self.borrowed = batch, room, borrowed
+        self.row_B1, self.place = torch.arange(batch, device=device)[:, None], {}
+        # Pairs (x_{i+1}, f_i) begin at position 1.
+        self.first = {name: int(name == config.own_memory and config.reads_pairs) for name in config.branches}
+        layers: list[dict[str, Part]] = [{} for _ in range(config.depth)]
+        for (layer, branch), kv in borrowed.items():
+            layers[layer][branch] = Part(*kv, 0)
+        super().__init__(layers, dict.fromkeys(config.branches))
+
+    def announced(self, new: dict[str, Places]) -> "StaticMemory":
+        for branch, places in new.items():
+            self.place[branch] = places.position.view(self.batch, -1) - self.first[branch]
+        return self
+
+    def add(self, layer: int, branch: str, kv: KV) -> None:
+        if (layer, branch) in self.borrowed:
+            return
+        if branch not in self.layers[layer]:
+            key, value = (t.new_zeros(self.batch, self.room, *t.shape[1:]) for t in kv)
+            self.layers[layer][branch] = Part(key, value, self.first[branch])
+        part, place = self.layers[layer][branch], (self.row_B1, self.place[branch])
+        part.key.index_put_(place, kv.key.unflatten(0, (self.batch, -1)))
+        part.value.index_put_(place, kv.value.unflatten(0, (self.batch, -1)))
+
+    def nbytes(self) -> int:
+        kept = (p for i, kinds in enumerate(self.layers) for name, p in kinds.items() if (i, name) not in self.borrowed)
+        return sum(p.key.nbytes + p.value.nbytes for p in kept)
+
+
+def executor(making_memory: bool = False, seen_QR: Tensor | None = None):
+    """An executor (`train/attention`) over static memory. Rows of one request stand together.
+
+    Args:
+        making_memory: the rows are known tokens, one behind the other, whose own keys have just become memory.
+        seen_QR: which draft rows each row sees, where the rule of slots does not say it (trees).
+    """
+
+    def attend(q_QHD: Tensor, key: Joined, value: Joined, visibility: Visibility) -> Tensor:
+        batch = len(key.memory_BLGD)
+        q_BTHD = q_QHD.unflatten(0, (batch, -1))
+        count_B = visibility.queries.anchor.view(batch, -1)[:, 0] - key.first
+        memory = over_cache(q_BTHD, key.memory_BLGD, value.memory_BLGD, count_B, growing=making_memory)
+        seen = _seen(visibility) if seen_QR is None else seen_QR
+        own = over_rows(q_BTHD, key.own_RGD, value.own_RGD, seen.unflatten(0, (batch, -1)))
+        return merge(memory, own).flatten(0, 1)
+
+    return attend
+
+
+def _seen(visibility: Visibility) -> Tensor:
+    q, k = visibility.queries, visibility.drafts
+    return sees_draft(q.group[:, None], q.slot[:, None], k.group[None], k.slot[None], visibility.causal)

@@ -1,0 +1,125 @@
+"""Rounds a second, and where a round's time goes; plain decoding against transformers' compiled `generate`; SpecPV against full
+verification.
+
+    python -m tests.benchmarks.decode what=rounds shape=tiny
+    python -m tests.benchmarks.decode what=rounds,partial shape=qwen3_8b contexts=[2048,16384,32768]
+
+Drafters begin as the target's layers and are not trained: what a round costs does not depend on what it accepts.
+"""
+
+import time
+from statistics import median
+
+import torch
+
+from data_prep.target import Target
+from eval.engine import Engine, room_for
+from eval.lengths import Lengths
+from eval.partial import PartialCache, PartialRecipe
+from eval.request import Stops
+from eval.static_cache import StaticCache
+from eval.static_drafting import StaticLookup, StaticNobody, StaticTrained
+from eval.tree import TreeShape
+from eval.verification import Sampling
+from tests.benchmarks import line, options, target_of
+from train.drafter.config import DrafterConfig
+from train.drafter.model import Drafter
+
+
+def drafter_of(target: Target, objective: str, reuse: str, slots: int) -> Drafter:
+    a = target.architecture
+    last, spread = a.num_layers - 1, [1, a.num_layers // 2, a.num_layers - 3]
+    config = DrafterConfig(
+        objective=objective, reuse=reuse, target_layers=[last], hidden_layers=spread if reuse in ("hidden", "hybrid") else [],
+        slots=slots, shifted=True, causal=False, seed=0, start="target", mask_token_id=2, architecture=a, target={},
+    )  # fmt: skip
+    target.capture(config.hidden_layers, config.kv_layers)
+    return Drafter(config).to(target.dtype).start(target, target.frozen_head).to(target.device)
+
+
+def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int) -> float:
+    """`generate` with a static cache, which it compiles on a GPU: seconds of a long run less those of a short one, which pays the
+    same for the prompt."""
+    ids = torch.tensor([prompt], device=target.device)
+    options = dict(do_sample=False, cache_implementation="static", eos_token_id=None, pad_token_id=0)
+
+    def seconds(count: int) -> float:
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            target.model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+            if target.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return median(times[1:])
+
+    return (new_tokens - 8) / (seconds(new_tokens) - seconds(8))
+
+
+def main() -> None:
+    o = options(
+        what="rounds,transformers", shape="tiny", contexts=[256], new=64, batch=1, length=4, breadth=4, nodes=16, compile=True,
+        sampling=0.0, retrieval=4096, partial_tokens=32, chunk=2048,
+    )  # fmt: skip
+    target = target_of(o.shape, "sdpa")
+    a, on_gpu, sampling = target.architecture, target.device.type == "cuda", Sampling(o.sampling)
+    generator = torch.Generator().manual_seed(0)
+    head = target.frozen_head
+    drafters = {
+        "ttt kv": lambda: StaticTrained(drafter_of(target, "ttt", "kv", o.length), head),
+        "ttt hidden": lambda: StaticTrained(drafter_of(target, "ttt", "hidden", o.length), head),
+        "block hybrid": lambda: StaticTrained(drafter_of(target, "blockwise", "hybrid", o.length), head),
+        "tree kv": lambda: StaticTrained(drafter_of(target, "ttt", "kv", o.length), head, tree=TreeShape(o.length, o.breadth)),
+        "lookup": StaticLookup,
+        "none": StaticNobody,
+    }
+    texts = {c: torch.randint(3, a.vocab_size, (o.batch, c), generator=generator).tolist() for c in o.contexts}
+    references = dict.fromkeys(o.contexts)
+    for context in o.contexts if "transformers" in o.what else []:  # before our own compilation, which it would go through
+        references[context] = reference = transformers_tokens_per_s(target, texts[context][0], o.new)
+        line("decode", who="transformers generate, static cache", context=context, batch=1, tokens_per_s=round(reference, 2))
+    if o.compile and on_gpu:
+        target.compile()
+    for context, prompts in texts.items():
+        reference = references[context]
+        room = room_for(context, o.new, max(o.length, o.nodes), o.partial_tokens)
+        cache = StaticCache(a.num_layers, o.batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+        plain = None
+
+        def run(who: str, graphs: bool, partial: PartialCache | None = None, what: str = "full") -> dict:
+            length = {"none": 0, "tree kv": o.nodes}.get(who, o.length)
+            engine = Engine(
+                target, drafters[who](), cache, sampling, Lengths(length), partial=partial, graphs=graphs, prefill_chunk=o.chunk
+            )
+            runs = [engine.generate(prompts, o.new, list(range(o.batch)), Stops()) for _ in range(4)][1:]
+            ms = lambda kind: median(1e3 * o.batch * getattr(r[0], f"{kind}_s") / len(r[0].rounds) for r in runs)
+            total, draft, verify = ms("decode"), ms("draft"), ms("verify")
+            rate = median(sum(len(g.tokens) - 1 for g in r) / sum(g.decode_s for g in r) for r in runs)
+            tau = sum(g.emitted for g in runs[0]) / sum(len(g.rounds) for g in runs[0])
+            figures = {
+                "who": who, "verify": what, "graphs": graphs and on_gpu, "compiled": o.compile and on_gpu, "context": context,
+                "batch": o.batch, "length": length, "temperature": o.sampling, "rounds_per_s": round(1e3 / total, 1),
+                "draft_ms": round(draft, 3), "verify_ms": round(verify, 3),
+                "overhead_share": round(1 - (draft + verify) / total, 4), "tokens_per_s": round(rate, 2), "tau": round(tau, 3),
+                "prefill_s": round(median(o.batch * r[0].prefill_s for r in runs), 3),
+            }  # fmt: skip
+            return figures
+
+        if "rounds" in o.what:
+            for graphs in [True] + [False] * on_gpu:
+                for who in reversed(drafters):
+                    figures = run(who, graphs)
+                    plain = plain or figures["tokens_per_s"]
+                    of_transformers = round(figures["tokens_per_s"] / reference, 3) if reference else None
+                    line("decode", **figures, of_plain=round(figures["tokens_per_s"] / plain, 3), of_transformers=of_transformers)
+        if "partial" in o.what:
+            full = run("ttt kv", True)
+            recipe = PartialRecipe(retrieval=o.retrieval, partial_tokens=o.partial_tokens)
+            partly = run("ttt kv", True, PartialCache(cache, recipe, o.length + 1), f"partial, {o.retrieval}")
+            ratio = lambda key: round(partly[key] / full[key], 3)
+            line("decode", **full)
+            line("decode", **partly, verify_of_full=ratio("verify_ms"), rounds_of_full=ratio("rounds_per_s"))
+
+
+if __name__ == "__main__":
+    main()
