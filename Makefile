@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUNS := runs/quickstart
 export DS_ACCELERATOR ?= cpu
+# Reads exports in tests/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
+READER := speculators hs-connectors loguru pydantic-settings
 
 .PHONY: quickstart test test-all lint clean
 
@@ -22,6 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install -q -c constraints.txt setuptools wheel
 	$(PYTHON) -m pip install -q -c constraints.txt torch
 	$(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e .[dev]
+	$(PYTHON) -m pip install -q -c constraints.txt --no-deps $(READER)
 	touch $@
 
 clean:

@@ -20,7 +20,7 @@ from eval.score import diagnose, score  # noqa: E402
 from eval.suites import Prompt, heldout_prompts  # noqa: E402
 from train import diagnostics  # noqa: E402
 from train.attention import executor  # noqa: E402
-from train.drafter.exchange import save_eagle3  # noqa: E402
+from train.drafter.export import save_export  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
 from train.tracking import Tracker  # noqa: E402
 from train.views import View  # noqa: E402
@@ -145,8 +145,8 @@ def run(recipe: EvalRecipe) -> None:
         print(f"diagnostics: {out / 'diagnostics.json'}, {out / 'diagnostics.png'}")
         return
     if recipe.mode == "export":
-        save_eagle3(drafter, target, out)
-        print(f"eagle3: {out}")
+        notes = save_export(drafter, target, out, recipe.format)
+        print(f"{recipe.format}: {out}", *notes, sep="\n")
         return
     wanted = recipe.prompts.model_copy(update={"tokens": recipe.span[0]})
     prompts = heldout_prompts(recipe.data, wanted, load_tokenizer(target.path, target.revision))

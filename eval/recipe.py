@@ -13,7 +13,7 @@ from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
-from train.drafter.exchange import check_eagle3
+from train.drafter.export import check_export
 from train.recipe import TrackingRecipe
 from train.views import View
 
@@ -38,6 +38,7 @@ class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
     mode: Literal["decode", "score", "diagnose", "export"]
+    format: Literal["eagle3", "dflash"]
     drafter: str
     out: str
     context: int | None = Field(None, ge=2)  # tokens before the first anchor; decode: null means prompts.tokens; score: anywhere
@@ -123,7 +124,7 @@ def check(recipe: EvalRecipe) -> None:
         )
     executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
     if recipe.mode == "export":
-        check_eagle3(config)
+        check_export(config, recipe.format)
     if recipe.mode in ("score", "diagnose"):
         reader = CacheReader(recipe.cache.dir)
         manifest = reader.manifest

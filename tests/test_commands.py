@@ -310,6 +310,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     for words, message in (
         (["mode=diagnose", "score.pack_tokens=64"], "mode=diagnose needs whole documents"),
         (["mode=export"], "cannot be exported as format=eagle3"),
+        (["mode=export", "format=dflash"], "cannot be exported as format=dflash"),
     ):
         with pytest.raises(UserError, match=message):
             check_eval(cli.compose("eval", EvalRecipe, [*small, *words]))

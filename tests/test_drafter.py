@@ -15,6 +15,7 @@ from tests.models import drafter_of, small_target
 from tests.test_objectives import document, objective_of, packed
 from train.batches import make_pack
 from train.drafter import exchange
+from train.drafter.export import save_export
 from train.drafter.layers import Rope
 from train.drafter.model import Drafter
 from train.engine import parameter_groups
@@ -198,7 +199,7 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
 
     config = drafter_of(target, "ttt", "hidden", layers=2).config
     exchange.check_warm_start(saved("fits"), config)
-    exchange.save_eagle3(eagle3(target), target, tmp_path / "served")
+    save_export(eagle3(target), target, tmp_path / "served", "eagle3")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/config.json").write_text("{")
     (tmp_path / "torn/model.safetensors").write_bytes(b"")
@@ -292,7 +293,7 @@ def served(folder, target, pack, steps):
 def test_an_exported_eagle3_checkpoint_gives_the_same_logits(target, tmp_path, whole):
     """Served as its format says, and read back into a drafter of ours."""
     drafter = eagle3(target, **({"draft_vocab": None, "own_head": False} if whole else {}))
-    exchange.save_eagle3(drafter, target, tmp_path)
+    save_export(drafter, target, tmp_path, "eagle3")
     pack = packed(target)
     mine, valid = logits(target, drafter), pack.valid(4)
     said = mine[valid].isfinite()
@@ -305,17 +306,3 @@ def test_an_exported_eagle3_checkpoint_gives_the_same_logits(target, tmp_path, w
     assert left == []
     found = logits(target, again)
     torch.testing.assert_close(found[found.isfinite()], mine[mine.isfinite()], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "cell,options,message",
-    [
-        (("ttt", "kv"), {}, "reads state that no server hands out"),
-        (("blockwise", "hidden"), {}, "is not EAGLE-3's"),
-        (("ttt", "hidden"), {}, "queries and keys are normed"),
-    ],
-)
-def test_what_no_server_can_load_is_not_exported(target, tmp_path, cell, options, message):
-    with pytest.raises(UserError, match=message):
-        exchange.save_eagle3(drafter_of(target, *cell, **options), target, tmp_path)
-    assert not any(tmp_path.iterdir())

@@ -1,34 +1,17 @@
-"""Weights from other drafters (`drafter.warm_start`), and EAGLE-3 checkpoints in and out.
-
-An EAGLE-3 checkpoint is what vLLM and SGLang load: one layer under `midlayer`, queries, keys and values over [token; feature],
-`d2t` as offsets. It can hold a ttt drafter of one layer over hidden states, without norms on queries and keys.
-"""
+"""Weights from other drafters and from EAGLE-3 checkpoints (`drafter.warm_start`)."""
 
 import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from data_prep.cache.manifest import publish, write_text
 from data_prep.errors import UserError
-from data_prep.target import Architecture, Target
 from train.drafter.config import DrafterConfig
+from train.drafter.export import EAGLE3
 from train.drafter.model import Drafter
-
-EAGLE3 = {
-    "fc.weight": "fc.weight",
-    "norm.weight": "norm.weight",
-    "head.weight": "lm_head.weight",
-    "head.d2t": "d2t",
-    "layers.0.token_norm.weight": "midlayer.input_layernorm.weight",
-    "layers.0.input_norm.weight": "midlayer.hidden_norm.weight",
-    "layers.0.post_norm.weight": "midlayer.post_attention_layernorm.weight",
-    **{f"layers.0.branches.hidden.{n}.weight": f"midlayer.self_attn.{n}_proj.weight" for n in "qkvo"},
-    **{f"layers.0.{n}.weight": f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-}
 
 
 def check_warm_start(folder: str, config: DrafterConfig) -> None:
@@ -126,60 +109,3 @@ def _weights(folder: str, config: DrafterConfig) -> dict[str, Tensor]:
 
 def _is_eagle3(config: dict) -> bool:
     return any("Eagle3" in name for name in config.get("architectures") or [])
-
-
-def check_eagle3(config: DrafterConfig) -> None:
-    """Raises UserError when no server could load the drafter as an EAGLE-3 checkpoint."""
-    reasons = {
-        f"reuse={config.reuse} reads state that no server hands out": config.reuse != "hidden",
-        f"objective={config.objective} is not EAGLE-3's": config.objective != "ttt",
-        f"it has {len(config.target_layers)} layers, EAGLE-3 has one": len(config.target_layers) != 1,
-        "its queries and keys are normed (train with drafter.qk_norm=false)": config.normed,
-        "its projections have biases": config.architecture.qkv_bias,
-    }
-    if reason := next((reason for reason, holds in reasons.items() if holds), None):
-        raise UserError(f"the drafter cannot be exported as format=eagle3: {reason}")
-
-
-def save_eagle3(drafter: Drafter, target: Target, folder: Path) -> None:
-    """`config.json` and `model.safetensors` as vLLM reads them. `eagle_aux_hidden_state_layer_ids` counts a layer's *input*,
-    one more than the layer whose output is read; their features are concatenated in ascending order."""
-    config, a = drafter.config, drafter.config.architecture
-    check_eagle3(config)
-    weights = {name: tensor.detach().cpu() for name, tensor in drafter.state_dict().items()}
-    order = sorted(range(len(config.hidden_layers)), key=lambda i: config.hidden_layers[i])
-    weights["fc.weight"] = torch.cat([weights["fc.weight"].chunk(len(order), dim=1)[i] for i in order], dim=1)
-    weights["head.weight"] = drafter.head.heads(target.frozen_head).draft_DE.detach().cpu()
-    kept_D = drafter.head.kept_D
-    kept_D = torch.arange(a.vocab_size) if kept_D is None else kept_D.cpu()
-    weights["head.d2t"] = kept_D - torch.arange(len(kept_D))
-    tensors = {name: weights[mine].contiguous() for mine, name in EAGLE3.items()}
-    tensors["t2d"] = torch.zeros(a.vocab_size, dtype=torch.bool).index_fill_(0, kept_D, True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    aux = [config.hidden_layers[i] + 1 for i in order]
-    write_text(folder / "config.json", json.dumps(_eagle3_config(a, target, len(kept_D), aux, str(drafter.dtype)), indent=1))
-
-
-def _eagle3_config(a: Architecture, target: Target, draft_vocab: int, aux: list[int], dtype: str) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.intermediate_size,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.head_dim,
-        "num_hidden_layers": 1,
-        "hidden_act": "silu",
-        "rms_norm_eps": a.norm_eps,
-        "max_position_embeddings": a.max_positions,
-        **target.rope_config,
-        "vocab_size": a.vocab_size,
-        "draft_vocab_size": draft_vocab,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype.removeprefix("torch."),
-        "eagle_aux_hidden_state_layer_ids": aux,
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": aux},
-    }
