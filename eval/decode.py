@@ -85,7 +85,7 @@ def decode(
         drafting.observe(states.map(lambda t: t[: kept + 1]), tokens[anchor + 1 :])
         now, before = _clock(target), now
         result.draft_s += now - before
-        result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None))
+        result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None, draft.tokens))
     result.decode_s = now - decoding
     result.kv_bytes = drafting.kv_bytes()
     output = tokens[len(prompt) : len(prompt) + max_new_tokens]

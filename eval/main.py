@@ -1,4 +1,7 @@
-"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export] [-m view.budget=256,1024,0]"""
+"""python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export] [-m view.budget=256,1024,0]
+
+python eval/main.py mode=compare runs=[REPORT,REPORT] out=COMPARISON
+"""
 
 import resource
 import sys
@@ -7,12 +10,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
 import torch  # noqa: E402
-from rich.progress import Progress  # noqa: E402
 
 from data_prep import cli  # noqa: E402
+from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
 from data_prep.target import Target, load_target, load_tokenizer, pick_device  # noqa: E402
-from eval import measure, report  # noqa: E402
+from eval import compare, measure, page, report  # noqa: E402
 from eval.decode import Generation, decode  # noqa: E402
 from eval.drafting import Drafting, Nobody, PromptLookup, Trained, memory_of, zero_memory  # noqa: E402
 from eval.recipe import EvalRecipe, check, named_view, view_of  # noqa: E402
@@ -61,13 +64,17 @@ def contenders(target: Target, drafter: Drafter, attend, view: View | None, cont
 
 def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generation]], temperature: float) -> dict:
     """One temperature's part of report.json."""
+    along = measure.by_context({name: generations for name, generations in runs.items() if name != "baseline"})
 
-    def one(generations: list[Generation]) -> dict:
+    def one(name: str) -> dict:
+        generations = runs[name]
         found, (micro, macro) = measure.acceptance(generations), measure.tau(generations)
         return {
             "tau_micro": micro,
             "tau_macro": macro,
             "per_prompt": [[g.emitted, len(g.rounds)] for g in generations],  # tokens emitted, verify steps
+            "per_prompt_s": measure.per_prompt_s(generations),
+            "by_context": along[name],
             "joint": found.joint,
             "conditional": found.conditional,
             "tokens_per_s": measure.tokens_per_s(generations, prefill=False),
@@ -75,8 +82,9 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
         }
 
     baseline, trained = runs["baseline"], runs["trained"]
-    result = one(trained)
+    result = one("trained")
     result["baseline_tokens_per_s"] = measure.tokens_per_s(baseline, prefill=False)
+    result["baseline_per_prompt_s"] = measure.per_prompt_s(baseline)
     result["baseline_round_ms"] = measure.round_ms(baseline)
     result["speedup_decode"] = result["tokens_per_s"] / result["baseline_tokens_per_s"]
     result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
@@ -91,7 +99,7 @@ def figures(target: Target, prompts: list[Prompt], runs: dict[str, list[Generati
         result["lossless"] = p > 1e-3
         result["lossless_by"] = f"tokens' ranks under the target are uniform: chi-square p = {p:.3f} (NO below 0.001)"
     result["repetition"] = measure.repetition(trained)
-    result["controls"] = {name: one(generations) for name, generations in runs.items() if name not in ("baseline", "trained")}
+    result["controls"] = {name: one(name) for name in runs if name not in ("baseline", "trained")}
     return result
 
 
@@ -110,22 +118,39 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **config.target},
         "view": named_view(recipe, config).model_dump() | {"budget": getattr(view_of(recipe, config), "budget", 0)},
         "context": recipe.span and recipe.span[0],
+        "software": software_versions(),
         "commit": cli.git_revision(),
     }
 
 
+UNCHARTED = ("drafter", "target", "prompts", "software", "commit", "examples", "runs", "differ")  # no figures
+DRAWN = {"report.json": (report.draw, page.write_page), "compare.json": (compare.write_page,)}
+
+
 def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
-    """Write the report; to W&B, a sweep's points as one group."""
+    """Write the report and what is drawn of it; to W&B too, a sweep's points as one group."""
     out = Path(recipe.out)
     report.write_json(out, found, name)
+    for draw in DRAWN.get(name, ()):
+        draw(out, found)
     if recipe.tracking.kind != "none":
         config = recipe.model_dump(mode="json", exclude={"out"})
         tracker = Tracker(recipe.tracking, out, out.parent.name if cli.in_sweep() else None, config, resumed_at=0)
-        tracker.log(0, {key: value for key, value in found.items() if key not in ("drafter", "target", "prompts", "commit")})
+        tracker.log(0, measure.charted({key: value for key, value in found.items() if key not in UNCHARTED}))
+        stem = Path(name).stem
+        for suffix, log in ((".png", tracker.picture), (".html", tracker.page)):
+            if (out / (stem + suffix)).exists():
+                log(0, stem + suffix.replace(".", "_"), out / (stem + suffix))
         tracker.close()
 
 
 def run(recipe: EvalRecipe) -> None:
+    if recipe.mode == "compare":
+        found = compare.compare(compare.load(recipe.runs), recipe.seed)
+        publish(recipe, "compare.json", found)
+        compare.print_table(found)
+        print(f"comparison: {Path(recipe.out) / 'compare.json'}, {Path(recipe.out) / 'compare.html'}")
+        return
     if pick_device(recipe.target.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the point of a sweep that came before
     target, drafter = load(recipe)
@@ -149,15 +174,17 @@ def run(recipe: EvalRecipe) -> None:
         print(f"{recipe.format}: {out}", *notes, sep="\n")
         return
     wanted = recipe.prompts.model_copy(update={"tokens": recipe.span[0]})
-    prompts = heldout_prompts(recipe.data, wanted, load_tokenizer(target.path, target.revision))
+    tokenizer = load_tokenizer(target.path, target.revision)
+    prompts = heldout_prompts(recipe.data, wanted, tokenizer)
     attend, view = executor(recipe.attention, target.device, training=False), view_of(recipe, drafter.config)
     result = {
         **described(recipe, target, drafter),
         "prompts": {**wanted.model_dump(), "source": recipe.data.source, "ids": [p.id for p in prompts], "seed": recipe.seed},
         "temperatures": {},
+        "examples": {},
     }
     everyone = contenders(target, drafter, attend, view, recipe.controls)
-    with Progress() as progress:
+    with report.progress() as progress:
         task = progress.add_task("decode", total=len(recipe.temperatures) * len(prompts))
         for temperature in recipe.temperatures:
             runs: dict[str, list[Generation]] = {name: [] for name in everyone}
@@ -171,8 +198,9 @@ def run(recipe: EvalRecipe) -> None:
                         decode(*arguments, 8, temperature, recipe.seed)
                     limit = recipe.prompts.max_new_tokens
                     runs[name].append(decode(*arguments, limit, temperature, recipe.seed + number, target.end_tokens))
-                progress.advance(task)
+                progress.update(task, advance=1, tau=measure.tau(runs["trained"])[0])
             result["temperatures"][f"{temperature:g}"] = figures(target, prompts, runs, temperature)
+            result["examples"][f"{temperature:g}"] = measure.examples([p.tokens for p in prompts], runs["trained"], tokenizer)
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = (
         torch.cuda.max_memory_allocated() / 2**30
@@ -180,10 +208,15 @@ def run(recipe: EvalRecipe) -> None:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     )
     publish(recipe, "report.json", result)
-    report.draw(out, result)
     report.print_table(result)
-    print(f"report: {out / 'report.json'}, {out / 'report.png'}")
+    print(f"report: {out / 'report.json'}, {out / 'report.png'}, {out / 'report.html'}")
+
+
+def gather(folder: Path) -> None:
+    """What a sweep's points say together. Points of other modes than decode and score say nothing together."""
+    if any(path for name in ("report.json", "score.json") for path in folder.rglob(name)):
+        report.gather([folder], folder)
 
 
 if __name__ == "__main__":
-    cli.main("eval", EvalRecipe, check, run, gather=lambda folder: report.gather([folder], folder))
+    cli.main("eval", EvalRecipe, check, run, gather=gather)

@@ -6,9 +6,11 @@ tau = 1 + sum_j joint_j.
 """
 
 import hashlib
+import re
 from statistics import mean
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.target import Target
 from eval.decode import Generation
@@ -30,6 +32,75 @@ def tau(generations: list[Generation]) -> tuple[float, float]:
     if not judged:  # every output ended with its first token
         return 1.0, 1.0
     return (sum(g.emitted for g in judged) / sum(len(g.rounds) for g in judged), mean(g.emitted / len(g.rounds) for g in judged))
+
+
+def by_context(runs: dict[str, list[Generation]], bins: int = 8) -> dict[str, dict[str, list]]:
+    """{name: {"from": [...], "to": [...], "tau": [...], "rounds": [...]}}: tau of the rounds whose anchor stands at the text's
+    positions from .. to (both included), in at most `bins` bins of equal width that all runs share. A bin without a round of
+    one run is left out of it."""
+    anchors = [r.anchor for generations in runs.values() for g in generations for r in g.rounds]
+    low, high = min(anchors, default=0), max(anchors, default=0)
+    width = (high - low) // bins + 1
+    found = {}
+    for name, generations in runs.items():
+        emitted: dict[int, list[int]] = {}
+        for r in (r for g in generations for r in g.rounds):
+            emitted.setdefault((r.anchor - low) // width, []).append(r.kept + 1)
+        held = sorted(emitted)
+        found[name] = {
+            "from": [low + one * width for one in held],
+            "to": [low + one * width + width - 1 for one in held],
+            "tau": [mean(emitted[one]) for one in held],
+            "rounds": [len(emitted[one]) for one in held],
+        }
+    return found
+
+
+def per_prompt_s(generations: list[Generation]) -> list[list[float]]:
+    """[output tokens, seconds] of each request, decode alone: what `tokens_per_s` adds up."""
+    return [[len(g.tokens) - 1, g.decode_s] for g in generations]
+
+
+def charted(figures: dict) -> dict:
+    """`figures` without what is kept for each prompt: numbers and lists of numbers, as a log takes them."""
+    kept = {name: value for name, value in figures.items() if "per_prompt" not in name}
+    return {name: charted(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def examples(
+    prompts: list[list[int]], generations: list[Generation], tokenizer: PreTrainedTokenizerBase, count: int = 3
+) -> list[dict]:
+    """The first `count` requests as people read them: {"prompt": its last 200 characters, "pieces": [[text, kind], ...]}, one
+    piece a token. Kinds: `accepted` (drafted and kept), `rejected` (the first drafted token of a round that was refused: no part
+    of the output), `emitted` (the target's own: a prefill's, a correction or a bonus). Nothing after the output's end."""
+    shown = []
+    for prompt, generation in list(zip(prompts, generations))[:count]:
+        output, at, pieces = generation.tokens, 0, []
+
+        def add(token: int, kind: str) -> None:
+            pieces.append([_text(tokenizer, [*prompt[-WINDOW:], *output[max(0, at - WINDOW) : at]][-WINDOW:], token), kind])
+
+        # The prefill's token is a round of nobody's.
+        for drafted, kept in [([], 0), *((r.drafted_tokens or [], r.kept) for r in generation.rounds)]:
+            for kind in ["accepted"] * kept + ["emitted"]:
+                if at == len(output):
+                    break
+                if kind == "emitted" and kept < len(drafted):
+                    add(drafted[kept], "rejected")
+                add(output[at], kind)
+                at += 1
+        shown.append({"prompt": tokenizer.decode(prompt[-200:])[-200:], "pieces": pieces})
+    return shown
+
+
+WINDOW = 8  # tokens before one that decide how it is written: spaces, and characters of several tokens
+HALF = re.compile("\ufffd{1,3}$")  # what may still become a character
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:
+    """What `token` adds to the text; a character of several tokens is its last one's."""
+    head, whole = (HALF.sub("", tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (before, [*before, token]))
+    return whole[len(head) :]
 
 
 def tokens_per_s(generations: list[Generation], prefill: bool) -> float:

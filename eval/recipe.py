@@ -11,6 +11,7 @@ from data_prep.cli import CONF, refuse_file, validated
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
+from eval import compare
 from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.export import check_export
@@ -37,9 +38,10 @@ class ScoreRecipe(Section):
 class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
-    mode: Literal["decode", "score", "diagnose", "export"]
+    mode: Literal["decode", "score", "diagnose", "export", "compare"]
+    drafter: str | None = None
     format: Literal["eagle3", "dflash"]
-    drafter: str
+    runs: list[str] = []  # mode=compare: folders of reports
     out: str
     context: int | None = Field(None, ge=2)  # tokens before the first anchor; decode: null means prompts.tokens; score: anywhere
     view: View
@@ -101,6 +103,13 @@ def check(recipe: EvalRecipe) -> None:
     if min(recipe.temperatures) < 0:
         raise UserError(f"temperatures={recipe.temperatures}: a temperature is 0 (greedy) or more")
     refuse_file("out", recipe.out)
+    if recipe.mode == "compare":
+        compare.load(recipe.runs)
+        return
+    if recipe.runs:
+        raise UserError(f"runs= is for mode=compare; mode={recipe.mode} judges one drafter")
+    if recipe.drafter is None:
+        raise UserError(f"mode={recipe.mode} judges a drafter: say which, drafter=RUN/checkpoints/best")
     config = DrafterConfig.load(recipe.drafter)
     if not (Path(recipe.drafter) / "model.safetensors").is_file():
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")

@@ -16,17 +16,31 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from data_prep.cache.manifest import write_text
 from data_prep.cli import fail
 from data_prep.errors import UserError
+from eval import page
 from train.views import FULL
 
 
 def write_json(out: Path, report: dict, name: str = "report.json") -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / name, json.dumps(report, indent=1))
+
+
+class _Tau(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        tau = task.fields.get("tau")
+        return Text("" if tau is None else f"tau {tau:.2f}", style="bold")
+
+
+def progress() -> Progress:
+    """A bar that also shows a running tau: `update(task, advance=1, tau=...)`."""
+    return Progress("{task.description}", BarColumn(), MofNCompleteColumn(), _Tau(), TimeRemainingColumn())
 
 
 def print_table(report: dict) -> None:
@@ -37,26 +51,10 @@ def print_table(report: dict) -> None:
         caption=(f"view {view['kind']}, {view['budget']} positions" if view["budget"] else "everything visible")
         + f"; K/V that a round reads: {kv['read_mib']:.2f} MiB, that the drafter keeps: {kv['kept_mib']:.2f} MiB",
     )
-    for column in ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "tokens/s", "speedup", "lossless"):
-        table.add_column(column, justify="left" if column in ("drafter", "acceptance by slot") else "right")
-    for temperature, figures in report["temperatures"].items():
-        baseline = {"tau_micro": 1.0, "conditional": [], "tokens_per_s": figures["baseline_tokens_per_s"]}
-        baseline["round_ms"] = figures["baseline_round_ms"]
-        for name, row in {"trained": figures, **figures["controls"], "none (baseline)": baseline}.items():
-            trained = name == "trained"
-            table.add_row(
-                temperature if trained else "",
-                name.replace("_", " "),
-                f"{row['tau_micro']:.2f}",
-                " ".join(f"{c:.2f}" for c in row["conditional"]),
-                f"{row['round_ms']['draft']:.1f}",
-                f"{row['round_ms']['verify']:.1f}",
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['tokens_per_s'] / baseline['tokens_per_s']:.2f}x",
-                ("yes" if row["lossless"] else "NO") if trained else "",
-                style="bold" if trained else None,
-                end_section=name.startswith("none"),
-            )
+    for head in page.HEADS:
+        table.add_column(head, justify="left" if head in page.TEXT else "right")
+    for row in page.rows(report):
+        table.add_row(*row, style="bold" if row[1] == "trained" else None, end_section=row[1] == page.BASELINE)
     Console(width=120).print(table)
 
 
@@ -107,8 +105,8 @@ Cells = dict[tuple[str, int, str], dict[int, list[float]]]  # {(figure, context,
 
 
 def gather(folders: list[Path], out: Path) -> None:
-    """`sweep.md` and `sweep.png` in `out`, of every report.json and score.json under `folders`. What differs among them stands in
-    a drafter's name, its seed aside: seeds are averaged, with the least and the greatest beside.
+    """`sweep.md`, `sweep.png` and `sweep.html` in `out`, of every report.json and score.json under `folders`. What differs among
+    them stands in a drafter's name, its seed aside: seeds are averaged, with the least and the greatest beside.
 
     Raises:
         UserError: a folder has no report, or one of an earlier release.
@@ -153,7 +151,8 @@ def gather(folders: list[Path], out: Path) -> None:
         table.add_row(*(cell.split(" [")[0] for cell in rows[key]), end_section=key[:2] != after[:2])
     Console(width=140).print(table)
     _draw_sweep(out / "sweep.png", cells, budgets)
-    print(f"sweep: {out / 'sweep.md'}, {out / 'sweep.png'}")
+    page.write_sweep(out, heads, list(rows.values()), out / "sweep.png")
+    print(f"sweep: {out / 'sweep.md'}, {out / 'sweep.png'}, {out / 'sweep.html'}")
 
 
 def _run_of(path: str) -> str:

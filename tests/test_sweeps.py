@@ -12,7 +12,7 @@ from data_prep import cli
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import UserError
 from data_prep.target import load_target
-from eval import report
+from eval import compare, report
 from eval.recipe import EvalRecipe
 from eval.recipe import check as check_eval
 from tests.conftest import ROOT, SMALL, command, deepspeed
@@ -81,7 +81,23 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
                 assert found["view"]["kind"] == "topk_chunk"
                 assert found["drafter"]["budgets"] == "sandwich" and found["drafter"]["trained_view"]["recent"] == 8
                 assert group_of(point) == folder
+                if folder == "decoded":
+                    (log,) = (point / "wandb").glob("offline-run-*")
+                    (logged,) = log.glob("files/media/html/report_html*.html")
+                    assert logged.read_text() == (point / "report.html").read_text()
+                    assert list(log.glob("files/media/images/report_png*.png"))
+                    (record,) = log.glob("*.wandb")
+                    for figure in (b"by_context.tau/1", b"round_ms.overhead", b"drafter_kv.read_mib", b"peak_gib"):
+                        assert figure in record.read_bytes()
+                    assert b"per_prompt" not in record.read_bytes() and b"rejected" not in record.read_bytes()
+                    assert any(kind == "rejected" for one in found["examples"]["1"] for _, kind in one["pieces"])
         assert (tmp_path / folder / "sweep.png").stat().st_size > 10_000
+        assert "teacher-forced" in (tmp_path / folder / "sweep.html").read_text() or folder == "decoded"
+    points = compare.load([str(tmp_path / f"decoded/context=100,view.budget={budget}") for budget in (24, 0)])
+    compared = compare.compare(points, seed=0)
+    assert [one["paired"] for one in compared["temperatures"]["1"].values()] == [True, True] and "view.budget" in compared[
+        "differ"
+    ]
     read = {b: json.loads((tmp_path / f"decoded/context=100,view.budget={b}/report.json").read_text()) for b in (24, 0)}
     assert 0 < read[24]["drafter_kv"]["read_mib"] <= 24 * 2 * 2 * 64 * 4 / 2**20  # 24 positions of K and V in one layer, float32
     assert read[0]["drafter_kv"]["read_mib"] > 3 * read[24]["drafter_kv"]["read_mib"]

@@ -41,6 +41,13 @@ class Tracker:
 
             self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
+    def page(self, step: int, name: str, path: Path) -> None:
+        """An HTML file, as it is: W&B's own style sheet would be fetched from a network."""
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Html(str(path), inject=False)}, step=step)
+
     def close(self) -> None:
         self._file.close()
         if self._wandb:
