@@ -107,16 +107,20 @@ def _jsonl(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
                 yield Record(id, fields)
 
 
-def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
-    """Whatever `datasets.load_dataset` loads."""
+def load_hub(name: str, config: str | None, split: str, files=None, streaming: bool = False, key: str = "data"):
+    """Whatever `datasets.load_dataset` loads. Raises UserError, naming the settings of section `key`."""
     import datasets  # seconds to import, and only this source needs it
 
     datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset(data.name, data.config, split=data.split, data_files=data.files, streaming=data.streaming)
+        return datasets.load_dataset(name, config, split=split, data_files=files, streaming=streaming)
     except Exception as error:  # the library raises whatever its builders and its network raise
         what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.name={data.name}, data.split={data.split}: datasets cannot load it ({what[:300]})") from error
+        raise UserError(f"{key}.name={name}, {key}.split={split}: datasets cannot load it ({what[:300]})") from error
+
+
+def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
+    dataset = load_hub(data.name, data.config, data.split, data.files, data.streaming)
     numbered = iter(enumerate(dataset))
     if not data.streaming:
         named = dataset[data.id] if data.id in dataset.column_names else [None] * len(dataset)

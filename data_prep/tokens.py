@@ -109,6 +109,11 @@ def joined(
         yield Record(name, {}), (ids, mask)
 
 
+def dateless(template: str) -> str:
+    """A chat template that writes the same tokens every day."""
+    return DATE.sub(lambda call: repr(TODAY.strftime(call[1])), template)
+
+
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options) -> dict:
     """`apply_chat_template`, ids and all. Raises LeftOut when the template refuses the conversation."""
     try:
@@ -171,7 +176,7 @@ def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data:
     if not tokenizer.chat_template:
         raise UserError("the target's tokenizer has no chat template, which data=chat needs")
 
-    template = DATE.sub(lambda call: repr(TODAY.strftime(call[1])), tokenizer.get_chat_template(tools=tools or None))
+    template = dateless(tokenizer.get_chat_template(tools=tools or None))
 
     def render(some: list[dict], prompt: bool = False, mask: bool = False):
         options = {"tools": tools or None, "chat_template": template, "add_generation_prompt": prompt}

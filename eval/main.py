@@ -18,9 +18,9 @@ from data_prep.target import Target, load_target, load_tokenizer, pick_device  #
 from eval import compare, measure, page, report  # noqa: E402
 from eval.decode import Generation, decode  # noqa: E402
 from eval.drafting import Drafting, Nobody, PromptLookup, Trained, memory_of, zero_memory  # noqa: E402
-from eval.recipe import EvalRecipe, check, named_view, view_of  # noqa: E402
+from eval.recipe import EvalRecipe, check, named_view, prompts_of, view_of  # noqa: E402
 from eval.score import diagnose, score  # noqa: E402
-from eval.suites import Prompt, heldout_prompts  # noqa: E402
+from eval.suites import Prompt  # noqa: E402
 from train import diagnostics  # noqa: E402
 from train.attention import executor  # noqa: E402
 from train.drafter.export import save_export  # noqa: E402
@@ -173,34 +173,32 @@ def run(recipe: EvalRecipe) -> None:
         notes = save_export(drafter, target, out, recipe.format)
         print(f"{recipe.format}: {out}", *notes, sep="\n")
         return
-    wanted = recipe.prompts.model_copy(update={"tokens": recipe.span[0]})
     tokenizer = load_tokenizer(target.path, target.revision)
-    prompts = heldout_prompts(recipe.data, wanted, tokenizer)
+    prompts, asked = prompts_of(recipe, drafter.config, tokenizer)
     attend, view = executor(recipe.attention, target.device, training=False), view_of(recipe, drafter.config)
-    result = {
-        **described(recipe, target, drafter),
-        "prompts": {**wanted.model_dump(), "source": recipe.data.source, "ids": [p.id for p in prompts], "seed": recipe.seed},
-        "temperatures": {},
-        "examples": {},
-    }
-    everyone = contenders(target, drafter, attend, view, recipe.controls)
+    result = {**described(recipe, target, drafter), "prompts": asked | {"seed": recipe.seed}, "temperatures": {}, "examples": {}}
+    everyone, limit = contenders(target, drafter, attend, view, recipe.controls), asked["max_new_tokens"]
     with report.progress() as progress:
         task = progress.add_task("decode", total=len(recipe.temperatures) * len(prompts))
         for temperature in recipe.temperatures:
             runs: dict[str, list[Generation]] = {name: [] for name in everyone}
+            requests: list[Prompt] = []
             for number, prompt in enumerate(prompts):
                 if "shuffled_memory" in everyone:
                     other = target.forward(torch.tensor([prompts[number - 1].tokens], device=target.device)).map(lambda t: t[0])
                     everyone["shuffled_memory"] = Trained(drafter, target.frozen_head, attend, view, memory_of(other))
-                for name, drafting in everyone.items():  # side by side, so that a machine's moods meet all alike
-                    arguments = (target, drafting, prompt.tokens)
-                    if number == 0:  # nobody's first request pays for the warm-up
-                        decode(*arguments, 8, temperature, recipe.seed)
-                    limit = recipe.prompts.max_new_tokens
-                    runs[name].append(decode(*arguments, limit, temperature, recipe.seed + number, target.end_tokens))
+                while prompt:
+                    for name, drafting in everyone.items():  # side by side, so that a machine's moods meet all alike
+                        arguments = (target, drafting, prompt.tokens)
+                        for _ in range(0 if requests else asked["warmup"]):  # nobody's first request pays for the warm-up
+                            decode(*arguments, asked["warmup_tokens"] or limit, temperature, recipe.seed)
+                        seed = recipe.seed + len(requests)
+                        runs[name].append(decode(*arguments, limit, temperature, seed, target.end_tokens))
+                    requests.append(prompt)
+                    prompt = prompt.after(runs["baseline"][-1].tokens)  # one history for all, so that they can be compared
                 progress.update(task, advance=1, tau=measure.tau(runs["trained"])[0])
-            result["temperatures"][f"{temperature:g}"] = figures(target, prompts, runs, temperature)
-            result["examples"][f"{temperature:g}"] = measure.examples([p.tokens for p in prompts], runs["trained"], tokenizer)
+            result["temperatures"][f"{temperature:g}"] = figures(target, requests, runs, temperature)
+            result["examples"][f"{temperature:g}"] = measure.examples([p.tokens for p in requests], runs["trained"], tokenizer)
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = (
         torch.cuda.max_memory_allocated() / 2**30

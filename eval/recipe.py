@@ -5,6 +5,7 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from data_prep.cache.reader import CacheReader
 from data_prep.cli import CONF, refuse_file, validated
@@ -12,19 +13,12 @@ from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
 from eval import compare
+from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
 from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.export import check_export
 from train.recipe import TrackingRecipe
 from train.views import View
-
-
-class PromptsRecipe(Section):
-    """Prompts are the first tokens of held-out documents."""
-
-    count: int = Field(ge=2)  # two at least: the shuffled-memory control shows one the other's states
-    tokens: int = Field(ge=2)
-    max_new_tokens: int = Field(ge=2)
 
 
 class ScoreRecipe(Section):
@@ -43,11 +37,13 @@ class EvalRecipe(Section):
     format: Literal["eagle3", "dflash"]
     runs: list[str] = []  # mode=compare: folders of reports
     out: str
-    context: int | None = Field(None, ge=2)  # tokens before the first anchor; decode: null means prompts.tokens; score: anywhere
+    # Tokens before the first anchor; null: in mode=decode prompts.tokens or suite.prompt_tokens, in mode=score anywhere.
+    context: int | None = Field(None, ge=2)
     view: View
     tracking: TrackingRecipe
     target: TargetRecipe
     data: DataRecipe
+    suite: SuiteRecipe
     prompts: PromptsRecipe
     cache: FinishedCache
     score: ScoreRecipe
@@ -57,8 +53,16 @@ class EvalRecipe(Section):
     seed: int
 
     @property
+    def asks_suite(self) -> bool:
+        """Whether prompts come from a suite, not from held-out documents."""
+        return self.mode == "decode" and self.suite.kind != "heldout"
+
+    @property
     def span(self) -> tuple[int, int] | None:
         """Positions of the anchors that a context asks for: as many as decoding makes tokens."""
+        if self.asks_suite:
+            context = self.context or self.suite.prompt_tokens
+            return context and (context, context + self.suite.new_tokens)
         if self.context is None and self.mode != "decode":
             return None
         context = self.context or self.prompts.tokens
@@ -83,6 +87,24 @@ def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
     if view.positions == "in_cache" and config.source == "projected" and config.uses_kv:
         raise UserError("view.positions=in_cache turns keys to other positions; the drafter's projected keys mix turned ones")
     return view
+
+
+def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
+    """The prompts of mode=decode, as long as `context` wants them, and what a report says of them. Raises UserError."""
+    suite, prompts, context = recipe.suite, recipe.prompts, recipe.span and recipe.span[0]
+    if recipe.asks_suite and prompts != PromptsRecipe(**OmegaConf.load(f"{CONF}/eval.yaml").prompts):
+        raise UserError(
+            f"prompts.* is for suite=heldout; suite={suite.kind} has suite.count, suite.prompt_tokens, suite.new_tokens"
+        )
+    if recipe.asks_suite:
+        suite = suite.model_copy(update={"prompt_tokens": context})
+    else:
+        prompts = prompts.model_copy(update={"tokens": context})
+    room = config.architecture.max_positions - config.slots  # the last round may draft beyond the last token
+    found, said = load_prompts(suite, recipe.data, prompts, tokenizer, room)
+    if len(found) < 2 and recipe.controls:
+        raise UserError(f"{said['source']} has one prompt, and one control shows a drafter another's memory: say controls=false")
+    return found, said
 
 
 def _check_positions(recipe: EvalRecipe, config: DrafterConfig, reaches: int) -> None:
@@ -118,7 +140,7 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(f"mode={recipe.mode} knows the full view only: leave out view.budget")
     if config.lm and recipe.mode == "diagnose":
         raise UserError("mode=diagnose looks at layers of our own, and a drafter.lm has none")
-    if recipe.span:
+    if recipe.span and not recipe.asks_suite:
         room, end = config.architecture.max_positions, recipe.span[1]
         if end + config.slots > room:
             raise UserError(
@@ -131,6 +153,8 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(
             f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
         )
+    if recipe.asks_suite:
+        _check_positions(recipe, config, prompts_of(recipe, config, tokenizer)[1]["positions"] + config.slots)
     executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
     if recipe.mode == "export":
         check_export(config, recipe.format)

@@ -46,8 +46,9 @@ def progress() -> Progress:
 def print_table(report: dict) -> None:
     """One row a drafter and temperature: the trained one first, then what it has to beat. Milliseconds are a round's."""
     prompts, view, kv = report["prompts"], report["view"], report["drafter_kv"]
+    asked = "unseen prompts" if prompts["suite"] == "heldout" else f"prompts of {prompts['suite']}"
     table = Table(
-        title=f"tau = tokens per verify step; {prompts['count']} unseen prompts of {prompts['tokens']} tokens",
+        title=f"tau = tokens per verify step; {prompts['count']} {asked}, {prompts['tokens']} tokens on average",
         caption=(f"view {view['kind']}, {view['budget']} positions" if view["budget"] else "everything visible")
         + f"; K/V that a round reads: {kv['read_mib']:.2f} MiB, that the drafter keeps: {kv['kept_mib']:.2f} MiB",
     )
@@ -119,7 +120,7 @@ def gather(folders: list[Path], out: Path) -> None:
     reports = [(path, json.loads(path.read_text())) for path in paths]
     if old := [path for path, report in reports if "view" not in report]:
         raise UserError(f"{old[0]} was made by an earlier release; judge that drafter again")
-    facts = [{**report["view"], **report["drafter"]} for _, report in reports]
+    facts = [{**report["view"], **report["drafter"], "suite": _suite(report)} for _, report in reports]
     differing = [key for key in dict.fromkeys(k for f in facts for k in f) if key not in NAMED]
     differing = [key for key in differing if len({str(f.get(key)) for f in facts}) > 1]
     found = []
@@ -158,6 +159,12 @@ def gather(folders: list[Path], out: Path) -> None:
 def _run_of(path: str) -> str:
     """The run that a drafter is a checkpoint of."""
     return re.sub(r"/checkpoints/.*", "", path)
+
+
+def _suite(report: dict) -> str | None:
+    """What was decoded, unless it was held-out documents, as a score's are."""
+    suite = report.get("prompts", {}).get("suite")
+    return None if suite == "heldout" else suite
 
 
 def _name(report: dict) -> str:

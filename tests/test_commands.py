@@ -41,10 +41,10 @@ def test_every_choice_of_train_composes(word):
     assert engine_config(recipe, bf16=True)["zero_optimization"] == recipe.deepspeed.zero_optimization
 
 
-@pytest.mark.parametrize("group", ["target", "data", "view"])
+@pytest.mark.parametrize("group", ["target", "data", "view", "suite"])
 def test_every_choice_of_the_others_composes(group):
     for choice in choices(group):
-        if group != "view":
+        if group in ("target", "data"):
             cli.compose("data_prep", DataPrepRecipe, [f"{group}={choice}"])
         cli.compose("eval", EvalRecipe, [f"{group}={choice}", "drafter=x"])
 
