@@ -22,7 +22,7 @@ def distribution(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: 
     """softmax(logits / temperature), cut to the likeliest tokens; at temperature 0 all mass on the most likely token."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    scores = (logits / temperature).flatten(0, -2)
+    scores = (logits / temperature).reshape(-1, logits.shape[-1])
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
