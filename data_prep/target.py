@@ -4,6 +4,7 @@ Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D 
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -62,6 +63,11 @@ class States:
     value: dict[int, Tensor] = field(default_factory=dict)
     last_hidden: Tensor | None = None
     query: dict[int, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order of their own."""
+        kinds = (self.hidden, self.key, self.value, self.query)
+        return [t for kind in kinds for _, t in sorted(kind.items())] + [self.last_hidden]
 
     def map(self, function) -> "States":
         """The same states with `function` applied to every tensor."""
@@ -249,6 +255,18 @@ class Target:
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # `capture` may change its mind
         for layer in self.layers:
             layer.compile(dynamic=False)
+
+    @contextmanager
+    def uncompiled(self):
+        """For those who compile the model themselves."""
+        calls = [layer._compiled_call_impl for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer._compiled_call_impl = None
+            yield
+        finally:
+            for layer, call in zip(self.layers, calls):
+                layer._compiled_call_impl = call
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""

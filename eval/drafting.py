@@ -3,6 +3,7 @@
 Shapes: P verified positions, J drafted tokens, V vocabulary, E hidden size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from data_prep.target import FrozenHead, States
 from eval.sparse_cache import SparseCache
-from eval.verification import distribution, sample
+from eval.static_drafting import Proposal
+from eval.verification import Sampling, distribution, sample
 from train.attention.visibility import Places, Rows
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
@@ -78,8 +80,7 @@ class Trained:
 
     Args:
         view: what of the memory the drafter may read; None: all of it.
-        change: what the drafter is shown instead of the target's states (the controls); gets the states and the
-            position of the first of them.
+        change: what the drafter is shown instead of the target's states (the controls); gets the states and their positions.
     """
 
     def __init__(self, drafter: Drafter, head: FrozenHead, attend, view: View | None = None, change=None):
@@ -93,7 +94,8 @@ class Trained:
     @torch.no_grad()
     def observe(self, states: States, known: list[int]) -> None:
         if self._change is not None:
-            states = self._change(states, self._length)
+            position_P = torch.arange(self._length, self._length + len(states.last_hidden), device=self.device)
+            states = self._change(states, position_P)
         before, self._length = self._length, self._length + len(states.last_hidden)
         rows = known if before == 0 and not self.drafter.config.reads_pairs else known[-(self._length - before) :]
         places = self._places(before, self._length)
@@ -151,19 +153,70 @@ class Trained:
         return self.drafter.head.logits(output_JE, self._head)
 
 
-def zero_memory(states: States, start: int) -> States:
+class OneByOne:
+    """For `eval/engine.py`, drafters that keep a memory of each request by itself and meet the host on the way: views.
+
+    Args:
+        make: `Trained` for the request at a place of the batch.
+    """
+
+    graphs = False
+
+    def __init__(self, batch: int, make: Callable[[int], Trained]):
+        self._drafting = [make(b) for b in range(batch)]
+
+    def begin(self, cache) -> None:
+        self._seen = [0] * len(self._drafting)
+        for drafting in self._drafting:
+            drafting.begin()
+
+    def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
+        for b, (base, last) in enumerate(zip(base_B.tolist(), last_B.tolist())):
+            seen, count = self._seen[b], base + last + 1
+            if count > seen:
+                known = text_BL[b, seen + (seen > 0) : count + 1].tolist()
+                self._drafting[b].observe(states.map(lambda t: t[b, seen - base : last + 1]), known)
+                self._seen[b] = count
+
+    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        drafts = []
+        for b, anchor in enumerate(anchor_B.tolist()):
+            seed = int(u_BJ[b, 0] * 2**53) if length else 0
+            generator = torch.Generator(device=text_BL.device).manual_seed(seed)
+            drafts.append(self._drafting[b].draft(text_BL[b, : anchor + 1].tolist(), sampling.temperature, generator))
+        tokens_BJ = torch.tensor([d.tokens[:length] for d in drafts], device=text_BL.device)
+        return Proposal(tokens_BJ, torch.stack([d.q_JV[:length] for d in drafts]) if sampling.temperature else None)
+
+    def kv_bytes(self, longest: int) -> dict[str, int]:
+        every = [drafting.kv_bytes() for drafting in self._drafting]
+        return {what: max(one[what] for one in every) for what in every[0]}
+
+
+def zero_memory(states: States, position: Tensor) -> States:
     """Control: the drafter learns nothing from the target."""
     return states.map(torch.zeros_like)
 
 
-def memory_of(other: States):
-    """Control: the drafter is shown another request's states at the same positions (repeated where it is shorter)."""
+class OtherMemory:
+    """Control: each request of a batch is shown another one's states at the same positions (repeated where it is shorter)."""
 
-    def change(states: States, start: int) -> States:
-        def pick(tensor: Tensor, count: int) -> Tensor:
-            return tensor[torch.arange(start, start + count, device=tensor.device) % len(tensor)]
+    def __init__(self, batch: int, room: int):
+        self._batch, self._room, self._held = batch, room, None
 
-        count = len(states.last_hidden)
-        return other.map(lambda tensor: pick(tensor, count))
+    def fill(self, b: int, other: States) -> None:
+        """Whose states, [P, ...], the request at place b is shown."""
+        if self._held is None:
+            self._held = other.map(lambda t: t.new_zeros(self._batch, self._room, *t.shape[1:]))
+            self._length_B = torch.ones(self._batch, dtype=torch.long, device=other.last_hidden.device)
+        self._length_B[b] = len(other.last_hidden)
+        for held, new in zip(self._held.tensors(), other.tensors()):
+            held[b, : len(new)] = new
 
-    return change
+    def __call__(self, states: States, position_BT: Tensor) -> States:
+        place_BT = position_BT % self._length_B[:, None]
+        row_B1 = torch.arange(self._batch, device=place_BT.device)[:, None]
+        return self._held.map(lambda t: t[row_B1, place_BT])
+
+    def of(self, b: int):
+        """The change of the request at place b alone: states and positions [P, ...]."""
+        return lambda states, position_P: self._held.map(lambda t: t[b, position_P % self._length_B[b]])

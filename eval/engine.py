@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from data_prep.target import Target
 from eval.decode import Generation, Round
 from eval.lengths import Lengths
@@ -107,7 +108,7 @@ class Engine:
         self.lengths, self.partial, self._audited, self._chunk = lengths, partial, audited, prefill_chunk
         self._rounds = Rounds(target, drafting, cache, sampling, lengths.longest, partial, audited)
         self._cuda = target.device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if graphs and self._cuda and drafting.graphs else None
+        self._graphed, self._pool = graphs and self._cuda and drafting.graphs, None
         self._graphs: dict[tuple, Graphed] = {}
         self._news: dict[torch.Size, Tensor] = {}
 
@@ -116,11 +117,11 @@ class Engine:
         """Continue as many prompts as the engine has places for, or fewer. What a request gets depends on its prompt and its seed
         alone, not on those beside it. Each `Generation` bears its share of the batch's seconds."""
         rounds, watch, count = self._rounds, Stopwatch(self._cuda), len(prompts)
-        if self._pool and not rounds.holds(max_new_tokens):
-            self._graphs = {}
-        rounds.reserve(max_new_tokens)
-        if self._pool and not self._graphs:
-            self._capture()
+        partial_tokens = self.partial.recipe.partial_tokens if self.partial else 0
+        needed = room_for(max(map(len, prompts)), max_new_tokens, self.lengths.longest, partial_tokens)
+        if needed > rounds.cache.room:
+            raise UserError(f"prompts of {max(map(len, prompts))} tokens need {needed} places of a cache of {rounds.cache.room}")
+        self.reserve(max_new_tokens)
         rounds.begin(prompts, max_new_tokens, seeds)
         started = self._now()
         first = rounds.prefill([len(p) for p in prompts], self._chunk)
@@ -144,8 +145,9 @@ class Engine:
             for request, (start, drafted, kept, refused, *emitted) in zip(requests, news):
                 guesses = [*emitted[:kept], *[refused] * (kept < drafted and refused >= 0)]
                 request.take(Round(start, drafted, kept, drafted_tokens=guesses), emitted[: kept + 1], full)
-            full = self.partial is None or any(r.wants_full(rounds.deepest, self.partial.recipe.partial_tokens) for r in requests)
-        timings = (decoding - started, watch.seconds("draft"), watch.seconds("verify"), self._now() - decoding)
+            full = self.partial is None or any(r.wants_full(rounds.deepest, partial_tokens) for r in requests)
+        ended = self._now()
+        timings = (decoding - started, watch.seconds("draft"), watch.seconds("verify"), ended - decoding)
         longest = int(rounds.length_B.max())
         return [
             Generation(
@@ -158,6 +160,15 @@ class Engine:
             )
             for r in requests
         ]
+
+    @torch.no_grad()
+    def reserve(self, max_new_tokens: int) -> None:
+        """Make room for outputs of so many tokens, and record the graphs, which are of one size."""
+        if not self._rounds.reserve(max_new_tokens) or not self._graphed:
+            return
+        # What an old pool's last graph leaves behind cannot be recorded into again.
+        self._graphs, self._pool = {}, torch.cuda.graph_pool_handle()
+        self._capture()
 
     def _capture(self) -> None:
         """Every graph, behind a prompt of nothing. No request is active, so that no length moves."""
@@ -173,7 +184,9 @@ class Engine:
     def _graph(self, step: Callable, length: int, full: bool = True) -> Graphed:
         key = (step.__name__, length, full)
         if key not in self._graphs:
-            self._graphs[key] = Graphed(lambda *arguments: step(length, full, *arguments), self._pool)
+            # A whole cache that lives on the host comes in copies that no graph can hold.
+            hosted = full and step.__name__ != "propose" and not self._rounds.cache.on_device
+            self._graphs[key] = Graphed(lambda *arguments: step(length, full, *arguments), None if hosted else self._pool)
         return self._graphs[key]
 
     def _sent(self, news_BU: Tensor) -> tuple[Tensor, Callable[[], None]]:

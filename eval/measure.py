@@ -6,6 +6,7 @@ tau = 1 + sum_j joint_j.
 """
 
 import hashlib
+import math
 import re
 from statistics import mean
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.target import Target
 from eval.decode import Generation
-from eval.verification import distribution
+from eval.verification import Sampling, distribution
 from train.acceptance import Acceptance
 
 
@@ -132,9 +133,9 @@ def repetition(generations: list[Generation], n: int = 4) -> float:
 
 @torch.no_grad()
 def sampling_p_value(
-    target: Target, prompts: list[list[int]], generations: list[Generation], temperature: float, bins: int = 20
+    target: Target, prompts: list[list[int]], generations: list[Generation], sampling: Sampling, bins: int = 20
 ) -> float:
-    """How likely outputs at least this odd are if they are samples of the target at `temperature`.
+    """How likely outputs at least this odd are if they are samples of the target.
 
     Each token's randomised rank under the target's own distribution, recomputed in one plain forward over the text, is
     uniform on [0, 1] if and only if the token was drawn from it; a chi-square test over `bins` equal bins of all tokens.
@@ -144,7 +145,7 @@ def sampling_p_value(
     counts = torch.zeros(bins, dtype=torch.float64)
     for prompt, generation in zip(prompts, generations):
         ids = torch.tensor([prompt + generation.tokens], device=target.device)
-        p_TV = distribution(target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1 : -1]), temperature).double()
+        p_TV = distribution(target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1 : -1]), *sampling).double()
         token = ids[0, len(prompt) :, None]
         own = p_TV.gather(1, token)
         before = torch.where(p_TV > own, p_TV, 0).sum(1, keepdim=True)  # likelier tokens rank first
@@ -154,3 +155,36 @@ def sampling_p_value(
     expected = counts.sum() / bins
     statistic = ((counts - expected) ** 2 / expected).sum()
     return float(torch.special.gammaincc(torch.tensor((bins - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
+def divergence(
+    target: Target, prompts: list[list[int]], lossy: list[Generation], full: list[Generation], sampling: Sampling
+) -> dict:
+    """How far verification over a part of the cache leads away from full verification's outputs, and whether to worse ones.
+
+    Returns:
+        same: share of outputs that are equal; agreement: share of places with equal tokens, over the longer output;
+        first_divergent_token: the mean place, from 1, over outputs that differ (None: none does);
+        perplexity: of the lossy outputs and of full verification's under the target that reads everything.
+    """
+    pairs = [(a.tokens, b.tokens) for a, b in zip(lossy, full)]
+    longer = sum(max(len(a), len(b)) for a, b in pairs)
+    first = [next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) + 1 for a, b in pairs if a != b]
+    return {
+        "same": mean(a == b for a, b in pairs),
+        "agreement": sum(x == y for a, b in pairs for x, y in zip(a, b)) / longer,
+        "first_divergent_token": mean(first) if first else None,
+        "perplexity": {name: perplexity(target, prompts, g) for name, g in (("partial", lossy), ("full", full))},
+    }
+
+
+@torch.no_grad()
+def perplexity(target: Target, prompts: list[list[int]], generations: list[Generation]) -> float:
+    """exp of the mean negative log-likelihood of all output tokens under the target, at temperature 1."""
+    nats = tokens = 0
+    for prompt, generation in zip(prompts, generations):
+        ids = torch.tensor([prompt + generation.tokens], device=target.device)
+        logits_TV = target.logits(target.forward(ids).last_hidden[0, len(prompt) - 1 : -1])
+        nats += float(torch.nn.functional.cross_entropy(logits_TV.double(), ids[0, len(prompt) :], reduction="sum"))
+        tokens += len(generation.tokens)
+    return math.exp(nats / tokens)

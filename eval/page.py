@@ -12,6 +12,7 @@ from pathlib import Path
 from data_prep.cache.manifest import flatten, write_text
 
 BASELINE = "none (baseline)"
+THEIRS = "transformers generate"
 HEADS = ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "tokens/s", "speedup", "lossless")
 TEXT = {"T", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
 INK = "#010203"  # in a picture: the colour of the page's text, light or dark
@@ -40,7 +41,10 @@ def contenders(figures: dict) -> dict[str, dict]:
     """Who drafted at one temperature of a report: the trained one first, then what it has to beat."""
     speed, parts = figures["baseline_tokens_per_s"], figures["baseline_round_ms"]
     baseline = {"tau_micro": 1.0, "conditional": [], "tokens_per_s": speed, "round_ms": parts}
-    return {"trained": figures, **figures["controls"], BASELINE: baseline}
+    found = {"trained": figures, **figures["controls"]}
+    if "transformers_tokens_per_s" in figures:  # whose time is not ours to take apart
+        found[THEIRS] = baseline | {"tokens_per_s": figures["transformers_tokens_per_s"], "round_ms": None}
+    return found | {BASELINE: baseline}
 
 
 def rows(report: dict) -> list[list[str]]:
@@ -54,13 +58,27 @@ def rows(report: dict) -> list[list[str]]:
                 name.replace("_", " "),
                 f"{row['tau_micro']:.2f}",
                 " ".join(f"{c:.2f}" for c in row["conditional"]),
-                f"{row['round_ms']['draft']:.1f}",
-                f"{row['round_ms']['verify']:.1f}",
+                *(f"{row['round_ms'][part]:.1f}" if row["round_ms"] else "" for part in ("draft", "verify")),
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['tokens_per_s'] / figures['baseline_tokens_per_s']:.2f}x",
                 ("yes" if row["lossless"] else "NO") if trained else "",
             ]
             found.append(cells)
+    return found
+
+
+def partly(figures: dict) -> list[str]:
+    """What verification over a part of the cache did, in words."""
+    found = []
+    if lost := figures.get("rollbacks"):
+        found.append(f"{lost['count']} rollbacks took back {lost['tokens']} tokens")
+    if away := figures.get("divergence"):
+        first = away["first_divergent_token"]
+        found.append(
+            f"{away['same']:.0%} of outputs equal full verification's, {away['agreement']:.0%} of their tokens"
+            + (f"; those that differ first do at token {first:.0f} on average" if first else "")
+            + f"; perplexity under the target {away['perplexity']['partial']:.2f}, full verification's {away['perplexity']['full']:.2f}"
+        )
     return found
 
 
@@ -71,7 +89,8 @@ def write_page(out: Path, report: dict) -> None:
     sections = {
         "What was judged": facts(judged(report)) + folded("everything that was set", facts(flatten(settings(report)))),
         "Acceptance and speed": table(HEADS, rows(report), strong=lambda row: row[1] == "trained")
-        + "".join(note(f"T = {t}: lossless {'yes' if f['lossless'] else 'NO'}: {f['lossless_by']}") for t, f in figures.items()),
+        + "".join(note(f"T = {t}: lossless {'yes' if f['lossless'] else 'NO'}: {f['lossless_by']}") for t, f in figures.items())
+        + "".join(note(f"T = {t}: {text}") for t, f in figures.items() for text in partly(f)),
         "Acceptance by slot": figure(
             _draw_slots(figures),
             "Conditional: of the rounds whose earlier slots were all accepted. Dashed: the trained drafter's joint acceptance.",
@@ -252,7 +271,7 @@ def _draw_context(figures: dict) -> str:
 def _draw_time(figures: dict) -> str:
     def draw(axes) -> None:
         for axis, (temperature, found) in zip(axes, figures.items()):
-            named = {name.replace("_", " "): row for name, row in contenders(found).items()}
+            named = {name.replace("_", " "): row for name, row in contenders(found).items() if row["round_ms"]}
             left = [0.0] * len(named)
             for part, colour in PARTS.items():
                 widths = [row["round_ms"][part] for row in named.values()]

@@ -11,23 +11,30 @@ Shapes: B requests, T rows, K rows of drafts (the anchor's first), N layers, L p
 blocks, S positions of a block (or query heads of a KV head), H query heads, G key/value heads, D head size.
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from data_prep.recipe import Section
 from eval.static_cache import StaticCache
 
 
-@dataclass(frozen=True)
-class PartialRecipe:
-    """Positions, all of them. Defaults are SpecPV's for a budget of 4096."""
+class PartialRecipe(Section):
+    """conf/verify/_keys.yaml says what each of these is."""
 
-    sink: int = 32
-    retrieval: int = 4096
-    window: int = 128
-    block: int = 16
-    partial_tokens: int = 20  # so many are verified partially at most before a full step
+    sink: int = Field(32, ge=0)
+    retrieval: int = Field(4096, ge=1)
+    window: int = Field(128, ge=1)
+    block: int = Field(16, ge=1)
+    partial_tokens: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.retrieval % self.block:
+            raise ValueError(f"verify.retrieval={self.retrieval} is not whole blocks of verify.block={self.block}")
+        if self.window < self.partial_tokens:  # an audit may go back as far
+            raise ValueError(f"verify.window={self.window} is less than verify.partial_tokens={self.partial_tokens}")
+        return self
 
     @property
     def chosen(self) -> int:
@@ -81,11 +88,12 @@ class PartialCache:
     def partially(self, anchor_B: Tensor, rows: int, seen_BTT: Tensor | None):
         """The attention of a partial step (`StaticCache.attention`). The full cache keeps the rows' keys too, as they are, until
         a full step makes them exact: drafters that read the target's own keys find them there."""
-        attend, place_BT = self.part.attention(self.filled_B, rows, seen_BTT), None
+        attend = self.part.attention(self.filled_B, rows, seen_BTT)
         place_BT = anchor_B[:, None] + torch.arange(rows, device=anchor_B.device)
 
         def both(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-            self.full.write(layer, place_BT, k_BTGD, v_BTGD)
+            if self.full.on_device:
+                self.full.write(layer, place_BT, k_BTGD, v_BTGD)
             return attend(layer, q_BTHD, k_BTGD, v_BTGD)
 
         return both

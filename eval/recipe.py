@@ -13,7 +13,9 @@ from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
 from eval import compare
+from eval.partial import PartialRecipe
 from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
+from eval.tree import TreeShape
 from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.export import check_export
@@ -27,6 +29,25 @@ class ScoreRecipe(Section):
     documents: int = Field(ge=1)
     anchors: int = Field(ge=1)  # a document
     pack_tokens: int = Field(ge=2)
+
+
+class VerifyRecipe(PartialRecipe):
+    """conf/verify/_keys.yaml says what each of these is."""
+
+    kind: Literal["full", "partial", "partial_audited"]
+    offload: bool = False
+
+    @property
+    def partial(self) -> PartialRecipe | None:
+        return None if self.kind == "full" else self
+
+
+class DraftRecipe(Section):
+    """How many tokens are drafted in a round."""
+
+    length: int | Literal["adaptive"] | None = None
+    breadth: int = Field(1, ge=1)
+    nodes: int | None = Field(None, ge=1)
 
 
 class EvalRecipe(Section):
@@ -47,10 +68,30 @@ class EvalRecipe(Section):
     prompts: PromptsRecipe
     cache: FinishedCache
     score: ScoreRecipe
+    verify: VerifyRecipe
+    draft: DraftRecipe
+    batch: int = Field(ge=1)
     temperatures: list[float] = Field(min_length=1)
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
+    stop: list[str]
+    graphs: bool
+    compile: bool
+    transformers: bool
     controls: bool
     attention: Literal["auto", "reference", "flex"]
     seed: int
+
+    def tree(self, config: DrafterConfig) -> TreeShape | None:
+        """Of drafts; None: they are chains."""
+        return None if self.draft.breadth == 1 else TreeShape(self.draft.length or config.draft_length, self.draft.breadth)
+
+    def longest(self, config: DrafterConfig) -> int:
+        """Tokens of a draft, at most."""
+        tree, length = self.tree(config), self.draft.length
+        if tree:
+            return min(self.draft.nodes or 4 * tree.depth, tree.most)
+        return length if isinstance(length, int) else config.draft_length
 
     @property
     def asks_suite(self) -> bool:
@@ -107,6 +148,35 @@ def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedT
     return found, said
 
 
+def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None) -> None:
+    """Raises UserError for a way to draft or to verify that cannot be."""
+    draft, verify, tree = recipe.draft, recipe.verify, recipe.tree(config)
+    if isinstance(draft.length, int) and not 1 <= draft.length <= config.draft_length:
+        raise UserError(f"draft.length={draft.length}: {recipe.drafter} drafts 1 to {config.draft_length} tokens")
+    if tree and (config.objective != "ttt" or view):
+        why = f"objective={config.objective} fills a block at once" if config.objective != "ttt" else "a view keeps chains only"
+        raise UserError(f"draft.breadth={draft.breadth}: trees are for drafters that draft token by token under no view; {why}")
+    if draft.length == "adaptive" and (tree or view):
+        raise UserError("draft.length=adaptive is for chains (draft.breadth=1) under no view")
+    if draft.nodes and not tree:
+        raise UserError(f"draft.nodes={draft.nodes} is for trees (draft.breadth=2 or more)")
+    if not verify.partial:
+        if verify.offload:
+            raise UserError(
+                "verify.offload=true is for verify=partial and verify=partial_audited, which seldom read the whole cache"
+            )
+        return
+    if view:
+        raise UserError(f"verify={verify.kind} goes back to tokens that a view's memory has seen: leave out view.budget")
+    if verify.kind == "partial_audited" and max(recipe.temperatures) > 0:
+        raise UserError("verify=partial_audited compares most likely tokens: say temperatures=[0]")
+    deepest = tree.depth if tree else recipe.longest(config)
+    if verify.partial_tokens <= deepest:
+        raise UserError(f"verify.partial_tokens={verify.partial_tokens} leaves no partial step beside drafts of {deepest} tokens")
+    if verify.offload and tree:
+        raise UserError("verify.offload=true is for chains (draft.breadth=1)")
+
+
 def _check_positions(recipe: EvalRecipe, config: DrafterConfig, reaches: int) -> None:
     """Raises UserError when the last position of a judgement is one that the drafter has never known."""
     view = view_of(recipe, config)
@@ -153,6 +223,8 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(
             f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
         )
+    if recipe.mode == "decode":
+        _check_decoding(recipe, config, view)
     if recipe.asks_suite:
         _check_positions(recipe, config, prompts_of(recipe, config, tokenizer)[1]["positions"] + config.slots)
     executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")

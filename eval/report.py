@@ -57,6 +57,9 @@ def print_table(report: dict) -> None:
     for row in page.rows(report):
         table.add_row(*row, style="bold" if row[1] == "trained" else None, end_section=row[1] == page.BASELINE)
     Console(width=120).print(table)
+    for temperature, figures in report["temperatures"].items():
+        for text in page.partly(figures):
+            print(f"T = {temperature}: {text}")
 
 
 def draw(out: Path, report: dict) -> None:
@@ -81,11 +84,11 @@ def draw(out: Path, report: dict) -> None:
     left.legend(fontsize=8)
     labels, speeds, taus = [], [], []
     for temperature, figures in report["temperatures"].items():
-        rows = {"trained": figures, **figures["controls"]}
-        labels += [f"{name.replace('_', ' ')}, T = {temperature}" for name in rows] + [f"baseline, T = {temperature}"]
-        speeds += [r["tokens_per_s"] for r in rows.values()] + [figures["baseline_tokens_per_s"]]
-        taus += [r["tau_micro"] for r in rows.values()] + [1.0]
-    colours = ["C2" if label.startswith("trained") else "0.4" if label.startswith("baseline") else "0.75" for label in labels]
+        rows = page.contenders(figures)
+        labels += [f"{name.replace('_', ' ')}, T = {temperature}" for name in rows]
+        speeds += [r["tokens_per_s"] for r in rows.values()]
+        taus += [r["tau_micro"] for r in rows.values()]
+    colours = ["C2" if label.startswith("trained") else "0.4" if label.startswith("none") else "0.75" for label in labels]
     bars = right.barh(labels, speeds, color=colours)
     right.bar_label(bars, [f"tau {t:.2f}" for t in taus], padding=3, fontsize=8)
     right.invert_yaxis()

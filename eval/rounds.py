@@ -43,13 +43,12 @@ class Rounds:
         self.random_RBU = torch.zeros(0, batch, 2 * longest + 1, dtype=torch.float64, device=device)
         self.request_B = torch.arange(batch, device=device)
 
-    def holds(self, max_new_tokens: int) -> bool:
-        """Whether there is room for the random numbers of so many tokens."""
-        return len(self.random_RBU) > max_new_tokens
-
-    def reserve(self, max_new_tokens: int) -> None:
-        if not self.holds(max_new_tokens):
+    def reserve(self, max_new_tokens: int) -> bool:
+        """Make room for the random numbers of so many tokens; whether there was too little."""
+        short = len(self.random_RBU) <= max_new_tokens
+        if short:
             self.random_RBU = self.random_RBU.new_zeros(max_new_tokens + 1, *self.random_RBU.shape[1:])
+        return short
 
     def begin(self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int]) -> None:
         """The prompts' tokens, and every random number that their requests can need: each request's own. Places without a request

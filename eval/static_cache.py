@@ -18,6 +18,8 @@ from train.drafter.memory import Memory
 class StaticCache:
     """The target's keys and values, rotated, [N, B, L, G, D] each."""
 
+    on_device = True  # where drafters can read them
+
     def __init__(self, layers: int, batch: int, room: int, heads: int, size: int, dtype: torch.dtype, device):
         self.key, self.value = torch.zeros(2, layers, batch, room, heads, size, dtype=dtype, device=device)
         self.row_B1 = torch.arange(batch, device=device)[:, None]

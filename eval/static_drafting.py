@@ -103,7 +103,7 @@ class StaticTrained:
     def begin(self, cache: StaticCache) -> None:
         config, borrowed = self.drafter.config, {}
         alike = config.rope_factor == 1 and self.drafter.dtype == cache.key.dtype and self._change is None
-        if config.uses_kv and config.source == "native" and alike:
+        if config.uses_kv and config.source == "native" and alike and cache.on_device:
             borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
         batch, room = cache.key.shape[1:3]
         if getattr(self, "_cache", None) is not cache:

@@ -59,7 +59,7 @@ def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int
 def main() -> None:
     o = options(
         what="rounds,transformers", shape="tiny", contexts=[256], new=64, batch=1, length=4, breadth=4, nodes=16, compile=True,
-        sampling=0.0, retrieval=4096, partial_tokens=32, chunk=2048,
+        eager=True, sampling=0.0, retrieval=4096, partial_tokens=32, chunk=2048,
     )  # fmt: skip
     target = target_of(o.shape, "sdpa")
     a, on_gpu, sampling = target.architecture, target.device.type == "cuda", Sampling(o.sampling)
@@ -106,7 +106,7 @@ def main() -> None:
             return figures
 
         if "rounds" in o.what:
-            for graphs in [True] + [False] * on_gpu:
+            for graphs in [True] + [False] * (on_gpu and o.eager):
                 for who in reversed(drafters):
                     figures = run(who, graphs)
                     plain = plain or figures["tokens_per_s"]

@@ -1,0 +1,196 @@
+"""`mode=decode`: everyone who drafts, side by side on the same prompts, and what plain decoding does with them."""
+
+import resource
+
+import torch
+
+from data_prep.errors import UserError
+from data_prep.target import Target, load_tokenizer
+from eval import measure, report
+from eval.attention import has_flash
+from eval.baseline import Transformers
+from eval.decode import Generation
+from eval.drafting import OneByOne, OtherMemory, Trained, zero_memory
+from eval.engine import Engine, room_for
+from eval.lengths import Adaptive, Lengths
+from eval.offload import OffloadedCache
+from eval.partial import PartialCache
+from eval.recipe import EvalRecipe, prompts_of, view_of
+from eval.request import Stops
+from eval.static_cache import StaticCache
+from eval.static_drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
+from eval.suites import Prompt
+from eval.verification import Sampling
+from train.attention import executor
+from train.drafter.model import Drafter
+
+FULLY = "full_verification"  # the trained drafter again, verified over the whole cache
+
+
+def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: OtherMemory) -> dict[str, StaticDrafting]:
+    """Who drafts: nobody, the trained drafter, and the controls, all under one view."""
+    head, view, tree = target.frozen_head, view_of(recipe, drafter.config), recipe.tree(drafter.config)
+    attend = executor(recipe.attention, target.device, training=False)
+
+    def make(who: Drafter, change=None) -> StaticDrafting:
+        if view is None:
+            return StaticTrained(who, head, change, tree)
+        of = lambda b: change.of(b) if change is other else change
+        return OneByOne(recipe.batch, lambda b: Trained(who, head, attend, view, of(b)))
+
+    found = {"baseline": StaticNobody(), "trained": make(drafter)}
+    if recipe.verify.kind == "partial":
+        found[FULLY] = make(drafter)
+    if recipe.controls:
+        kept_D = drafter.head.kept_D
+        counts_V = None if kept_D is None else torch.zeros(len(head.head_VE)).index_fill_(0, kept_D.cpu(), 1)
+        try:
+            untrained = Drafter.of(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
+            found["untrained"] = make(untrained)
+        except UserError as error:  # the language model that it began as is no longer there
+            print(f"the report has no untrained drafter: {error}")
+        found["prompt_lookup"] = StaticLookup()
+    if recipe.controls and drafter.config.reuse != "none":
+        found |= {"zero_memory": make(drafter, zero_memory), "shuffled_memory": make(drafter, other)}
+    return found
+
+
+def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
+    """The figures of report.json."""
+    tokenizer = load_tokenizer(target.path, target.revision)
+    prompts, asked = prompts_of(recipe, drafter.config, tokenizer)
+    limit, a = asked["max_new_tokens"], target.architecture
+    stops = Stops(target.end_tokens, tuple(recipe.stop), tokenizer)
+    partial, longest = recipe.verify.partial, recipe.longest(drafter.config)
+    room = room_for(asked["positions"] - limit, limit, longest, partial.partial_tokens if partial else 0)
+    kind = OffloadedCache if recipe.verify.offload else StaticCache
+    sizes = (a.num_layers, recipe.batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache, other = kind(*sizes), OtherMemory(recipe.batch, room)
+    whole = StaticCache(*sizes) if recipe.verify.offload else cache  # of those who are verified over all of it
+    part = PartialCache(cache, partial, longest + 1) if partial else None
+    if recipe.compile and target.device.type == "cuda":
+        target.compile()
+    everyone = contenders(recipe, target, drafter, other)
+    result = {
+        "verify": recipe.verify.model_dump() if partial else "full",
+        "engine": {
+            **{name: getattr(recipe, name) for name in ("batch", "graphs", "compile", "top_p", "top_k")},
+            "stop": list(recipe.stop),
+            "draft": recipe.draft.model_dump(),
+            "attention": "flash-attn" if has_flash(cache.key[:0].to(target.device)) else "dense",
+            "target_kv_mib": cache.nbytes / 2**20,
+            "partial_kv_mib": part.nbytes / 2**20 if part else None,
+        },
+        "prompts": asked | {"seed": recipe.seed},
+        "temperatures": {},
+        "examples": {},
+    }
+    with report.progress() as progress:
+        task = progress.add_task("decode", total=len(recipe.temperatures) * asked.get("conversation_turns", len(prompts)))
+        for temperature in recipe.temperatures:
+            sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+            engines = {}
+            for name, drafting in everyone.items():
+                full = part is None or name in ("baseline", FULLY)
+                length = 0 if name == "baseline" else longest
+                lengths = Adaptive(length) if length and recipe.draft.length == "adaptive" else Lengths(length)
+                audited = recipe.verify.kind == "partial_audited" and not full
+                held = whole if full else cache
+                engines[name] = Engine(
+                    target, drafting, held, sampling, lengths, None if full else part, audited, graphs=recipe.graphs
+                )
+                engines[name].reserve(limit)
+            theirs = Transformers(target, sampling) if recipe.transformers and recipe.batch == 1 else None
+            runs: dict[str, list[Generation]] = {name: [] for name in engines} | ({"transformers": []} if theirs else {})
+            requests: list[Prompt] = []
+
+            def answer(group: list[Prompt], others: list[Prompt], new_tokens: int, seed: int) -> None:
+                """All of them, side by side, so that a machine's moods meet all alike."""
+                if "shuffled_memory" in engines:
+                    for b, one in enumerate(others):
+                        states = target.forward(torch.tensor([one.tokens], device=target.device))
+                        other.fill(b, states.map(lambda t: t[0]))
+                seeds = [seed + b for b in range(len(group))]
+                for name, engine in engines.items():
+                    runs[name] += engine.generate([p.tokens for p in group], new_tokens, seeds, stops)
+                if theirs:
+                    runs["transformers"].append(theirs.generate(group[0].tokens, new_tokens, seed, stops))
+
+            if asked["warmup"]:  # nobody's first request pays for it; the longest prompt makes room for all
+                first, longest_one = prompts[: recipe.batch], max(prompts, key=lambda p: len(p.tokens))
+                for _ in range(asked["warmup"]):
+                    answer(first if recipe.batch > 1 else [longest_one], first, asked["warmup_tokens"] or limit, recipe.seed)
+                if theirs:  # compiled for a cache of the size that it will have
+                    theirs.generate(longest_one.tokens, limit, recipe.seed, stops)
+                for generations in runs.values():
+                    generations.clear()
+            wave = prompts
+            while wave:
+                for start in range(0, len(wave), recipe.batch):
+                    group = wave[start : start + recipe.batch]
+                    others = [wave[start + b - 1] for b in range(len(group))]
+                    answer(group, others, limit, recipe.seed + len(requests))
+                    requests += group
+                    progress.update(task, advance=len(group), tau=measure.tau(runs["trained"])[0])
+                # One history for all, so that they can be compared.
+                replies = runs["baseline"][-len(wave) :]
+                wave = [after for p, reply in zip(wave, replies) if (after := p.after(reply.tokens))]
+            texts = [p.tokens for p in requests]
+            result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling)
+            result["examples"][f"{temperature:g}"] = measure.examples(texts, runs["trained"], tokenizer)
+    result["drafter_kv"] = measure.kv_mib(runs["trained"])
+    result["peak_gib"] = (
+        torch.cuda.max_memory_allocated() / 2**30
+        if target.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
+    return result
+
+
+def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Generation]], sampling: Sampling) -> dict:
+    """One temperature's part of report.json."""
+    plain = ("baseline", "transformers")
+    along = measure.by_context({name: generations for name, generations in runs.items() if name not in plain})
+
+    def one(name: str) -> dict:
+        generations = runs[name]
+        found, (micro, macro) = measure.acceptance(generations), measure.tau(generations)
+        return {
+            "tau_micro": micro,
+            "tau_macro": macro,
+            "per_prompt": [[g.emitted, len(g.rounds)] for g in generations],  # tokens emitted, verify steps
+            "per_prompt_s": measure.per_prompt_s(generations),
+            "by_context": along[name],
+            "joint": found.joint,
+            "conditional": found.conditional,
+            "tokens_per_s": measure.tokens_per_s(generations, prefill=False),
+            "round_ms": measure.round_ms(generations),
+        }
+
+    baseline, trained = runs["baseline"], runs["trained"]
+    result = one("trained")
+    result["baseline_tokens_per_s"] = measure.tokens_per_s(baseline, prefill=False)
+    result["baseline_per_prompt_s"] = measure.per_prompt_s(baseline)
+    result["baseline_round_ms"] = measure.round_ms(baseline)
+    if "transformers" in runs:
+        result["transformers_tokens_per_s"] = measure.tokens_per_s(runs["transformers"], prefill=False)
+    result["speedup_decode"] = result["tokens_per_s"] / result["baseline_tokens_per_s"]
+    result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
+    if sampling.temperature == 0:
+        same = [a.tokens == b.tokens for a, b in zip(trained, baseline)]
+        result["lossless"] = all(same)
+        result["lossless_by"] = f"{sum(same)} of {len(same)} outputs equal plain decoding's, token for token"
+        if "transformers" in runs:
+            theirs = sum(a.tokens == b.tokens for a, b in zip(runs["transformers"], baseline))
+            result["lossless_by"] += f"; plain decoding's equal transformers' in {theirs}"
+    else:
+        p = measure.sampling_p_value(target, prompts, trained, sampling)
+        result["lossless"] = p > 1e-3
+        result["lossless_by"] = f"tokens' ranks under the target are uniform: chi-square p = {p:.3f} (NO below 0.001)"
+    if any(g.rollbacks for g in trained):
+        result["rollbacks"] = {"count": sum(g.rollbacks for g in trained), "tokens": sum(g.undone for g in trained)}
+    if FULLY in runs:
+        result["divergence"] = measure.divergence(target, prompts, trained, runs[FULLY], sampling)
+    result["repetition"] = measure.repetition(trained)
+    result["controls"] = {name: one(name) for name in runs if name not in (*plain, "trained")}
+    return result

@@ -1,0 +1,65 @@
+"""The target's cache in the host's memory: full steps bring it to the GPU layer by layer, the next one while the last is read.
+
+Shapes: B requests, T rows of each, L places, G key/value heads, D head size, N layers.
+"""
+
+import torch
+from torch import Tensor
+
+from eval.static_cache import StaticCache
+
+
+class OffloadedCache(StaticCache):
+    """Chains only (`keep` moves rows on the device). Nothing here can stand in a CUDA graph."""
+
+    on_device = False
+
+    def __init__(self, layers: int, batch: int, room: int, heads: int, size: int, dtype: torch.dtype, device):
+        super().__init__(layers, batch, room, heads, size, dtype, "cpu")
+        self.row_B1 = self.row_B1.to(device)
+        self._stream = torch.cuda.Stream() if torch.device(device).type == "cuda" else None
+        if self._stream:
+            self.key, self.value = self.key.pin_memory(), self.value.pin_memory()
+        self._staged = torch.zeros(2, 2, batch, room, heads, size, dtype=dtype, device=device)  # of an even and an odd layer
+        self._holds: list[int | None] = [None, None]
+        self._bases: list[int] = []
+        self._filled = 0
+
+    def attention(self, base_B: Tensor, rows: int, seen_BTT: Tensor | None = None):
+        self._bases, self._holds = base_B.tolist(), [None, None]
+        self._filled = max(self._filled, *(base + rows for base in self._bases))
+        return super().attention(base_B, rows, seen_BTT)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        self._fetch(layer)
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return tuple(self._staged[layer % 2])
+
+    def write(self, layer: int, place_BT: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> None:
+        staged = self.layer(layer)
+        for kind, host, new in zip(staged, (self.key, self.value), (k_BTGD, v_BTGD)):
+            kind.index_put_((self.row_B1, place_BT), new)
+            for b, base in enumerate(self._bases):
+                host[layer, b, base : base + new.shape[1]].copy_(new[b], non_blocking=True)
+        if layer + 1 < len(self.key):
+            self._fetch(layer + 1)
+
+    def keep(self, base_B: Tensor, row_BJ: Tensor) -> None:
+        raise NotImplementedError("a tree's path is not moved in the host's memory")
+
+    def _fetch(self, layer: int) -> None:
+        """Begin to bring a layer, once the one whose place it takes has been read."""
+        if self._holds[layer % 2] == layer:
+            return
+        self._holds[layer % 2] = layer
+        if not self._stream:
+            self._bring(layer)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._bring(layer)
+
+    def _bring(self, layer: int) -> None:
+        for kind, host in zip(self._staged[layer % 2], (self.key, self.value)):
+            kind[:, : self._filled].copy_(host[layer, :, : self._filled], non_blocking=True)
