@@ -77,7 +77,7 @@ def partly(figures: dict) -> list[str]:
         found.append(
             f"{away['same']:.0%} of outputs equal full verification's, {away['agreement']:.0%} of their tokens"
             + (f"; those that differ first do at token {first:.0f} on average" if first else "")
-            + f"; perplexity under the target {away['perplexity']['partial']:.2f}, full verification's {away['perplexity']['full']:.2f}"
+            + f"; perplexity {away['perplexity']['partial']:.2f}, full verification's {away['perplexity']['full']:.2f}"
         )
     return found
 

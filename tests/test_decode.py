@@ -5,8 +5,8 @@ import torch
 
 from eval import measure
 from eval.decode import Generation, Round, decode
-from eval.drafting import Draft, Nobody, PromptLookup, Trained, memory_of, zero_memory
-from eval.verification import distribution, verify
+from eval.drafting import Draft, Nobody, OtherMemory, PromptLookup, Trained, zero_memory
+from eval.verification import Sampling, distribution, verify
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention import EXECUTORS
 from train.views import View
@@ -143,9 +143,9 @@ def test_report_s_losslessness_check_can_fail():
     target = small_target()
     texts = prompts(6)
     honest = [decode(target, Nobody(), p, 60, 1.0, seed=i) for i, p in enumerate(texts)]
-    assert measure.sampling_p_value(target, texts, honest, 1.0) > 1e-3
+    assert measure.sampling_p_value(target, texts, honest, Sampling(1.0)) > 1e-3
     cold = [decode(target, Nobody(), p, 60, 0.6, seed=i) for i, p in enumerate(texts)]
-    assert measure.sampling_p_value(target, texts, cold, 1.0) < 1e-3
+    assert measure.sampling_p_value(target, texts, cold, Sampling(1.0)) < 1e-3
 
 
 def test_end_token_and_limit_cut_where_plain_decoding_would(exact_target):
@@ -168,10 +168,17 @@ def test_prompt_lookup_continues_the_last_longest_match():
 def test_controls_change_what_the_drafter_sees(exact_target):
     states = exact_target.forward(torch.tensor(prompts(1))).map(lambda t: t[0])
     other = exact_target.forward(torch.tensor(prompts(1, length=5, seed=1))).map(lambda t: t[0])
-    assert zero_memory(states, 0).hidden[1].abs().sum() == 0
-    shown = memory_of(other)(states.map(lambda t: t[:3]), 4)
-    for got, row in zip(shown.key[2], (4, 0, 1)):
-        assert torch.equal(got, other.key[2][row])
+    place_P = torch.arange(4, 7)
+    assert zero_memory(states, place_P).hidden[1].abs().sum() == 0
+    memory = OtherMemory(2, 8)
+    memory.fill(0, states)
+    memory.fill(1, other)
+    few = states.map(lambda t: t[:3])
+    shown = memory.of(1)(few, place_P)
+    both = memory(few.map(lambda t: torch.stack([t, t])), torch.stack([place_P, place_P]))
+    for got, of_two, row in zip(shown.key[2], both.key[2][1], (4, 0, 1)):
+        assert torch.equal(got, other.key[2][row]) and torch.equal(of_two, got)
+    assert torch.equal(both.key[2][0], states.key[2][4:7])
 
 
 def test_tau_and_acceptance_by_hand():
