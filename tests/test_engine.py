@@ -123,8 +123,8 @@ def test_greedy_output_is_generate_s_and_rounds_are_the_plain_loop_s(targets, fa
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_cell_greedily(targets, objective, family):
     for number, cell in enumerate(c for c in ALL if c[0] == objective):
-        if family == "qwen3" or number % 2:
-            check_cell(targets[family], cell, 30)
+        if family == "qwen3" or number % 4 == 1:
+            check_cell(targets[family], cell, 25)
 
 
 def test_wrong_memory_shows_in_the_rounds_and_a_wrong_verdict_in_the_tokens(target, monkeypatch):
