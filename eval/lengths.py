@@ -25,7 +25,8 @@ class Adaptive(Lengths):
 
     cond_j, how often the j-th token is kept where the ones before it are, and a round's seconds at each length are running means.
     Tokens that were not drafted tell nothing of themselves: cond_j stands until rounds reach it again, and every `explore`-th
-    round drafts one token more than seems best. The choice precedes a round's tokens and leaves their distribution alone.
+    round drafts one token more than seems best. What a length took long ago gives way to what it takes now. The choice precedes a
+    round's tokens and leaves their distribution alone.
     """
 
     def __init__(self, longest: int, decay: float = 0.95, explore: int = 16):
@@ -33,6 +34,7 @@ class Adaptive(Lengths):
         self._decay, self._explore, self._rounds = decay, explore, 0
         self._cond = [0.75] * longest  # until something is seen
         self._seconds: dict[int, float] = {}
+        self._seen: dict[int, int] = {}  # the last round of each length
 
     def choose(self) -> int:
         self._rounds += 1
@@ -54,4 +56,6 @@ class Adaptive(Lengths):
         for one in kept:
             for slot in range(min(one + 1, length)):
                 self._cond[slot] = mean(self._cond[slot], slot < one)
-        self._seconds[length] = mean(self._seconds.get(length, seconds), seconds)
+        old = self._decay ** (self._rounds - self._seen.get(length, self._rounds))
+        self._seconds[length] = old * self._seconds.get(length, seconds) + (1 - old) * seconds
+        self._seen[length] = self._rounds

@@ -159,6 +159,7 @@ class Rounds:
             return ids_BT, row_T, None
         depth_BT = torch.where(drafted_BT, before_B1 + tree.depth_BT.gather(1, node_BT), row_T)
         among_BTT = tree.seen_BTT[self.request_B[:, None, None], node_BT[..., None], node_BT[:, None]]
+        among_BTT = among_BTT & (row_T <= before_B1 + length)[:, None]  # padding repeats the last node, which must not see it
         earlier_TT = row_T <= row_T[:, None]
         return ids_BT, depth_BT, torch.where(drafted_BT[..., None] & drafted_BT[:, None], among_BTT, earlier_TT)
 

@@ -23,9 +23,9 @@ def prompts(count, length=12, vocab=11, seed=0):
     return torch.randint(3, vocab, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def generated(target, prompt, new_tokens):
+def generated(target, prompt, new_tokens, end=None):
     out = target.model.generate(
-        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
 
@@ -48,8 +48,9 @@ def test_greedy_output_is_generate_s_in_float64(exact_target, objective, reuse):
     assert kept > 0  # else nothing but the bonus token was tested
 
 
+@pytest.mark.slow
 def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
-    """The embedded target, float32, 20 prompts of its held-out text's length, a drafter and prompt lookup."""
+    """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup (tests/test_engine.py: in batches)."""
     from data_prep.recipe import DataRecipe, TargetRecipe
     from data_prep.target import load_target, load_tokenizer
     from eval.recipe import PromptsRecipe
@@ -97,12 +98,12 @@ def sampled_pairs(target, drafting, prompt, count, temperature):
     return counts
 
 
-def exact_pairs(target, prompt, temperature):
+def exact_pairs(target, prompt, *sampling):
     """P(second, third token) under the target, by summing over all first tokens."""
     vocab = target.architecture.vocab_size
 
     def next_p(texts):
-        return distribution(target.logits(target.forward(torch.tensor(texts)).last_hidden[:, -1]), temperature).double()
+        return distribution(target.logits(target.forward(torch.tensor(texts)).last_hidden[:, -1]), *sampling).double()
 
     p1 = next_p([prompt])[0]
     p2 = next_p([[*prompt, a] for a in range(vocab)])
@@ -110,7 +111,10 @@ def exact_pairs(target, prompt, temperature):
     return torch.einsum("a,ab,abc->bc", p1, p2, p3)
 
 
-@pytest.mark.parametrize("objective,reuse", [("ttt", "hybrid"), ("blockwise_shifted", "kv"), ("lookup", "")])
+SLOWLY = [pytest.param(*cell, marks=pytest.mark.slow) for cell in (("ttt", "hybrid"), ("blockwise_shifted", "kv"))]
+
+
+@pytest.mark.parametrize("objective,reuse", [("lookup", ""), *SLOWLY])
 def test_sampled_output_has_the_target_s_distribution(objective, reuse):
     target = small_target(vocab=7)
     target.capture(HIDDEN_LAYERS, (2,))
@@ -119,9 +123,9 @@ def test_sampled_output_has_the_target_s_distribution(objective, reuse):
         PromptLookup(3) if objective == "lookup" else Trained(drafter_of(target, objective, reuse), target.frozen_head, REFERENCE)
     )
     counts = sampled_pairs(target, drafting, prompt, 600, temperature=1.3)
-    p = exact_pairs(target, prompt, temperature=1.3)
+    p = exact_pairs(target, prompt, 1.3)
     assert chi_square_p(counts.flatten(), p.flatten()) > 1e-3
-    wrong = exact_pairs(target, prompt, temperature=1.0)  # the control: the test can tell 1.3 from 1.0
+    wrong = exact_pairs(target, prompt, 1.0)  # the control: the test can tell 1.3 from 1.0
     assert chi_square_p(counts.flatten(), wrong.flatten()) < 1e-3
 
 

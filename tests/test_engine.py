@@ -1,0 +1,342 @@
+"""The batched engine: its tokens are `generate`'s, its rounds the plain loop's, and it keeps nothing."""
+
+import gc
+import itertools
+import random
+import tracemalloc
+from collections import Counter
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import eval.rounds
+import eval.tree
+import train.batches
+from data_prep.cache.writer import CacheWriter
+from data_prep.capture import capture
+from data_prep.documents import Documents, write_documents
+from data_prep.recipe import DataRecipe, TargetRecipe
+from data_prep.sources import VALIDATION
+from data_prep.target import load_target, load_tokenizer
+from data_prep.tokens import TokenDocument
+from eval.decode import decode
+from eval.drafting import Draft, Nobody, PromptLookup, Trained
+from eval.lengths import Adaptive
+from eval.recipe import PromptsRecipe
+from eval.request import Stops
+from eval.score import score
+from eval.static_drafting import Proposal, StaticLookup, StaticNobody, StaticTrained
+from eval.suites import heldout_prompts
+from tests.engines import REFERENCE, engine_of, ragged, trained, triples
+from tests.models import HIDDEN_LAYERS, drafter_of, small_target
+from tests.test_cache import manifest_of
+from tests.test_decode import generated
+from train.drafter.config import DrafterConfig
+from train.drafter.model import Drafter
+from train.views import View
+
+OBJECTIVES = ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal", "blockwise+markov", "blockwise_shifted+gru")
+SOURCES = ("kv+projected", "kv+projected_rope", "kv+head_concat", "hybrid+cross_only", "hidden+vocab", "kv+vocab")
+ALL = list(itertools.product(OBJECTIVES, ("none", "hidden", "kv", "hybrid", *SOURCES), (1, 2)))
+QUICK = [
+    ("ttt", "none", 1),
+    ("ttt", "hybrid", 2),
+    ("ttt", "hidden+vocab", 1),
+    ("blockwise", "kv", 2),
+    ("blockwise_causal", "hidden", 1),
+    ("blockwise+markov", "kv+projected_rope", 1),
+    ("blockwise_shifted+gru", "hybrid+cross_only", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def targets():
+    """Two families in float64, where the order of sums changes no token."""
+    found = {family: small_target(family, torch.float64) for family in ("qwen3", "llama")}
+    for target in found.values():
+        target.capture(HIDDEN_LAYERS, (1, 2))
+    return found
+
+
+@pytest.fixture(scope="module")
+def target(targets):
+    return targets["qwen3"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The embedded target in float32, and its tokenizer."""
+    target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
+    return target, load_tokenizer(target.path)
+
+
+class Shorter(Trained):
+    """The plain loop's drafter, whose drafts are cut."""
+
+    def draft(self, tokens, temperature, generator):
+        return Draft(super().draft(tokens, temperature, generator).tokens[: self.most])
+
+
+def plain_loop(target, drafter, prompt, new, most):
+    drafting = Shorter(drafter, target.frozen_head, REFERENCE)
+    drafting.most = most
+    return decode(target, drafting, prompt, new, 0.0, 0)
+
+
+class Known(StaticNobody):
+    """Proposes the continuations it was given: all of a draft is kept, as long as they are the target's."""
+
+    def __init__(self, texts):
+        self.text_BL = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True)
+
+    def propose(self, text_BL, anchor_B, length, sampling, u_BJ):
+        place_BJ = anchor_B[:, None] + 1 + torch.arange(length)
+        return Proposal(self.text_BL.gather(1, place_BJ.clamp(max=self.text_BL.shape[1] - 1)))
+
+
+def check_cell(target, cell, new):
+    drafter, prompts = drafter_of(target, cell[0], cell[1], layers=cell[2]), ragged()
+    length = drafter.config.draft_length
+    found = engine_of(target, StaticTrained(drafter, target.frozen_head), length, prefill_chunk=7).generate(
+        prompts, new, [0, 1, 2, 3], Stops()
+    )
+    for prompt, one in zip(prompts, found):
+        assert one.tokens == generated(target, prompt, new)
+        assert triples(one) == triples(plain_loop(target, drafter, prompt, new, length))
+    kept, drafted = (sum(getattr(r, name) for g in found for r in g.rounds) for name in ("kept", "drafted"))
+    assert 0 < kept < drafted  # else one side of verification was not tested
+
+
+@pytest.mark.parametrize("family,cell", zip(("qwen3", "llama") * 4, QUICK), ids=lambda v: v if isinstance(v, str) else str(v[:2]))
+def test_greedy_output_is_generate_s_and_rounds_are_the_plain_loop_s(targets, family, cell):
+    check_cell(targets[family], cell, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_cell_greedily(targets, objective, family):
+    for number, cell in enumerate(c for c in ALL if c[0] == objective):
+        if family == "qwen3" or number % 4 == 1:
+            check_cell(targets[family], cell, 25)
+
+
+def test_wrong_memory_shows_in_the_rounds_and_a_wrong_verdict_in_the_tokens(target, monkeypatch):
+    """The controls of the test above: either comparison can fail, and a drafter that errs is still lossless."""
+    prompts, drafter = ragged(), drafter_of(target, "ttt", "kv")
+    right = [plain_loop(target, drafter, p, 30, 4) for p in prompts]
+    turned = StaticTrained(drafter, target.frozen_head, change=lambda states, _: states.map(lambda t: t.flip(-1)))
+    run = lambda: engine_of(target, turned, 4).generate(prompts, 30, [0] * 4, Stops())
+    wrong = run()
+    assert [g.tokens for g in wrong] == [g.tokens for g in right]
+    assert [triples(g) for g in wrong] != [triples(g) for g in right]
+    accept = eval.rounds.accept
+    monkeypatch.setattr(eval.rounds, "accept", lambda *a: ((kept := accept(*a))[0].add(1).clamp(max=4), kept[1]))
+    assert [g.tokens for g in run()] != [g.tokens for g in right]
+
+
+@pytest.fixture(scope="module")
+def few_drafters(target):
+    cells = [("ttt", "hybrid"), ("ttt", "none"), ("ttt", "kv+vocab"), ("blockwise", "hidden"), ("blockwise_shifted+gru", "kv")]
+    return [drafter_of(target, *cell) for cell in cells]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_sizes_greedily(target, few_drafters, data):
+    """Any prompts (of one token too), batch with idle places, limit, chunk of the prefill, and drafts shorter than trained."""
+    pick = lambda low, high: data.draw(st.integers(low, high))
+    batch, new, drafter = pick(1, 4), pick(1, 16), data.draw(st.sampled_from(few_drafters))
+    lengths = data.draw(st.lists(st.integers(1, 24), min_size=1, max_size=batch))
+    prompts, length = ragged(lengths, seed=pick(0, 99)), pick(1, drafter.config.draft_length)
+    drafting = StaticTrained(drafter, target.frozen_head)
+    engine = engine_of(target, drafting, length, batch, new=new, prefill_chunk=pick(1, 25))
+    for prompt, one in zip(prompts, engine.generate(prompts, new, [0] * len(prompts), Stops())):
+        plain = plain_loop(target, drafter, prompt, new, length)
+        assert (one.tokens, triples(one)) == (plain.tokens, triples(plain))
+
+
+def test_nobody_and_prompt_lookup_in_an_engine_used_twice(target):
+    """Nothing of the first batch is left in the second, whose prompts are shorter and fewer."""
+    for static, plain, length in ((StaticNobody(), Nobody(), 0), (StaticLookup(), PromptLookup(3), 3)):
+        engine = engine_of(target, static, length)
+        for prompts in (ragged(), ragged((7, 3, 4), seed=8)):
+            for prompt, one in zip(prompts, engine.generate(prompts, 30, [0] * 4, Stops())):
+                other = decode(target, plain, prompt, 30, 0.0, 0)
+                assert one.tokens == other.tokens == generated(target, prompt, 30)
+                # An empty draft counts nothing that is drafted, in both.
+                assert triples(one) == triples(other)
+
+
+def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32(tiny):
+    """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup."""
+    target, tokenizer = tiny
+    recipe = PromptsRecipe(count=20, tokens=48, max_new_tokens=12)
+    prompts = [p.tokens for p in heldout_prompts(DataRecipe(source="stdlib", max_length=512), recipe, tokenizer)]
+    plain = [generated(target, p, 12) for p in prompts]
+    target.capture([0, 2], [0, 5])
+    config = DrafterConfig("blockwise", "hybrid", [0, 5], [0, 2], 4, True, False, 0, "target", 2, target.architecture, {})
+    drafter = Drafter(config).start(target, target.frozen_head)
+    for drafting in (StaticTrained(drafter, target.frozen_head), StaticLookup()):
+        found = engine_of(target, drafting, 4, 20, 48, 12).generate(prompts, 12, [0] * 20, Stops())
+        assert [g.tokens for g in found] == plain
+        assert sum(r.kept for g in found for r in g.rounds) > 10
+
+
+def test_end_tokens_within_kept_drafts_cut_where_generate_does(target):
+    prompts = ragged()
+    plain = [generated(target, p, 40) for p in prompts]
+    engine = engine_of(target, Known([p + t for p, t in zip(prompts, plain)]), 6)
+    for end in sorted({t for tokens in plain for t in tokens[:30]}):
+        found = engine.generate(prompts, 30, [0] * 4, Stops(frozenset({end})))
+        for prompt, one in zip(prompts, found):
+            assert one.tokens == generated(target, prompt, 30, end)
+            assert all(r.kept == 6 for r in one.rounds)  # the end was among kept tokens
+
+
+def test_stop_strings_cut_where_generate_does(tiny):
+    """Strings that begin in one token and end in another, one that the prompt has already, and one from the prompt's last
+    character to the output's first: `generate` looks at prompt and output together and stops there; the engine, as servers do,
+    looks at the output alone."""
+    target, tokenizer = tiny
+    prompt = tokenizer("def read(path):\n    with open(path) as file:\n        return file")["input_ids"]
+    plain = generated(target, prompt, 24)
+    pieces, text = [tokenizer.decode([t]) for t in plain], tokenizer.decode(plain)
+    engine = engine_of(target, Known([prompt + plain]), 5, 1, len(prompt), 24)
+    run = lambda *strings: engine.generate([prompt], 24, [0], Stops(frozenset(), strings, tokenizer))[0]
+
+    def stopped(*strings):
+        ids = target.model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
+            stop_strings=list(strings), tokenizer=tokenizer,
+        )  # fmt: skip
+        return ids[0, len(prompt) :].tolist()
+
+    straddling = [a[-1] + b[:1] for a, b in zip(pieces[4:], pieces[5:]) if a and b]
+    straddling = sorted({s for s in straddling if s not in tokenizer.decode(prompt[-4:] + plain[:2])})
+    lengths = set()
+    assert len(straddling) >= 3
+    for strings in ((straddling[0],), (straddling[-1],), tuple(straddling[1:3]), ("no such words",)):
+        one = run(*strings)
+        assert one.tokens == stopped(*strings) and all(r.kept == 5 for r in one.rounds[:-1])
+        lengths.add(len(one.tokens))
+    assert len(lengths) >= 3 and max(lengths) == 24
+    assert "def read(" not in text and run("def read(").tokens == stopped("def read(") == plain
+    across = tokenizer.decode(prompt)[-1] + text[0]
+    assert across not in text
+    assert stopped(across) == plain[:1] and run(across).tokens == plain
+
+
+def test_stop_strings_of_many_bytes(tiny):
+    """A character whose bytes are several tokens ends the output with its last byte, wherever the new tokens begin."""
+    tokenizer = tiny[1]
+    word = tokenizer("x → é\n")["input_ids"]
+    arrow = next(n for n in range(len(word)) if "→" in tokenizer.decode(word[:n]))
+    assert tokenizer.decode(word[arrow - 1 : arrow]) != "→"  # it is several tokens
+    stops = Stops(frozenset(), ("→",), tokenizer)
+    assert stops.cut(word) == word[:arrow] and stops.cut(word[: arrow - 1]) == word[: arrow - 1]
+    for new in range(1, arrow + 1):  # one byte of the three may be new, or all
+        assert stops.found(word[:arrow], new) and stops.found(word, new + len(word) - arrow)
+    later = word + tokenizer("aaaa bbbb cccc dddd")["input_ids"]
+    assert not stops.found(later, 1)  # out of reach: an earlier call has seen it
+    both = Stops(frozenset({word[-1]}), ("é",), tokenizer)
+    assert both.cut(word) == word[: next(n for n in range(len(word)) if "é" in tokenizer.decode(word[:n]))]
+
+
+def simulated(lengths, cond, seconds, rounds, generator):
+    chosen = []
+    for _ in range(rounds):
+        chosen.append(length := lengths.choose())
+        kept = [next((j for j in range(length) if generator.random() >= cond), length) for _ in range(4)]
+        lengths.saw(length, kept, seconds(length))
+    return chosen
+
+
+def test_adaptive_lengths_find_the_fastest_and_follow_it():
+    generator, lengths, cond = random.Random(0), Adaptive(8), 0.7
+    emitted = lambda n: sum(cond**j for j in range(n + 1))
+    for seconds in (lambda n: 1 + 0.2 * n, lambda n: 1 + 0.02 * n, lambda n: 1 + 0.6 * n):
+        best = max(range(1, 9), key=lambda n: emitted(n) / seconds(n))
+        settled = simulated(lengths, cond, seconds, 900, generator)[400:]
+        near = [n for n in range(1, 9) if emitted(n) / seconds(n) > 0.97 * emitted(best) / seconds(best)]
+        assert len(near) < 6 and sum(n in near for n in settled) > 0.85 * len(settled), (best, near)
+
+
+def test_adaptive_lengths_change_no_token(target):
+    prompts, lengths = ragged(), Adaptive(4)
+    found = engine_of(target, trained(target, "ttt", "hybrid", 2), lengths).generate(prompts, 40, [0] * 4, Stops())
+    assert [g.tokens for g in found] == [generated(target, p, 40) for p in prompts]
+    assert {r.drafted for g in found for r in g.rounds} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("reuse,own", [("kv", 0), ("none", 1), ("hidden", 1), ("hybrid", 1), ("kv+projected", 1)])
+def test_memory_that_a_drafter_adds(target, reuse, own):
+    """Native K/V is the target's own cache, the same tensors; anything else is as large as it says."""
+    drafting = trained(target, "blockwise", reuse, layers=2)
+    engine = engine_of(target, drafting, 3)
+    one = engine.generate(ragged(), 10, [0] * 4, Stops())[0]
+    cache, longest = engine._rounds.cache, int(engine._rounds.length_B.max())
+    parts = [part for kinds in drafting.memory.layers for part in kinds.values()]
+    storages = {t.untyped_storage().data_ptr() for t in (cache.key, cache.value)}
+    added = [t for part in parts for t in (part.key, part.value) if t.untyped_storage().data_ptr() not in storages]
+    assert len(parts) == 2 * (1 + (reuse == "hybrid")) and len(added) == 4 * own
+    position = own * 2 * 2 * 2 * 8 * 8  # layers, K and V, heads, numbers, bytes
+    assert one.kv_bytes["kept"] == position * longest
+    assert one.kv_bytes["peak"] == sum(t.nbytes for t in added) // 4
+
+
+@pytest.mark.slow
+def test_two_thousand_generations_keep_nothing(target):
+    drafting = trained(target, "ttt", "hybrid")
+    engine, process, seen = engine_of(target, drafting, 4, 20, 8, 6), psutil.Process(), {}
+    tracemalloc.start()
+    for batch in range(100):
+        prompts = ragged([4 + n % 5 for n in range(20)], seed=batch)
+        engine.generate(prompts, 6, list(range(20)), Stops())
+        if batch in (10, 99):
+            gc.collect()
+            seen[batch] = (process.memory_info().rss, len(gc.get_objects()), tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    (rss, objects, traced), after = seen[10], seen[99]
+    assert after[0] - rss < 10 * 2**20 and after[1] - objects < 200 and after[2] - traced < 2**18
+
+
+@pytest.mark.parametrize("objective,reuse", [("ttt", "hybrid"), ("blockwise", "kv"), ("blockwise_shifted+gru", "hidden")])
+def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, monkeypatch):
+    """On the target's own greedy continuations, captured to a real cache and scored where the engine's rounds begin. A round
+    that reaches beyond the text is left out of both; at other anchors tau is another (the control)."""
+    target, prompts, new = small_target(), ragged((12, 5, 20, 9, 7)), 60
+    target.capture(HIDDEN_LAYERS, (1, 2))
+    drafter = drafter_of(target, objective, reuse)
+    engine = engine_of(target, StaticTrained(drafter, target.frozen_head), drafter.config.draft_length, 5, new=new)
+    rounds, pieces = {}, []
+    for number, (prompt, one) in enumerate(zip(prompts, engine.generate(prompts, new, [0] * 5, Stops()))):
+        text = [*prompt, *generated(target, prompt, new)]
+        assert one.tokens == text[len(prompt) :]
+        mask = np.array([0] * len(prompt) + [1] * new, dtype=np.uint8)
+        pieces.append(TokenDocument(f"{VALIDATION}{number}#0", np.array(text, dtype=np.int32), mask))
+        rounds[pieces[-1].id] = [r for r in one.rounds if r.anchor + r.drafted < len(text)]
+    source = write_documents(tmp_path / "documents.arrow", pieces, Counter())
+    changed = dict(architecture=asdict(target.architecture), source=source, hidden_layers=[0, 1, 2], kv_layers=[1, 2])
+    writer = CacheWriter(tmp_path / "cache", manifest_of(**changed, max_length=100), 4000)
+    capture(target, Documents(tmp_path / "documents.arrow"), writer, batch_tokens=200)
+    recipe = SimpleNamespace(
+        cache=SimpleNamespace(dir=tmp_path / "cache"), score=SimpleNamespace(documents=64, anchors=64, pack_tokens=150),
+        view=View(kind="full"), span=None, seed=0, attention="reference",
+    )  # fmt: skip
+
+    def tau(shift):
+        anchors = lambda id, *_: np.array([r.anchor + shift for r in rounds[id]])
+        monkeypatch.setattr(train.batches, "sample_anchors", anchors)
+        return score(recipe, target, drafter)[0]["greedy"].tau
+
+    kept = [r.kept for found in rounds.values() for r in found]
+    assert len(kept) > 50 and sum(kept) > 20
+    assert tau(0) == pytest.approx(1 + sum(kept) / len(kept), abs=1e-9)
+    assert tau(-1) != pytest.approx(1 + sum(kept) / len(kept), abs=1e-3)
