@@ -219,6 +219,10 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
         (["drafter=nowhere"], "nowhere holds no drafter"),
         (["temperatures=[-1]"], "a temperature is 0"),
         (["prompts.count=1"], "prompts.count"),
+        (["top_p=0"], "top_p.*greater than 0"),
+        (["batch=0"], "batch.*greater than or equal to 1"),
+        (["verify=partial", "verify.retrieval=100"], "verify.retrieval=100 is not whole blocks of verify.block=16"),
+        (["verify=partial", "verify.window=16"], "verify.window=16 is less than verify.partial_tokens=32"),
         (["mode=guess"], "mode: Input should be 'decode', 'score'"),
         (["view.budget=-3"], "view.budget.*greater than or equal to 0"),
         (["view=topk_chunk", "view.scorer=best"], "view.scorer: Input should be"),
@@ -308,6 +312,14 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     assert {"trained", "zero_memory", "other_memory", "oracle_queries"} == found["acceptance"].keys()
     assert (tmp_path / "why/diagnostics.png").stat().st_size > 10_000
     for words, message in (
+        (["draft.length=4"], "draft.length=4: .* drafts 1 to 3 tokens"),
+        (["draft.breadth=2"], "trees are for drafters that draft token by token .*; objective=blockwise fills a block"),
+        (["draft.nodes=4"], "draft.nodes=4 is for trees"),
+        (["verify.offload=true"], "verify.offload=true is for verify=partial"),
+        (["verify=partial_audited"], r"verify=partial_audited .* temperatures=\[0\]"),
+        (["verify=partial", "verify.partial_tokens=3"], "leaves no partial step beside drafts of 3 tokens"),
+        (["verify=partial", "view=sink_recent", "view.budget=64"], "leave out view.budget"),
+        (["prompts.tokens=40000"], "exceed the target's .* positions"),
         (["mode=diagnose", "score.pack_tokens=64"], "mode=diagnose needs whole documents"),
         (["mode=export"], "cannot be exported as format=eagle3"),
         (["mode=export", "format=dflash"], "cannot be exported as format=dflash"),
@@ -381,3 +393,29 @@ def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):
     for word in (b"cache_manifest_hash", b"git_revision", b"sampled.tau", b"grad_norm", b"sweep", b"diagnostics.attention"):
         assert word in content, word
     assert list(log.parent.glob("files/media/images/diagnostics*.png"))
+
+
+@pytest.mark.slow
+def test_batches_ends_and_partial_verification_from_the_command_line(cache, tmp_path):
+    """A ttt drafter: audited partial verification of trees, in batches, is plain decoding's; the lossy kind says how far it went;
+    a stop string ends outputs; adaptive lengths change none; a cache on the host gives what one on the device gives."""
+    words = ["objective=ttt", "reuse=kv", f"cache.dir={cache}", "run.dir=run", "train.batch=2", "train.max_steps=4", *SMALL]
+    assert command(ROOT / "train/main.py", *words, cwd=tmp_path).returncode == 0
+    few = ["prompts.count=3", "prompts.tokens=200", "prompts.max_new_tokens=40", "controls=false", "temperatures=[0]"]
+    part = ["verify.retrieval=32", "verify.window=32"]
+
+    def judged(out: str, *more: str) -> dict:
+        drafter = f"drafter={tmp_path / 'run/checkpoints/best'}"
+        done = command(ROOT / "eval/main.py", drafter, f"out={out}", *few, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / out / "report.json").read_text())
+
+    audited = judged("audited", "verify=partial_audited", *part, "batch=2", "draft.breadth=2", "draft.nodes=6")
+    assert audited["temperatures"]["0"]["lossless"] and audited["verify"]["retrieval"] == 32 and audited["engine"]["batch"] == 2
+    lossy, hosted = judged("lossy", "verify=partial", *part), judged("hosted", "verify=partial", *part, "verify.offload=true")
+    away = lossy["temperatures"]["0"]["divergence"]
+    assert 0 <= away["agreement"] <= 1 and away["perplexity"]["full"] > 1
+    assert "perplexity" in (tmp_path / "lossy/report.html").read_text()
+    assert hosted["temperatures"]["0"]["per_prompt"] == lossy["temperatures"]["0"]["per_prompt"]
+    stopped = judged("stopped", "draft.length=adaptive", "stop=[e]", "batch=3")["temperatures"]["0"]
+    assert stopped["lossless"] and sum(tokens for tokens, _ in stopped["per_prompt_s"]) < 3 * 39

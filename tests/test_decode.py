@@ -174,7 +174,7 @@ def test_controls_change_what_the_drafter_sees(exact_target):
     other = exact_target.forward(torch.tensor(prompts(1, length=5, seed=1))).map(lambda t: t[0])
     place_P = torch.arange(4, 7)
     assert zero_memory(states, place_P).hidden[1].abs().sum() == 0
-    memory = OtherMemory(2, 8)
+    memory = OtherMemory(2, 16)
     memory.fill(0, states)
     memory.fill(1, other)
     few = states.map(lambda t: t[:3])

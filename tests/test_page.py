@@ -55,6 +55,7 @@ def made(tau: float = 1.9, prompts: int = 30, name: str = "RUN/checkpoints/best"
         "software": {"torch": "2.0"},
         "commit": "c0ffee",
         "prompts": {
+            "suite": "heldout",
             "count": prompts,
             "tokens": 64,
             "max_new_tokens": 16,
