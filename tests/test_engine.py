@@ -33,7 +33,7 @@ from eval.request import Stops
 from eval.score import score
 from eval.static_drafting import Proposal, StaticLookup, StaticNobody, StaticTrained
 from eval.suites import heldout_prompts
-from tests.engines import REFERENCE, engine_of, ragged, trained, triples
+from tests.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from tests.test_cache import manifest_of
 from tests.test_decode import generated
@@ -115,7 +115,7 @@ def check_cell(target, cell, new):
 
 @pytest.mark.parametrize("family,cell", zip(("qwen3", "llama") * 4, QUICK), ids=lambda v: v if isinstance(v, str) else str(v[:2]))
 def test_greedy_output_is_generate_s_and_rounds_are_the_plain_loop_s(targets, family, cell):
-    check_cell(targets[family], cell, 30)
+    check_cell(targets[family], cell, 24)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def few_drafters(target):
     return [drafter_of(target, *cell) for cell in cells]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_sizes_greedily(target, few_drafters, data):
     """Any prompts (of one token too), batch with idle places, limit, chunk of the prefill, and drafts shorter than trained."""
@@ -162,31 +162,40 @@ def test_any_sizes_greedily(target, few_drafters, data):
         assert (one.tokens, triples(one)) == (plain.tokens, triples(plain))
 
 
+def test_static_lookup_is_prompt_lookup():
+    """On 400 texts of few words at once, of 1 to 12 tokens, with other tokens where nothing is known yet."""
+    generator = torch.Generator().manual_seed(0)
+    text_BL, anchor_B = torch.randint(3, 6, (400, 20), generator=generator), torch.arange(400) % 12
+    found = StaticLookup().propose(text_BL, anchor_B, 3, GREEDY, None)
+    for text, anchor, tokens, count in zip(text_BL.tolist(), anchor_B.tolist(), found.tokens_BJ.tolist(), found.count_B.tolist()):
+        assert tokens[:count] == PromptLookup(3).draft(text[: anchor + 1], 0.0, None).tokens
+    assert set(found.count_B.tolist()) == {0, 1, 2, 3}
+
+
 def test_nobody_and_prompt_lookup_in_an_engine_used_twice(target):
     """Nothing of the first batch is left in the second, whose prompts are shorter and fewer."""
     for static, plain, length in ((StaticNobody(), Nobody(), 0), (StaticLookup(), PromptLookup(3), 3)):
         engine = engine_of(target, static, length)
         for prompts in (ragged(), ragged((7, 3, 4), seed=8)):
-            for prompt, one in zip(prompts, engine.generate(prompts, 30, [0] * 4, Stops())):
-                other = decode(target, plain, prompt, 30, 0.0, 0)
-                assert one.tokens == other.tokens == generated(target, prompt, 30)
-                # An empty draft counts nothing that is drafted, in both.
+            for prompt, one in zip(prompts, engine.generate(prompts, 20, [0] * 4, Stops())):
+                other = decode(target, plain, prompt, 20, 0.0, 0)
+                assert one.tokens == other.tokens == generated(target, prompt, 20)
                 assert triples(one) == triples(other)
 
 
 def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32(tiny):
     """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup."""
     target, tokenizer = tiny
-    recipe = PromptsRecipe(count=20, tokens=48, max_new_tokens=12)
+    recipe = PromptsRecipe(count=20, tokens=48, max_new_tokens=8)
     prompts = [p.tokens for p in heldout_prompts(DataRecipe(source="stdlib", max_length=512), recipe, tokenizer)]
-    plain = [generated(target, p, 12) for p in prompts]
+    plain = [generated(target, p, 8) for p in prompts]
     target.capture([0, 2], [0, 5])
     config = DrafterConfig("blockwise", "hybrid", [0, 5], [0, 2], 4, True, False, 0, "target", 2, target.architecture, {})
     drafter = Drafter(config).start(target, target.frozen_head)
     for drafting in (StaticTrained(drafter, target.frozen_head), StaticLookup()):
-        found = engine_of(target, drafting, 4, 20, 48, 12).generate(prompts, 12, [0] * 20, Stops())
+        found = engine_of(target, drafting, 4, 20, 48, 8).generate(prompts, 8, [0] * 20, Stops())
         assert [g.tokens for g in found] == plain
-        assert sum(r.kept for g in found for r in g.rounds) > 10
+        assert sum(r.kept for g in found for r in g.rounds) > 5
 
 
 def test_end_tokens_within_kept_drafts_cut_where_generate_does(target):

@@ -20,7 +20,7 @@ from tests.test_decode import generated
 
 TIGHT = PartialRecipe(sink=4, retrieval=8, window=12, block=4, partial_tokens=12)
 WHOLE = PartialRecipe(sink=4, retrieval=400, window=12, block=4, partial_tokens=12)
-NEW, TREE = 30, TreeShape(3, 3)
+NEW, TREE = 20, TreeShape(3, 3)
 DRAFTING = {
     "ttt kv": lambda target: (trained(target, "ttt", "kv"), 4),
     "ttt hidden": lambda target: (trained(target, "ttt", "hidden", 2), 4),
@@ -69,9 +69,9 @@ def shifted(monkeypatch, by):
 @pytest.mark.parametrize("name", ["ttt hidden", "tree hybrid", "tree of one", "block hybrid", "lookup"])
 def test_a_part_that_holds_everything_is_full_verification(target, texts, name):
     """Tokens and rounds; a tight part changes them (the control)."""
-    prompts = texts[0][:6]
+    prompts = texts[0][:4]
     full, whole, tight = (run(target, name, recipe, False, prompts)[0] for recipe in (None, WHOLE, TIGHT))
-    assert [g.tokens for g in whole] == [g.tokens for g in full] == texts[1][:6]
+    assert [g.tokens for g in whole] == [g.tokens for g in full] == texts[1][:4]
     assert [triples(g) for g in whole] == [triples(g) for g in full]
     assert [g.tokens for g in tight] != [g.tokens for g in full]
 
@@ -120,11 +120,11 @@ def test_audited_output_of_the_embedded_target():
 
 @pytest.mark.parametrize("name", ["ttt kv", "tree none"])
 def test_a_fault_in_the_part_is_seen_by_the_audit_alone(target, texts, name, monkeypatch):
-    prompts, plain = (some[:8] for some in texts)
+    prompts, plain = (some[:6] for some in texts)
     assert check_audited(target, name, WHOLE, prompts, plain) == 0
     shifted(monkeypatch, WHOLE.sink)
     assert [g.tokens for g in run(target, name, WHOLE, False, prompts)[0]] != plain
-    assert check_audited(target, name, WHOLE, prompts, plain) > 8
+    assert check_audited(target, name, WHOLE, prompts, plain) > 5
 
 
 def test_an_end_in_tokens_that_no_full_step_has_seen_is_made_sure_of(target, texts, monkeypatch):
@@ -138,20 +138,20 @@ def test_an_end_in_tokens_that_no_full_step_has_seen_is_made_sure_of(target, tex
 
     monkeypatch.setattr(Rounds, "verify", verify)
     shifted(monkeypatch, 3)
-    prompts, plain = (some[5:15] for some in texts)
+    prompts, plain = (some[5:11] for some in texts)
     cut = lambda tokens, end: tokens[: tokens.index(end) + 1] if end in tokens else tokens
     lossy, wrong_ends, late = [g.tokens for g in run(target, "ttt kv", WHOLE, False, prompts)[0]], 0, 0
     for end in sorted({token for tokens in lossy for token in tokens}):
         found = run(target, "ttt kv", WHOLE, True, prompts, stops=Stops(frozenset({end})))[0]
         assert [g.tokens for g in found] == [cut(tokens, end) for tokens in plain]
         wrong_ends += sum(cut(a, end) != cut(b, end)[: len(cut(a, end))] for a, b in zip(lossy, plain))
-    for prompt, tokens in zip(prompts[:4], plain):
-        for new in (5, 8, 11):
+    for prompt, tokens in zip(prompts[:3], plain):
+        for new in (5, 8):
             steps.clear()
             assert run(target, "ttt kv", WHOLE, True, [prompt], new)[0][0].tokens == tokens[:new]
             assert steps[-1]  # no output ends in a partial step
             late += not all(steps)
-    assert wrong_ends > 10 and late > 6
+    assert wrong_ends > 5 and late > 2
 
 
 # ---------------------------------------------------------------------------------------------------- what is in the part
@@ -166,9 +166,9 @@ def best_blocks(q_KSD, key_LD, tail, recipe, least=True):
     return sorted(sorted(scores, key=lambda number: -scores[number])[: recipe.retrieval // recipe.block])
 
 
-@pytest.mark.parametrize("sink,retrieval,window,block", [(4, 12, 8, 4), (3, 5, 9, 5), (0, 64, 8, 8)])
+@pytest.mark.parametrize("sink,retrieval,window,block", [(4, 12, 8, 4), (3, 10, 9, 5), (0, 64, 8, 8)])
 def test_the_part_at_every_offset_is_brute_force_s(sink, retrieval, window, block):
-    """150 requests of 1 .. 150 tokens, four full steps each, over random keys: the positions that are held, of every layer and KV
+    """150 requests of 1 .. 150 tokens, three full steps each, random keys: the positions that are held, of every layer and KV
     head, and their keys and values. The greatest alone would choose other blocks (the control)."""
     recipe = PartialRecipe(sink=sink, retrieval=retrieval, window=window, block=block, partial_tokens=8)
     batch, layers, heads, size, drafts = 150, 2, 2, 4, 3
@@ -179,7 +179,7 @@ def test_the_part_at_every_offset_is_brute_force_s(sink, retrieval, window, bloc
     part, base_B = PartialCache(cache, recipe, drafts), torch.arange(1, batch + 1)
     part.begin(base_B)
     rows, differ = recipe.partial_tokens + drafts, 0
-    for step in range(4):
+    for step in range(3):
         anchor_B = base_B + (torch.randint(0, recipe.partial_tokens + 1, (batch,), generator=generator) if step else 0)
         attend = part.fully(base_B, anchor_B, rows, None)
         q_NBTHD, k, v = random(layers, batch, rows, 4, size), *random(2, layers, batch, rows, heads, size)
@@ -205,12 +205,11 @@ def test_the_part_at_every_offset_is_brute_force_s(sink, retrieval, window, bloc
     assert differ > 100
 
 
-@pytest.mark.parametrize("audited", [False, True])
-@pytest.mark.parametrize("name", ["block hybrid", "tree none"])
+@pytest.mark.parametrize("name,audited", [("block hybrid", False), ("block hybrid", True), ("tree none", True)])
 def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, audited):
     """After many rounds, with rollbacks, each block before the tail has the least and the greatest of its keys as they are."""
-    prompts = texts[0][10:18]
-    found, engine = run(target, name, TIGHT, audited, prompts, 60)
+    prompts = texts[0][10:16]
+    found, engine = run(target, name, TIGHT, audited, prompts, 50)
     part, grown = engine.partial, 0
     for b, prompt in enumerate(prompts):
         tail = int(part.tail_B[b])
@@ -218,4 +217,4 @@ def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, au
         for number, start in enumerate(range(TIGHT.sink, tail, TIGHT.block)):
             keys = part.full.key[:, b, start : start + TIGHT.block]
             assert torch.equal(part._low[:, b, number], keys.amin(1)) and torch.equal(part._high[:, b, number], keys.amax(1))
-    assert grown > 50 and (sum(g.rollbacks for g in found) > 5) == audited
+    assert grown > 40 and (sum(g.rollbacks for g in found) > 5) == audited

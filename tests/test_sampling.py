@@ -150,7 +150,7 @@ def test_sampled_pairs_have_the_target_s_distribution(name):
     target.capture(HIDDEN_LAYERS, (2,))
     prompt, (drafting, length), batch, cut = [3, 4, 5, 6, 3, 4], SAMPLED[name](target), 100, (1.3, 0.9)
     engine, counts, kept = engine_of(target, drafting, length, batch, 6, 3, Sampling(*cut)), torch.zeros(7, 7), 0
-    for n in range(8):
+    for n in range(5):
         for one in engine.generate([prompt] * batch, 3, list(range(n * batch, (n + 1) * batch)), Stops()):
             counts[one.tokens[1], one.tokens[2]] += 1
             kept += sum(r.kept for r in one.rounds)

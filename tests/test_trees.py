@@ -104,10 +104,10 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
 
 def test_a_tree_of_breadth_one_is_the_chain_and_wider_ones_keep_more(target):
     drafter, prompts, kept = drafter_of(target, "ttt", "hybrid", layers=2), ragged(), {}
-    plain = [generated(target, p, 30) for p in prompts]
+    plain = [generated(target, p, 20) for p in prompts]
     for shape, nodes in ((None, 4), (TreeShape(4, 1), 4), (TreeShape(4, 3), 12)):
         engine = engine_of(target, StaticTrained(drafter, target.frozen_head, tree=shape), nodes)
-        found = engine.generate(prompts, 30, [0] * 4, Stops())
+        found = engine.generate(prompts, 20, [0] * 4, Stops())
         assert [g.tokens for g in found] == plain
         kept[shape] = [[r.kept for r in g.rounds] for g in found]
     assert kept[None] == kept[TreeShape(4, 1)]
