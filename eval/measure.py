@@ -2,7 +2,7 @@
 
 Definitions: tau = tokens emitted per verify step, the bonus token included; joint_j and cond_j as in
 `train/acceptance.py`, counted over all rounds (a slot that was not drafted was not accepted), so that
-tau = 1 + sum_j joint_j.
+tau = 1 + sum_j joint_j (less what audits took back: those tokens were kept when they were counted).
 """
 
 import hashlib
@@ -76,20 +76,18 @@ def examples(
     of the output), `emitted` (the target's own: a prefill's, a correction or a bonus). Nothing after the output's end."""
     shown = []
     for prompt, generation in list(zip(prompts, generations))[:count]:
-        output, at, pieces = generation.tokens, 0, []
-
-        def add(token: int, kind: str) -> None:
-            pieces.append([_text(tokenizer, [*prompt[-WINDOW:], *output[max(0, at - WINDOW) : at]][-WINDOW:], token), kind])
-
-        # The prefill's token is a round of nobody's.
-        for drafted, kept in [([], 0), *((r.drafted_tokens or [], r.kept) for r in generation.rounds)]:
-            for kind in ["accepted"] * kept + ["emitted"]:
-                if at == len(output):
-                    break
-                if kind == "emitted" and kept < len(drafted):
-                    add(drafted[kept], "rejected")
-                add(output[at], kind)
-                at += 1
+        output, marks = generation.tokens, [("emitted", None)]  # of each place of the output; the first is the prefill's
+        for r in generation.rounds:
+            if generation.rollbacks:  # what an audit took back was no part of the output
+                del marks[r.anchor + 1 - len(prompt) :]
+            drafted = r.drafted_tokens or []
+            marks += [("accepted", None)] * r.kept + [("emitted", drafted[r.kept] if r.kept < len(drafted) else None)]
+        pieces = []
+        for at, (token, (kind, refused)) in enumerate(zip(output, marks)):
+            before = [*prompt[-WINDOW:], *output[max(0, at - WINDOW) : at]][-WINDOW:]
+            if refused is not None:
+                pieces.append([_text(tokenizer, before, refused), "rejected"])
+            pieces.append([_text(tokenizer, before, token), kind])
         shown.append({"prompt": tokenizer.decode(prompt[-200:])[-200:], "pieces": pieces})
     return shown
 
