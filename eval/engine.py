@@ -115,7 +115,8 @@ class Engine:
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int], stops: Stops) -> list[Generation]:
         """Continue as many prompts as the engine has places for, or fewer. What a request gets depends on its prompt and its seed
-        alone, not on those beside it. Each `Generation` bears its share of the batch's seconds."""
+        alone, not on those beside it; where verification is lossy also on when the batch takes a full step, and above temperature
+        0 on the lengths of its drafts. Each `Generation` bears its share of the batch's seconds."""
         rounds, watch, count = self._rounds, Stopwatch(self._cuda), len(prompts)
         partial_tokens = self.partial.recipe.partial_tokens if self.partial else 0
         needed = room_for(max(map(len, prompts)), max_new_tokens, self.lengths.longest, partial_tokens)
