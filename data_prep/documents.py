@@ -59,22 +59,31 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
         return
     arguments = (tokenizer, data, os.getpid())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
-    window: deque = deque()
+    window, others, started = deque(), set(multiprocessing.active_children()), None
     try:
         with pool:
             for chunk in chunks:
                 window.append((chunk, pool.submit(_worker, chunk)))
+                started = started or set(multiprocessing.active_children()) - others
                 if len(window) > 4 * workers:  # what is read ahead is bounded
-                    yield from _result(window)
+                    yield from _result(window, started)
             while window:
-                yield from _result(window)
+                yield from _result(window, started)
     except BrokenProcessPool as error:
         raise UserError("a process that tokenises was killed (too little memory?); run the same command again") from error
 
 
-def _result(window: deque):
+def _result(window: deque, started: set):
+    """The pool itself does not always notice: one killed while it holds the results' lock leaves the others waiting for that."""
     chunk, future = window.popleft()
-    return zip(chunk, future.result())
+    while True:
+        try:
+            return zip(chunk, future.result(timeout=2))
+        except TimeoutError:
+            if not all(process.is_alive() for process in started):
+                for process in started:
+                    process.kill()
+                raise BrokenProcessPool("a process is gone") from None
 
 
 def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int]] | str]:

@@ -30,7 +30,9 @@ class Transformers:
     def __init__(self, target: Target, sampling: Sampling):
         self._target = target
         warm, cut = sampling.temperature > 0, {"top_p": sampling.top_p, "top_k": sampling.top_k}
-        self._options = {"do_sample": warm, **({"temperature": sampling.temperature, **cut} if warm else {})}
+        # A model's own generation settings may hold more than what we sample by.
+        self._options = {"do_sample": warm, "repetition_penalty": 1.0}
+        self._options |= {"temperature": sampling.temperature, **cut} if warm else {}
         if target.device.type == "cuda":
             self._options["cache_implementation"] = "static"
 

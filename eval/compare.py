@@ -55,7 +55,7 @@ def load(runs: list[str]) -> dict[str, dict]:
 def _complete(report) -> bool:
     """Whether it has, for every prompt, what is resampled."""
     try:
-        figures, prompts = list(report["temperatures"].values()), len(report["prompts"]["ids"])
+        figures, prompts = list(report["temperatures"].values()), len(_requests(report))
         held = figures and prompts and report["target"]["weights_hash"] and all("conditional" in one for one in figures)
         return bool(held) and all(len(one[name]) == prompts for one in figures for name in COUNTED)
     except (KeyError, TypeError, AttributeError):
@@ -74,7 +74,7 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             if temperature not in report["temperatures"]:
                 continue
             figures = report["temperatures"][temperature]
-            counts = counted(figures)
+            counts = counted(figures, _requests(report))
             paired = report["prompts"]["ids"] == reports[first]["prompts"]["ids"]
             value, drawn = statistics(counts.sum(0)), statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
@@ -86,9 +86,18 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
     return found
 
 
-def counted(figures: dict) -> np.ndarray:
-    """[P, 6]: tokens emitted by verify steps, verify steps; output tokens, seconds; the baseline's output tokens, its seconds."""
-    return np.hstack([np.array(figures[name], float) for name in COUNTED])
+def _requests(report: dict) -> list[str]:
+    """The prompt, or conversation, that each request belongs to."""
+    return report["prompts"].get("requests") or report["prompts"]["ids"]
+
+
+def counted(figures: dict, requests: list[str]) -> np.ndarray:
+    """[P, 6], for each prompt, or conversation with all of its turns: tokens emitted by verify steps, verify steps; output
+    tokens, seconds; the baseline's output tokens, its seconds."""
+    each, place = np.hstack([np.array(figures[name], float) for name in COUNTED]), {}
+    found = np.zeros((len(set(requests)), each.shape[1]))
+    np.add.at(found, [place.setdefault(one, len(place)) for one in requests], each)
+    return found
 
 
 def statistics(sums: np.ndarray) -> np.ndarray:

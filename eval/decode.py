@@ -16,7 +16,8 @@ from eval.verification import distribution, sample, verify
 
 @dataclass
 class Round:
-    """`drafted` tokens proposed, `kept` of them accepted, after the anchor at position `anchor`."""
+    """`drafted` tokens proposed, `kept` of them accepted, after the anchor at position `anchor`. -1: a later step took back even
+    the token behind them (`verify=partial_audited`)."""
 
     anchor: int
     drafted: int
@@ -39,11 +40,12 @@ class Generation:
     kv_bytes: dict[str, int] = field(default_factory=dict)
     undone: int = 0  # tokens that a later verify step took back (verify=partial_audited), in so many rollbacks
     rollbacks: int = 0
+    steps: float | None = None  # the batch's rounds, of which this request bears its share; None: its own
 
     @property
     def emitted(self) -> int:
         """Tokens that verify steps emitted and did not take back."""
-        return sum(r.kept + 1 for r in self.rounds) - self.undone
+        return sum(r.kept + 1 for r in self.rounds)
 
 
 @torch.no_grad()

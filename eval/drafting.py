@@ -173,7 +173,7 @@ class OneByOne:
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
         for b, (base, last) in enumerate(zip(base_B.tolist(), last_B.tolist())):
             seen, count = self._seen[b], base + last + 1
-            if count > seen:
+            if last >= 0 and count > seen:  # a prompt that ended in an earlier chunk has nothing new
                 known = text_BL[b, seen + (seen > 0) : count + 1].tolist()
                 self._drafting[b].observe(states.map(lambda t: t[b, seen - base : last + 1]), known)
                 self._seen[b] = count
@@ -205,14 +205,19 @@ class OtherMemory:
 
     def fill(self, b: int, other: States) -> None:
         """Whose states, [P, ...], the request at place b is shown."""
-        if self._held is None:
-            self._held = other.map(lambda t: t.new_zeros(self._batch, self._room, *t.shape[1:]))
-            self._length_B = torch.ones(self._batch, dtype=torch.long, device=other.last_hidden.device)
+        self._reserve(other)
         self._length_B[b] = len(other.last_hidden)
         for held, new in zip(self._held.tensors(), other.tensors()):
             held[b, : len(new)] = new
 
+    def _reserve(self, like: States) -> None:
+        """Once, and in good time: CUDA graphs are recorded before the first request is there."""
+        if self._held is None:
+            self._held = like.map(lambda t: t.new_zeros(self._batch, self._room, *t.shape[1:]))
+            self._length_B = torch.ones(self._batch, dtype=torch.long, device=like.last_hidden.device)
+
     def __call__(self, states: States, position_BT: Tensor) -> States:
+        self._reserve(states.map(lambda t: t[0]))
         place_BT = position_BT % self._length_B[:, None]
         row_B1 = torch.arange(self._batch, device=place_BT.device)[:, None]
         return self._held.map(lambda t: t[row_B1, place_BT])

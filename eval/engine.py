@@ -127,11 +127,12 @@ class Engine:
         started = self._now()
         first = rounds.prefill([len(p) for p in prompts], self._chunk)
         requests = [Request(len(p), max_new_tokens, stops, self._audited, [token]) for p, token in zip(prompts, first.tolist())]
-        full, going, decoding = True, None, self._now()
+        full, going, steps, decoding = True, None, 0, self._now()
         while not all(r.done for r in requests):
             if going != [not r.done for r in requests]:
                 going = [not r.done for r in requests]
                 rounds.active_B[:count].copy_(torch.tensor(going))
+            steps += 1
             length, begun = self.lengths.choose(), time.perf_counter()
             with watch("draft"):
                 proposal = self._graph(rounds.propose, length)()
@@ -158,6 +159,7 @@ class Engine:
                 rounds.drafting.kv_bytes(longest),
                 r.undone,
                 r.rollbacks,
+                steps / count,
             )
             for r in requests
         ]

@@ -74,7 +74,9 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     result = {
         "verify": recipe.verify.model_dump() if partial else "full",
         "engine": {
-            **{name: getattr(recipe, name) for name in ("batch", "graphs", "compile", "top_p", "top_k")},
+            **{name: getattr(recipe, name) for name in ("batch", "top_p", "top_k")},
+            "graphs": recipe.graphs and target.device.type == "cuda" and everyone["trained"].graphs,
+            "compile": recipe.compile and target.device.type == "cuda",
             "stop": list(recipe.stop),
             "draft": recipe.draft.model_dump(),
             "attention": "flash-attn" if has_flash(cache.key[:0].to(target.device)) else "dense",
@@ -93,6 +95,8 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             for name, drafting in everyone.items():
                 full = part is None or name in ("baseline", FULLY)
                 length = 0 if name == "baseline" else longest
+                if name == "prompt_lookup":  # no tree
+                    length = min(length, drafter.config.draft_length)
                 lengths = Adaptive(length) if length and recipe.draft.length == "adaptive" else Lengths(length)
                 audited = recipe.verify.kind == "partial_audited" and not full
                 held = whole if full else cache
@@ -108,7 +112,8 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                 """All of them, side by side, so that a machine's moods meet all alike."""
                 if "shuffled_memory" in engines:
                     for b, one in enumerate(others):
-                        states = target.forward(torch.tensor([one.tokens], device=target.device))
+                        with target.uncompiled():  # prompts have any length
+                            states = target.forward(torch.tensor([one.tokens], device=target.device))
                         other.fill(b, states.map(lambda t: t[0]))
                 seeds = [seed + b for b in range(len(group))]
                 for name, engine in engines.items():
@@ -116,19 +121,20 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                 if theirs:
                     runs["transformers"].append(theirs.generate(group[0].tokens, new_tokens, seed, stops))
 
-            if asked["warmup"]:  # nobody's first request pays for it; the longest prompt makes room for all
-                first, longest_one = prompts[: recipe.batch], max(prompts, key=lambda p: len(p.tokens))
+            if asked["warmup"]:  # nobody's first request pays for it
+                first = prompts[: recipe.batch]
                 for _ in range(asked["warmup"]):
-                    answer(first if recipe.batch > 1 else [longest_one], first, asked["warmup_tokens"] or limit, recipe.seed)
-                if theirs:  # compiled for a cache of the size that it will have
-                    theirs.generate(longest_one.tokens, limit, recipe.seed, stops)
+                    answer(first, first, min(asked["warmup_tokens"] or limit, limit), recipe.seed)
+                if theirs:  # compiled for a cache of the size that it will need
+                    most = asked["positions"] - limit
+                    theirs.generate((first[0].tokens * most)[:most], limit, recipe.seed, stops)
                 for generations in runs.values():
                     generations.clear()
             wave = prompts
             while wave:
                 for start in range(0, len(wave), recipe.batch):
                     group = wave[start : start + recipe.batch]
-                    others = [wave[start + b - 1] for b in range(len(group))]
+                    others = [_other(p, wave[start + b - 1], prompts) for b, p in enumerate(group)]
                     answer(group, others, limit, recipe.seed + len(requests))
                     requests += group
                     progress.update(task, advance=len(group), tau=measure.tau(runs["trained"])[0])
@@ -136,7 +142,9 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                 replies = runs["baseline"][-len(wave) :]
                 wave = [after for p, reply in zip(wave, replies) if (after := p.after(reply.tokens))]
             texts = [p.tokens for p in requests]
-            result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling)
+            with target.uncompiled():
+                result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling)
+            result["prompts"]["requests"] = [p.id for p in requests]  # of each, its conversation
             result["examples"][f"{temperature:g}"] = measure.examples(texts, runs["trained"], tokenizer)
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = (
@@ -145,6 +153,11 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     )
     return result
+
+
+def _other(prompt: Prompt, before: Prompt, prompts: list[Prompt]) -> Prompt:
+    """Whose memory a request is shown as the control: the one before it, or anyone else's."""
+    return before if before.id != prompt.id else next((p for p in prompts if p.id != prompt.id), before)
 
 
 def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Generation]], sampling: Sampling) -> dict:

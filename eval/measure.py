@@ -2,7 +2,7 @@
 
 Definitions: tau = tokens emitted per verify step, the bonus token included; joint_j and cond_j as in
 `train/acceptance.py`, counted over all rounds (a slot that was not drafted was not accepted), so that
-tau = 1 + sum_j joint_j (less what audits took back: those tokens were kept when they were counted).
+tau = 1 + sum_j joint_j. A round of which an audit took back everything emitted nothing: tau is less by the share of such rounds.
 """
 
 import hashlib
@@ -77,9 +77,7 @@ def examples(
     shown = []
     for prompt, generation in list(zip(prompts, generations))[:count]:
         output, marks = generation.tokens, [("emitted", None)]  # of each place of the output; the first is the prefill's
-        for r in generation.rounds:
-            if generation.rollbacks:  # what an audit took back was no part of the output
-                del marks[r.anchor + 1 - len(prompt) :]
+        for r in (r for r in generation.rounds if r.kept >= 0):
             drafted = r.drafted_tokens or []
             marks += [("accepted", None)] * r.kept + [("emitted", drafted[r.kept] if r.kept < len(drafted) else None)]
         pieces = []
@@ -110,8 +108,8 @@ def tokens_per_s(generations: list[Generation], prefill: bool) -> float:
 
 
 def round_ms(generations: list[Generation]) -> dict[str, float]:
-    """Milliseconds a round: drafting (memory included), verifying, and all else."""
-    count = max(1, sum(len(g.rounds) for g in generations))
+    """Milliseconds a round of the batch: drafting (memory included), verifying, and all else."""
+    count = max(1e-9, sum(len(g.rounds) if g.steps is None else g.steps for g in generations))
     draft, verify, total = (1e3 * sum(getattr(g, f"{k}_s") for g in generations) / count for k in ("draft", "verify", "decode"))
     return {"draft": draft, "verify": verify, "overhead": total - draft - verify}
 

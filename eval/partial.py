@@ -110,7 +110,7 @@ class PartialCache:
 
         def and_choose(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
             output = attend(layer, q_BTHD, k_BTGD, v_BTGD)
-            self._summarise(layer, first_B, rows // recipe.block + 2)
+            self._summarise(layer, first_B, self.rows // recipe.block + 2)  # of the longest draft, the last step's
             q_BKHD = q_BTHD[self.full.row_B1, row_BK]
             self._take(layer, self._choose(layer, q_BKHD, new_B), new_B)
             return output

@@ -158,6 +158,12 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
         raise UserError(f"draft.breadth={draft.breadth}: trees are for drafters that draft token by token under no view; {why}")
     if draft.length == "adaptive" and (tree or view):
         raise UserError("draft.length=adaptive is for chains (draft.breadth=1) under no view")
+    if tree and recipe.longest(config) < tree.depth:
+        raise UserError(f"draft.nodes={draft.nodes} is too few for trees {tree.depth} tokens deep (draft.length)")
+    if tree and tree.breadth > (config.draft_vocab or config.architecture.vocab_size):
+        raise UserError(f"draft.breadth={tree.breadth} exceeds what the drafter can say")
+    if "" in recipe.stop:
+        raise UserError('stop=[""]: an empty string ends nothing')
     if draft.nodes and not tree:
         raise UserError(f"draft.nodes={draft.nodes} is for trees (draft.breadth=2 or more)")
     if not verify.partial:

@@ -1,6 +1,6 @@
 """What the host knows of a request: its output so far, and where that ends, as in plain decoding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,8 +50,8 @@ class Request:
         if self.done:
             return
         kept = round.anchor + 1 - self._prompt
-        self.undone += len(self.output) - kept
-        self.rollbacks += kept < len(self.output)
+        if kept < len(self.output):
+            round = self._rolled_back(round, len(self.output) - kept)
         self.output[kept:] = emitted
         self.rounds.append(round)
         self._since = 0 if full else self._since + len(emitted)
@@ -59,6 +59,15 @@ class Request:
         self.done = self._ended and (full or not self._audited)
         if full:
             self._sure = len(self.output)
+
+    def _rolled_back(self, round: Round, count: int) -> Round:
+        """Take tokens from the rounds that emitted them. This round's draft stood behind them, and was not judged."""
+        self.undone, self.rollbacks = self.undone + count, self.rollbacks + 1
+        for back in range(len(self.rounds) - 1, -1, -1):
+            lost = min(count, self.rounds[back].kept + 1)
+            self.rounds[back] = replace(self.rounds[back], kept=self.rounds[back].kept - lost)
+            count -= lost
+        return replace(round, drafted=0, drafted_tokens=None)
 
     def wants_full(self, deepest: int, partial_tokens: int) -> bool:
         """Whether the next step has to be a full one: the buffer may overflow, or the end is still to be made sure of."""

@@ -315,6 +315,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
         (["draft.length=4"], "draft.length=4: .* drafts 1 to 3 tokens"),
         (["draft.breadth=2"], "trees are for drafters that draft token by token .*; objective=blockwise fills a block"),
         (["draft.nodes=4"], "draft.nodes=4 is for trees"),
+        (["stop=['']"], "an empty string ends nothing"),
         (["verify.offload=true"], "verify.offload=true is for verify=partial"),
         (["verify=partial_audited"], r"verify=partial_audited .* temperatures=\[0\]"),
         (["verify=partial", "verify.partial_tokens=3"], "leaves no partial step beside drafts of 3 tokens"),

@@ -25,8 +25,9 @@ from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources import VALIDATION
 from data_prep.target import load_target, load_tokenizer
 from data_prep.tokens import TokenDocument
+from eval import measure
 from eval.decode import decode
-from eval.drafting import Draft, Nobody, PromptLookup, Trained
+from eval.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
 from eval.lengths import Adaptive
 from eval.recipe import PromptsRecipe
 from eval.request import Stops
@@ -278,3 +279,42 @@ def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, 
     assert len(kept) > 50 and sum(kept) > 20
     assert tau(0) == pytest.approx(1 + sum(kept) / len(kept), abs=1e-9)
     assert tau(-1) != pytest.approx(1 + sum(kept) / len(kept), abs=1e-3)
+
+
+@pytest.mark.parametrize("objective,reuse", [("ttt", "hidden"), ("ttt", "none"), ("blockwise", "kv")])
+def test_drafters_under_a_view_draft_in_a_batch_as_alone(targets, objective, reuse):
+    """Ragged prompts, of which some end in an earlier chunk of the prefill than others."""
+    target, view = targets["qwen3"], View(kind="sink_recent", budget=12, sink=2)
+    drafter = drafter_of(target, objective, reuse, layers=2)
+    make = lambda b=0: Trained(drafter, target.frozen_head, REFERENCE, view)
+    engine, prompts = engine_of(target, OneByOne(4, make), drafter.config.draft_length, prefill_chunk=8), ragged()
+    for prompt, found in zip(prompts, engine.generate(prompts, 40, [0] * 4, Stops())):
+        alone = decode(target, make(), prompt, 40, 0.0, 0)
+        assert found.tokens == alone.tokens and triples(found) == triples(alone)
+
+
+def test_graphs_are_recorded_before_the_first_request(targets):
+    """The controls too: whatever a graph keeps the address of is there by then, and is what requests are shown later."""
+    target, drafter = targets["qwen3"], drafter_of(targets["qwen3"], "ttt", "hybrid")
+    other = OtherMemory(4, 200)
+    engine = engine_of(target, StaticTrained(drafter, target.frozen_head, other), 4)
+    engine.reserve(40)
+    engine._capture()
+    held, prompts = other._held.hidden[1], ragged()
+    for b in range(4):
+        other.fill(b, target.forward(torch.tensor([prompts[b - 1]])).map(lambda t: t[0]))
+    found = engine.generate(prompts, 40, [0] * 4, Stops())
+    assert other._held.hidden[1] is held
+    for b, prompt in enumerate(prompts):
+        alone = decode(target, Trained(drafter, target.frozen_head, REFERENCE, change=other.of(b)), prompt, 40, 0.0, 0)
+        assert found[b].tokens == alone.tokens and triples(found[b]) == triples(alone)
+
+
+def test_a_round_lasts_as_long_for_a_batch_as_its_clock_says(targets):
+    """Milliseconds a round are those of the batch, whose requests end at different times."""
+    engine = engine_of(targets["qwen3"], StaticLookup(), 3)
+    found = engine.generate(ragged(), 40, [0] * 4, Stops())
+    rounds = max(len(g.rounds) for g in found)
+    assert sum(g.steps for g in found) == pytest.approx(rounds) and len({len(g.rounds) for g in found}) > 1
+    total = sum(measure.round_ms(found).values())
+    assert total == pytest.approx(1e3 * sum(g.decode_s for g in found) / rounds)

@@ -192,6 +192,12 @@ def test_a_difference_is_found_and_none_is_exactly_none():
     assert again == found and compare.compare(reports, seed=1)["temperatures"]["1"] != found
 
 
+def test_turns_of_a_conversation_are_drawn_together():
+    figures = {"per_prompt": [[4, 2], [6, 2], [1, 1]], "per_prompt_s": [[3, 1.0], [5, 2.0], [1, 0.5]]}
+    figures["baseline_per_prompt_s"] = [[3, 2.0], [5, 4.0], [1, 0.5]]
+    assert compare.counted(figures, ["a", "b", "a"]).tolist() == [[5, 3, 4, 1.5, 4, 2.5], [6, 2, 5, 2.0, 5, 4.0]]
+
+
 def test_other_prompts_are_unpaired():
     """Prompts that differ much between themselves and little between runs: pairing sees the small difference."""
     easy = [[10 + 2 * i, 10] for i in range(30)]

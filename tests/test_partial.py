@@ -83,11 +83,11 @@ def check_audited(target, name, recipe, prompts, plain, new=NEW):
         assert one.tokens == plain[b]
         assert one.emitted == int(engine._rounds.length_B[b]) - len(prompts[b])  # positions that were gained
         assert len(one.tokens) - 1 <= one.emitted and (one.rollbacks == 0) == (one.undone == 0) and one.rollbacks <= one.undone
-        anchors, undone, rollbacks = [r.anchor for r in one.rounds], 0, 0
-        for before, after in zip(one.rounds, one.rounds[1:]):  # a rollback is an anchor that stands before the end
-            back = before.anchor + before.kept + 1 - after.anchor
-            undone, rollbacks = undone + back, rollbacks + (back > 0)
-        assert anchors[0] == len(prompts[b]) and (undone, rollbacks) == (one.undone, one.rollbacks)
+        at = len(prompts[b])  # what is left of the rounds stands one behind the other
+        for round in one.rounds:
+            assert round.kept == -1 or round.anchor == at
+            at += round.kept + 1
+        assert one.rollbacks <= sum(round.drafted == 0 for round in one.rounds)
     return sum(g.rollbacks for g in found)
 
 
