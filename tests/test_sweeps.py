@@ -68,7 +68,8 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
         "prompts.max_new_tokens=8",
     ]
     env = {"WANDB_MODE": "offline"}
-    done = command(EVAL, *words, "out=decoded", "prompts.count=2", "temperatures=[1]", cwd=tmp_path, env=env)
+    few = ["prompts.count=2", "temperatures=[1]", "transformers=false"]
+    done = command(EVAL, *words, "out=decoded", *few, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     scored = command(EVAL, *words, "out=scored", "mode=score", f"cache.dir={cache}", cwd=tmp_path, env=env)
     assert scored.returncode == 0, scored.stderr
