@@ -414,6 +414,7 @@ def test_batches_ends_and_partial_verification_from_the_command_line(cache, tmp_
     audited = judged("audited", "verify=partial_audited", *part, "batch=2", "draft.breadth=2", "draft.nodes=6")
     assert audited["temperatures"]["0"]["lossless"] and audited["verify"]["retrieval"] == 32 and audited["engine"]["batch"] == 2
     lossy, hosted = judged("lossy", "verify=partial", *part), judged("hosted", "verify=partial", *part, "verify.offload=true")
+    assert not lossy["temperatures"]["0"]["lossless"] and "is lossy" in lossy["temperatures"]["0"]["lossless_by"]
     away = lossy["temperatures"]["0"]["divergence"]
     assert 0 <= away["agreement"] <= 1 and away["perplexity"]["full"] > 1
     assert "perplexity" in (tmp_path / "lossy/report.html").read_text()
