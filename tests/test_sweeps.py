@@ -57,6 +57,7 @@ def drafter(cache, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, drafter, tmp_path):
     words = [
         "-m",
