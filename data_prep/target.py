@@ -198,12 +198,18 @@ class Target:
         for layer in {*hidden_layers, *kv_layers, *query_layers}:
             if not 0 <= layer < len(self.layers):
                 raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook()
         kinds = {"hidden": hidden_layers, "key": kv_layers, "value": kv_layers, "query": query_layers}
         wanted = [(kind, layer) for kind, layers in kinds.items() for layer in sorted({*layers})]
         self._sources = [(kind, layer, self._source(kind, layer)) for kind, layer in wanted]
+        self._hook()
+
+    def _hook(self) -> None:
         self._hooks = [module.register_forward_hook(_take) for _, _, module in self._sources]
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def forward(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> States:
@@ -258,7 +264,7 @@ class Target:
 
     @contextmanager
     def uncompiled(self):
-        """For those who compile the model themselves."""
+        """For forwards of any length, each of which would be compiled."""
         calls = [layer._compiled_call_impl for layer in self.layers]
         try:
             for layer in self.layers:
@@ -267,6 +273,16 @@ class Target:
         finally:
             for layer, call in zip(self.layers, calls):
                 layer._compiled_call_impl = call
+
+    @contextmanager
+    def as_loaded(self):
+        """The model as transformers made it, for its own `generate`: without hooks of ours, which break what it compiles."""
+        self._unhook()
+        try:
+            with self.uncompiled():
+                yield
+        finally:
+            self._hook()
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""

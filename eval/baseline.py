@@ -6,7 +6,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from data_prep.target import Target
-from eval.decode import Generation
+from eval.decode import Generation, clock
 from eval.request import Stops
 from eval.verification import Sampling
 
@@ -43,8 +43,8 @@ class Transformers:
         if stops.strings:
             ends |= {"stop_strings": list(stops.strings), "tokenizer": stops.tokenizer}
         torch.manual_seed(seed)
-        with target.uncompiled():
-            began = self._now()
+        with target.as_loaded():
+            began = clock(target)
             output = target.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -53,10 +53,5 @@ class Transformers:
                 **ends,
                 **self._options,
             )
-            ended = self._now()
+            ended = clock(target)
         return Generation(output[0, len(prompt) :].tolist(), prefill_s=first.at - began, decode_s=ended - first.at)
-
-    def _now(self) -> float:
-        if self._target.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()

@@ -55,9 +55,14 @@ def load(runs: list[str]) -> dict[str, dict]:
 def _complete(report) -> bool:
     """Whether it has, for every prompt, what is resampled."""
     try:
-        figures, prompts = list(report["temperatures"].values()), len(_requests(report))
-        held = figures and prompts and report["target"]["weights_hash"] and all("conditional" in one for one in figures)
-        return bool(held) and all(len(one[name]) == prompts for one in figures for name in COUNTED)
+        figures = list(report["temperatures"].values())
+        held = (
+            figures
+            and report["prompts"]["ids"]
+            and report["target"]["weights_hash"]
+            and all("conditional" in one for one in figures)
+        )
+        return bool(held) and all(len(one[name]) == len(_requests(report, one)) for one in figures for name in COUNTED)
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -74,7 +79,7 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             if temperature not in report["temperatures"]:
                 continue
             figures = report["temperatures"][temperature]
-            counts = counted(figures, _requests(report))
+            counts = counted(figures, _requests(report, figures))
             paired = report["prompts"]["ids"] == reports[first]["prompts"]["ids"]
             value, drawn = statistics(counts.sum(0)), statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
@@ -86,9 +91,9 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
     return found
 
 
-def _requests(report: dict) -> list[str]:
-    """The prompt, or conversation, that each request belongs to."""
-    return report["prompts"].get("requests") or report["prompts"]["ids"]
+def _requests(report: dict, figures: dict) -> list[str]:
+    """The prompt, or conversation, that each request of a temperature belongs to."""
+    return figures.get("per_prompt_id") or report["prompts"]["ids"]
 
 
 def counted(figures: dict, requests: list[str]) -> np.ndarray:

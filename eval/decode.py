@@ -62,19 +62,19 @@ def decode(
     """Continue `prompt`. At temperature 0 the output is the target's greedy continuation, above it a sample of the
     target's distribution, whoever drafts."""
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    started = now = _clock(target)
+    started = now = clock(target)
     cache, tokens = target.new_cache(), list(prompt)
     drafting.begin()
     states = target.forward(torch.tensor([prompt], device=target.device), cache).map(lambda t: t[0])
     tokens.append(sample(distribution(target.logits(states.last_hidden[-1]), temperature), generator))
     drafting.observe(states, tokens)
     result = Generation([])
-    result.prefill_s = (now := _clock(target)) - started
+    result.prefill_s = (now := clock(target)) - started
     decoding = now
     while len(tokens) - len(prompt) < max_new_tokens and end_tokens.isdisjoint(tokens[len(prompt) :]):
         anchor = len(tokens) - 1
         draft = drafting.draft(tokens, temperature, generator)
-        now, before = _clock(target), now
+        now, before = clock(target), now
         result.draft_s += now - before
         states = target.forward(torch.tensor([[tokens[-1], *draft.tokens]], device=target.device), cache).map(lambda t: t[0])
         p_JV = distribution(target.logits(states.last_hidden), temperature)
@@ -82,10 +82,10 @@ def decode(
         tokens += [*draft.tokens[:kept], following]
         if refused := len(draft.tokens) - kept:
             cache.crop(-refused)
-        now, before = _clock(target), now
+        now, before = clock(target), now
         result.verify_s += now - before
         drafting.observe(states.map(lambda t: t[: kept + 1]), tokens[anchor + 1 :])
-        now, before = _clock(target), now
+        now, before = clock(target), now
         result.draft_s += now - before
         result.rounds.append(Round(anchor, len(draft.tokens), kept, draft if keep_drafts else None, draft.tokens))
     result.decode_s = now - decoding
@@ -96,7 +96,8 @@ def decode(
     return result
 
 
-def _clock(target: Target) -> float:
+def clock(target: Target) -> float:
+    """Seconds, when the device has done all that it was given."""
     if target.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -160,7 +160,7 @@ class OneByOne:
         make: `Trained` for the request at a place of the batch.
     """
 
-    graphs = False
+    graphs, deepest = False, None
 
     def __init__(self, batch: int, make: Callable[[int], Trained]):
         self._drafting = [make(b) for b in range(batch)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.target import Target
-from eval.decode import Generation, Round
+from eval.decode import Generation, Round, clock
 from eval.lengths import Lengths
 from eval.partial import PartialCache
 from eval.request import Request, Stops
@@ -105,7 +105,7 @@ class Engine:
         graphs: bool = True,
         prefill_chunk: int = 1024,
     ):
-        self.lengths, self.partial, self._audited, self._chunk = lengths, partial, audited, prefill_chunk
+        self.lengths, self.partial, self._chunk = lengths, partial, prefill_chunk
         self._rounds = Rounds(target, drafting, cache, sampling, lengths.longest, partial, audited)
         self._cuda = target.device.type == "cuda"
         self._graphed, self._pool = graphs and self._cuda and drafting.graphs, None
@@ -124,10 +124,10 @@ class Engine:
             raise UserError(f"prompts of {max(map(len, prompts))} tokens need {needed} places of a cache of {rounds.cache.room}")
         self.reserve(max_new_tokens)
         rounds.begin(prompts, max_new_tokens, seeds)
-        started = self._now()
+        started = clock(rounds.target)
         first = rounds.prefill([len(p) for p in prompts], self._chunk)
-        requests = [Request(len(p), max_new_tokens, stops, self._audited, [token]) for p, token in zip(prompts, first.tolist())]
-        full, going, steps, decoding = True, None, 0, self._now()
+        requests = [Request(len(p), max_new_tokens, stops, rounds.audited, [token]) for p, token in zip(prompts, first.tolist())]
+        full, going, steps, decoding = True, None, 0, clock(rounds.target)
         while not all(r.done for r in requests):
             if going != [not r.done for r in requests]:
                 going = [not r.done for r in requests]
@@ -148,7 +148,7 @@ class Engine:
                 guesses = [*emitted[:kept], *[refused] * (kept < drafted and refused >= 0)]
                 request.take(Round(start, drafted, kept, drafted_tokens=guesses), emitted[: kept + 1], full)
             full = self.partial is None or any(r.wants_full(rounds.deepest, partial_tokens) for r in requests)
-        ended = self._now()
+        ended = clock(rounds.target)
         timings = (decoding - started, watch.seconds("draft"), watch.seconds("verify"), ended - decoding)
         longest = int(rounds.length_B.max())
         return [
@@ -202,8 +202,3 @@ class Engine:
         news.copy_(news_BU, non_blocking=True)
         event.record()
         return news, event.synchronize
-
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()

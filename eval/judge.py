@@ -144,7 +144,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             texts = [p.tokens for p in requests]
             with target.uncompiled():
                 result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling)
-            result["prompts"]["requests"] = [p.id for p in requests]  # of each, its conversation
+            result["temperatures"][f"{temperature:g}"]["per_prompt_id"] = [p.id for p in requests]  # its conversation's
             result["examples"][f"{temperature:g}"] = measure.examples(texts, runs["trained"], tokenizer)
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = (
@@ -200,11 +200,10 @@ def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Gener
         p = measure.sampling_p_value(target, prompts, trained, sampling)
         result["lossless"] = p > 1e-3
         result["lossless_by"] = f"tokens' ranks under the target are uniform: chi-square p = {p:.3f} (NO below 0.001)"
-    if FULLY in runs:  # whatever few tokens say
-        result["lossless"], result["lossless_by"] = False, f"verify=partial is lossy; {result['lossless_by']}"
     if any(g.rollbacks for g in trained):
         result["rollbacks"] = {"count": sum(g.rollbacks for g in trained), "tokens": sum(g.undone for g in trained)}
-    if FULLY in runs:
+    if FULLY in runs:  # lossy, whatever few tokens say
+        result["lossless"], result["lossless_by"] = False, f"verify=partial is lossy; {result['lossless_by']}"
         result["divergence"] = measure.divergence(target, prompts, trained, runs[FULLY], sampling)
     result["repetition"] = measure.repetition(trained)
     result["controls"] = {name: one(name) for name in runs if name not in (*plain, "trained")}

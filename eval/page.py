@@ -262,7 +262,7 @@ def _draw_context(figures: dict) -> str:
                     axis.plot(middle, bins["tau"], label=name.replace("_", " "), **_look(name))
             axis.axhline(1, color=INK, linewidth=0.8, linestyle=":")
             axis.set(xlabel="position of the anchor in the text", ylabel="tau", title=f"T = {temperature}")
-            axis.set_ylim(bottom=0.9)
+            axis.set_ylim(bottom=min(0.9, axis.get_ylim()[0]))  # below 1 where audits took tokens back
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     return svg("tau by position in the text", len(figures), 3.2, draw)

@@ -67,7 +67,7 @@ class Rounds:
     @property
     def deepest(self) -> int:
         """Tokens that a round keeps at most."""
-        return getattr(self.drafting, "deepest", None) or self.longest
+        return self.drafting.deepest or self.longest
 
     def prefill(self, sizes: list[int], chunk: int) -> Tensor:
         """Read the prompts, chunk by chunk, and draw the first token of each, [B]. Shorter prompts are padded on the right:
@@ -148,7 +148,8 @@ class Rounds:
         tree, length = proposal.tree, proposal.tokens_BJ.shape[1]
         draft_BK = torch.cat([self.text_BL.gather(1, anchor_B[:, None]), proposal.tokens_BJ], dim=1)
         if not missing:
-            return (draft_BK, torch.arange(length + 1, device=base_B.device), None) if tree is None else (draft_BK, *tree[2:])
+            chain = (torch.arange(length + 1, device=base_B.device), None)
+            return draft_BK, *(chain if tree is None else (tree.depth_BT, tree.seen_BTT))
         row_T = torch.arange(missing + 1 + length, device=base_B.device)
         before_B1 = (anchor_B - base_B)[:, None]
         node_BT = (row_T - before_B1).clamp(0, length)  # rows of the draft, the anchor's being 0

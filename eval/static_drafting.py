@@ -32,6 +32,7 @@ class Proposal(NamedTuple):
 
 class StaticDrafting(Protocol):
     graphs: bool  # whether a CUDA graph can hold what it does
+    deepest: int | None  # tokens that a round keeps at most, of a tree; None: all that are drafted
 
     def begin(self, cache: StaticCache) -> None:
         """New requests, in these places."""
@@ -50,7 +51,7 @@ class StaticDrafting(Protocol):
 class StaticNobody:
     """Plain decoding."""
 
-    graphs = True
+    graphs, deepest = True, None
 
     def begin(self, cache: StaticCache) -> None:
         pass
@@ -97,7 +98,7 @@ class StaticTrained:
 
     def __init__(self, drafter: Drafter, head: FrozenHead, change: Callable | None = None, tree: TreeShape | None = None):
         self.drafter, self._head, self._change, self._tree = drafter.eval(), head, change, tree
-        self.deepest = tree.depth if tree else None
+        self.deepest, self._cache = tree.depth if tree else None, None
         self._heads = drafter.head.heads(head)  # once: rows of a reduced vocabulary are copies
 
     def begin(self, cache: StaticCache) -> None:
@@ -106,7 +107,7 @@ class StaticTrained:
         if config.uses_kv and config.source == "native" and alike and cache.on_device:
             borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
         batch, room = cache.key.shape[1:3]
-        if getattr(self, "_cache", None) is not cache:
+        if self._cache is not cache:
             self._cache = cache
             self.memory = StaticMemory(config, batch, room + 1, self._head.head_VE.device, borrowed)
             self.feature_BE = self._head.head_VE.new_zeros(batch, config.architecture.hidden_size, dtype=self.drafter.dtype)

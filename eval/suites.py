@@ -84,7 +84,6 @@ class Prompt:
     messages: tuple[dict, ...] = ()  # so far, this request's being the last
     waiting: tuple[str, ...] = ()  # the user's turns that are still to come
     style: "Style | None" = field(default=None, repr=False, compare=False)
-    promised: int | None = None  # positions that the suite's conversations were said to take
 
     def after(self, reply: list[int]) -> "Prompt | None":
         """The conversation's next request, behind the target's `reply` to this one (its token ids, an end token included).
@@ -95,9 +94,8 @@ class Prompt:
         said = {"role": "assistant", "content": self.style.tokenizer.decode(reply, skip_special_tokens=True)}
         messages = (*self.messages, said, {"role": "user", "content": self.waiting[0]})
         tokens = self.style.render(messages)
-        fits = len(tokens) + self.style.suite.new_tokens <= min(self.style.room, self.promised or self.style.room)
-        rest = (self.category, messages, self.waiting[1:], self.style, self.promised)
-        return Prompt(self.id, tokens, *rest) if fits else None
+        fits = len(tokens) + self.style.suite.new_tokens <= self.style.room
+        return Prompt(self.id, tokens, self.category, messages, self.waiting[1:], self.style) if fits else None
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ def load_prompts(
             break
     if not found:
         raise UserError(f"{source}: no prompt has {style.limit} tokens (suite.short=keep takes shorter ones)")
-    found = [replace(prompt, promised=positions) for prompt in found]
+    found = [replace(prompt, style=replace(style, room=positions)) for prompt in found]  # later turns take no more than was said
     said = {"suite": suite.kind, "source": source, "format": style.name}
     unused = {"config", "split"} if suite.path else set()
     said |= suite.model_dump(exclude={"kind", "path", "name", "count", "new_tokens"} | unused)

@@ -8,11 +8,18 @@ from eval.partial import PartialCache
 from eval.static_cache import StaticCache
 from eval.static_drafting import StaticTrained
 from eval.verification import Sampling
-from tests.models import drafter_of
+from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention import EXECUTORS
 
 REFERENCE = EXECUTORS["reference"]
 GREEDY = Sampling(0.0)
+
+
+def exact_target(family="qwen3"):
+    """float64, where the order of sums changes no token."""
+    target = small_target(family, torch.float64)
+    target.capture(HIDDEN_LAYERS, (1, 2))
+    return target
 
 
 def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, **options):

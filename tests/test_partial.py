@@ -14,8 +14,7 @@ from eval.rounds import Rounds
 from eval.static_cache import StaticCache
 from eval.static_drafting import StaticLookup, StaticNobody
 from eval.tree import TreeShape
-from tests.engines import engine_of, ragged, trained, triples
-from tests.models import HIDDEN_LAYERS, small_target
+from tests.engines import engine_of, exact_target, ragged, trained, triples
 from tests.test_decode import generated
 
 TIGHT = PartialRecipe(sink=4, retrieval=8, window=12, block=4, partial_tokens=12)
@@ -35,9 +34,7 @@ DRAFTING = {
 
 @pytest.fixture(scope="module")
 def target():
-    target = small_target(dtype=torch.float64)
-    target.capture(HIDDEN_LAYERS, (1, 2))
-    return target
+    return exact_target()
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,13 @@ from data_prep.recipe import TargetRecipe
 from data_prep.target import load_target, load_tokenizer
 from eval.request import Stops
 from eval.static_drafting import Proposal, StaticNobody
-from tests.engines import engine_of, ragged
-from tests.models import HIDDEN_LAYERS, small_target
+from tests.engines import engine_of, exact_target, ragged
 from tests.test_decode import generated
 
 
 @pytest.fixture(scope="module")
 def target():
-    target = small_target(dtype=torch.float64)
-    target.capture(HIDDEN_LAYERS, (1, 2))
-    return target
+    return exact_target()
 
 
 @pytest.fixture(scope="module")

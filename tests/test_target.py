@@ -203,3 +203,15 @@ def test_documents_of_a_batch_do_not_see_each_other_on_a_gpu(attention):
     shifted = exact.forward(torch.from_numpy(np.concatenate(ids)).long()[None]).hidden[5][0][300:307]  # a leak, for comparison
     whole = exact.forward(torch.from_numpy(ids[1]).long()[None]).hidden[5][0]
     assert (shifted - whole).norm() / whole.norm() > 0.1
+
+
+def test_generate_of_transformers_meets_no_hook_of_ours():
+    """`as_loaded`: what transformers compiles is its own model; afterwards states are handed out as before."""
+    target = small_target()
+    target.capture([0, 2], [1])
+    before = target.forward(IDS_BT)
+    with target.as_loaded():
+        assert not any(module._forward_hooks for module in target.model.modules())
+    after = target.forward(IDS_BT)
+    assert set(after.hidden) == {0, 2} and set(after.key) == {1}
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors(), after.tensors()))
