@@ -41,6 +41,12 @@ class Places:
     document: Tensor
     position: Tensor
 
+    @cached_property
+    def bounds(self) -> Tensor:
+        """int32 [documents + 1]: where each document of a pack begins."""
+        count = self.document.unique_consecutive(return_counts=True)[1]
+        return F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
+
     def __add__(self, other: "Places") -> "Places":
         return Places(torch.cat([self.document, other.document]), torch.cat([self.position, other.position]))
 
