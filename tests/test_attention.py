@@ -1,5 +1,7 @@
 """The visibility rule, drawn cell by cell, and every executor against the reference."""
 
+import sys
+
 import pytest
 import torch
 
@@ -166,15 +168,39 @@ def test_flash_equals_reference_forward_and_backward(steps, shift):
             assert (mine - theirs).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("steps,shift", [(1, 1), (3, 0)])
+def test_kernels_of_draft_keys_equal_their_definition(steps, shift, monkeypatch):
+    """In Triton's interpreter where there is no GPU; float32. Three query heads of a key head, and a head size of 24: no power
+    of two."""
+    joint, module = pytest.importorskip("train.attention.joint", exc_type=ImportError), sys.modules["train.attention.flash"]
+    *tensors, visibility = ttt_case(steps, shift, size=24, heads=6)
+    expected = through(EXECUTORS["flash"], visibility, *tensors)
+    if torch.cuda.is_available():
+        monkeypatch.setattr(module, "kernel", lambda on_gpu: (_on_cpu(module._cpu_forward), _on_cpu(module._cpu_backward)))
+        tensors, visibility = [t.cuda() for t in tensors], on_gpu(visibility)
+    monkeypatch.setattr(module, "drafts", lambda on_gpu: joint)
+    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def _on_cpu(function):
+    """The kernel of the memory's part for float32, which FlashAttention does not know."""
+
+    def run(*arguments):
+        found = function(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments))
+        return [t.cuda().contiguous() if isinstance(t, torch.Tensor) else t for t in found]
+
+    return run
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention runs on a GPU")
 @pytest.mark.parametrize("own", [False, True], ids=["flash-attn", "PyTorch's"])
 @pytest.mark.parametrize("steps,shift", [(1, 1), (3, 0), (3, 1)])
 def test_flash_equals_reference_on_a_gpu(steps, shift, own, monkeypatch):
     """bf16 against float64 of the same bf16 inputs: 2^-8 of a result's size, and twice that for what passes two roundings."""
-    from train.attention import flash
-
-    chosen = flash.kernel(True, own)
-    monkeypatch.setattr(flash, "kernel", lambda on_gpu: chosen)
+    module = sys.modules["train.attention.flash"]  # the package's name for the function hides it
+    chosen = module.kernel(True, own)
+    monkeypatch.setattr(module, "kernel", lambda on_gpu: chosen)
     *tensors, visibility = ttt_case(steps, shift, size=128, heads=8)
     tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
     visibility = on_gpu(visibility)
