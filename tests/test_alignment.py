@@ -154,6 +154,13 @@ def test_flex_forward_is_decode_loop(target, objective, reuse):
     assert worst < 1e-4
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
+@pytest.mark.parametrize("reuse", sorted({reuse for objective, reuse in EVERY if objective == "ttt"}))
+def test_flash_forward_is_decode_loop(target, reuse, packing):
+    worst, *_ = largest_difference(target, drafter_of(target, "ttt", reuse), packing, EXECUTORS["flash"])
+    assert worst < 1e-4
+
+
 VIEWS = {
     "sink_recent": View(kind="sink_recent", budget=16, sink=2),
     "sink_recent in cache": View(kind="sink_recent", budget=16, sink=2, positions="in_cache"),

@@ -168,6 +168,8 @@ class _Run:
         del target
         weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)
         attend, drafter.recompute = attention(recipe, device), recipe.train.recompute
+        if recipe.train.fp8:
+            drafter.use_fp8(head)
         if recipe.train.compile and device.type == "cuda" and recipe.deepspeed.stage < 3:
             drafter.compile_parts()
         self.branches = recipe.branches

@@ -151,7 +151,12 @@ def check(recipe: TrainRecipe) -> None:
         )
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
-    attention(recipe, pick_device(recipe.target.device))
+    device = pick_device(recipe.target.device)
+    attention(recipe, device)
+    if recipe.train.fp8 and (recipe.drafter.lm or not uses_bf16(recipe, device) or recipe.deepspeed.stage == 3):
+        raise UserError("train.fp8=true needs bf16 (train.precision=bf16), ZeRO 0 to 2, and no drafter.lm")
+    if recipe.train.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"train.fp8=true: {torch.cuda.get_device_name(device)} has no fp8 products; use train.fp8=false")
     manifest = manifest_of(recipe)
     chosen_layers(recipe, manifest)
     if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest

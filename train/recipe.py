@@ -118,6 +118,7 @@ class TrainSection(Section):
     weight_decay: float = Field(ge=0)
     clip: float = Field(ge=0)  # of the global gradient norm; 0: none
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a GPU, fp32 on a CPU
+    fp8: bool  # the products of the MLPs and of a frozen head
     compile: bool  # on a GPU, where ZeRO-3 does not gather weights layer by layer
     recompute: bool  # draft layers run again in the backward: less memory, more time
     seed: int

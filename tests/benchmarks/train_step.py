@@ -149,7 +149,7 @@ def main() -> None:
     o = options(
         shape="tiny", objective="ttt", reuse="hidden", source="native", attention="auto", packs=["1x2048"], loss="kl",
         vocabulary=0, own_head=False, layers=0, slots=0, anchors=-1, hidden=0, shifted=False, view="topk_chunk", draws=1,
-        chunk=4096, compile=True, recompute=False, repeats=7, deepspeed=-1,
+        chunk=4096, compile=True, recompute=False, fp8=False, repeats=7, deepspeed=-1,
     )  # fmt: skip
     for key, value in DEFAULTS[o.objective].items():
         o[key] = value if o[key] == (-1 if key == "anchors" else 0) else o[key]
@@ -158,8 +158,12 @@ def main() -> None:
     config = drafter_config(o, a)
     with torch.device(device):
         head = FrozenHead(*(torch.randn(a.vocab_size, a.hidden_size, dtype=dtype) * 0.02 for _ in range(2)))
-    drafter = Drafter(config).start(None, head.to("cpu", torch.float32), torch.zeros(a.vocab_size)).to(device, dtype)
+        drafter = Drafter(config).to(dtype)  # a draft vocabulary of the first tokens
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     drafter.recompute = o.recompute
+    if o.fp8:
+        drafter.use_fp8(head)
     if o.compile and on_gpu:
         drafter.compile_parts()
     plain = config.objective == "ttt" and o.objective != "budgetdraft"
@@ -201,7 +205,7 @@ def main() -> None:
                 deepspeed=o.deepspeed if under else None,
                 pack=str(shape),
                 **{key: o[key] for key in ("shape", "objective", "reuse", "attention", "loss", "layers", "slots", "anchors")},
-                **{key: o[key] for key in ("vocabulary", "own_head", "compile", "recompute", "chunk")},
+                **{key: o[key] for key in ("vocabulary", "own_head", "compile", "recompute", "fp8", "chunk")},
                 step_ms=round(step_ms, 1),
                 tokens_per_s=round(1e3 * tokens / step_ms),
                 floor_ms=round(floor_ms, 1),

@@ -27,6 +27,7 @@ def _compiled(dynamic: bool):
 def flex(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]."""
     mask = visibility.block_mask(q_QHD.shape[1] // k_KGD.shape[1])
-    tiles = (F.pad(t, (0, 0, 0, 0, 0, -len(t) % TILE)).unflatten(0, (-1, TILE)) for t in (q_QHD, k_KGD, v_KGD))
+    whole = lambda t: F.pad(t, (0, 0, 0, 0, 0, -len(t) % TILE)) if len(t) % TILE else t  # padding by nothing would copy
+    tiles = (whole(t).unflatten(0, (-1, TILE)) for t in (q_QHD, k_KGD, v_KGD))
     # PyTorch 2.13's C++ template does not compile for symbolic sizes, so a CPU compiles every shape anew.
     return _compiled(q_QHD.is_cuda)(*tiles, mask)[: len(q_QHD)]

@@ -117,8 +117,9 @@ def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Ten
 def join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD, place_Q) -> tuple[Tensor, Tensor, Tensor]:
     (steps, rows), places, scale = k_JQGD.shape[:2], len(dq_memory_PHD), q_QHD.shape[-1] ** -0.5
     found = [torch.empty_like(t) for t in (q_QHD, k_JQGD, v_JQGD)]
+    grad_QHD, dq_memory_PHD = grad_QHD.contiguous(), dq_memory_PHD.contiguous()
     _join_backward_kernel[(rows, k_JQGD.shape[2])](
-        grad_QHD.contiguous(), q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD.contiguous(), place_Q, *found, rows, places, steps, scale,
+        grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD, place_Q, *found, rows, places, steps, scale,
         **_sizes(k_JQGD, q_QHD), num_warps=1,
     )  # fmt: skip
     return tuple(found)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep.target import FrozenHead
+from train import fp8
 from train.drafter.config import DrafterConfig
 from train.losses.chunked import Heads, Rows, RowStatistics, chunked_loss
 
@@ -27,6 +28,7 @@ class DraftHead(nn.Module):
         if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
         self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else weight
+        self._narrow: fp8.Frozen | None = None
 
     @property
     def kept_D(self) -> Tensor | None:
@@ -45,9 +47,13 @@ class DraftHead(nn.Module):
     def _rows(self, head: FrozenHead) -> Tensor:
         return head.head_VE if self.kept_D is None else head.head_VE[self.kept_D]
 
+    def use_fp8(self, head: FrozenHead) -> None:
+        """A frozen head's products in fp8; `head` is where it will be used. One that learns stays as it is."""
+        self._narrow = fp8.Frozen(self._rows(head)) if self.weight is None else None
+
     def heads(self, head: FrozenHead) -> Heads:
         draft_DE = self._rows(head) if self.weight is None else self.weight[: len(head.head_VE)]
-        return Heads(draft_DE, head.head_VE, self.kept_D)
+        return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow)
 
     def labels(self, token_R: Tensor, vocabulary: int) -> Tensor:
         """Target tokens in the draft vocabulary; -1 for those outside it."""

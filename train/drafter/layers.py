@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train import fp8
 from train.attention.visibility import Visibility
 from train.drafter.config import DrafterConfig
 
@@ -131,6 +132,11 @@ class DraftLayer(nn.Module):
         x_QE = x_QE + attended_QE
         normed = self.post_norm(x_QE)
         return x_QE + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+    def use_fp8(self) -> None:
+        """The products of the MLP in fp8."""
+        for name in ("gate", "up", "down"):
+            setattr(self, name, fp8.Linear.of(getattr(self, name)))
 
     def compile_parts(self) -> None:
         """Compile all but the attention, whose executors are kernels already: what stands between matrix products becomes one

@@ -55,6 +55,12 @@ class Drafter(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
+    def use_fp8(self, head: FrozenHead) -> None:
+        """The products of the MLPs and of a frozen head in fp8, while training."""
+        self.head.use_fp8(head)
+        for layer in self.layers:
+            layer.use_fp8()
+
     def compile_parts(self) -> None:
         for layer in self.layers:
             layer.compile_parts()

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.fp8 import Frozen
 from train.losses.divergences import mixture, overlap
 
 
 class Heads(NamedTuple):
-    """`draft_DE` reads the drafter, `target_VE` the target; `kept_D`: the draft vocabulary's target ids (None: all of them)."""
+    """`draft_DE` reads the drafter, `target_VE` the target; `kept_D`: the draft vocabulary's target ids (None: all of them);
+    `narrow`: a frozen `draft_DE` in fp8, with which its products are made instead. The teacher's are not."""
 
     draft_DE: Tensor
     target_VE: Tensor
     kept_D: Tensor | None = None
+    narrow: Frozen | None = None
 
 
 class Rows(NamedTuple):
@@ -133,7 +136,7 @@ class _ChunkedLoss(torch.autograd.Function):
             row = rows.index_R[part]
             draft_CE = draft_ME[row]
             logits = Chunk(
-                F.linear(draft_CE, head_DE),
+                F.linear(draft_CE, head_DE) if heads.narrow is None else heads.narrow.linear(draft_CE),
                 F.linear(rows.teacher_LE[used_L[low:high]].to(draft_ME.dtype), heads.target_VE),
                 teacher_C - low,
                 heads.kept_D,
@@ -145,7 +148,7 @@ class _ChunkedLoss(torch.autograd.Function):
             statistics, gradient_CD = kernel(loss, logits, learns_rows or learns_head)
             found_R4[part] = torch.stack(statistics, dim=1)
             if learns_rows:
-                gradient_ME[row] = gradient_CD @ head_DE
+                gradient_ME[row] = gradient_CD @ head_DE if heads.narrow is None else heads.narrow.backward(gradient_CD)
             if learns_head:
                 _add_product(gradient_DE, gradient_CD.T, draft_CE)
         ctx.save_for_backward(gradient_ME, gradient_DE)

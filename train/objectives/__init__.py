@@ -84,16 +84,17 @@ class Objective(nn.Module):
     def forward(self, pack: Pack, weight_sum_T: Tensor | None = None, memory: Memory | None = None) -> Outcome:
         """`weight_sum_T`: `weight_sums` of all packs of the step, on all ranks; None: nothing is divided. `memory`: what
         `remember` has already made of the pack."""
+        valid = pack.valid(self.slots)
+        valid_MJ = valid.repeat(pack.views, 1)
+        # Only rows that count meet the LM head: its product is the largest of the step. Found before the drafter runs: the host
+        # waits for the GPU here.
+        row, slot = valid_MJ.nonzero(as_tuple=True)
+        view, anchor = row // len(valid), row % len(valid)
+        position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
         memory, config = self.remember(pack) if memory is None else memory, self.drafter.config
         watching = self._loss.kv_align or self._loss.query_align
         with align.Watch(self.drafter) if watching else nullcontext() as watch:
             output = self.draft(pack, memory)
-        valid = pack.valid(self.slots)
-        valid_MJ = valid.repeat(pack.views, 1)
-        # Only rows that count meet the LM head: its product is the largest of the step.
-        row, slot = valid_MJ.nonzero(as_tuple=True)
-        view, anchor = row // len(valid), row % len(valid)
-        position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
         rows = Rows(
             output.reshape(-1, output.shape[-1]),
             row * self.slots + slot,

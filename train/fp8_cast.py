@@ -1,0 +1,22 @@
+"""Scaling, casting and turning a matrix in one pass over it."""
+
+import triton
+import triton.language as tl
+
+BLOCK = 64
+
+
+@triton.jit
+def cast_kernel(
+    source, scale, out, turned, rows, columns, filled, most, PLAIN: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`out` [rows, columns], `turned` [columns, filled]; beyond `rows` it is zero."""
+    r, c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    value = tl.load(source + r[:, None] * columns + c[None, :], mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    cast = tl.minimum(tl.maximum(value, -most), most).to(out.dtype.element_ty)
+    if PLAIN:
+        tl.store(out + r[:, None] * columns + c[None, :], cast, mask=inside)
+    if TURNED:
+        at = c.to(tl.int64)[:, None] * filled + r[None, :]
+        tl.store(turned + at, tl.trans(cast), mask=(c < columns)[:, None] & (r < filled)[None, :])
