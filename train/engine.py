@@ -387,11 +387,6 @@ class _Run:
             )
         if earlier["cache_manifest_hash"] != self.reader.manifest.hash():
             raise UserError(f"{self.run_dir} was trained on another cache than {self.recipe.cache.dir}")
-        if self.recipe.deepspeed.stage and earlier["world_size"] != self.world:
-            raise UserError(
-                f"{self.run_dir} was trained on {earlier['world_size']} ranks; under ZeRO-{self.recipe.deepspeed.stage} "
-                f"it cannot be resumed on {self.world}"
-            )
 
     def _say(self, text: str) -> None:
         if rank() == 0:
