@@ -49,6 +49,7 @@ class EngineState:
 
     def gather(self, kind: str, keep: bool) -> dict[str, Tensor]:
         """The float32 weights or one of the moments of every parameter, on the host, by name; nothing unless `keep`."""
+        self._link()
         found = {}
         for name, parameter in self._named.items():  # a device holds one whole parameter at a time
             value = self._get(parameter, kind)
@@ -69,13 +70,12 @@ class EngineState:
         for flat in self._stepped():
             step = torch.tensor(float(counters["adam_step"]), device=flat.device)
             self._adam.state[flat] = {"step": step} | {kind: torch.zeros_like(flat) for kind in KINDS[1:]}
-        if 0 < self._stage < 3:
-            self._optimizer._lazy_init_hp_params_optimizer_state()  # as after a first step
+        self._link()
         for name, parameter in self._named.items():
             for kind, file in files.items():
                 if name in file.keys():  # without ZeRO, a parameter that never had a gradient has no moments
                     self._set(parameter, kind, file.get_tensor(name))
-        if 0 < self._stage < 3:
+        if self._stage in (1, 2):
             self._optimizer.update_lp_params()
         engine = self._engine
         engine.lr_scheduler.step(counters["lr_scheduler"]["last_batch_iteration"])  # the groups' rates too
@@ -88,6 +88,12 @@ class EngineState:
         if self._stage == 3:  # its groups are empty between steps
             return self._optimizer.fp32_partitioned_groups_flat
         return [p for group in self._adam.param_groups for p in group["params"]]
+
+    def _link(self) -> None:
+        """ZeRO 1-2 find moments through links that DeepSpeed makes when the first group has stepped, and the others not yet."""
+        if self._stage in (1, 2):
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _get(self, parameter: Parameter, kind: str) -> Tensor | None:
         if self._stage == 0:
