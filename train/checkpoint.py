@@ -85,9 +85,15 @@ class Checkpoints:
         """Resume the engine from the newest checkpoint; the `state` saved with it, or None when there is none.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or not by all ranks.
         """
         path = latest(self.folder)
+        seen: list = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, path and path.name)
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"{self.folder} is not the same folder on all hosts; run.dir must be on a file system that they share"
+            )
         if path is None:
             return None
         try:

@@ -62,11 +62,11 @@ class EngineState:
         """`folder` holds one safetensors file a kind, `KINDS`.
 
         Raises:
-            OSError, SafetensorError, LookupError, RuntimeError: a file is missing or cut, or of other parameters.
+            OSError, SafetensorError, ValueError, RuntimeError: a file is missing or cut, or of other parameters.
         """
         files = {kind: safe_open(folder / f"{kind}.safetensors", framework="pt") for kind in KINDS}
         if wrong := self._named.keys() ^ set(files[WEIGHTS].keys()):
-            raise KeyError(f"it holds other parameters: {sorted(wrong)[0]}")
+            raise ValueError(f"it holds other parameters: {sorted(wrong)[0]}")
         for flat in self._stepped():
             step = torch.tensor(float(counters["adam_step"]), device=flat.device)
             self._adam.state[flat] = {"step": step} | {kind: torch.zeros_like(flat) for kind in KINDS[1:]}
