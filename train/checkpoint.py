@@ -68,10 +68,7 @@ class Checkpoints:
 
         self._on_rank_0(begin, final)
         for kind in KINDS:
-            tensors = self._state.gather(kind, keep=self._rank == 0)
-            self._on_rank_0(lambda: save_file(tensors, aside / f"engine/{kind}.safetensors"), final)
-            if kind == WEIGHTS:
-                self._on_rank_0(lambda: self._drafter.save_pretrained(aside / "drafter", _of(self._drafter, tensors)), final)
+            self._write(kind, aside, final)
 
         def finish():
             _sync(*aside.rglob("*"), aside)
@@ -80,6 +77,12 @@ class Checkpoints:
             self._prune(state["best_step"])
 
         self._on_rank_0(finish, final)
+
+    def _write(self, kind: str, aside: Path, final: Path) -> None:
+        tensors = self._state.gather(kind, keep=self._rank == 0)
+        self._on_rank_0(lambda: save_file(tensors, aside / f"engine/{kind}.safetensors"), final)
+        if kind == WEIGHTS:
+            self._on_rank_0(lambda: self._drafter.save_pretrained(aside / "drafter", _of(self._drafter, tensors)), final)
 
     def load(self) -> dict | None:
         """Resume the engine from the newest checkpoint; the `state` saved with it, or None when there is none.
@@ -102,7 +105,7 @@ class Checkpoints:
             with safe_open(path / "drafter/model.safetensors", framework="pt") as file:
                 for name in file.keys() & dict(self._drafter.named_buffers()).keys():  # such as a reduced vocabulary
                     self._drafter.get_buffer(name).copy_(file.get_tensor(name))
-        except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:  # a file that is cut or gone
+        except (OSError, SafetensorError, ValueError, LookupError) as error:  # a file that is cut or gone
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{path} cannot be resumed from ({reason}); remove it to go on from the checkpoint before it"

@@ -62,7 +62,7 @@ class EngineState:
         """`folder` holds one safetensors file a kind, `KINDS`.
 
         Raises:
-            OSError, SafetensorError, ValueError, RuntimeError: a file is missing or cut, or of other parameters.
+            OSError, SafetensorError, ValueError: a file is missing or cut, or of other parameters.
         """
         files = {kind: safe_open(folder / f"{kind}.safetensors", framework="pt") for kind in KINDS}
         if wrong := self._named.keys() ^ set(files[WEIGHTS].keys()):
