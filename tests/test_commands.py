@@ -370,7 +370,12 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, pytest.param({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param(
+            {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}, marks=pytest.mark.slow
+        ),
+    ],
     ids=["no key", "a key, and a host that does not answer"],
 )
 def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):
@@ -389,6 +394,7 @@ def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):
         stdin=-3,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B cannot be reached") == bool(environment)
     (log,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
     for word in (b"cache_manifest_hash", b"git_revision", b"sampled.tau", b"grad_norm", b"sweep", b"diagnostics.attention"):

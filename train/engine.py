@@ -1,5 +1,6 @@
 """The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
 
+import errno
 import functools
 import json
 import math
@@ -95,7 +96,7 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     """Train to `max_steps`, from the newest checkpoint of `run_dir` if there is one.
 
     Raises:
-        UserError: the target is not the cache's, the folder holds another run, or the loss is not finite.
+        UserError: the target is not the cache's, the folder holds another run, the loss is not finite, or the disk is full.
     """
     lock = lock_run(run_dir) if rank() == 0 else None
     deepspeed_logger.setLevel("ERROR")
@@ -105,7 +106,15 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    _Run(recipe, run_dir, device).go()
+    try:
+        _Run(recipe, run_dir, device).go()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{run_dir} cannot be written ({error.strerror}); its checkpoints are intact. Make room, then run the same command "
+            "again"
+        ) from error
     dist.destroy_process_group()  # only after success: with a rank gone it can wait for ever
     del lock
 
@@ -394,11 +403,6 @@ class _Run:
             )
         if earlier["cache_manifest_hash"] != self.reader.manifest.hash():
             raise UserError(f"{self.run_dir} was trained on another cache than {self.recipe.cache.dir}")
-        if self.recipe.deepspeed.stage and earlier["world_size"] != self.world:
-            raise UserError(
-                f"{self.run_dir} was trained on {earlier['world_size']} ranks; under ZeRO-{self.recipe.deepspeed.stage} "
-                f"it cannot be resumed on {self.world}"
-            )
 
     def _say(self, text: str) -> None:
         if rank() == 0:

@@ -238,7 +238,8 @@ class TrainRecipe(CaptureSections):
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
 
         def core(recipe: dict) -> dict:
-            free = {("run",), ("tracking",), ("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
+            free = {("run",), ("tracking",), ("deepspeed",)}
+            free |= {("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
             free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers"), ("train", "diagnose")}
             return {
                 (s, k): v

@@ -62,7 +62,8 @@ def _step(line: str) -> float:
 
 
 def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: dict):
-    """Online where a key is known and the host answers within half a minute, else offline; never a prompt."""
+    """Online where a key is known and the host answers within half a minute, else offline; never a prompt. A host that is lost
+    later costs another half a minute at the end: what was not sent stays on disk, for `wandb sync`."""
     import wandb
 
     known = folder / "wandb-id"  # a resumed run goes on under its id
@@ -80,7 +81,7 @@ def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: 
             id=known.read_text(),
             resume="allow",
             mode=mode,
-            settings=wandb.Settings(init_timeout=30, console="off", silent=True),
+            settings=wandb.Settings(init_timeout=30, finish_timeout=30, console="off", silent=True),
         )
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")

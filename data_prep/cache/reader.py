@@ -1,6 +1,7 @@
 """Shards -> documents, memory-mapped: a read touches only the layers asked for, and copies nothing."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class CacheReader:
         self._shard_names = shards.dictionary.to_pylist()
         self._shard = shards.indices.to_numpy()
         self._shards = [self._open(name) for name in self._shard_names]
+        self._sizes = [self._size(name) for name in self._shard_names]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,8 +58,18 @@ class CacheReader:
 
     def read(self, index: int, names: list[str]) -> dict[str, Tensor]:
         """Tensors of one document, [T, ...] each (last_hidden and queries: one row a supervised token, in order), and
-        `name.scale` beside each fp8 tensor. They are views of the memory-mapped file: copy before you write to one."""
-        shard = self._shards[self._shard[index]]
+        `name.scale` beside each fp8 tensor. They are views of the memory-mapped file: copy before you write to one.
+
+        Raises:
+            UserError: the shard was removed or cut since it was opened: reading behind a mapped file's end kills the process.
+        """
+        number = self._shard[index]
+        shard, name = self._shards[number], self._shard_names[number]
+        if self._size(name) != self._sizes[number]:
+            raise UserError(
+                f"{self.folder / name}.safetensors was removed or cut while it was being read; run data_prep again, "
+                "which captures that shard anew, then the same command again"
+            )
         start, teacher, length, supervised = (
             int(column[index]) for column in (self._offset, self._teacher_offset, self.lengths, self.supervised)
         )
@@ -135,6 +147,12 @@ class CacheReader:
     def _hash(self, name: str) -> str:
         path = self.folder / name
         return file_hash(path) if path.is_file() else "missing"
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return os.stat(self.folder / f"{name}.safetensors").st_size
+        except FileNotFoundError:
+            return None
 
     def _open(self, name: str) -> dict[str, Tensor]:
         """Every tensor of a shard as a view of the mapped file."""

@@ -205,14 +205,15 @@ class Drafter(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""
-        found = {(t.data_ptr(), t.shape): (name, t) for name, t in reversed(self.state_dict().items())}
-        return dict(reversed(found.values()))
+        names = [{name for name, _ in self.named_parameters(remove_duplicate=once)} for once in (False, True)]
+        return {name: t for name, t in self.state_dict().items() if name not in names[0] - names[1]}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """`config.json` and `model.safetensors`, each whole or absent."""
+    def save_pretrained(self, folder: str | Path, parameters: dict[str, Tensor] | None = None) -> None:
+        """`config.json` and `model.safetensors`, each whole or absent. `parameters`: their values by name, where an engine has
+        them in parts."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.detach().cpu().contiguous() for name, t in self.weights().items()}
+        weights = {name: t.detach().cpu().contiguous() for name, t in (self.weights() | (parameters or {})).items()}
         save_file(weights, folder / "model.safetensors.tmp")
         publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
         write_text(folder / "config.json", self.config.to_json())
