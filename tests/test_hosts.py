@@ -46,7 +46,7 @@ class Hosts:
 
     def __init__(self, folder):
         self.folder, self.names = folder, {host: f"{host}-{os.getpid()}" for host in ADDRESSES}
-        for host, name in self.names.items():
+        for name in self.names.values():
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
         run("ip", "-n", self.names["a"], "link", "add", "cable", "type", "veth", "peer", "cable", "netns", self.names["b"])

@@ -34,15 +34,15 @@ def lock_run(folder: Path, patience_s: float = 15) -> int:
 
 
 def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
-    """What to tell of an error of the collectives, None for any other. Takes some seconds: those that are left count themselves."""
+    """What to tell of an error of the collectives, None for any other. Takes seconds: the ranks that are left count themselves."""
     from torch.distributed import DistError
 
     said = str(error).strip()
     if "gloo" in said and "Timed out" in said:
         silent = ", ".join(map(str, _silent_ranks())) or "a rank"
         return UserError(
-            f"rank {silent} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host and "
-            "say the same command again"
+            f"rank {silent} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host "
+            "and say the same command again"
         )
     if isinstance(error, DistError) or "gloo" in said:
         return UserError(f"the connection between ranks failed (train.timeout_s={timeout_s}): {said}")
