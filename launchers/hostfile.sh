@@ -4,7 +4,7 @@
 # Needs pdsh here, ssh without a password to every host, and the repository, its environment, the cache and the run folder under
 # the same paths everywhere. Where hosts have several networks, NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPUs) names one.
 set -euo pipefail
-hostfile=$1
+hostfile=${1:?a hostfile comes first}
 shift
 # pdsh waits for all hosts, and ssh for ever for one that is gone, unless it asks whether that one still lives.
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3 ${PDSH_SSH_ARGS_APPEND:-}"

@@ -19,7 +19,7 @@ from train.ranks import free_port
 pytestmark = pytest.mark.slow
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 WORDS = [ROOT / "train/main.py", "reuse=hidden", "deepspeed=zero2", "train.batch=2", "train.max_steps=40", "train.save_every=10"]
-WORDS += ["train.timeout_s=10", *SMALL]
+WORDS += ["train.timeout_s=15", *SMALL]
 PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -139,9 +139,9 @@ def test_a_host_cut_off_is_an_error_on_both_sides_and_the_run_goes_on(cache, hos
     said = log.read_text()
     assert not (run_dir / "checkpoints/step-000040").exists()
     # What rank 1 says, on the far side of the cut, cannot come through.
-    assert said.count("error: ") == 1 and "error: rank 1 did not answer for 10 s" in said and "Traceback" not in said
+    assert said.count("error: ") == 1 and "error: rank 1 did not answer for 15 s" in said and "Traceback" not in said
 
-    job = hosts.start(*words, log=log)
+    job = hosts.start(*words, "train.timeout_s=60", log=log)
     assert job.wait(timeout=180) == 0, log.read_text()
     assert "resuming" in log.read_text()
     whole, again = (load_file(run / "checkpoints/last/model.safetensors") for run in (one_host, run_dir))

@@ -53,6 +53,12 @@ def test_a_launcher_that_starts_ranks_is_refused_under_another(cache, tmp_path):
     assert done.returncode == 2 and "starts ranks itself: run it with python" in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_a_deepspeed_job_for_each_point_is_for_training(cache, tmp_path):
+    words = ["-m", "hydra/launcher=deepspeed", "mode=inspect", "inspect.examples=1,2", f"cache.dir={cache}"]
+    done = command(ROOT / "data_prep/main.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and "is for train/main.py" in done.stderr and not (tmp_path / "inspect.png").exists()
+
+
 def test_the_manifest_for_kubernetes_says_what_the_command_takes(cache):
     job = yaml.safe_load((ROOT / "launchers/kubernetes.yaml").read_text())["spec"]["pytorchReplicaSpecs"]
     (container,) = job["Master"]["template"]["spec"]["containers"]

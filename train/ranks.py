@@ -34,7 +34,7 @@ def lock_run(folder: Path, patience_s: float = 15) -> int:
 
 
 def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
-    """What to tell of an error of the collectives, None for any other. Takes seconds: the ranks that are left count themselves."""
+    """What to tell of an error of the collectives, None for any other. Takes seconds: ranks that are left count themselves."""
     from torch.distributed import DistError
 
     said = str(error).strip()

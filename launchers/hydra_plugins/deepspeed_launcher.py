@@ -64,6 +64,8 @@ class DeepSpeedLauncher(Launcher):
 
         setup_globals()
         try:
+            if "deepspeed" not in self.config:
+                raise UserError("hydra/launcher=deepspeed is for train/main.py; leave it out")
             free = places(self.jobs, self.gpus_per_job, visible_gpus())
         except UserError as error:
             cli.fail(error)
