@@ -19,7 +19,7 @@ from train.ranks import free_port
 pytestmark = pytest.mark.slow
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 WORDS = [ROOT / "train/main.py", "reuse=hidden", "deepspeed=zero2", "train.batch=2", "train.max_steps=40", "train.save_every=10"]
-WORDS += ["train.timeout_s=15", *SMALL]
+WORDS += ["train.timeout_s=15", "train.diagnose=false", *SMALL]
 PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 

@@ -18,7 +18,7 @@ from train.ranks import free_port, loss_of_a_rank
 from train.recipe import TrainRecipe
 
 TRAIN, BIN = ROOT / "train/main.py", os.path.dirname(sys.executable)
-SHORT = ["deepspeed=zero2", "train.batch=2", "train.max_steps=3", *SMALL]
+SHORT = ["deepspeed=zero2", "train.batch=2", "train.max_steps=3", "train.diagnose=false", *SMALL]
 
 
 def launcher():
