@@ -1,5 +1,7 @@
 """The visibility rule, drawn cell by cell, and every executor against the reference."""
 
+import sys
+
 import pytest
 import torch
 
@@ -121,8 +123,95 @@ def test_flex_training_on_a_cpu_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="attention=flex cannot train on a CPU"):
         executor("flex", cpu)
-    assert executor("auto", cpu) is EXECUTORS["reference"]
-    assert executor("auto", torch.device("cuda")) is EXECUTORS["flex"]
+    assert executor("auto", cpu, flash=True, dense=True) is EXECUTORS["reference"]
+    gpu = torch.device("cuda")
+    assert executor("auto", gpu) is executor("auto", gpu, flash=True) is EXECUTORS["flex"]
+    assert executor("auto", gpu, flash=True, dense=True) is EXECUTORS["flash"]
+    with pytest.raises(UserError, match="attention=flash is for objective=ttt without views"):
+        executor("flash", gpu, flash=False)
+
+
+def ttt_case(steps: int, shift: int, size=16, heads=4, kv_heads=2):
+    """Step `steps` of anchors of three packed documents, in no order; with `shift` the first anchor sees no memory."""
+    g = torch.Generator().manual_seed(0)
+    memory = places(70, 50, 30, shift=shift)
+    rows = [ttt_rows([0, 0, 2, 0, 1, 1, 2], [1, 40, 29, 69, 1, 49, 2], j) for j in range(1, steps + 1)]
+    drafts = sum(rows[1:], rows[0])
+    keys = len(memory.position) + len(drafts.slot)
+    q, k, v = (torch.randn(n, h, size, generator=g) for n, h in ((7, heads), (keys, kv_heads), (keys, kv_heads)))
+    return q, k, v, Visibility(rows[-1], memory, drafts, causal=True)
+
+
+def through(attend, visibility, *tensors):
+    """(output, gradients of q, k and v)."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    upstream = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0])
+    out = attend(*leaves, visibility)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["kv", "pairs"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_flash_equals_reference_forward_and_backward(steps, shift):
+    *tensors, visibility = ttt_case(steps, shift)
+    tensors = [t.double() for t in tensors]
+    expected = through(EXECUTORS["reference"], visibility, *tensors)
+    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+        torch.testing.assert_close(mine, theirs)
+    # Masks that must be noticed when dropped: the documents' borders, and the anchor's own position.
+    blind = Places(torch.zeros_like(visibility.memory.document), torch.arange(150) + shift)
+    for memory, later in ((blind, 0), (visibility.memory, 1)):
+        r = visibility.queries
+        moved = Rows(r.document * (memory is not blind), r.anchor + later, r.group, r.slot, r.position)
+        wrong = Visibility(moved, memory, visibility.drafts, causal=True)
+        for mine, theirs in zip(through(EXECUTORS["flash"], wrong, *tensors), expected):
+            assert (mine - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("steps,shift", [(1, 1), (3, 0)])
+def test_kernels_of_draft_keys_equal_their_definition(steps, shift, monkeypatch):
+    """In Triton's interpreter where there is no GPU; float32. Three query heads of a key head, and a head size of 24: no power
+    of two."""
+    joint, module = pytest.importorskip("train.attention.joint", exc_type=ImportError), sys.modules["train.attention.flash"]
+    *tensors, visibility = ttt_case(steps, shift, size=24, heads=6)
+    expected = through(EXECUTORS["flash"], visibility, *tensors)
+    if torch.cuda.is_available():
+        monkeypatch.setattr(module, "kernel", lambda on_gpu: (_on_cpu(module._cpu_forward), _on_cpu(module._cpu_backward)))
+        tensors, visibility = [t.cuda() for t in tensors], on_gpu(visibility)
+    monkeypatch.setattr(module, "drafts", lambda on_gpu: joint)
+    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def _on_cpu(function):
+    """The kernel of the memory's part for float32, which FlashAttention does not know."""
+
+    def run(*arguments):
+        found = function(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments))
+        return [t.cuda().contiguous() if isinstance(t, torch.Tensor) else t for t in found]
+
+    return run
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention runs on a GPU")
+@pytest.mark.parametrize("own", [False, True], ids=["flash-attn", "PyTorch's"])
+@pytest.mark.parametrize("steps,shift", [(1, 1), (3, 0), (3, 1)])
+def test_flash_equals_reference_on_a_gpu(steps, shift, own, monkeypatch):
+    """bf16 against float64 of the same bf16 inputs: 2^-8 of a result's size, and twice that for what passes two roundings."""
+    module = sys.modules["train.attention.flash"]  # the package's name for the function hides it
+    chosen = module.kernel(True, own)
+    monkeypatch.setattr(module, "kernel", lambda on_gpu: chosen)
+    *tensors, visibility = ttt_case(steps, shift, size=128, heads=8)
+    tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
+    visibility = on_gpu(visibility)
+    expected = through(EXECUTORS["reference"], visibility, *(t.double() for t in tensors))
+    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+        assert (mine.double() - theirs).norm() / theirs.norm() < 1e-2
+
+
+def on_gpu(visibility: Visibility) -> Visibility:
+    move = lambda value: type(value)(*(getattr(value, f).cuda() for f in value.__dataclass_fields__))
+    return Visibility(move(visibility.queries), move(visibility.memory), move(visibility.drafts), visibility.causal)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on a GPU only")

@@ -94,13 +94,19 @@ def test_a_budget_at_or_above_the_context_is_the_full_view(target, cell, kind):
 
 
 def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
+    """And once for the slots of all anchors that it serves."""
     drafter, asked = drafter_of(target, "ttt", "kv"), []
-    monkeypatch.setattr(chunked.Heads, "log_p", lambda self, t, w, of=chunked.Heads.log_p: asked.append(len(t)) or of(self, t, w))
+    monkeypatch.setattr(
+        chunked,
+        "eager",
+        lambda loss, chunk, learns, of=chunked.eager: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
+    )
     for budgets, weights in (([FULL], [1.0]), ([FULL, 8, 9, 10], [1.0, 0.1, 0.1, 0.1])):
         asked.clear()
         pack = packed(target, budgets)
         objective(target, drafter, LossRecipe(kl=1), branches=weights)(pack)
-        assert sum(asked) == int(pack.valid(4).sum())
+        anchor, slot = pack.valid(4).nonzero(as_tuple=True)
+        assert sum(asked) == len((pack.anchor_N[anchor] + slot).unique())
 
 
 @pytest.mark.parametrize("cell,names", [(("ttt", "none"), "qkv"), (("blockwise", "kv+projected_rope"), "")])

@@ -1,12 +1,12 @@
 """Every loss equals a plain float64 definition in value and gradient, in chunks, and logits never exist all at once."""
 
-from functools import partial
+import importlib
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.losses import LossRecipe, divergences, weights
+from train.losses import LossRecipe, chunked, divergences, weights
 from train.losses.chunked import Heads, Rows, chunked_loss
 
 ROWS, HIDDEN, VOCAB = 37, 16, 211
@@ -24,6 +24,13 @@ def rows(regime: str = "ordinary", dtype=torch.float32, seed: int = 0):
     weight, mix = torch.rand(ROWS, generator=g).to(dtype), torch.rand(ROWS, generator=g).to(dtype)
     head = torch.randn(VOCAB, HIDDEN, generator=g).to(dtype)
     return draft, teacher, label, weight, mix, head
+
+
+def row_inputs(draft, teacher, label, mix) -> Rows:
+    """Every row counts; the teachers serve the rows of one view after another."""
+    index = torch.arange(len(draft))
+    teacher_of = index % max(1, len(teacher))
+    return Rows(draft, index, teacher, teacher_of, label[teacher_of], mix)
 
 
 def definition(name, q, p, label, mix):
@@ -67,9 +74,8 @@ def test_every_loss_equals_its_definition(loss, regime, kept):
     p_D = p if kept is None else p[:, kept]
     per_row = definition(loss, q, p_D, label_D, mix)
     expected = torch.autograd.grad((per_row * weight).sum() * 3, (draft, own))
-    loss_of = partial(divergences.mixture, {loss: 1.0})
     for chunk in (1, 8, 100):
-        total, found = chunked_loss(Rows(draft, teacher, label_D, mix), Heads(own, head, kept), loss_of, weight, chunk)
+        total, found = chunked_loss(row_inputs(draft, teacher, label_D, mix), Heads(own, head, kept), {loss: 1.0}, weight, chunk)
         torch.testing.assert_close(total, (per_row * weight).sum(), rtol=1e-9, atol=1e-9)
         for got, wanted in zip(torch.autograd.grad(total * 3, (draft, own)), expected):
             torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
@@ -91,10 +97,10 @@ def test_one_teacher_serves_the_rows_of_several_views(kept, chunk):
     own, label = (head if kept is None else head[kept]).clone().requires_grad_(), in_vocabulary(label, kept)
     draft = torch.cat([rows("ordinary", torch.float64, seed)[0] for seed in (1, 2, 3)]).detach().requires_grad_()
     weight, mix = torch.cat([weight, 0.3 * weight, weight * 0]), torch.cat([mix, 1 - mix, mix])
-    heads, loss = Heads(own, head, kept), partial(divergences.mixture, {"lk_lambda": 1.0, "ce": 0.5})
-    together, found = chunked_loss(Rows(draft, teacher, label, mix), heads, loss, weight, chunk, 0.1 * weight)
+    heads, loss = Heads(own, head, kept), {"lk_lambda": 1.0, "ce": 0.5}
+    together, found = chunked_loss(row_inputs(draft, teacher, label, mix), heads, loss, weight, chunk, 0.1 * weight)
     apart = [
-        chunked_loss(Rows(draft[part], teacher, label, mix[part]), heads, loss, weight[part], chunk, 0.1 * weight[part])
+        chunked_loss(row_inputs(draft[part], teacher, label, mix[part]), heads, loss, weight[part], chunk, 0.1 * weight[part])
         for part in (slice(v * ROWS, (v + 1) * ROWS) for v in range(3))
     ]
     torch.testing.assert_close(together, sum(total for total, _ in apart))
@@ -112,9 +118,7 @@ def test_float32_follows_float64(loss, regime):
     gradients = []
     for dtype in (torch.float32, torch.float64):
         draft, teacher, label, weight, mix, head = rows(regime, dtype)
-        total, _ = chunked_loss(
-            Rows(draft, teacher, label, mix), Heads(head, head), partial(divergences.mixture, {loss: 1.0}), weight, 8
-        )
+        total, _ = chunked_loss(row_inputs(draft, teacher, label, mix), Heads(head, head), {loss: 1.0}, weight, 8)
         gradients.append((total.detach().double(), torch.autograd.grad(total, draft)[0].double()))
     for one, other in zip(*gradients):
         assert one.isfinite().all()
@@ -154,9 +158,7 @@ def test_numbers_known_by_hand():
     mix = torch.exp(torch.tensor([-3 * 0.7]))
     found = {}
     for name in PER_SLOT:
-        total, statistics = chunked_loss(
-            Rows(q, p, torch.tensor([0]), mix), Heads(head, head), partial(divergences.mixture, {name: 1.0}), one, 4
-        )
+        total, statistics = chunked_loss(row_inputs(q, p, torch.tensor([0]), mix), Heads(head, head), {name: 1.0}, one, 4)
         found[name] = total.item()
     assert statistics.overlap.item() == pytest.approx(0.7) and statistics.match.item() == 0
     assert statistics.label_probability.item() == pytest.approx(0.2)
@@ -174,7 +176,7 @@ def test_numbers_known_by_hand():
     kept = torch.tensor([0, 1])
     small = torch.tensor([[0.4, 0.6, 0.0]]).log().clamp(min=-99)
     cut, statistics = chunked_loss(
-        Rows(small, p, torch.tensor([-1]), mix), Heads(head[:2], head, kept), partial(divergences.mixture, {"kl": 1.0}), one, 4
+        row_inputs(small, p, torch.tensor([-1]), mix), Heads(head[:2], head, kept), {"kl": 1.0}, one, 4
     )
     assert statistics.overlap.item() == pytest.approx(0.7) and statistics.label_probability.item() == 0
     assert cut.item() == pytest.approx(0.625 * 0.446287 + 0.375 * -0.470004, abs=1e-5)
@@ -208,8 +210,8 @@ def test_slot_weights_by_hand():
 
 def test_a_perfect_drafter_is_always_accepted():
     draft, _, label, weight, mix, head = rows()
-    loss = partial(divergences.mixture, {"kl": 1.0})
-    total, found = chunked_loss(Rows(draft, draft.detach(), label, mix), Heads(head, head), loss, weight, 8)
+    loss = {"kl": 1.0}
+    total, found = chunked_loss(row_inputs(draft, draft.detach(), label, mix), Heads(head, head), loss, weight, 8)
     assert abs(total.item()) < 1e-4
     torch.testing.assert_close(found.overlap, torch.ones(ROWS))
     assert found.match.all()
@@ -232,11 +234,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_all_rows_and_the_vocabulary(kept):
     draft, teacher, label, weight, mix, head = rows()
     own = (head if kept is None else head[kept]).clone().requires_grad_()
-    arguments = (
-        Rows(draft, teacher, in_vocabulary(label, kept), mix),
-        Heads(own, head, kept),
-        partial(divergences.mixture, {"kl": 1}),
-    )
+    arguments = (row_inputs(draft, teacher, in_vocabulary(label, kept), mix), Heads(own, head, kept), {"kl": 1})
     with Largest() as seen:
         total, _ = chunked_loss(*arguments, weight, 4, overlap_weight_R=weight)
         total.backward()
@@ -248,8 +246,8 @@ def test_no_tensor_of_all_rows_and_the_vocabulary(kept):
 
 def test_no_rows_give_a_differentiable_zero():
     draft, teacher, label, weight, mix, head = rows()
-    none = Rows(draft[:0], teacher[:0], label[:0], mix[:0])
-    total, found = chunked_loss(none, Heads(head, head), partial(divergences.mixture, {"kl": 1.0}), weight[:0], 4)
+    none = row_inputs(draft[:0], teacher[:0], label[:0], mix[:0])
+    total, found = chunked_loss(none, Heads(head, head), {"kl": 1.0}, weight[:0], 4)
     total.backward()
     assert total.item() == 0 and found.loss.shape == (0,)
 
@@ -257,3 +255,99 @@ def test_no_rows_give_a_differentiable_zero():
 def test_a_loss_without_a_term_is_refused():
     with pytest.raises(ValueError, match="no term has a weight"):
         LossRecipe(kv_align=1.0)
+
+
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])
+def test_every_teacher_is_asked_once(kept):
+    """Rows in any order, some teachers serving many and some none, chunks that cut a teacher's: the sum of one call a row."""
+    _, teacher, label, weight, mix, head = rows("ordinary", torch.float64)
+    own, label = (head if kept is None else head[kept]).clone().requires_grad_(), in_vocabulary(label, kept)
+    g = torch.Generator().manual_seed(3)
+    teacher_R = torch.randint(0, ROWS, (50,), generator=g)
+    draft = torch.randn(80, HIDDEN, generator=g, dtype=torch.float64).requires_grad_()
+    index_R = torch.randperm(80, generator=g)[:50]
+    picked = Rows(draft, index_R, teacher, teacher_R, label[teacher_R], mix[teacher_R])
+    weight_R, heads, loss = torch.rand(50, generator=g).double(), Heads(own, head, kept), {"lk_lambda": 1.0, "ce": 0.5}
+    total, found = chunked_loss(picked, heads, loss, weight_R, 7, 0.1 * weight_R)
+    apart = [
+        chunked_loss(row_inputs(draft[i], teacher[t], label[t], mix[t]), heads, loss, weight_R[r], 1, 0.1 * weight_R[r])
+        for r, i, t in zip(torch.arange(50).split(1), index_R.split(1), teacher_R.split(1))
+    ]
+    torch.testing.assert_close(total, sum(one for one, _ in apart))
+    for column, parts in zip(found, zip(*(statistics for _, statistics in apart))):
+        torch.testing.assert_close(column, torch.cat(parts))
+    for mine, theirs in zip(*(torch.autograd.grad(t, (draft, own)) for t in (total, sum(one for one, _ in apart)))):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """The kernels: compiled where there is a GPU, else run by Triton's interpreter."""
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("train.losses.fused")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "BLOCK", 64)  # several blocks, the last not full
+        yield kernels.fused
+
+
+EVERYTHING = {"kl": 0.2, "reverse_kl": 0.2, "ce": 0.3, "ce_greedy": 0.1, "tv": 0.7, "lk_alpha": 0.4, "lk_lambda": 0.5}
+
+
+@pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])
+@pytest.mark.parametrize("loss", [{"kl": 1.0, "ce": 0.5}, {"ce_greedy": 1.0}, EVERYTHING, {}], ids=str)
+def test_fused_kernels_equal_eager(fused, loss, kept):
+    """Value, statistics and gradients in float32, with and without weights on the overlap. The tolerance is that of
+    `test_float32_follows_float64`: both round, and each in its own order."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for regime, overlap_weight in (("ordinary", 0.0), ("near-one-hot", 0.3), ("mismatched", 0.3)):
+        if not loss and not overlap_weight:
+            continue
+        draft, teacher, label, weight, mix, head = (t.detach().to(device) for t in rows(regime))
+        draft.requires_grad_()
+        kept_D = None if kept is None else kept.to(device)
+        own = (head if kept is None else head[kept_D]).clone().requires_grad_()
+        found = []
+        for kernel in (chunked.eager, fused):
+            inputs = row_inputs(draft, teacher, in_vocabulary(label.cpu(), kept).to(device), mix)
+            inputs = inputs._replace(index_R=inputs.index_R.to(device), teacher_R=inputs.teacher_R.to(device) // 2)
+            extra = overlap_weight * weight if overlap_weight else None
+            total, statistics = chunked_loss(inputs, Heads(own, head, kept_D), loss, weight, 8, extra, kernel)
+            found.append([total.detach(), *statistics, *torch.autograd.grad(total, (draft, own))])
+        for mine, expected in zip(*reversed(found)):
+            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
+        assert found[0][1].std() > 0.01 or loss == {}  # rows differ
+
+
+def test_fused_kernels_know_distributions_that_hardly_meet(fused):
+    """As in `test_distributions_that_hardly_meet_still_teach`: the overlap underflows, its logarithm does not."""
+    logits, target = torch.tensor([[200.0, 0.0, -200.0]]), torch.tensor([[-200.0, 0.0, 200.0]])
+    one, none = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    if torch.cuda.is_available():
+        logits, target, one, none = (t.cuda() for t in (logits, target, one, none))
+    chunk = chunked.Chunk(logits, target, none, None, none + 2, one, one, None)
+    (_, expected), (statistics, gradient) = (kernel({"lk_alpha": 1.0}, chunk, True) for kernel in (chunked.eager, fused))
+    assert statistics.overlap.item() == 0 and statistics.loss.item() == pytest.approx(200, rel=1e-3)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 products that add up in float32 need a GPU")
+@pytest.mark.parametrize("loss", [{"kl": 1.0}, EVERYTHING], ids=str)
+def test_fused_kernels_in_bf16_on_a_gpu(loss):
+    """The size of a real vocabulary, in bf16, against `eager` on the same logits: both round the same products, so what differs
+    is one rounding of a gradient (2^-8) and the order of sums."""
+    g = torch.Generator().manual_seed(0)
+    draft, teacher, head = (torch.randn(n, 256, generator=g).to("cuda", torch.bfloat16) for n in (600, 200, 50_021))
+    index, teacher_R = torch.arange(600, device="cuda"), torch.randint(0, 200, (600,), generator=g).cuda()
+    label, mix, weight = (
+        torch.randint(0, 50_021, (600,), generator=g).cuda(),
+        *(torch.rand(600, generator=g).cuda() for _ in "ab"),
+    )
+    found = []
+    for kernel in (chunked.eager, None):
+        leaves = [draft.clone().requires_grad_(), (0.05 * head).requires_grad_()]
+        inputs = Rows(leaves[0], index, teacher, teacher_R, label, mix)
+        total, statistics = chunked_loss(inputs, Heads(leaves[1], 0.05 * head), loss, weight, 256, 0.1 * weight, kernel)
+        found.append([total.detach(), *statistics, *torch.autograd.grad(total, leaves)])
+    for expected, mine in zip(*found):
+        error = (mine.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)
+        assert error < 5e-3, float(error)

@@ -30,14 +30,13 @@ from data_prep.live import LiveReader, open_cache
 from data_prep.ranks import barrier, rank, world_size
 from data_prep.target import load_target, pick_device
 from train import acceptance, diagnostics
-from train.attention import executor
 from train.batches import Pack, PackStream, loaded, sample_ages, split
 from train.checkpoint import Checkpoints, latest
 from train.drafter.exchange import check_warm_start, warm_start
 from train.drafter.model import Drafter
 from train.losses import weights
 from train.objectives import TERMS, Objective, Outcome
-from train.prepare import check_target, drafter_config
+from train.prepare import attention, check_target, drafter_config, uses_bf16
 from train.ranks import lock_run
 from train.recipe import ObjectiveRecipe, TrainRecipe
 from train.tracking import Tracker
@@ -154,7 +153,7 @@ class _Run:
         config = drafter_config(recipe, self.reader.manifest)
         target = load_target(recipe.target.model_copy(update={"device": "cpu"}))
         check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
-        bf16 = recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
+        bf16 = uses_bf16(recipe, device)
         training, validation = split(self.reader, recipe.train.validation_documents)
         counts_V = token_counts(self.reader, training, config.architecture.vocab_size) if config.draft_vocab else None
         drafter = Drafter.of(config).start(target, target.frozen_head, counts_V)
@@ -172,7 +171,9 @@ class _Run:
         head = target.frozen_head.to(device, torch.bfloat16 if bf16 else torch.float32)
         del target
         weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)
-        attend = executor(recipe.drafter.attention, device)
+        attend, drafter.recompute = attention(recipe, device), recipe.train.recompute
+        if recipe.train.compile and device.type == "cuda" and recipe.deepspeed.stage < 3:
+            drafter.compile_parts()
         self.branches = recipe.branches
         views = {"branches": self.branches.weights, "detach": recipe.objective.detach} if self.branches else {}
         objective = Objective(drafter, head, recipe.loss, weight_J, attend, recipe.train.chunk_rows, recipe.view, **views)
@@ -222,13 +223,13 @@ class _Run:
             self._say(f"resuming {self.run_dir} after step {done}")
         workers = 0 if isinstance(self.reader, LiveReader) else self.recipe.train.workers  # one target: one thread runs it
         self.packs = loaded(self.stream, self._share(done, last), self.device, workers)
-        window, since = [], time.monotonic()
+        window, since, self.waited = [], time.monotonic(), 0.0
         for step in range(done + 1, last + 1):
             saves = step % self.recipe.train.save_every == 0 or step == last
             window.append(self._step(step, saves))
             if saves or step % self.recipe.train.log_every == 0:  # no window crosses a checkpoint: a resumed run logs the same
                 self._log(step, window, time.monotonic() - since)
-                window, since = [], time.monotonic()
+                window, since, self.waited = [], time.monotonic(), 0.0
             if saves:
                 self._save(step)
                 since = time.monotonic()
@@ -239,23 +240,26 @@ class _Run:
 
     def _step(self, step: int, saves: bool) -> Sums:
         """One optimizer step; what it summed over all packs and ranks."""
+        since = time.monotonic()
         packs = list(islice(self.packs, self.accumulation))
+        self.waited += time.monotonic() - since
         weight_T = torch.stack([self.objective.weight_sums(pack) for pack in packs]).sum(0)
         dist.all_reduce(weight_T)
         for fuse in self.drafter.fusions:
             fuse.held.fill_(step <= self.recipe.reuse.gate.hold_steps)
-        total, culprit = None, None
+        total, finite = None, []
         for number, pack in enumerate(packs):
             outcome = self.engine(pack, weight_T)
             # DeepSpeed divides the sum of gradients by world x accumulation; the loss is a mean over all of them.
             self.engine.backward(outcome.share * (self.world * self.accumulation))
-            sums, finite = Sums.of(outcome, pack), bool(outcome.share.isfinite())
+            sums = Sums.of(outcome, pack)
             total = sums if total is None else total + sums
-            culprit = culprit or (None if finite else pack.names)
+            finite.append(outcome.share.detach().isfinite())  # looked at once a step: the host need not wait for every pack
             if number == len(packs) - 1:
                 total = total.reduced()
                 if not total.share.isfinite():
-                    self._stop_on_nan(step, culprit)
+                    culprits = [pack.names for pack, good in zip(packs, finite) if not good]
+                    self._stop_on_nan(step, culprits[0] if culprits else None)
                 mean_VJ = total.overlap_VJ / total.valid_J.clamp(min=1)  # a slot that never counted keeps what was known of it
                 self.objective.alpha_VJ = torch.where(total.valid_J > 0, mean_VJ, self.objective.alpha_VJ)
                 if saves and self.recipe.train.diagnose:
@@ -358,6 +362,7 @@ class _Run:
             "lr": self.engine.get_lr()[0],
             "grad_norm": self.grad_norm,
             "tokens_per_s": rate,
+            "data_wait_share": self.waited / seconds,  # of the time, the host's wait for packs; the GPU's is at most that
             "peak_gib": _peak_gib(self.device),
             **{kind: vars(a) for kind, a in found.items()},
             **sparse,

@@ -1,6 +1,7 @@
 """A recipe and a cache -> the drafter that is to be trained, and every refusal that needs no GPU."""
 
 import numpy as np
+import torch
 
 from data_prep.cache.manifest import Manifest
 from data_prep.cli import refuse_file
@@ -112,6 +113,18 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     )
 
 
+def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
+    """Whether weights are bf16 in the forward and backward."""
+    return recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
+
+
+def attention(recipe: TrainRecipe, device: torch.device):
+    """The executor that trains this recipe. Raises UserError as `executor` does."""
+    plain = recipe.objective.kind == "ttt" and recipe.branches is None and recipe.drafter.lm is None
+    flash = plain and (device.type == "cpu" or uses_bf16(recipe, device))
+    return executor(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
+
+
 def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int | None:
     """Up to where the drafter will know positions: what it began with, or the longest document that a pack holds.
 
@@ -138,7 +151,7 @@ def check(recipe: TrainRecipe) -> None:
         )
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
-    executor(recipe.drafter.attention, pick_device(recipe.target.device))
+    attention(recipe, pick_device(recipe.target.device))
     manifest = manifest_of(recipe)
     chosen_layers(recipe, manifest)
     if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest

@@ -88,7 +88,7 @@ class DrafterRecipe(Section):
     target_layers: Literal["auto"] | list[int]  # one a draft layer; auto: the cache's, first to last (one: the last)
     start: Literal["target", "random"]
     warm_start: str | None = None  # a drafter, or an EAGLE-3 checkpoint: what fits of it replaces `start`
-    attention: Literal["auto", "reference", "flex"]
+    attention: Literal["auto", "reference", "flex", "flash"]
     qk_norm: bool | None = None  # null: as the target
     vocabulary: int | None = Field(None, ge=1)  # keep so many of the most frequent tokens; null: all
     own_head: bool = False  # train an LM head; false: the target's, frozen
@@ -118,6 +118,8 @@ class TrainSection(Section):
     weight_decay: float = Field(ge=0)
     clip: float = Field(ge=0)  # of the global gradient norm; 0: none
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a GPU, fp32 on a CPU
+    compile: bool  # on a GPU, where ZeRO-3 does not gather weights layer by layer
+    recompute: bool  # draft layers run again in the backward: less memory, more time
     seed: int
     chunk_rows: int = Field(ge=1)  # rows whose logits exist at a time
     log_every: int = Field(ge=1)

@@ -3,23 +3,34 @@
 import torch
 
 from data_prep.errors import UserError
+from train.attention.flash import flash
 from train.attention.flex import flex
 from train.attention.reference import reference
 
-EXECUTORS = {"reference": reference, "flex": flex}
+EXECUTORS = {"reference": reference, "flex": flex, "flash": flash}
 
 
-def executor(name: str, device: torch.device, training: bool = True):
-    """`auto`: flex on a GPU, the reference on a CPU, where PyTorch has FlexAttention's forward only.
+def executor(name: str, device: torch.device, training: bool = True, flash: bool = False, dense: bool = False):
+    """`auto`: the reference on a CPU, where PyTorch has FlexAttention's forward only; on a GPU flash where it can and pays, else
+    flex.
+
+    Args:
+        flash: whether FlashAttention can say the rule: rows of ttt, no view, and bf16 where there is a GPU.
+        dense: whether most positions have an anchor; FlashAttention computes them all.
 
     Raises:
-        UserError: flex training on a CPU.
+        UserError: flex training on a CPU, or flash where it cannot.
     """
+    on_gpu = device.type == "cuda"
     if name == "auto":
-        name = "flex" if device.type == "cuda" else "reference"
-    if name == "flex" and device.type == "cpu" and training:
+        name = "reference" if not on_gpu else "flash" if flash and dense else "flex"
+    if name == "flex" and training and not on_gpu:
         raise UserError(
             "attention=flex cannot train on a CPU: PyTorch has no backward of FlexAttention there; "
             "use attention=auto or attention=reference"
+        )
+    if name == "flash" and not flash:
+        raise UserError(
+            "attention=flash is for objective=ttt without views, and in bf16 on a GPU; use attention=auto or attention=flex"
         )
     return EXECUTORS[name]

@@ -4,8 +4,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from train.attention.visibility import Visibility
+from train.attention.visibility import TILE, Visibility
 
 # Below 128 queries PyTorch would take its decoding kernel, which has no choice for symbolic sizes and refuses to compile.
 OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
@@ -15,12 +16,17 @@ OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 def _compiled(dynamic: bool):
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=dynamic)
+    def attention(q_XTHD: Tensor, k_YTGD: Tensor, v_YTGD: Tensor, mask) -> Tensor:
+        # Whole tiles, and known to be: kernels for any other number check the end of every tile.
+        q, k, v = (t.flatten(0, 1).transpose(0, 1)[None] for t in (q_XTHD, k_YTGD, v_YTGD))
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=OPTIONS)[0].transpose(0, 1)
+
+    return torch.compile(attention, dynamic=dynamic)
 
 
 def flex(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]."""
-    q, k, v = (t.transpose(0, 1)[None].contiguous() for t in (q_QHD, k_KGD, v_KGD))
+    mask = visibility.block_mask(q_QHD.shape[1] // k_KGD.shape[1])
+    tiles = (F.pad(t, (0, 0, 0, 0, 0, -len(t) % TILE)).unflatten(0, (-1, TILE)) for t in (q_QHD, k_KGD, v_KGD))
     # PyTorch 2.13's C++ template does not compile for symbolic sizes, so a CPU compiles every shape anew.
-    mask = visibility.block_mask(q.shape[1] // k.shape[1])
-    return _compiled(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=OPTIONS)[0].transpose(0, 1)
+    return _compiled(q_QHD.is_cuda)(*tiles, mask)[: len(q_QHD)]

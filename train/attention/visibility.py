@@ -41,6 +41,12 @@ class Places:
     document: Tensor
     position: Tensor
 
+    @cached_property
+    def bounds(self) -> Tensor:
+        """int32 [documents + 1]: where each document of a pack begins."""
+        count = self.document.unique_consecutive(return_counts=True)[1]
+        return F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
+
     def __add__(self, other: "Places") -> "Places":
         return Places(torch.cat([self.document, other.document]), torch.cat([self.position, other.position]))
 
@@ -116,32 +122,38 @@ class Visibility:
 
         if "_block_mask" not in self.__dict__:
             some_XY, every_XY = self._tiles()
-            sizes = (self.queries.group.numel(), self.memory.position.numel() + self.drafts.group.numel())
+            sizes = (TILE * some_XY.shape[0], TILE * some_XY.shape[1])
             self.__dict__["_block_mask"] = BlockMask.from_kv_blocks(
                 *_listed(some_XY & ~every_XY), *_listed(every_XY), BLOCK_SIZE=TILE, mask_mod=self._rule(share), seq_lengths=sizes
             )
         return self.__dict__["_block_mask"]
 
     def _rule(self, share: int):
-        """The predicates over one index of keys: a key that is not of a kind is of document, or group, -1."""
+        """The predicates over one index of keys. A key that is not of a kind is of document, or group, -1; so are the keys, and
+        -2 the rows, that fill up a last tile. In 32 bits: FlexAttention reads all of this for each score of a tile that is not
+        whole."""
         q, s, causal = self.queries, self.shown, self.causal
-        no_memory, no_draft = torch.full_like(self.drafts.group, -1), torch.full_like(self.memory.position, -1)
-        k_document, k_position = torch.cat([self.memory.document, no_memory]), torch.cat([self.memory.position, no_memory])
-        k_group, k_slot = torch.cat([no_draft, self.drafts.group]), torch.cat([no_draft, self.drafts.slot])
+        memory, drafts = len(self.memory.position), len(self.drafts.group)
+        of_memory = lambda t: F.pad(_narrow(t), (0, drafts + -(memory + drafts) % TILE), value=-1)
+        of_drafts = lambda t: F.pad(_narrow(t), (memory, -(memory + drafts) % TILE), value=-1)
+        of_rows = lambda t, value: F.pad(_narrow(t), (0, -len(t) % TILE), value=value)
+        k_document, k_position = of_memory(self.memory.document), of_memory(self.memory.position)
+        k_group, k_slot = of_drafts(self.drafts.group), of_drafts(self.drafts.slot)
+        q_document, q_anchor, q_group, q_slot = (of_rows(t, -2) for t in (q.document, q.anchor, q.group, q.slot))
 
         def whole(batch, head, i, k):
-            in_memory = sees_memory(q.document[i], q.anchor[i], k_document[k], k_position[k])
-            return in_memory | sees_draft(q.group[i], q.slot[i], k_group[k], k_slot[k], causal)
+            in_memory = sees_memory(q_document[i], q_anchor[i], k_document[k], k_position[k])
+            return in_memory | sees_draft(q_group[i], q_slot[i], k_group[k], k_slot[k], causal)
 
         if s is None:
             return whole
-        k_index, k_chunk = torch.cat([s.index_P, no_memory]), torch.cat([s.index_P // s.chunk, torch.zeros_like(no_memory)])
-        q_tail, chosen, sink = s.tail_M[q.group], s.chosen_MGC, s.sink
+        k_index, k_chunk = of_memory(s.index_P), of_memory(s.index_P // s.chunk).clamp(min=0)
+        q_tail, q_shown, chosen, sink = of_rows(s.tail_M[q.group], 0), of_rows(q.group, 0), s.chosen_MGC, s.sink
 
         def viewed(batch, head, i, k):
-            in_memory = sees_memory(q.document[i], q.anchor[i], k_document[k], k_position[k])
-            in_memory = in_memory & in_view(k_index[k], sink, q_tail[i], chosen[q.group[i], head // share, k_chunk[k]])
-            return in_memory | sees_draft(q.group[i], q.slot[i], k_group[k], k_slot[k], causal)
+            in_memory = sees_memory(q_document[i], q_anchor[i], k_document[k], k_position[k])
+            in_memory = in_memory & in_view(k_index[k], sink, q_tail[i], chosen[q_shown[i], head // share, k_chunk[k]])
+            return in_memory | sees_draft(q_group[i], q_slot[i], k_group[k], k_slot[k], causal)
 
         return viewed
 
@@ -171,6 +183,10 @@ class Visibility:
         low, high = (t.clamp(0, chosen_MC.shape[1] - 2) for t in k_chunk)
         some_QY = (chosen_MC[:, high + 1] > chosen_MC[:, low])[self.queries.group]
         return F.pad(some_QY, (0, 0, 0, -len(some_QY) % TILE)).unflatten(0, (-1, TILE)).any(1) & (k_chunk[0] <= k_chunk[1])
+
+
+def _narrow(values: Tensor) -> Tensor:
+    return values.clamp(max=torch.iinfo(torch.int32).max).int()
 
 
 def _bounds(values: Tensor, before: int = 0, after: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from data_prep.target import FrozenHead
 from train.drafter.config import DrafterConfig
-from train.losses.chunked import Heads, Loss, Rows, RowStatistics, chunked_loss
+from train.losses.chunked import Heads, Rows, RowStatistics, chunked_loss
 
 
 class DraftHead(nn.Module):
@@ -58,10 +58,16 @@ class DraftHead(nn.Module):
         return index_V[token_R]
 
     def forward(
-        self, rows: Rows, head: FrozenHead, loss: Loss, weight_R: Tensor, chunk: int, overlap_weight_R: Tensor | None = None
+        self,
+        rows: Rows,
+        head: FrozenHead,
+        loss: dict[str, float],
+        weight_R: Tensor,
+        chunk: int,
+        overlap_weight_R: Tensor | None = None,
     ) -> tuple[Tensor, RowStatistics]:
-        """`chunked_loss` with this head; `rows.label_L` are target tokens. A forward, so that ZeRO-3 gathers the weight."""
-        rows = rows._replace(label_L=self.labels(rows.label_L, len(head.head_VE)))
+        """`chunked_loss` with this head; `rows.label_R` are target tokens. A forward, so that ZeRO-3 gathers the weight."""
+        rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
         return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
 
     def logits(self, output_RE: Tensor, head: FrozenHead) -> Tensor:

@@ -124,6 +124,18 @@ class DraftLayer(nn.Module):
     ) -> Tensor:
         """The residual stream after the layer, [Q, E]."""
         out = [branch(inputs_QI, rope, keys[name], visibility[name], attend) for name, branch in self.branches.items()]
-        x_QE = x_QE + (self.fuse(*out) if self.fuse else out[0])
+        return self.after(x_QE, self.fuse(*out) if self.fuse else out[0])
+
+    def after(self, x_QE: Tensor, attended_QE: Tensor) -> Tensor:
+        """The residual stream after the layer, [Q, E]."""
+        x_QE = x_QE + attended_QE
         normed = self.post_norm(x_QE)
         return x_QE + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+    def compile_parts(self) -> None:
+        """Compile all but the attention, whose executors are kernels already: what stands between matrix products becomes one
+        kernel each, for any number of rows. The parts have no graph breaks; a break would raise."""
+        parts = [(self, "inputs"), (self, "after"), *[(self.fuse, "forward")] * (self.fuse is not None)]
+        parts += [(branch, name) for branch in self.branches.values() for name in ("queries", "keys_values")]
+        for module, name in parts:
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=True, fullgraph=True))

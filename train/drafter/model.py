@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data_prep.cache.manifest import publish, write_text
 from data_prep.errors import UserError
@@ -25,6 +26,8 @@ Past = list[dict[str, KV]]  # the draft rows' own keys of earlier ttt steps, for
 class Drafter(nn.Module):
     """A stack of draft layers over one kind of target state, two, or none. The target's embedding and LM head (`FrozenHead`)
     are handed in, not owned."""
+
+    recompute = False  # whether draft rows' activations are made again in the backward instead of kept
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -51,6 +54,10 @@ class Drafter(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
+
+    def compile_parts(self) -> None:
+        for layer in self.layers:
+            layer.compile_parts()
 
     def rope(self, position_P: Tensor) -> Rope:
         self._inv_freq = self._inv_freq.to(position_P.device)  # once: a CUDA graph copies nothing from the host
@@ -176,7 +183,9 @@ class Drafter(nn.Module):
             own = layer.keys_values(inputs, rope)
             kept.append(own if past is None else {name: past[index][name] + own[name] for name in own})
             keys = {name: memory.layers[index][name] + kept[index][name] for name in own}
-            x = layer(x, inputs, rope, keys, visibility[index], attend)
+            arguments = (x, inputs, rope, keys, visibility[index], attend)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
         return x, kept
 
     def _visibility(self, queries: Rows, memory: Memory, drafts: Rows) -> list[dict[str, Visibility]]:

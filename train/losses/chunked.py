@@ -1,21 +1,21 @@
-"""Head and loss over chunks of rows: no [rows, vocabulary] tensor outlives its chunk, and nothing is computed twice.
+"""The LM head and the loss on it, without ever holding the logits of all rows: neither the drafter's nor the teacher's.
 
-The loss needs a few numbers a row, and its gradient has the size of the hidden states (and of the head, where the drafter
-trains its own), so each chunk's gradient is taken at once, in the forward, and only that is kept for the backward.
+Rows are taken in the order of their teachers, a chunk at a time, so that every teacher's logits are computed once however many
+rows it serves. A chunk's gradient is taken at once, in the forward, and only that is kept for the backward. What happens between
+a chunk's logits and their gradient is written twice: `eager`, in plain PyTorch, is the definition; `train/losses/fused.py` is
+one pass of Triton kernels over the logits, which a GPU takes.
 
-Shapes: R rows, L teachers, C rows of a chunk, V target vocabulary, D draft vocabulary, E hidden size.
+Shapes: M rows of the drafter, R of them that count, L teachers, C rows of a chunk, T teachers of a chunk, V target vocabulary,
+D draft vocabulary, E hidden size.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.losses.divergences import overlap
-
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (log_q [C, D], log_p [C, D], label [C], mix [C]) -> [C]
+from train.losses.divergences import mixture, overlap
 
 
 class Heads(NamedTuple):
@@ -25,25 +25,21 @@ class Heads(NamedTuple):
     target_VE: Tensor
     kept_D: Tensor | None = None
 
-    def log_p(self, teacher_CE: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(the target's log-probabilities of the draft vocabulary [C, D], its most likely token [C])."""
-        log_p = F.linear(teacher_CE, self.target_VE).to(wide).log_softmax(-1)
-        return log_p if self.kept_D is None else log_p[:, self.kept_D], log_p.argmax(-1)
-
 
 class Rows(NamedTuple):
-    """What is known of each row before the head is applied: the drafter's output and lk_lambda's lambda; and of each teacher,
-    which serves the rows of V views: the target's last hidden state, and the text's token (in the draft vocabulary, -1 outside
-    it). The rows of one view stand after those of another, R = V x L."""
+    """What is known before the head is applied: the drafter's output and, of its rows that count, which they are, each one's
+    teacher, the text's token (in the draft vocabulary, -1 outside it) and lk_lambda's lambda."""
 
-    draft_RE: Tensor
-    teacher_LE: Tensor
-    label_L: Tensor
+    draft_ME: Tensor
+    index_R: Tensor
+    teacher_LE: Tensor  # the target's last hidden states
+    teacher_R: Tensor
+    label_R: Tensor
     mix_R: Tensor
 
 
 class RowStatistics(NamedTuple):
-    """For each row: its unweighted loss, the overlap sum_v min(p, q) (the chance that a token drawn from q is accepted
+    """For each row [R]: its unweighted loss, the overlap sum_v min(p, q) (the chance that a token drawn from q is accepted
     at temperature 1), whether both distributions have the same most likely token (accepted at temperature 0; a token that
     the drafter cannot say never is), and q of the text's token."""
 
@@ -53,73 +49,129 @@ class RowStatistics(NamedTuple):
     label_probability: Tensor
 
 
+class Chunk(NamedTuple):
+    """Logits of some rows and of their teachers, and what else their loss depends on."""
+
+    draft_CD: Tensor
+    target_TV: Tensor
+    teacher_C: Tensor  # among the T
+    kept_D: Tensor | None
+    label_C: Tensor
+    mix_C: Tensor
+    weight_C: Tensor
+    overlap_weight_C: Tensor | None
+
+
+def eager(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatistics, Tensor | None]:
+    """(statistics, gradient [C, D] of sum_c weight_c loss_c + overlap_weight_c overlap_c in the drafter's logits)."""
+    wide = torch.promote_types(chunk.draft_CD.dtype, torch.float32)
+    log_p_TV = chunk.target_TV.to(wide).log_softmax(-1)
+    best_p = log_p_TV.argmax(-1)[chunk.teacher_C]
+    log_p = (log_p_TV if chunk.kept_D is None else log_p_TV[:, chunk.kept_D])[chunk.teacher_C]
+    with torch.enable_grad():
+        logits = chunk.draft_CD.detach().requires_grad_(learns)
+        log_q = logits.to(wide).log_softmax(-1)
+        row_loss = mixture(loss, log_q, log_p, chunk.label_C, chunk.mix_C)
+        alpha = overlap(log_q, log_p)
+        gradient = None
+        if learns:
+            total = (row_loss * chunk.weight_C).sum()
+            if chunk.overlap_weight_C is not None:
+                total = total + (alpha * chunk.overlap_weight_C).sum()
+            (gradient,) = torch.autograd.grad(total, logits)
+    log_q = log_q.detach()
+    best_q = log_q.argmax(-1) if chunk.kept_D is None else chunk.kept_D[log_q.argmax(-1)]
+    label = chunk.label_C.clamp(min=0)[:, None]
+    said = torch.where(chunk.label_C < 0, 0.0, log_q.gather(1, label).squeeze(1).exp())
+    return RowStatistics(row_loss.detach(), alpha.detach(), (best_p == best_q).to(wide), said), gradient
+
+
 def chunked_loss(
-    rows: Rows, heads: Heads, loss: Loss, weight_R: Tensor, chunk: int, overlap_weight_R: Tensor | None = None
+    rows: Rows,
+    heads: Heads,
+    loss: dict[str, float],
+    weight_R: Tensor,
+    chunk: int,
+    overlap_weight_R: Tensor | None = None,
+    kernel=None,
 ) -> tuple[Tensor, RowStatistics]:
     """sum_r weight_r loss_r + overlap_weight_r overlap_r (differentiable in the drafter's output and in its head, not in the
     weights), and the rows' statistics (not differentiable).
 
     Args:
+        loss: the weight of each per-slot term.
         chunk: rows whose logits exist at a time.
+        kernel: `eager` or `fused`; None: fused on a GPU.
     """
-    assert len(rows.draft_RE) % max(1, len(rows.teacher_LE)) == 0
-    if not len(rows.draft_RE):
-        empty = (rows.draft_RE.new_zeros(0, dtype=torch.float32) for _ in RowStatistics._fields)
-        return rows.draft_RE.sum() + 0 * heads.draft_DE.sum(), RowStatistics(*empty)
-    draft_RE, head_DE = rows.draft_RE, heads.draft_DE
+    if not len(rows.index_R):
+        empty = (rows.draft_ME.new_zeros(0, dtype=torch.float32) for _ in RowStatistics._fields)
+        return rows.draft_ME.sum() + 0 * heads.draft_DE.sum(), RowStatistics(*empty)
+    if kernel is None:
+        kernel = eager
+        if rows.draft_ME.is_cuda and rows.draft_ME.dtype != torch.float64:
+            from train.losses.fused import fused as kernel
+    draft_ME, head_DE = rows.draft_ME, heads.draft_DE
     if not torch.is_grad_enabled():  # a Function sees only that its inputs could have gradients
-        draft_RE, head_DE = draft_RE.detach(), head_DE.detach()
-    total, *statistics = _ChunkedLoss.apply(draft_RE, head_DE, rows, heads, loss, weight_R, overlap_weight_R, chunk)
+        draft_ME, head_DE = draft_ME.detach(), head_DE.detach()
+    total, *statistics = _ChunkedLoss.apply(draft_ME, head_DE, rows, heads, loss, weight_R, overlap_weight_R, chunk, kernel)
     return total, RowStatistics(*statistics)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, draft_RE, head_DE, rows, heads, loss, weight_R, overlap_weight_R, chunk):
-        wide, teachers = torch.promote_types(draft_RE.dtype, torch.float32), len(rows.teacher_LE)
-        views = len(draft_RE) // teachers
-        total, columns = torch.zeros((), dtype=wide, device=draft_RE.device), []
+    def forward(ctx, draft_ME, head_DE, rows, heads, loss, weight_R, overlap_weight_R, chunk, kernel):
+        wide, count = torch.promote_types(draft_ME.dtype, torch.float32), len(rows.index_R)
+        draft_ME, head_DE = draft_ME.detach(), head_DE.detach()
         learns_rows, learns_head = ctx.needs_input_grad[:2]
-        gradient_RE = torch.zeros_like(draft_RE) if learns_rows else None
+        gradient_ME = torch.zeros_like(draft_ME) if learns_rows else None
         gradient_DE = torch.zeros_like(head_DE, dtype=wide) if learns_head else None  # many chunks add up
-        step = max(1, chunk // views)
-        for start in range(0, teachers, step):
-            part = slice(start, start + step)
-            of = lambda t: t.unflatten(0, (views, teachers))[:, part].flatten(0, 1)  # the rows of these teachers
-            shared = lambda t: t.expand(views, *t.shape).flatten(0, 1)  # one teacher for all views
-            log_p, best_p = map(shared, heads.log_p(rows.teacher_LE[part], wide))
-            label = shared(rows.label_L[part])
-            with torch.enable_grad():
-                logits = F.linear(of(draft_RE).detach(), head_DE.detach()).requires_grad_(learns_rows or learns_head)
-                log_q = logits.to(wide).log_softmax(-1)
-                row_loss = loss(log_q, log_p, label, of(rows.mix_R))
-                part_total = (row_loss * of(weight_R)).sum()
-                if overlap_weight_R is not None:
-                    part_total = part_total + (overlap(log_q, log_p) * of(overlap_weight_R)).sum()
-                if learns_rows or learns_head:
-                    (gradient_CD,) = torch.autograd.grad(part_total, logits)
+        found_R4 = torch.empty(count, 4, dtype=wide, device=draft_ME.device)
+        order_R = rows.teacher_R.argsort(stable=True)
+        used_L, teacher_R = rows.teacher_R[order_R].unique_consecutive(return_inverse=True)
+        bounds = [[int(t[0]), int(t[-1]) + 1] for t in teacher_R.cpu().split(chunk)]
+        for part, teacher_C, (low, high) in zip(order_R.split(chunk), teacher_R.split(chunk), bounds):
+            row = rows.index_R[part]
+            draft_CE = draft_ME[row]
+            logits = Chunk(
+                F.linear(draft_CE, head_DE),
+                F.linear(rows.teacher_LE[used_L[low:high]].to(draft_ME.dtype), heads.target_VE),
+                teacher_C - low,
+                heads.kept_D,
+                rows.label_R[part],
+                rows.mix_R[part],
+                weight_R[part],
+                None if overlap_weight_R is None else overlap_weight_R[part],
+            )
+            statistics, gradient_CD = kernel(loss, logits, learns_rows or learns_head)
+            found_R4[part] = torch.stack(statistics, dim=1)
             if learns_rows:
-                gradient_RE.unflatten(0, (views, teachers))[:, part] = (gradient_CD @ head_DE.detach()).unflatten(0, (views, -1))
+                gradient_ME[row] = gradient_CD @ head_DE
             if learns_head:
-                gradient_DE += gradient_CD.T @ of(draft_RE).detach()
-            total += part_total.detach()
-            log_q = log_q.detach()
-            best_q = log_q.argmax(-1)
-            best_q = best_q if heads.kept_D is None else heads.kept_D[best_q]
-            said = torch.where(label < 0, 0.0, log_q.gather(1, label.clamp(min=0)[:, None]).squeeze(1).exp())
-            found = (row_loss.detach(), overlap(log_q, log_p), (best_p == best_q).to(wide), said)
-            columns.append([t.unflatten(0, (views, -1)) for t in found])
-        ctx.save_for_backward(gradient_RE, gradient_DE)
+                _add_product(gradient_DE, gradient_CD.T, draft_CE)
+        ctx.save_for_backward(gradient_ME, gradient_DE)
         ctx.head_dtype = head_DE.dtype
-        statistics = tuple(torch.cat(column, dim=1).flatten() for column in zip(*columns))
+        statistics = RowStatistics(*(t.contiguous() for t in found_R4.unbind(1)))
+        total = (statistics.loss * weight_R).sum()
+        if overlap_weight_R is not None:
+            total = total + (statistics.overlap * overlap_weight_R).sum()
         ctx.mark_non_differentiable(*statistics)
         return total, *statistics
 
     @staticmethod
     def backward(ctx, grad_total, *_):
-        gradient_RE, gradient_DE = ctx.saved_tensors
+        gradient_ME, gradient_DE = ctx.saved_tensors
         return (
-            None if gradient_RE is None else gradient_RE * grad_total,
+            None if gradient_ME is None else gradient_ME * grad_total,
             None if gradient_DE is None else (gradient_DE * grad_total).to(ctx.head_dtype),
-            *[None] * 6,
+            *[None] * 7,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the total's own precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

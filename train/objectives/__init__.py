@@ -88,16 +88,19 @@ class Objective(nn.Module):
         watching = self._loss.kv_align or self._loss.query_align
         with align.Watch(self.drafter) if watching else nullcontext() as watch:
             output = self.draft(pack, memory)
-        output_MJE, valid = output.view(-1, *output.shape[-2:]), pack.valid(self.slots)
+        valid = pack.valid(self.slots)
         valid_MJ = valid.repeat(pack.views, 1)
         # Only rows that count meet the LM head: its product is the largest of the step.
-        anchor, slot = valid.nonzero(as_tuple=True)
+        row, slot = valid_MJ.nonzero(as_tuple=True)
+        view, anchor = row // len(valid), row % len(valid)
         position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
         rows = Rows(
-            output_MJE[valid_MJ],
-            pack.last_hidden_RE[pack.teacher_P[position]].to(output.dtype),
+            output.reshape(-1, output.shape[-1]),
+            row * self.slots + slot,
+            pack.last_hidden_RE,
+            pack.teacher_P[position],
             pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)],
-            torch.exp(-self._loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))[:, slot].flatten().float(),
+            torch.exp(-self._loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))[view, slot].float(),
         )
         scale_T = torch.ones(len(TERMS)) if weight_sum_T is None else 1 / weight_sum_T.clamp(min=1e-9)
         scale_T = scale_T.to(slot.device, torch.float32)
@@ -175,8 +178,8 @@ class Objective(nn.Module):
         self, rows: Rows, pack: Pack, valid_MJ: Tensor, scale_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
         """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
-        mixture, length = partial(divergences.mixture, self._loss.per_slot), self._loss.expected_length
-        apply = partial(self.drafter.head, rows, self._head, mixture, chunk=self._chunk)
+        length = self._loss.expected_length
+        apply = partial(self.drafter.head, rows, self._head, self._loss.per_slot, chunk=self._chunk)
         branch_M = self._of_views(self._branch_V, pack).to(valid_MJ.device).repeat_interleave(len(pack.anchor_N))[:, None]
         slope, missed, seen = None, torch.zeros((), device=valid_MJ.device), None
         if length or self._weight_J is None:

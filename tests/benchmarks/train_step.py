@@ -1,0 +1,216 @@
+"""Time and memory of one training step, beside the matrix products that it cannot do without.
+
+    python -m tests.benchmarks.train_step shape=qwen3_8b objective=ttt vocabulary=32000 own_head=true packs=[4x2048,1x8192]
+    python -m tests.benchmarks.train_step shape=qwen3_8b objective=blockwise loss=ce packs=[4x2048,1x8192,1x32768]
+    python -m tests.benchmarks.train_step objective=budgetdraft reuse=kv packs=[1x4096,1x8192]
+
+The bare step: forward, backward, AdamW on weights of one precision (bf16 on a GPU), without an engine. `deepspeed=2`: also the
+step under DeepSpeed at that ZeRO stage, with float32 master weights. Features are random, the drafter starts at random; every
+position is supervised. `floor_ms`: every matrix product of the step's linear layers and heads, forward and backward, replayed
+with `torch.mm`; attention is none of them. `gib_per_1k_tokens`: what the step takes beyond the first pack's, by token.
+"""
+
+import time
+from collections import Counter
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.ranks import single_process_defaults
+from data_prep.target import Architecture, FrozenHead, pick_device, pick_dtype
+from tests.benchmarks import QWEN3_8B, line, options
+from train.attention import executor
+from train.batches import Pack, make_pack
+from train.drafter.config import DrafterConfig
+from train.drafter.model import Drafter
+from train.losses import LossRecipe
+from train.objectives import Objective
+from train.objectives.budgetdraft import Branches
+from train.views import View
+
+TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768}
+LAYERS = {"qwen3_8b": [2, 10, 18, 26, 33], "tiny": [0, 1, 2, 4, 5]}
+DEFAULTS = {  # as the peers' steps were measured
+    "ttt": dict(layers=1, slots=7, anchors=0, hidden=3),
+    "blockwise": dict(layers=5, slots=16, anchors=512, hidden=5),
+    "budgetdraft": dict(layers=2, slots=5, anchors=64, hidden=3),
+}
+
+
+def architecture(shape: str) -> Architecture:
+    s = {"tiny": TINY, "qwen3_8b": QWEN3_8B}[shape]
+    inv_freq = (1e6 ** (-torch.arange(0, s["head_dim"], 2) / s["head_dim"])).tolist()
+    return Architecture(
+        s["hidden_size"], s["intermediate_size"], s["vocab_size"], s["num_hidden_layers"], s["num_attention_heads"],
+        s["num_key_value_heads"], s["head_dim"], 1e-6, True, False, inv_freq, 1.0, s["max_position_embeddings"],
+    )  # fmt: skip
+
+
+def drafter_config(o, a: Architecture) -> DrafterConfig:
+    layers, kv = LAYERS[o.shape], o.reuse in ("kv", "hybrid")
+    return DrafterConfig(
+        objective="ttt" if o.objective == "budgetdraft" else o.objective, reuse=o.reuse, target_layers=layers[: o.layers],
+        hidden_layers=layers[: o.hidden] if o.reuse in ("hidden", "hybrid") else [], slots=o.slots, shifted=o.shifted,
+        causal=False, seed=0, start="random", source=o.source if kv else "native",
+        source_layers=layers[: o.hidden] if kv and o.source != "native" else [], draft_vocab=o.vocabulary or None,
+        own_head=o.own_head, mask_token_id=2, architecture=a, target={},
+    )  # fmt: skip
+
+
+def pack_of(o, a: Architecture, config: DrafterConfig, documents: int, length: int, dtype: torch.dtype) -> Pack:
+    named = {f"hidden.{i}": (a.hidden_size,) for i in config.hidden_layers}
+    named |= {f"{kind}.{i}": (a.kv_heads, a.head_dim) for i in config.kv_layers for kind in ("key", "value")}
+    mask = (torch.arange(length) > 0).to(torch.uint8)
+
+    def document() -> dict[str, Tensor]:
+        states = {name: torch.randn(length, *row, dtype=dtype) for name, row in named.items()}
+        ids = torch.randint(a.vocab_size, (length,), dtype=torch.int32)
+        return {"input_ids": ids, "loss_mask": mask, "last_hidden": torch.randn(length - 1, a.hidden_size, dtype=dtype), **states}
+
+    rng, all_of_them = np.random.default_rng(0), np.arange(1, length - 1)
+    anchors = [np.sort(rng.choice(all_of_them, o.anchors, replace=False)) if o.anchors else all_of_them for _ in range(documents)]
+    drawn = {}
+    if o.objective == "budgetdraft":
+        drawn = {"budgets": [sandwich(o).budgets(0, "d")] * documents, "ages": [one * 0 for one in anchors]}
+    return make_pack(["d"] * documents, [document() for _ in range(documents)], anchors, **drawn)
+
+
+def sandwich(o) -> Branches:
+    return Branches(1.0, 0.5, "sandwich", 256, 2048, o.draws, 0)
+
+
+def products(objective: Objective, pack: Pack) -> Counter:
+    """(rows, inputs, outputs, products) of every linear layer and head: 3 where its input and its weight learn, 2 where one does,
+    1 in a forward alone. Each position's teacher is computed once."""
+    drafter, config, found = objective.drafter, objective.drafter.config, Counter()
+    positions, rows = len(pack.ids_P), pack.views * len(pack.anchor_N) * config.slots
+    for name, module in drafter.named_modules():
+        if isinstance(module, nn.Linear):
+            count = 2 if name == "fc" or name.startswith("target_kv") else 3
+            seen = positions if count == 2 else rows
+            if name.split(".")[-1] in ("k", "v") and count == 3:
+                reads = ("hidden", "tokens") if config.objective == "blockwise" else (config.own_memory,)
+                seen += positions * any(f".{branch}." in name for branch in reads)
+            found[seen, module.in_features, module.out_features, count] += 1
+    size, valid = config.architecture.hidden_size, pack.valid(objective.slots)
+    vocabulary = config.draft_vocab or config.architecture.vocab_size
+    found[pack.views * int(valid.sum()), size, vocabulary, 3 if config.own_head else 2] += 1
+    anchor, slot = valid.nonzero(as_tuple=True)
+    found[len((pack.anchor_N[anchor] + slot).unique()), size, config.architecture.vocab_size, 1] += 1
+    return found
+
+
+def floor(found: Counter, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(milliseconds of all products one after the other, their TFLOP)."""
+    total, tflop = 0.0, 0.0
+    for (rows, inputs, outputs, count), times in found.items():
+        x, w = torch.randn(rows, inputs, device=device, dtype=dtype), torch.randn(outputs, inputs, device=device, dtype=dtype)
+        for left, right in ((x, w.T), (None, w), (None, x))[:count]:
+            out = torch.randn(rows, outputs, device=device, dtype=dtype) if left is None else None
+            a, b = (left, right) if left is not None else (out, w) if right is w else (out.T, x)
+            total += times * median(timed(lambda: torch.mm(a, b), device) for _ in range(5))
+            tflop += times * 2e-12 * rows * inputs * outputs
+    return total, tflop
+
+
+def timed(function, device: torch.device) -> float:
+    """Milliseconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def under_deepspeed(objective: Objective, optimizer, stage: int, on_gpu: bool):
+    single_process_defaults()
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": on_gpu},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if on_gpu and stage else {}),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+    return engine
+
+
+def main() -> None:
+    o = options(
+        shape="tiny", objective="ttt", reuse="hidden", source="native", attention="auto", packs=["1x2048"], loss="kl",
+        vocabulary=0, own_head=False, layers=0, slots=0, anchors=-1, hidden=0, shifted=False, view="topk_chunk", draws=1,
+        chunk=4096, compile=True, recompute=False, repeats=7, deepspeed=-1,
+    )  # fmt: skip
+    for key, value in DEFAULTS[o.objective].items():
+        o[key] = value if o[key] == (-1 if key == "anchors" else 0) else o[key]
+    device, a = pick_device(), architecture(o.shape)
+    dtype, on_gpu = pick_dtype("auto", device), device.type == "cuda"
+    config = drafter_config(o, a)
+    with torch.device(device):
+        head = FrozenHead(*(torch.randn(a.vocab_size, a.hidden_size, dtype=dtype) * 0.02 for _ in range(2)))
+    drafter = Drafter(config).start(None, head.to("cpu", torch.float32), torch.zeros(a.vocab_size)).to(device, dtype)
+    drafter.recompute = o.recompute
+    if o.compile and on_gpu:
+        drafter.compile_parts()
+    plain = config.objective == "ttt" and o.objective != "budgetdraft"
+    attend = executor(o.attention, device, flash=plain, dense=not o.anchors)
+    kinds = {"topk_chunk": {"sink": 8, "recent": 64, "chunk": 8}, "sink_recent": {"sink": 4}, "h2o": {}, "snapkv": {"recent": 32}}
+    views = {"view": View(kind=o.view, **kinds[o.view]), "branches": sandwich(o).weights} if o.objective == "budgetdraft" else {}
+    weight_J = 0.8 ** torch.arange(config.draft_length)
+    objective = Objective(drafter, head, LossRecipe(**{o.loss: 1.0}), weight_J, attend, o.chunk, **views)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-5, fused=True)
+    engine, first = None, None
+    for under in (False, True)[: 1 + (o.deepspeed >= 0)]:
+        if under:
+            engine = under_deepspeed(objective, optimizer, o.deepspeed, on_gpu)
+        for shape in o.packs:
+            documents, length = map(int, str(shape).split("x"))
+            pack = pack_of(o, a, config, documents, length, dtype).to(device)
+
+            def step() -> None:
+                if engine is not None:
+                    engine.backward(engine(pack, objective.weight_sums(pack)).share)
+                    engine.step()
+                    return
+                objective(pack, objective.weight_sums(pack)).share.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            for _ in range(3 if on_gpu else 1):  # compilers run in the first ones
+                step()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            step_ms = median(timed(step, device) for _ in range(o.repeats))
+            peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+            floor_ms, tflop = floor(products(objective, pack), device, dtype)
+            tokens = documents * length
+            growth = 1024 * (peak - first[1]) / (tokens - first[0]) if first and tokens > first[0] else None
+            first = first or (tokens, peak)
+            line(
+                "train_step",
+                deepspeed=o.deepspeed if under else None,
+                pack=str(shape),
+                **{key: o[key] for key in ("shape", "objective", "reuse", "attention", "loss", "layers", "slots", "anchors")},
+                **{key: o[key] for key in ("vocabulary", "own_head", "compile", "recompute", "chunk")},
+                step_ms=round(step_ms, 1),
+                tokens_per_s=round(1e3 * tokens / step_ms),
+                floor_ms=round(floor_ms, 1),
+                floor_share=round(floor_ms / step_ms, 3),
+                floor_tflops=round(tflop / floor_ms * 1e3),
+                step_peak_gib=round(peak, 2),
+                gib_per_1k_tokens=growth and round(growth, 4),
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The rule of autoregressive drafting by FlashAttention: memory by its kernel, the few draft keys of a row beside it, joined by
+their log-sum-exp.
+
+At every step of ttt a row is of another anchor and sees the memory before it: a causal pattern, with a query at each position
+that has an anchor. Its draft keys are its own rows of this step and of those before. The backward is exact, and needs no second
+pass: FlashAttention's own takes the joint output and log-sum-exp, and so makes the gradients of the joint softmax.
+
+flash-attn where it is installed, PyTorch's own copy elsewhere on a GPU, PyTorch's CPU kernel on a CPU; the draft keys by Triton
+(`train/attention/joint.py`), or on a CPU by `eager` here, their definition.
+
+Shapes: Q draft rows, P memory positions, J steps, K = P + J x Q keys, H query heads, G key/value heads, S = H / G, D head size.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from train.attention.visibility import Visibility
+
+
+def flash(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
+    """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
+    assert visibility.shown is None and (len(k_KGD) - len(visibility.memory.position)) % len(q_QHD) == 0
+    memory, rows = visibility.memory, visibility.queries
+    begin_Q, end_Q = memory.bounds[rows.document], memory.bounds[rows.document + 1]
+    count_Q = torch.minimum(rows.anchor - memory.position[begin_Q], end_Q - begin_Q)  # of memory keys that a row sees
+    # A row that sees none has no place among the keys: it is sent to one behind them.
+    place_Q = torch.where(count_Q > 0, begin_Q + count_Q - 1, len(memory.position))
+    split = [len(memory.position), len(k_KGD) - len(memory.position)]
+    (k_PGD, k_RGD), (v_PGD, v_RGD) = k_KGD.split(split), v_KGD.split(split)
+    k_JQGD, v_JQGD = (t.unflatten(0, (-1, len(q_QHD))) for t in (k_RGD, v_RGD))
+    return _Joint.apply(q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, place_Q, memory.bounds)
+
+
+class _Joint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, place_Q, bounds):
+        own, (forward, _) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
+        q_QHD, k_JQGD, v_JQGD = (t.contiguous() for t in (q_QHD, k_JQGD, v_JQGD))
+        memory_PHD, lse_HP, extra = forward(own.put(q_QHD, place_Q, len(k_PGD)), k_PGD.contiguous(), v_PGD.contiguous(), bounds)
+        # Where no row stands, no gradient comes from; the kernel's own log-sum-exp there is as good as any.
+        out_QHD, lse_QH, lse_HP = own.join(q_QHD, k_JQGD, v_JQGD, memory_PHD, lse_HP, place_Q)
+        ctx.save_for_backward(q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *extra)
+        return out_QHD
+
+    @staticmethod
+    def backward(ctx, grad_QHD):
+        q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *extra = ctx.saved_tensors
+        own, (_, backward) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
+        put = [own.put(t, place_Q, len(k_PGD)) for t in (grad_QHD, q_QHD, out_QHD)]
+        dq_PHD, dk_PGD, dv_PGD = backward(*put, k_PGD.contiguous(), v_PGD.contiguous(), lse_HP, bounds, extra)
+        dq_QHD, dk_JQGD, dv_JQGD = own.join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_PHD, place_Q)
+        return dq_QHD, dk_PGD, dv_PGD, dk_JQGD, dv_JQGD, None, None
+
+
+class eager:
+    """The draft keys' part in plain PyTorch: the definition, and what a CPU runs. `train/attention/joint.py` is the same as
+    kernels."""
+
+    @staticmethod
+    def put(rows_QHD: Tensor, place_Q: Tensor, places: int) -> Tensor:
+        """Rows at their places, zero elsewhere, [P, H, D]."""
+        return rows_QHD.new_zeros(places + 1, *rows_QHD.shape[1:]).index_copy(0, place_Q, rows_QHD)[:places]
+
+    @staticmethod
+    def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, log-sum-exp) of the rows over memory and draft keys, and the latter [H, P] where the rows stand."""
+        groups, at_Q, none_Q = k_JQGD.shape[2], place_Q.clamp(max=len(memory_PHD) - 1), place_Q >= len(memory_PHD)
+        score_JQGS = _scores(_grouped(q_QHD, groups), k_JQGD)
+        memory_lse_QH = memory_lse_HP.T[at_Q].masked_fill(none_Q[:, None], -torch.inf)
+        memory_lse_QGS, memory_QGSD = memory_lse_QH.unflatten(1, (groups, -1)), _grouped(memory_PHD[at_Q], groups)
+        lse_QGS = torch.logaddexp(score_JQGS.logsumexp(0), memory_lse_QGS)
+        drafts_QGSD = ((score_JQGS - lse_QGS).exp()[..., None] * v_JQGD[:, :, :, None]).sum(0)
+        out_QGSD = drafts_QGSD + (memory_lse_QGS - lse_QGS).exp()[..., None] * memory_QGSD
+        lse_QH = lse_QGS.flatten(1)
+        lse_PH = torch.cat([memory_lse_HP.T, lse_QH[:1]]).index_copy(0, place_Q, lse_QH)[: len(memory_PHD)]
+        return out_QGSD.flatten(1, 2).to(q_QHD.dtype), lse_QH, lse_PH.T
+
+    @staticmethod
+    def join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD, place_Q) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k_JQGD and v_JQGD in the joint softmax; `dq_memory_PHD`: what the memory adds to q's."""
+        groups, scale = k_JQGD.shape[2], q_QHD.shape[-1] ** -0.5
+        grad, q, out = (_grouped(t, groups) for t in (grad_QHD, q_QHD, out_QHD))
+        p_JQGS = (_scores(q, k_JQGD) - lse_QH.unflatten(1, (groups, -1))).exp()
+        dp_JQGS = (grad * v_JQGD[:, :, :, None].to(grad.dtype)).sum(-1)
+        ds_JQGS1 = (p_JQGS * (dp_JQGS - (grad * out).sum(-1)) * scale)[..., None]
+        dq_QHD = (ds_JQGS1 * k_JQGD[:, :, :, None]).sum(0).flatten(1, 2)
+        dq_QHD = dq_QHD + torch.cat([dq_memory_PHD, torch.zeros_like(dq_memory_PHD[:1])])[place_Q]
+        dk_JQGD, dv_JQGD = (ds_JQGS1 * q).sum(3), (p_JQGS[..., None] * grad).sum(3)
+        return dq_QHD.to(q_QHD.dtype), dk_JQGD.to(k_JQGD.dtype), dv_JQGD.to(v_JQGD.dtype)
+
+
+def _scores(q_QGSD: Tensor, k_JQGD: Tensor) -> Tensor:
+    return (q_QGSD * k_JQGD[:, :, :, None].to(q_QGSD.dtype)).sum(-1) * q_QGSD.shape[-1] ** -0.5
+
+
+def _grouped(t_QHD: Tensor, groups: int) -> Tensor:
+    """[Q, G, S, D] in float32, or float64."""
+    return t_QHD.unflatten(1, (groups, -1)).to(torch.promote_types(t_QHD.dtype, torch.float32))
+
+
+def drafts(on_gpu: bool):
+    """What handles the draft keys."""
+    if not on_gpu:
+        return eager
+    from train.attention import joint
+
+    return joint
+
+
+def kernel(on_gpu: bool, own: bool = False):
+    """(forward, backward) of causal attention within documents; both log-sum-exps are [H, P]. `own`: PyTorch's, in any case."""
+    if not on_gpu:
+        return _cpu_forward, _cpu_backward
+    if own or not _installed():
+        return _torch_forward, _torch_backward
+    return _package_forward, _package_backward
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _package_forward(q_PHD, k_PGD, v_PGD, bounds):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    lengths, scale = (len(q_PHD), len(k_PGD)), q_PHD.shape[-1] ** -0.5
+    out_PHD, lse_HP, *_ = _flash_attn_varlen_forward(q_PHD, k_PGD, v_PGD, bounds, bounds, *lengths, 0.0, scale, causal=True)
+    return out_PHD, lse_HP, ()
+
+
+def _package_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    lengths, found = (len(q_PHD), len(k_PGD)), [torch.empty_like(t) for t in (q_PHD, k_PGD, v_PGD)]
+    _flash_attn_varlen_backward(
+        grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, *found, bounds, bounds, *lengths, 0.0,
+        q_PHD.shape[-1] ** -0.5, True, -1, -1, 0.0, None, False,
+    )  # fmt: skip
+    return found
+
+
+def _torch_forward(q_PHD, k_PGD, v_PGD, bounds):
+    lengths = (len(q_PHD), len(k_PGD))
+    out_PHD, lse_HP, *extra, _ = torch.ops.aten._flash_attention_forward(
+        q_PHD, k_PGD, v_PGD, bounds, bounds, *lengths, 0.0, True, False
+    )
+    return out_PHD, lse_HP, extra
+
+
+def _torch_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
+    lengths = (len(q_PHD), len(k_PGD))
+    return torch.ops.aten._flash_attention_backward(
+        grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, bounds, bounds, *lengths, 0.0, True, *extra
+    )
+
+
+def _documents(tensors: tuple[Tensor, ...], bounds: Tensor, heads: int):
+    """Of each document [1, H, L, D]; the CPU kernel wants a key head for every query head."""
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
+        parts = (t[begin:end] for t in tensors)
+        yield slice(begin, end), [t.repeat_interleave(heads // t.shape[1], 1).transpose(0, 1)[None] for t in parts]
+
+
+def _cpu_forward(q_PHD, k_PGD, v_PGD, bounds):
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = [attend(*document, 0.0, True) for _, document in _documents((q_PHD, k_PGD, v_PGD), bounds, q_PHD.shape[1])]
+    out_HPD, lse_HP = (torch.cat([t[0] for t in column], dim=1) for column in zip(*found))
+    return out_HPD.transpose(0, 1), lse_HP, ()
+
+
+def _cpu_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
+    backward, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, []
+    for part, document in _documents((grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD), bounds, q_PHD.shape[1]):
+        found.append(backward(*document, lse_HP[None, :, part].contiguous(), 0.0, True))
+    dq, dk, dv = (torch.cat([t[0].transpose(0, 1) for t in column]) for column in zip(*found))
+    return dq, *(t.unflatten(1, (k_PGD.shape[1], -1)).sum(2) for t in (dk, dv))

@@ -1,0 +1,124 @@
+"""A row's few draft keys beside what FlashAttention made of its memory: one softmax over both, and its gradients.
+
+`train.attention.flash.eager` in Triton, function by function: one program a row and key/value head, which reads the draft keys
+once, and the memory's results at the places where FlashAttention left them.
+
+Shapes: Q draft rows, P memory positions, J steps, H query heads, G key/value heads, S = H / G, D head size. `place_Q`: where a
+row stands among the memory's positions; P: it sees no memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _put_kernel(source, target, row_P, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_P + place).to(tl.int64)
+    end = tl.where(row >= 0, size, 0)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(source + row * size + at, mask=at < end, other=0.0)
+        tl.store(target + place * size + at, value, mask=at < size)
+
+
+@triton.jit
+def _join_kernel(
+    q, k, v, memory, memory_lse, place_Q, out, lse, lse_whole, rows, places, steps, scale,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = tl.load(place_Q + row).to(tl.int64)
+    s, d = tl.arange(0, S2), tl.arange(0, D2)
+    head, seeing = g * S + s, tl.where(place < places, S, 0)
+    inside_SD = (s < S)[:, None] & (d < D)[None, :]
+    seeing_SD = (s < seeing)[:, None] & (d < D)[None, :]
+    at_SD = head[:, None] * D + d[None, :]
+    q_SD = tl.load(q + row * (G * S * D) + at_SD, mask=inside_SD, other=0.0).to(tl.float32)
+    top_S = tl.load(memory_lse + head * places + place, mask=s < seeing, other=float("-inf"))
+    out_SD = tl.load(memory + place * (G * S * D) + at_SD, mask=seeing_SD, other=0.0).to(tl.float32)
+    sum_S = tl.where(top_S == float("-inf"), 0.0, 1.0)
+    for step in range(steps):
+        key = (step * rows + row) * (G * D) + g * D + d
+        k_D = tl.load(k + key, mask=d < D, other=0.0).to(tl.float32)
+        v_D = tl.load(v + key, mask=d < D, other=0.0).to(tl.float32)
+        score_S = tl.sum(q_SD * k_D[None, :], 1) * scale
+        new_S = tl.maximum(top_S, score_S)
+        old_S, weight_S = tl.exp(top_S - new_S), tl.exp(score_S - new_S)
+        out_SD = out_SD * old_S[:, None] + weight_S[:, None] * v_D[None, :]
+        sum_S = sum_S * old_S + weight_S
+        top_S = new_S
+    lse_S = top_S + tl.log(sum_S)
+    tl.store(out + row * (G * S * D) + at_SD, (out_SD / sum_S[:, None]).to(out.dtype.element_ty), mask=inside_SD)
+    tl.store(lse + row * (G * S) + head, lse_S, mask=s < S)
+    tl.store(lse_whole + head * places + place, lse_S, mask=s < seeing)
+
+
+@triton.jit
+def _join_backward_kernel(
+    grad, q, k, v, out, lse, dq_memory, place_Q, dq, dk, dv, rows, places, steps, scale,
+    G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    row, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = tl.load(place_Q + row).to(tl.int64)
+    s, d = tl.arange(0, S2), tl.arange(0, D2)
+    head, seeing = g * S + s, tl.where(place < places, S, 0)
+    inside_SD = (s < S)[:, None] & (d < D)[None, :]
+    seeing_SD = (s < seeing)[:, None] & (d < D)[None, :]
+    at_SD = head[:, None] * D + d[None, :]
+    own_SD = row * (G * S * D) + at_SD
+    q_SD = tl.load(q + own_SD, mask=inside_SD, other=0.0).to(tl.float32)
+    grad_SD = tl.load(grad + own_SD, mask=inside_SD, other=0.0).to(tl.float32)
+    out_SD = tl.load(out + own_SD, mask=inside_SD, other=0.0).to(tl.float32)
+    lse_S = tl.load(lse + row * (G * S) + head, mask=s < S, other=float("inf"))
+    dq_SD = tl.load(dq_memory + place * (G * S * D) + at_SD, mask=seeing_SD, other=0.0).to(tl.float32)
+    delta_S = tl.sum(grad_SD * out_SD, 1)
+    for step in range(steps):
+        key = (step * rows + row) * (G * D) + g * D + d
+        k_D = tl.load(k + key, mask=d < D, other=0.0).to(tl.float32)
+        v_D = tl.load(v + key, mask=d < D, other=0.0).to(tl.float32)
+        p_S = tl.exp(tl.sum(q_SD * k_D[None, :], 1) * scale - lse_S)
+        ds_S = p_S * (tl.sum(grad_SD * v_D[None, :], 1) - delta_S) * scale
+        dq_SD += ds_S[:, None] * k_D[None, :]
+        tl.store(dk + key, tl.sum(ds_S[:, None] * q_SD, 0).to(dk.dtype.element_ty), mask=d < D)
+        tl.store(dv + key, tl.sum(p_S[:, None] * grad_SD, 0).to(dv.dtype.element_ty), mask=d < D)
+    tl.store(dq + own_SD, dq_SD.to(dq.dtype.element_ty), mask=inside_SD)
+
+
+def _sizes(k_JQGD: Tensor, q_QHD: Tensor) -> dict[str, int]:
+    groups, size = k_JQGD.shape[2:]
+    share = q_QHD.shape[1] // groups
+    return {"G": groups, "S": share, "D": size, "S2": triton.next_power_of_2(share), "D2": triton.next_power_of_2(size)}
+
+
+def put(rows_QHD: Tensor, place_Q: Tensor, places: int) -> Tensor:
+    row_P = torch.full((places + 1,), -1, device=place_Q.device).index_copy(
+        0, place_Q, torch.arange(len(place_Q), device=place_Q.device)
+    )
+    rows_QHD, out_PHD = rows_QHD.contiguous(), rows_QHD.new_empty(places, *rows_QHD.shape[1:])
+    _put_kernel[(places,)](rows_QHD, out_PHD, row_P, rows_QHD[0].numel(), BLOCK=1024)
+    return out_PHD
+
+
+def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Tensor, Tensor, Tensor]:
+    (steps, rows), places, scale = k_JQGD.shape[:2], len(memory_PHD), q_QHD.shape[-1] ** -0.5
+    out_QHD, lse_QH = torch.empty_like(q_QHD), torch.empty(q_QHD.shape[:2], dtype=torch.float32, device=q_QHD.device)
+    memory_PHD, memory_lse_HP = memory_PHD.contiguous(), memory_lse_HP.contiguous()
+    lse_HP = memory_lse_HP.clone()
+    _join_kernel[(rows, k_JQGD.shape[2])](
+        q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q, out_QHD, lse_QH, lse_HP, rows, places, steps, scale,
+        **_sizes(k_JQGD, q_QHD), num_warps=1,
+    )  # fmt: skip
+    return out_QHD, lse_QH, lse_HP
+
+
+def join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD, place_Q) -> tuple[Tensor, Tensor, Tensor]:
+    (steps, rows), places, scale = k_JQGD.shape[:2], len(dq_memory_PHD), q_QHD.shape[-1] ** -0.5
+    found = [torch.empty_like(t) for t in (q_QHD, k_JQGD, v_JQGD)]
+    _join_backward_kernel[(rows, k_JQGD.shape[2])](
+        grad_QHD.contiguous(), q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD.contiguous(), place_Q, *found, rows, places, steps, scale,
+        **_sizes(k_JQGD, q_QHD), num_warps=1,
+    )  # fmt: skip
+    return tuple(found)
