@@ -35,9 +35,11 @@ def test_jobs_of_a_sweep_share_no_gpu():
     assert places(3, None, gpus) == [["--include", f"localhost:{pair}"] for pair in ("0,1", "2,3", "4,5")]
     assert places(1, None, ["4", "6"]) == [["--include", "localhost:4,6"]]  # of those that CUDA_VISIBLE_DEVICES names
     assert places(2, 3, []) == [["--num_accelerators", "3"]] * 2  # a CPU
-    for jobs, each in ((9, None), (3, 3), (1, 9), (0, 1)):
+    for jobs, each in ((9, None), (3, 3), (1, 9)):
         with pytest.raises(UserError, match="8 GPU"):
             places(jobs, each, gpus)
+    with pytest.raises(UserError, match="jobs=0"):
+        places(0, 1, [])
 
 
 def test_an_error_of_the_collectives_is_told_from_others():

@@ -102,9 +102,8 @@ def main() -> None:
         sweep.run(words) if launcher == "basic" else sweep.run_as_task(words)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let our own errors through
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
-    )  # a job unpickles `point`
+    others = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = sys.path[0] + (os.pathsep + others if others else "")  # a job of submitit unpickles `point`
     try:
         hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(point)()
     except UserError as error:

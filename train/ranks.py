@@ -39,9 +39,9 @@ def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
 
     said = str(error).strip()
     if "gloo" in said and "Timed out" in said:
-        silent = ", ".join(map(str, _silent_ranks())) or "a rank"
+        silent = ", ".join(map(str, _silent_ranks()))
         return UserError(
-            f"rank {silent} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host "
+            f"{f'rank {silent}' if silent else 'a rank'} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host "
             "and say the same command again"
         )
     if isinstance(error, DistError) or "gloo" in said:
@@ -53,11 +53,11 @@ def _silent_ranks(patience_s: float = 4) -> list[int]:
     """Who does not say in `patience_s` that it has waited in vain too. Rank 0 keeps the store: without an answer it is rank 0."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    found = [0]
+    found = [0] if rank() else []
 
     def ask() -> None:
-        store = _get_default_store()
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or there is none yet
+            store = _get_default_store()
             store.set(f"waited in vain/{rank()}", "")
             time.sleep(patience_s)
             found[:] = [other for other in range(world_size()) if not store.check([f"waited in vain/{other}"])]

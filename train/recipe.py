@@ -240,7 +240,7 @@ class TrainRecipe(CaptureSections):
         def core(recipe: dict) -> dict:
             free = {("run",), ("tracking",), ("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
             free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers"), ("train", "diagnose")}
-            free |= {("train", "timeout_s")}
+            free.add(("train", "timeout_s"))
             return {
                 (s, k): v
                 for s, section in recipe.items()

@@ -36,10 +36,12 @@ def places(jobs: int, gpus_per_job: int | None, gpus: list[str]) -> list[list[st
     """
     from data_prep.errors import UserError
 
+    if jobs < 1:
+        raise UserError(f"hydra.launcher.jobs={jobs} must be 1 or more")
+    each = gpus_per_job or max(1, len(gpus) // jobs)
     if not gpus:
-        return [["--num_accelerators", str(gpus_per_job or 1)]] * jobs
-    each = gpus_per_job or len(gpus) // jobs
-    if min(jobs, each) < 1 or jobs * each > len(gpus):
+        return [["--num_accelerators", str(each)]] * jobs
+    if jobs * each > len(gpus):
         raise UserError(f"hydra.launcher: {jobs} job(s) at a time on {each} GPU(s) each, but {len(gpus)} GPU(s) are here")
     return [["--include", "localhost:" + ",".join(gpus[job * each : (job + 1) * each])] for job in range(jobs)]
 
@@ -73,7 +75,7 @@ class DeepSpeedLauncher(Launcher):
         waiting, running, failed, ports = list(found), {}, [], set()
         while waiting or running:
             while waiting and free:
-                job, place = waiting.pop(0), free.pop()
+                job, place = waiting.pop(0), free.pop(0)
                 running[self._started(job, place, ports)] = job, place
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
@@ -82,9 +84,9 @@ class DeepSpeedLauncher(Launcher):
                 if process.returncode:
                     failed.append((_folder(job), process.returncode))
         if failed:
-            code = failed[0][1]
             told = ", ".join(f"{folder} (exit code {code})" for folder, code in failed)
-            cli.fail(UserError(f"{len(failed)} of {len(found)} points failed: {told}"), code if code > 0 else 128 - code)
+            first = failed[0][1]
+            cli.fail(UserError(f"{len(failed)} of {len(found)} points failed: {told}"), first if first > 0 else 128 - first)
         return found
 
     def _prepared(self, number: int, overrides: list[str]) -> JobReturn:
@@ -107,7 +109,7 @@ class DeepSpeedLauncher(Launcher):
         ports.add(port)
         deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", os.devnull, *place]
         print(f"{_folder(job)}: {' '.join(place)}", flush=True)
-        log = open(_folder(job) / "launch.log", "w") if self.jobs > 1 else None
+        log = open(_folder(job) / "launch.log", "a") if self.jobs > 1 else None
         return subprocess.Popen(
             [*deepspeed, "--master_port", str(port), *job.return_value],
             stdout=log, stderr=log, preexec_fn=ranks.killed_with_parent,
