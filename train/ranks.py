@@ -39,10 +39,11 @@ def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
 
     said = str(error).strip()
     if "gloo" in said and "Timed out" in said:
-        silent = ", ".join(map(str, _silent_ranks()))
+        silent = _silent_ranks()
+        who = f"rank {', '.join(map(str, silent))}" if silent else "a rank"
         return UserError(
-            f"{f'rank {silent}' if silent else 'a rank'} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host "
-            "and say the same command again"
+            f"{who} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host and "
+            "say the same command again"
         )
     if isinstance(error, DistError) or "gloo" in said:
         return UserError(f"the connection between ranks failed (train.timeout_s={timeout_s}): {said}")
