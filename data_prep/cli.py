@@ -30,6 +30,7 @@ from data_prep.recipe import ROOT
 from data_prep.sources import stable_hash
 
 CONF = str(ROOT / "conf")
+sys.path.append(str(ROOT / "launchers"))  # Hydra looks for hydra_plugins on the path
 
 
 def without_local_rank(argv: list[str]) -> list[str]:
@@ -148,14 +149,14 @@ def in_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def fail(error: UserError) -> None:
-    """Rank 0 prints one line and leaves with code 2; a launcher then ends the others, which wait for that so that none of
+def fail(error: UserError, code: int = 2) -> None:
+    """Rank 0 prints one line and leaves with `code`; a launcher then ends the others, which wait for that so that none of
     them is the first to go and takes rank 0's line with it."""
     if rank() != 0:
         time.sleep(20)  # whoever is still here then saw something that rank 0 did not, and says so
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)  # not sys.exit: a collective's threads must not keep a failed rank alive
+    os._exit(code)  # not sys.exit: a collective's threads must not keep a failed rank alive
 
 
 def main(

@@ -64,7 +64,7 @@ def die_with_parent() -> None:
     """
     if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    killed_with_parent()
     parent = os.getppid()
     command = Path(f"/proc/{parent}/cmdline").read_bytes()
     grandparent = _parent_of(parent) if b"deepspeed.launcher.launch" in command else None
@@ -75,6 +75,12 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def killed_with_parent() -> None:
+    """From now on the kernel ends this process when its parent ends. Linux only."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _parent_of(pid: int) -> int | None:

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+from torch.distributed import distributed_c10d as c10d
 
 from data_prep.cache.manifest import write_text
 from data_prep.cache.reader import CacheReader
@@ -105,7 +107,9 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    timeout = timedelta(seconds=recipe.train.timeout_s)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # DeepSpeed makes groups of its own and names none
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
     try:
         _Run(recipe, run_dir, device).go()
     except OSError as error:

@@ -19,7 +19,7 @@ from data_prep import cli  # noqa: E402
 from data_prep.errors import UserError  # noqa: E402
 from data_prep.target import pick_device  # noqa: E402
 from train.prepare import check  # noqa: E402
-from train.ranks import Sweep  # noqa: E402
+from train.ranks import Sweep, loss_of_a_rank  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
 
 UNNAMED = ("run.dir", "cache.dir", "cache.on_missing", "tracking", "run.group")  # keys that do not make another run
@@ -48,7 +48,9 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
         train(recipe, Path(run_dir))
     except UserError as error:
         cli.fail(error)
-    except Exception:  # leave at once: a failed rank that waits for its collectives is never noticed by the launcher
+    except Exception as error:  # leave at once: a failed rank that waits for its collectives is never noticed by the launcher
+        if lost := loss_of_a_rank(error, recipe.train.timeout_s):
+            cli.fail(lost, code=1)  # not a mistake: what starts jobs may try again
         traceback.print_exc()
         os._exit(1)
 
@@ -77,6 +79,12 @@ def main() -> None:
         else:
             run(recipes[0], run_dir)
         return
+    try:
+        launcher = next((word.value() for word in cli.parsed(overrides) if word.key_or_group == "hydra/launcher"), "basic")
+        if launcher != "basic" and "RANK" in os.environ:
+            raise UserError(f"hydra/launcher={launcher} starts ranks itself: run it with python, not with deepspeed or torchrun")
+    except UserError as error:
+        cli.fail(error)
     sweep = Sweep(str(Path(__file__).resolve()))
     if ranks.rank() != 0:
         return sweep.follow()
@@ -85,12 +93,21 @@ def main() -> None:
     except UserError as error:
         cli.fail(error)
 
-    def point(config) -> None:
+    def point(config) -> list[str] | None:
         job = HydraConfig.get()
         words = [word for word in job.overrides.task if key_of(word) not in ("run.dir", "run.group")]
-        sweep.run([*words, f"run.dir={cli.quoted(job.runtime.output_dir)}", f"run.group={cli.quoted(Path(run_dir).name)}"])
+        words += [f"run.dir={cli.quoted(job.runtime.output_dir)}", f"run.group={cli.quoted(Path(run_dir).name)}"]
+        if launcher == "deepspeed":
+            return [sweep.program, *words]  # it starts them
+        sweep.run(words) if launcher == "basic" else sweep.run_as_task(words)
 
-    hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(point)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let our own errors through
+    others = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = sys.path[0] + (os.pathsep + others if others else "")  # a job of submitit unpickles `point`
+    try:
+        hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(point)()
+    except UserError as error:
+        cli.fail(error, code=1)
     sweep.finish()
 
 

@@ -1,16 +1,18 @@
-"""Who owns the run folder, and how a sweep keeps its ranks together."""
+"""Who owns the run folder, who is missing when a collective fails, and how a sweep keeps its ranks together."""
 
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.ranks import free_port, rank
+from data_prep.ranks import free_port, rank, world_size
 
 
 def lock_run(folder: Path, patience_s: float = 15) -> int:
@@ -31,6 +33,42 @@ def lock_run(folder: Path, patience_s: float = 15) -> int:
             time.sleep(0.5)
 
 
+def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
+    """What to tell of an error of the collectives, None for any other. Takes seconds: ranks that are left count themselves."""
+    from torch.distributed import DistError
+
+    said = str(error).strip()
+    if "gloo" in said and "Timed out" in said:
+        silent = _silent_ranks()
+        who = f"rank {', '.join(map(str, silent))}" if silent else "a rank"
+        return UserError(
+            f"{who} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host and "
+            "say the same command again"
+        )
+    if isinstance(error, DistError) or "gloo" in said:
+        return UserError(f"the connection between ranks failed (train.timeout_s={timeout_s}): {said}")
+    return None
+
+
+def _silent_ranks(patience_s: float = 4) -> list[int]:
+    """Who does not say in `patience_s` that it has waited in vain too. Rank 0 keeps the store: without an answer it is rank 0."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    found = [0] if rank() else []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or there is none yet
+            store = _get_default_store()
+            store.set(f"waited in vain/{rank()}", "")
+            time.sleep(patience_s)
+            found[:] = [other for other in range(world_size()) if not store.check([f"waited in vain/{other}"])]
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store on a host that is cut off never answers
+    asking.start()
+    asking.join(2 * patience_s)
+    return found
+
+
 class Sweep:
     """The points of a `-m` sweep, each in processes of its own: nothing can leak from one to the next (ZeRO-3 engines
     leak every tensor when they are destroyed).
@@ -40,14 +78,14 @@ class Sweep:
     """
 
     def __init__(self, program: str):
-        self._program, self._number, self._store = program, 0, None
+        self.program, self._number, self._store = program, 0, None
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from torch.distributed import TCPStore
 
             self._store = TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
-                is_master=rank() == 0,
+                is_master=rank() == 0 and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"),  # torchrun keeps one there itself
                 wait_for_workers=False,
                 timeout=timedelta(days=365),
             )
@@ -60,6 +98,18 @@ class Sweep:
         self._number += 1
         if code := self._child(port, overrides):
             os._exit(code)
+
+    def run_as_task(self, overrides: list[str]) -> None:
+        """One point, in a job of its own that Hydra's submitit launcher began with a task for each rank.
+
+        Raises:
+            UserError: it failed.
+        """
+        from submitit.helpers import TorchDistributedEnvironment
+
+        port = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).master_port
+        if code := self._child(port, overrides):
+            raise UserError(f"rank {rank()} of {' '.join(overrides)} ended with exit code {code}; the job's log says why")
 
     def finish(self) -> None:
         if self._store:
@@ -79,7 +129,6 @@ class Sweep:
         self._store.add("left", 1)
 
     def _child(self, port: int, overrides: list[str]) -> int:
-        code = subprocess.run(
-            [sys.executable, self._program, *overrides], env={"LOCAL_RANK": "0", **os.environ, "MASTER_PORT": str(port)}
-        ).returncode
+        env = {"LOCAL_RANK": "0", **os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        code = subprocess.run([sys.executable, self.program, *overrides], env=env).returncode
         return code if code >= 0 else 128 - code

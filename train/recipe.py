@@ -129,6 +129,7 @@ class TrainSection(Section):
     validation_documents: int = Field(ge=1)
     validation_anchors: int = Field(ge=1)  # a document
     diagnose: bool  # at every checkpoint: train/diagnostics.py, on one validation pack
+    timeout_s: int = Field(600, ge=1)  # a rank that does not answer for so long ends the run; one's saving must fit into it
 
 
 class TrackingRecipe(Section):
@@ -241,6 +242,7 @@ class TrainRecipe(CaptureSections):
             free = {("run",), ("tracking",), ("deepspeed",)}
             free |= {("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
             free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers"), ("train", "diagnose")}
+            free.add(("train", "timeout_s"))
             return {
                 (s, k): v
                 for s, section in recipe.items()
