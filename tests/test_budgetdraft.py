@@ -94,7 +94,7 @@ def test_a_budget_at_or_above_the_context_is_the_full_view(target, cell, kind):
 
 
 def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
-    """And once for the slots of all anchors that it serves."""
+    """And for the slots of all anchors that it serves; twice only where a chunk ends between its rows."""
     drafter, asked = drafter_of(target, "ttt", "kv"), []
     monkeypatch.setattr(
         chunked,
@@ -106,7 +106,8 @@ def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
         pack = packed(target, budgets)
         objective(target, drafter, LossRecipe(kl=1), branches=weights)(pack)
         anchor, slot = pack.valid(4).nonzero(as_tuple=True)
-        assert sum(asked) == len((pack.anchor_N[anchor] + slot).unique())
+        teachers = len((pack.anchor_N[anchor] + slot).unique())
+        assert teachers <= sum(asked) < teachers + len(asked)
 
 
 @pytest.mark.parametrize("cell,names", [(("ttt", "none"), "qkv"), (("blockwise", "kv+projected_rope"), "")])

@@ -6,6 +6,7 @@ reference, measured in the same run.
 
 import json
 import resource
+import sys
 from datetime import date
 from tempfile import TemporaryDirectory
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
+from data_prep.cli import without_local_rank
 from data_prep.recipe import ROOT, CaptureRecipe, TargetRecipe
 from data_prep.target import Target, load_target, pick_device
 
@@ -33,7 +35,7 @@ def options(**defaults):
     """The command line's key=value words over `defaults`; an unknown key is an error."""
     known = OmegaConf.create(defaults)
     OmegaConf.set_struct(known, True)
-    return OmegaConf.merge(known, OmegaConf.from_cli())
+    return OmegaConf.merge(known, OmegaConf.from_cli(without_local_rank(sys.argv[1:])))
 
 
 def target_of(shape: str, attention: str = "auto") -> Target:

@@ -5,11 +5,14 @@
     python -m tests.benchmarks.train_step objective=budgetdraft reuse=kv packs=[1x4096,1x8192]
 
 The bare step: forward, backward, AdamW on weights of one precision (bf16 on a GPU), without an engine. `deepspeed=2`: also the
-step under DeepSpeed at that ZeRO stage, with float32 master weights. Features are random, the drafter starts at random; every
-position is supervised. `floor_ms`: every matrix product of the step's linear layers and heads, forward and backward, replayed
-with `torch.mm`; attention is none of them. `gib_per_1k_tokens`: what the step takes beyond the first pack's, by token.
+step under DeepSpeed at that ZeRO stage, with float32 master weights; on several GPUs, a pack each and tokens of all of them,
+`deepspeed --num_gpus 2 --module tests.benchmarks.train_step deepspeed=2` times that alone. Features are random, the drafter
+starts at random; every position is supervised. `floor_ms`: every matrix product of the step's linear layers and heads, forward
+and backward, replayed with `torch.mm`; attention is none of them. `gib_per_1k_tokens`: what the step takes beyond the first
+pack's, by token.
 """
 
+import os
 import time
 from collections import Counter
 from statistics import median
@@ -153,7 +156,10 @@ def main() -> None:
     )  # fmt: skip
     for key, value in DEFAULTS[o.objective].items():
         o[key] = value if o[key] == (-1 if key == "anchors" else 0) else o[key]
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device, a = pick_device(), architecture(o.shape)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dtype, on_gpu = pick_dtype("auto", device), device.type == "cuda"
     config = drafter_config(o, a)
     with torch.device(device):
@@ -164,7 +170,7 @@ def main() -> None:
     drafter.recompute = o.recompute
     if o.fp8:
         drafter.use_fp8(head)
-    if o.compile and on_gpu:
+    if o.compile and on_gpu and o.deepspeed < 3:
         drafter.compile_parts()
     plain = config.objective == "ttt" and o.objective != "budgetdraft"
     attend = executor(o.attention, device, flash=plain, dense=not o.anchors)
@@ -174,7 +180,7 @@ def main() -> None:
     objective = Objective(drafter, head, LossRecipe(**{o.loss: 1.0}), weight_J, attend, o.chunk, **views)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-5, fused=True)
     engine, first = None, None
-    for under in (False, True)[: 1 + (o.deepspeed >= 0)]:
+    for under in (False, True)[world > 1 : 1 + (o.deepspeed >= 0)]:
         if under:
             engine = under_deepspeed(objective, optimizer, o.deepspeed, on_gpu)
         for shape in o.packs:
@@ -198,16 +204,19 @@ def main() -> None:
             peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
             floor_ms, tflop = floor(products(objective, pack), device, dtype)
             tokens = documents * length
+            if int(os.environ.get("RANK", 0)):
+                continue
             growth = 1024 * (peak - first[1]) / (tokens - first[0]) if first and tokens > first[0] else None
             first = first or (tokens, peak)
             line(
                 "train_step",
                 deepspeed=o.deepspeed if under else None,
+                gpus=world,
                 pack=str(shape),
                 **{key: o[key] for key in ("shape", "objective", "reuse", "attention", "loss", "layers", "slots", "anchors")},
                 **{key: o[key] for key in ("vocabulary", "own_head", "compile", "recompute", "fp8", "chunk")},
                 step_ms=round(step_ms, 1),
-                tokens_per_s=round(1e3 * tokens / step_ms),
+                tokens_per_s=round(1e3 * world * tokens / step_ms),
                 floor_ms=round(floor_ms, 1),
                 floor_share=round(floor_ms / step_ms, 3),
                 floor_tflops=round(tflop / floor_ms * 1e3),

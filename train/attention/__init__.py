@@ -1,4 +1,5 @@
-"""Executors of one visibility rule. An executor maps (q_QHD, k_KGD, v_KGD, Visibility) to [Q, H, D]."""
+"""Executors of one visibility rule. An executor maps (q_QHD, k_KGD, v_KGD, Visibility) to [Q, H, D]; one that is `apart` also
+takes keys, and values, as a tuple: the memory's, then each step's."""
 
 import torch
 

@@ -19,40 +19,53 @@ from torch import Tensor
 
 from train.attention.visibility import Visibility
 
+Keys = Tensor | tuple[Tensor, ...]  # [K, G, D], or the memory's and each step's
 
-def flash(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
+
+def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
-    assert visibility.shown is None and (len(k_KGD) - len(visibility.memory.position)) % len(q_QHD) == 0
+    assert visibility.shown is None
     memory, rows = visibility.memory, visibility.queries
     begin_Q, end_Q = memory.bounds[rows.document], memory.bounds[rows.document + 1]
     count_Q = torch.minimum(rows.anchor - memory.position[begin_Q], end_Q - begin_Q)  # of memory keys that a row sees
     # A row that sees none has no place among the keys: it is sent to one behind them.
     place_Q = torch.where(count_Q > 0, begin_Q + count_Q - 1, len(memory.position))
-    split = [len(memory.position), len(k_KGD) - len(memory.position)]
-    (k_PGD, k_RGD), (v_PGD, v_RGD) = k_KGD.split(split), v_KGD.split(split)
-    k_JQGD, v_JQGD = (t.unflatten(0, (-1, len(q_QHD))) for t in (k_RGD, v_RGD))
-    return _Joint.apply(q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, place_Q, memory.bounds)
+    steps = len(visibility.drafts.slot) // len(q_QHD)
+    sizes = [len(memory.position), *[len(q_QHD)] * steps]
+    (k_PGD, *k_steps), (v_PGD, *v_steps) = (t.split(sizes) if isinstance(t, Tensor) else t for t in (k_KGD, v_KGD))
+    return _Joint.apply(q_QHD, k_PGD, v_PGD, place_Q, memory.bounds, *k_steps, *v_steps)
+
+
+flash.apart = True
 
 
 class _Joint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, place_Q, bounds):
+    def forward(ctx, q_QHD, k_PGD, v_PGD, place_Q, bounds, *steps):
         own, (forward, _) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
-        q_QHD, k_JQGD, v_JQGD = (t.contiguous() for t in (q_QHD, k_JQGD, v_JQGD))
+        q_QHD, (k_JQGD, v_JQGD) = q_QHD.contiguous(), _stacked(steps)
         memory_PHD, lse_HP, extra = forward(own.put(q_QHD, place_Q, len(k_PGD)), k_PGD.contiguous(), v_PGD.contiguous(), bounds)
         # Where no row stands, no gradient comes from; the kernel's own log-sum-exp there is as good as any.
         out_QHD, lse_QH, lse_HP = own.join(q_QHD, k_JQGD, v_JQGD, memory_PHD, lse_HP, place_Q)
-        ctx.save_for_backward(q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *extra)
+        ctx.steps = len(steps)
+        ctx.save_for_backward(q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *steps, *extra)
         return out_QHD
 
     @staticmethod
     def backward(ctx, grad_QHD):
-        q_QHD, k_PGD, v_PGD, k_JQGD, v_JQGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *extra = ctx.saved_tensors
+        q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *rest = ctx.saved_tensors
+        (k_JQGD, v_JQGD), extra = _stacked(rest[: ctx.steps]), rest[ctx.steps :]
         own, (_, backward) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
         put = [own.put(t, place_Q, len(k_PGD)) for t in (grad_QHD, q_QHD, out_QHD)]
         dq_PHD, dk_PGD, dv_PGD = backward(*put, k_PGD.contiguous(), v_PGD.contiguous(), lse_HP, bounds, extra)
         dq_QHD, dk_JQGD, dv_JQGD = own.join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_PHD, place_Q)
-        return dq_QHD, dk_PGD, dv_PGD, dk_JQGD, dv_JQGD, None, None
+        return dq_QHD, dk_PGD, dv_PGD, None, None, *dk_JQGD.unbind(), *dv_JQGD.unbind()
+
+
+def _stacked(steps) -> tuple[Tensor, Tensor]:
+    """Keys and values [J, Q, G, D]: made when they are needed, since each step has those of all before it."""
+    half = len(steps) // 2
+    return torch.stack(list(steps[:half])), torch.stack(list(steps[half:]))
 
 
 class eager:

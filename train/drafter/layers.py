@@ -25,8 +25,25 @@ class KV(NamedTuple):
     def nbytes(self) -> int:
         return self.key.nbytes + self.value.nbytes
 
-    def __add__(self, other: "KV") -> "KV":
+    def __add__(self, other: "KV | Steps") -> "KV":
         return KV(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
+
+
+class Steps(tuple[KV, ...]):
+    """The draft rows' own keys and values, step by step of ttt; of a block there is one step."""
+
+    @property
+    def key(self) -> Tensor:
+        return torch.cat([kv.key for kv in self])
+
+    @property
+    def value(self) -> Tensor:
+        return torch.cat([kv.value for kv in self])
+
+    def after(self, memory: KV, apart: bool) -> KV:
+        """What the rows read: memory, then themselves. `apart`: as tuples, for an executor that needs no one long tensor, of which
+        every step would keep its own."""
+        return KV(*zip(memory, *self)) if apart else memory + self
 
 
 class Rope:

@@ -17,10 +17,10 @@ from data_prep.target import FrozenHead, States, Target
 from train.attention.visibility import Places, Rows, Visibility
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
-from train.drafter.layers import KV, Attention, DraftLayer, GatedDelta, Rope
+from train.drafter.layers import Attention, DraftLayer, GatedDelta, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
 
-Past = list[dict[str, KV]]  # the draft rows' own keys of earlier ttt steps, for each layer and branch
+Past = list[dict[str, Steps]]  # the draft rows' own keys of earlier ttt steps, for each layer and branch
 
 
 class Drafter(nn.Module):
@@ -187,8 +187,9 @@ class Drafter(nn.Module):
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x, token)
             own = layer.keys_values(inputs, rope)
-            kept.append(own if past is None else {name: past[index][name] + own[name] for name in own})
-            keys = {name: memory.layers[index][name] + kept[index][name] for name in own}
+            kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
+            apart = getattr(attend, "apart", False)
+            keys = {name: steps.after(memory.layers[index][name], apart) for name, steps in kept[index].items()}
             arguments = (x, inputs, rope, keys, visibility[index], attend)
             again = self.recompute and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)

@@ -151,8 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 gradient_ME[row] = gradient_CD @ head_DE if heads.narrow is None else heads.narrow.backward(gradient_CD)
             if learns_head:
                 _add_product(gradient_DE, gradient_CD.T, draft_CE)
-        ctx.save_for_backward(gradient_ME, gradient_DE)
-        ctx.head_dtype = head_DE.dtype
+        ctx.gradients, ctx.head_dtype = (gradient_ME, gradient_DE), head_DE.dtype
         statistics = RowStatistics(*(t.contiguous() for t in found_R4.unbind(1)))
         total = (statistics.loss * weight_R).sum()
         if overlap_weight_R is not None:
@@ -162,10 +161,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, *_):
-        gradient_ME, gradient_DE = ctx.saved_tensors
+        assert ctx.gradients is not None, "a loss can be differentiated once"
+        (gradient_ME, gradient_DE), ctx.gradients = ctx.gradients, None
+        # In place: all activations of the step are still there, and this is its peak.
         return (
-            None if gradient_ME is None else gradient_ME * grad_total,
-            None if gradient_DE is None else (gradient_DE * grad_total).to(ctx.head_dtype),
+            None if gradient_ME is None else gradient_ME.mul_(grad_total),
+            None if gradient_DE is None else gradient_DE.mul_(grad_total).to(ctx.head_dtype),
             *[None] * 7,
         )
 

@@ -46,7 +46,8 @@ class Watch:
         def watched(q, k, v, visibility):
             if self._change is not None:
                 q = self._change(*where, q, visibility)
-            self.calls.setdefault(where, []).append((q, k, v, visibility))
+            whole = (t if isinstance(t, Tensor) else torch.cat(t) for t in (k, v))
+            self.calls.setdefault(where, []).append((q, *whole, visibility))
             return attend(q, k, v, visibility)
 
         return (*rest, watched)
