@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUNS := runs/quickstart
 export DS_ACCELERATOR ?= cpu
+# Two tests at a time: most of them wait for one process that starts up.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
 # Reads exports in tests/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
 READER := speculators hs-connectors loguru pydantic-settings
 
@@ -13,10 +15,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(PYTHON) -m ruff check .
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 # torch first and alone: the pinned version's CPU build is enough, a range would fetch gigabytes.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -41,8 +41,8 @@ class Steps(tuple[KV, ...]):
         return torch.cat([kv.value for kv in self])
 
     def after(self, memory: KV, apart: bool) -> KV:
-        """What the rows read: memory, then themselves. `apart`: as tuples, for an executor that needs no one long tensor, of which
-        every step would keep its own."""
+        """What the rows read: memory, then themselves. `apart`: as tuples, for an executor that needs no long tensor (of which
+        every step would keep its own)."""
         return KV(*zip(memory, *self)) if apart else memory + self
 
 
