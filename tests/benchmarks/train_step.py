@@ -157,9 +157,9 @@ def main() -> None:
     for key, value in DEFAULTS[o.objective].items():
         o[key] = value if o[key] == (-1 if key == "anchors" else 0) else o[key]
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device, a = pick_device(), architecture(o.shape)
-    if device.type == "cuda":
+    if pick_device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device, a = pick_device(), architecture(o.shape)
     dtype, on_gpu = pick_dtype("auto", device), device.type == "cuda"
     config = drafter_config(o, a)
     with torch.device(device):
