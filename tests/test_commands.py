@@ -115,6 +115,9 @@ def test_recipes_say_what_they_follow():
         (["drafter.target_layers=[0,5]"], "names 2 layers for drafter.layers=1"),
         (["reuse=hidden", "reuse.hidden_layers=[1]"], r"needs hidden states of layer\(s\) \[1\]"),
         (["drafter.attention=flex"], "attention=flex cannot train on a CPU"),
+        (["drafter.attention=flash", "objective=blockwise"], "attention=flash is for objective=ttt without views"),
+        (["train.fp8=true"], "train.fp8=true needs bf16"),
+        (["train.fp8=true", "train.precision=bf16", "deepspeed=zero3"], "train.fp8=true needs bf16"),
         (["target.mask_token_id=8192"], "outside the vocabulary of 8192"),
         (["target.path=nowhere"], "target.path=nowhere: no tokenizer can be loaded"),
         (["target.device=cuda"], "has no GPU"),
@@ -274,7 +277,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "lr", "grad_norm", "tokens_per_s", "peak_gib", "sampled", "greedy"} <= lines[0].keys()
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "data_wait_share", "peak_gib", "sampled", "greedy"} <= lines[0].keys()
     recipe = json.loads((run / "recipe.json").read_text())
     assert recipe["cache_manifest_hash"] and recipe["objective"]["slots"] == 4
     for link in ("best", "last"):  # as a kill between a checkpoint and its links would leave it

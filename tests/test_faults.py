@@ -102,12 +102,17 @@ def test_killed_again_and_again_with_other_numbers_of_processes(tmp_path, untouc
 
 
 def test_a_second_capture_of_the_same_folder_is_refused(tmp_path):
-    launcher = start(tmp_path / "cache", 2)
+    launcher, family = start(tmp_path / "cache", 2), []
     try:
         wait_for(lambda: shards(tmp_path / "cache"), launcher)
+        family = processes(launcher)
+        for process in family:
+            process.suspend()  # else it may have ended before the second has started
         second = command(PROGRAM, *WORDS, f"cache.dir={tmp_path / 'cache'}")
         assert second.returncode == 2 and "is being written by another process" in second.stderr
     finally:
+        for process in family:
+            process.resume()
         assert launcher.wait(240) == 0
 
 

@@ -242,3 +242,41 @@ def test_ttt_and_blocks_order_their_rows_by_anchor(target):
         assert own.key.shape[:2] == (7, 4) and watch.queries(0).shape[:2] == (7, 4)
         for n, anchor in enumerate(pack.anchor_N.tolist()):  # the first row reads the anchor's token at the anchor's position
             torch.testing.assert_close(own.value[n, 0], pack.states.value[0][anchor])
+
+
+def share_and_gradients(target, drafter, pack, loss=LossRecipe(kl=1)):  # noqa: B008
+    objective = objective_of(target, drafter, loss)
+    share = objective(pack, objective.weight_sums(pack)).share
+    return [share, *torch.autograd.grad(share, list(drafter.parameters()), allow_unused=True)]
+
+
+@pytest.mark.parametrize(
+    "cell", [("ttt", "hybrid"), ("blockwise", "hidden"), pytest.param(("ttt", "hidden"), marks=pytest.mark.slow)]
+)
+def test_recomputing_and_compiling_change_nothing(target, cell, request):
+    """float64, two packs of other sizes; compiled only among the slow tests, for compilers take half a minute."""
+    slow = any(mark.name == "slow" for mark in request.node.iter_markers())
+    plain, changed = (drafter_of(target, *cell, layers=2) for _ in range(2))
+    changed.recompute = True
+    if slow:
+        changed.compile_parts()
+    for pack in (packed(target), make_pack(["a"], [document(target, 23, 4)], [np.array([3, 9])])):
+        for one, other in zip(*(share_and_gradients(target, drafter, pack) for drafter in (plain, changed))):
+            torch.testing.assert_close(one, other)
+
+
+def test_fp8_products_stay_near_the_others():
+    """Loss and gradients of a whole drafter, MLPs and the frozen head in fp8: off by a little, in the same direction."""
+    target, found = small_target(vocab=16), []
+    for narrow in (False, True):
+        drafter = drafter_of(target, "blockwise", "hybrid").to(torch.bfloat16)
+        objective = Objective(
+            drafter, target.frozen_head.to("cpu", torch.bfloat16), LossRecipe(kl=1), torch.ones(3), REFERENCE, 7
+        )
+        if narrow:
+            drafter.use_fp8(objective._head)
+        share = objective(packed(target)).share
+        found.append((share.item(), torch.autograd.grad(share, drafter.layers[0].gate.weight)[0].double().flatten()))
+    (loss, gradient), (loss_8, gradient_8) = found
+    assert 0 < abs(loss_8 / loss - 1) < 0.05
+    assert 0.95 < torch.cosine_similarity(gradient, gradient_8, dim=0) < 0.99999

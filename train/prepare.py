@@ -13,6 +13,7 @@ from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_warm_start
 from train.drafter.standalone import check_vocabulary, lm_config
+from train.fp8 import TILE
 from train.recipe import TrainRecipe
 
 
@@ -169,6 +170,11 @@ def check(recipe: TrainRecipe) -> None:
             f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}"
         )
     vocab = manifest.target["architecture"]["vocab_size"]
+    sizes = [manifest.target["architecture"][name] for name in ("hidden_size", "intermediate_size")]
+    if not recipe.drafter.own_head:
+        sizes.append(recipe.drafter.vocabulary or vocab)
+    if recipe.train.fp8 and any(size % TILE for size in sizes):
+        raise UserError(f"train.fp8=true needs sizes that are whole {TILE}s; the target's states, MLP and head have {sizes}")
     if recipe.drafter.lm:
         _positions(recipe, manifest, lm_config(recipe.drafter.lm))
         check_vocabulary(recipe.drafter.lm, tokenizer, vocab)
