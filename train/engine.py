@@ -160,9 +160,11 @@ class _Run:
         self.reader = open_cache(recipe, barrier())
         self._refuse_another_run()
         config = drafter_config(recipe, self.reader.manifest)
-        target = load_target(recipe.target.model_copy(update={"device": "cpu"}))
-        check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
         bf16 = uses_bf16(recipe, device)
+        # Every rank of a host holds one for a moment: in a bf16 run there is no use for a float32 one of twice the size.
+        dtype = {"dtype": "bfloat16"} if bf16 and recipe.target.dtype == "auto" else {}
+        target = load_target(recipe.target.model_copy(update={"device": "cpu"} | dtype))
+        check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
         training, validation = split(self.reader, recipe.train.validation_documents)
         counts_V = token_counts(self.reader, training, config.architecture.vocab_size) if config.draft_vocab else None
         drafter = Drafter.of(config).start(target, target.frozen_head, counts_V)
