@@ -14,8 +14,8 @@ from data_prep.recipe import DataPrepRecipe
 from eval.recipe import EvalRecipe
 from eval.recipe import check as check_eval
 from tests.conftest import ROOT, SMALL, command
-from train.engine import engine_config
 from train.prepare import check as check_train
+from train.prepare import engine_config
 from train.recipe import TrainRecipe
 
 

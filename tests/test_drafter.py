@@ -18,8 +18,8 @@ from train.drafter import exchange
 from train.drafter.export import save_export
 from train.drafter.layers import Rope
 from train.drafter.model import Drafter
-from train.engine import parameter_groups
 from train.losses import LossRecipe
+from train.prepare import parameter_groups
 from train.recipe import TrainRecipe
 
 KL = LossRecipe(kl=1)

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch.distributed import distributed_c10d as c10d
 
 from data_prep.cache.manifest import write_text
-from data_prep.cache.reader import CacheReader
 from data_prep.cli import git_revision
 from data_prep.errors import UserError
 from data_prep.live import LiveReader, open_cache
@@ -35,63 +33,21 @@ from train.batches import Pack, PackStream, loaded, sample_ages, split
 from train.checkpoint import Checkpoints, latest
 from train.drafter.exchange import check_warm_start, warm_start
 from train.drafter.model import Drafter
-from train.losses import weights
 from train.objectives import TERMS, Objective, Outcome
-from train.prepare import attention, check_target, drafter_config, uses_bf16
+from train.prepare import (
+    attention,
+    check_target,
+    drafter_config,
+    engine_config,
+    parameter_groups,
+    slot_weights,
+    token_counts,
+    uses_bf16,
+)
 from train.ranks import lock_run
-from train.recipe import ObjectiveRecipe, TrainRecipe
+from train.recipe import TrainRecipe
 from train.tracking import Tracker
 from train.views import FULL
-
-
-def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
-    """Weights of the drafted slots, [J]."""
-    return (weights.geometric if objective.kind == "ttt" else weights.exponential)(slots, objective.decay)
-
-
-def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
-    """All parameters; the gates' in a group of their own where they learn at another rate."""
-    ratio, gates = recipe.reuse.gate.lr_ratio, [p for fuse in drafter.fusions for p in fuse.parameters()]
-    if ratio == 1:
-        return [{"params": list(drafter.parameters())}]
-    others = [p for p in drafter.parameters() if all(p is not gate for gate in gates)]
-    return [{"params": others}, {"params": gates, "lr": ratio * recipe.train.lr}]
-
-
-def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
-    """How often the documents supervise each token, [V]."""
-    counts = torch.zeros(vocabulary, dtype=torch.long)
-    for part in np.array_split(documents, -(-len(documents) // 1000)):
-        supervised = [ids[mask.bool()] for ids, mask in map(reader.text, part)]
-        counts += torch.bincount(torch.cat(supervised).long(), minlength=vocabulary)
-    return counts
-
-
-def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
-    """DeepSpeed's configuration, every default that matters spelled out."""
-    train, stage = recipe.train, recipe.deepspeed.stage
-    return {
-        **recipe.deepspeed.model_dump(),
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": train.batch // world_size(),
-        "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
-        "bf16": {"enabled": bf16},
-        # ZeRO-0 refuses float32 accumulation of bf16 gradients.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage else {}),
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": train.max_steps,
-                "warmup_num_steps": max(2, round(train.warmup_ratio * train.max_steps)),
-                "warmup_min_ratio": 0.0,
-                "warmup_type": "linear",
-                "cos_min_ratio": train.min_lr_ratio,
-            },
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
 
 
 def train(recipe: TrainRecipe, run_dir: Path) -> None:

@@ -1,20 +1,23 @@
-"""A recipe and a cache -> the drafter that is to be trained, and every refusal that needs no GPU."""
+"""A recipe and a cache -> the drafter that is to be trained, what its engine is told, and every refusal that needs no GPU."""
 
 import numpy as np
 import torch
 
 from data_prep.cache.manifest import Manifest
+from data_prep.cache.reader import CacheReader
 from data_prep.cli import refuse_file
 from data_prep.errors import UserError
-from data_prep.live import manifest_of
+from data_prep.live import LiveReader, manifest_of
 from data_prep.ranks import world_size
 from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from train.attention import executor
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_warm_start
+from train.drafter.model import Drafter
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.fp8 import TILE
-from train.recipe import TrainRecipe
+from train.losses import weights
+from train.recipe import ObjectiveRecipe, TrainRecipe
 
 
 def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int], list[int]]:
@@ -196,3 +199,53 @@ def check_target(architecture: Architecture, weights_hash: str, manifest: Manife
             f"the cache {cache_dir} was captured from another target: weights hash {manifest.target['weights_hash']}, "
             f"loaded {weights_hash}"
         )
+
+
+def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
+    """Weights of the drafted slots, [J]."""
+    return (weights.geometric if objective.kind == "ttt" else weights.exponential)(slots, objective.decay)
+
+
+def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
+    """All parameters; the gates' in a group of their own where they learn at another rate."""
+    ratio, gates = recipe.reuse.gate.lr_ratio, [p for fuse in drafter.fusions for p in fuse.parameters()]
+    if ratio == 1:
+        return [{"params": list(drafter.parameters())}]
+    others = [p for p in drafter.parameters() if all(p is not gate for gate in gates)]
+    return [{"params": others}, {"params": gates, "lr": ratio * recipe.train.lr}]
+
+
+def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
+    """How often the documents supervise each token, [V]."""
+    counts = torch.zeros(vocabulary, dtype=torch.long)
+    for part in np.array_split(documents, -(-len(documents) // 1000)):
+        supervised = [ids[mask.bool()] for ids, mask in map(reader.text, part)]
+        counts += torch.bincount(torch.cat(supervised).long(), minlength=vocabulary)
+    return counts
+
+
+def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
+    """DeepSpeed's configuration, every default that matters spelled out."""
+    train, stage = recipe.train, recipe.deepspeed.stage
+    return {
+        **recipe.deepspeed.model_dump(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": train.batch // world_size(),
+        "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
+        "bf16": {"enabled": bf16},
+        # ZeRO-0 refuses float32 accumulation of bf16 gradients.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage else {}),
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": train.max_steps,
+                "warmup_num_steps": max(2, round(train.warmup_ratio * train.max_steps)),
+                "warmup_min_ratio": 0.0,
+                "warmup_type": "linear",
+                "cos_min_ratio": train.min_lr_ratio,
+            },
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
