@@ -245,11 +245,13 @@ def test_no_tensor_of_all_rows_and_the_vocabulary(kept):
 
 
 def test_no_rows_give_a_differentiable_zero():
+    """The drafter has rows, none of which counts."""
     draft, teacher, label, weight, mix, head = rows()
-    none = row_inputs(draft[:0], teacher[:0], label[:0], mix[:0])
+    every = row_inputs(draft, teacher, label, mix)
+    none = every._replace(index_R=every.index_R[:0], teacher_R=every.teacher_R[:0], label_R=label[:0], mix_R=mix[:0])
     total, found = chunked_loss(none, Heads(head, head), {"kl": 1.0}, weight[:0], 4)
     total.backward()
-    assert total.item() == 0 and found.loss.shape == (0,)
+    assert total.item() == 0 and found.loss.shape == (0,) and not draft.grad.any()
 
 
 def test_a_loss_without_a_term_is_refused():
@@ -328,6 +330,24 @@ def test_fused_kernels_know_distributions_that_hardly_meet(fused):
     (_, expected), (statistics, gradient) = (kernel({"lk_alpha": 1.0}, chunk, True) for kernel in (chunked.eager, fused))
     assert statistics.overlap.item() == 0 and statistics.loss.item() == pytest.approx(200, rel=1e-3)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["drafter", "teacher"])
+@pytest.mark.parametrize("loss", ["kl", "tv", "lk_alpha", "ce"])
+def test_fused_kernels_pass_nan_on(fused, loss, side):
+    """A NaN must not become a perfect acceptance: minima and maxima of a GPU pass over it. Wherever it stands in the row."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for place in (0, 70, 210):
+        logits, target = torch.randn(2, 1, VOCAB, generator=torch.Generator().manual_seed(0)).to(device)
+        (logits if side == "drafter" else target)[0, place] = torch.nan
+        one, none = torch.ones(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        found = []
+        for kernel in (chunked.eager, fused):
+            chunk = chunked.Chunk(logits.clone(), target, none, None, none + 5, one, one, None)
+            found.append(kernel({loss: 1.0}, chunk, True)[0])
+        for name in ("loss", "overlap", "label_probability"):
+            mine, expected = (getattr(one, name).isnan() for one in reversed(found))
+            assert torch.equal(mine, expected), (name, place)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 products that add up in float32 need a GPU")

@@ -274,9 +274,33 @@ def test_fp8_products_stay_near_the_others():
             drafter, target.frozen_head.to("cpu", torch.bfloat16), LossRecipe(kl=1), torch.ones(3), REFERENCE, 7
         )
         if narrow:
-            drafter.use_fp8(objective._head)
+            drafter.use_fp8()
         share = objective(packed(target)).share
         found.append((share.item(), torch.autograd.grad(share, drafter.layers[0].gate.weight)[0].double().flatten()))
     (loss, gradient), (loss_8, gradient_8) = found
     assert 0 < abs(loss_8 / loss - 1) < 0.05
     assert 0.95 < torch.cosine_similarity(gradient, gradient_8, dim=0) < 0.99999
+
+
+@pytest.mark.parametrize("cell", [("ttt", "hidden"), ("blockwise", "hybrid")])
+@pytest.mark.parametrize("start", [0, 11], ids=["whole", "cropped"])
+def test_a_pack_without_anchors_teaches_nothing(target, cell, start):
+    """Its one filler stands at the first token, which has nothing before it, also where the document was cropped."""
+    drafter, none = drafter_of(target, *cell), [np.zeros(0, dtype=np.int64)]
+    pack = make_pack(["a"], [document(target, 17, 1)], none, starts=[start])
+    assert not pack.valid(4).any() and not pack.row_index(4)[1].any()
+    share, *gradients = share_and_gradients(target, drafter, pack)
+    assert share.item() == 0 and not any(g.any() for g in gradients if g is not None)
+
+
+def test_a_frozen_head_in_fp8_follows_the_draft_vocabulary():
+    """A checkpoint is loaded after the engine was made, and brings its own."""
+    target = small_target(vocab=32)
+    drafter = drafter_of(target, "ttt", "hidden", draft_vocab=16).to(torch.bfloat16)
+    head = target.frozen_head.to("cpu", torch.bfloat16)
+    drafter.use_fp8()
+    drafter.head.d2t.copy_(torch.arange(16))  # every second token
+    heads = drafter.head.heads(head)
+    wide = heads.narrow.weight_NK.float() * heads.narrow.scale
+    assert (wide - head.head_VE[::2].float()).norm() / wide.norm() < 0.05
+    assert drafter.eval().head.heads(head).narrow is None  # held-out evaluation is what decoding will be

@@ -66,7 +66,9 @@ class Pack:
         index = self.anchor_N[:, None] + torch.arange(slots, device=self.anchor_N.device)
         inside = index < len(self.ids_P)
         index = index.clamp(max=len(self.ids_P) - 1)
-        started = self.places.position[self.anchor_N] >= 1
+        # A cropped document's first token has a position above zero, and still nothing before it.
+        document_P, before_N = self.places.document, (self.anchor_N - 1).clamp(min=0)
+        started = (self.anchor_N > 0) & (document_P[before_N] == document_P[self.anchor_N])
         return index, inside & (self.places.document[index] == self.places.document[self.anchor_N][:, None]) & started[:, None]
 
     def to(self, device: torch.device) -> "Pack":

@@ -138,9 +138,9 @@ class _Run:
         head = target.frozen_head.to(device, torch.bfloat16 if bf16 else torch.float32)
         del target
         weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)
-        attend, drafter.recompute = attention(recipe, device), recipe.train.recompute
+        attend, drafter.recompute = attention(recipe, device, config.architecture.head_dim), recipe.train.recompute
         if recipe.train.fp8:
-            drafter.use_fp8(head)
+            drafter.use_fp8()
         if recipe.train.compile and device.type == "cuda" and recipe.deepspeed.stage < 3:
             drafter.compile_parts()
         self.branches = recipe.branches
@@ -331,7 +331,7 @@ class _Run:
             "lr": self.engine.get_lr()[0],
             "grad_norm": self.grad_norm,
             "tokens_per_s": rate,
-            "data_wait_share": self.waited / seconds,  # of the time, the host's wait for packs; the GPU's is at most that
+            "data_wait_share": self.waited / seconds,  # the host's wait for packs
             "peak_gib": _peak_gib(self.device),
             **{kind: vars(a) for kind, a in found.items()},
             **sparse,

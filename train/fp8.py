@@ -43,6 +43,7 @@ def _cast_on_gpu(t_MK: Tensor, scale: Tensor, dtype: torch.dtype, plain: bool, t
 
 def _product(a_MK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """a b^T, [M, N]. PyTorch's own product of this kind takes minutes on a CPU."""
+    assert not (a_MK.shape[1] % TILE or b_NK.shape[0] % TILE), f"fp8 products take sizes of whole {TILE}s"
     if not a_MK.is_cuda:
         return ((a_MK.float() @ b_NK.float().T) * (a_scale * b_scale)).to(dtype)
     return torch._scaled_mm(a_MK, b_NK.T, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
@@ -81,7 +82,8 @@ linear.register_autograd(
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose products are fp8; its weight, its optimizer and its checkpoint are what they were."""
+    """A bias-free linear layer whose products are fp8 while it trains: it is judged as it will decode. Its weight, its optimizer
+    and its checkpoint are what they were."""
 
     @staticmethod
     def of(layer: nn.Linear) -> "Linear":
@@ -90,7 +92,7 @@ class Linear(nn.Linear):
         return found
 
     def forward(self, x_MK: Tensor) -> Tensor:
-        return linear(x_MK, self.weight)
+        return linear(x_MK, self.weight) if self.training else super().forward(x_MK)
 
 
 class Frozen:

@@ -122,10 +122,12 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
     return recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
 
 
-def attention(recipe: TrainRecipe, device: torch.device):
+def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
     """The executor that trains this recipe. Raises UserError as `executor` does."""
-    plain = recipe.objective.kind == "ttt" and recipe.branches is None and recipe.drafter.lm is None
-    flash = plain and (device.type == "cpu" or uses_bf16(recipe, device))
+    flash = recipe.objective.kind == "ttt" and recipe.branches is None and recipe.drafter.lm is None
+    if device.type == "cuda":
+        flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
+        flash &= torch.cuda.get_device_capability(device) >= (8, 0)
     return executor(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
 
 
@@ -155,13 +157,14 @@ def check(recipe: TrainRecipe) -> None:
         )
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
-    device = pick_device(recipe.target.device)
-    attention(recipe, device)
+    device, manifest = pick_device(recipe.target.device), manifest_of(recipe)
+    attention(recipe, device, manifest.target["architecture"]["head_dim"])
+    if recipe.drafter.lm and recipe.train.recompute:
+        raise UserError("train.recompute=true is not for drafter.lm")
     if recipe.train.fp8 and (recipe.drafter.lm or not uses_bf16(recipe, device) or recipe.deepspeed.stage == 3):
         raise UserError("train.fp8=true needs bf16 (train.precision=bf16), ZeRO 0 to 2, and no drafter.lm")
     if recipe.train.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"train.fp8=true: {torch.cuda.get_device_name(device)} has no fp8 products; use train.fp8=false")
-    manifest = manifest_of(recipe)
     chosen_layers(recipe, manifest)
     if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest
         config = drafter_config(recipe, manifest)

@@ -118,9 +118,9 @@ class TrainSection(Section):
     weight_decay: float = Field(ge=0)
     clip: float = Field(ge=0)  # of the global gradient norm; 0: none
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a GPU, fp32 on a CPU
-    fp8: bool  # the products of the MLPs and of a frozen head
-    compile: bool  # on a GPU, where ZeRO-3 does not gather weights layer by layer
-    recompute: bool  # draft layers run again in the backward: less memory, more time
+    fp8: bool = False  # the products of the MLPs and of a frozen head
+    compile: bool = True  # on a GPU, where ZeRO-3 does not gather weights layer by layer
+    recompute: bool = False  # draft layers run again in the backward: less memory, more time
     seed: int
     chunk_rows: int = Field(ge=1)  # rows whose logits exist at a time
     log_every: int = Field(ge=1)
@@ -242,7 +242,7 @@ class TrainRecipe(CaptureSections):
             free = {("run",), ("tracking",), ("deepspeed",)}
             free |= {("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
             free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers"), ("train", "diagnose")}
-            free.add(("train", "timeout_s"))
+            free |= {("train", "timeout_s"), ("train", "compile"), ("train", "recompute"), ("train", "chunk_rows")}
             return {
                 (s, k): v
                 for s, section in recipe.items()

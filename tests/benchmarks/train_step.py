@@ -169,7 +169,7 @@ def main() -> None:
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     drafter.recompute = o.recompute
     if o.fp8:
-        drafter.use_fp8(head)
+        drafter.use_fp8()
     if o.compile and on_gpu and o.deepspeed < 3:
         drafter.compile_parts()
     plain = config.objective == "ttt" and o.objective != "budgetdraft"

@@ -32,6 +32,7 @@ def executor(name: str, device: torch.device, training: bool = True, flash: bool
         )
     if name == "flash" and not flash:
         raise UserError(
-            "attention=flash is for objective=ttt without views, and in bf16 on a GPU; use attention=auto or attention=flex"
+            "attention=flash is for objective=ttt without views; on a GPU in bf16, of compute capability 8.0 or more and with "
+            "heads of at most 256 in whole 8s; use attention=auto or attention=flex"
         )
     return EXECUTORS[name]

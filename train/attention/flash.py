@@ -11,7 +11,6 @@ flash-attn where it is installed, PyTorch's own copy elsewhere on a GPU, PyTorch
 Shapes: Q draft rows, P memory positions, J steps, K = P + J x Q keys, H query heads, G key/value heads, S = H / G, D head size.
 """
 
-import importlib.util
 from functools import cache
 
 import torch
@@ -134,7 +133,11 @@ def kernel(on_gpu: bool, own: bool = False):
 
 @cache
 def _installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    try:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward  # noqa: F401
+    except ImportError:  # not there, or built for another PyTorch
+        return False
+    return True
 
 
 def _package_forward(q_PHD, k_PGD, v_PGD, bounds):

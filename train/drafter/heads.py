@@ -28,7 +28,7 @@ class DraftHead(nn.Module):
         if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
         self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else weight
-        self._narrow: fp8.Frozen | None = None
+        self._uses_fp8, self._narrow = False, None
 
     @property
     def kept_D(self) -> Tensor | None:
@@ -47,13 +47,15 @@ class DraftHead(nn.Module):
     def _rows(self, head: FrozenHead) -> Tensor:
         return head.head_VE if self.kept_D is None else head.head_VE[self.kept_D]
 
-    def use_fp8(self, head: FrozenHead) -> None:
-        """A frozen head's products in fp8; `head` is where it will be used. One that learns stays as it is."""
-        self._narrow = fp8.Frozen(self._rows(head)) if self.weight is None else None
+    def use_fp8(self) -> None:
+        """A frozen head's products in fp8, while it trains. One that learns stays as it is."""
+        self._uses_fp8 = self.weight is None
 
     def heads(self, head: FrozenHead) -> Heads:
         draft_DE = self._rows(head) if self.weight is None else self.weight[: len(head.head_VE)]
-        return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow)
+        if self._uses_fp8 and self._narrow is None:  # not before: a checkpoint may bring another draft vocabulary
+            self._narrow = fp8.Frozen(draft_DE)
+        return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None)
 
     def labels(self, token_R: Tensor, vocabulary: int) -> Tensor:
         """Target tokens in the draft vocabulary; -1 for those outside it."""

@@ -55,9 +55,9 @@ class Drafter(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def use_fp8(self, head: FrozenHead) -> None:
+    def use_fp8(self) -> None:
         """The products of the MLPs and of a frozen head in fp8, while training."""
-        self.head.use_fp8(head)
+        self.head.use_fp8()
         for layer in self.layers:
             layer.use_fp8()
 
@@ -129,7 +129,7 @@ class Drafter(nn.Module):
                 queries.append({name: branch.queries(inputs, rope) for name, branch in layer.branches.items()})
             if index + 1 < len(self.layers):
                 keys = {n: memory.layers[index][n] + own[n] for n in own}
-                x_RE = layer(x_RE, inputs, rope, keys, visibility[index], attend)
+                x_RE = self._through(layer, x_RE, inputs, rope, keys, visibility[index], attend)
         return queries
 
     def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
@@ -190,10 +190,12 @@ class Drafter(nn.Module):
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
             apart = getattr(attend, "apart", False)
             keys = {name: steps.after(memory.layers[index][name], apart) for name, steps in kept[index].items()}
-            arguments = (x, inputs, rope, keys, visibility[index], attend)
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+            x = self._through(layer, x, inputs, rope, keys, visibility[index], attend)
         return x, kept
+
+    def _through(self, layer: DraftLayer, *arguments) -> Tensor:
+        again = self.recompute and torch.is_grad_enabled()
+        return checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
 
     def _visibility(self, queries: Rows, memory: Memory, drafts: Rows) -> list[dict[str, Visibility]]:
         """For each layer and branch; layers that see the same share it."""

@@ -1,9 +1,9 @@
 """The LM head and the loss on it, without ever holding the logits of all rows: neither the drafter's nor the teacher's.
 
 Rows are taken in the order of their teachers, a chunk at a time, so that every teacher's logits are computed once however many
-rows it serves. A chunk's gradient is taken at once, in the forward, and only that is kept for the backward. What happens between
-a chunk's logits and their gradient is written twice: `eager`, in plain PyTorch, is the definition; `train/losses/fused.py` is
-one pass of Triton kernels over the logits, which a GPU takes.
+rows it serves (twice where a chunk ends between them). A chunk's gradient is taken at once, in the forward, and only that is
+kept for the backward. What happens between a chunk's logits and their gradient is written twice: `eager`, in plain PyTorch, is
+the definition; `train/losses/fused.py` is a Triton kernel that a GPU runs.
 
 Shapes: M rows of the drafter, R of them that count, L teachers, C rows of a chunk, T teachers of a chunk, V target vocabulary,
 D draft vocabulary, E hidden size.
@@ -108,7 +108,7 @@ def chunked_loss(
     """
     if not len(rows.index_R):
         empty = (rows.draft_ME.new_zeros(0, dtype=torch.float32) for _ in RowStatistics._fields)
-        return rows.draft_ME.sum() + 0 * heads.draft_DE.sum(), RowStatistics(*empty)
+        return rows.draft_ME[rows.index_R].sum() + 0 * heads.draft_DE.sum(), RowStatistics(*empty)
     if kernel is None:
         kernel = eager
         if rows.draft_ME.is_cuda and rows.draft_ME.dtype != torch.float64:
@@ -178,4 +178,4 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

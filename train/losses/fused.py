@@ -29,9 +29,11 @@ def _row_softmax(logits, row, size, BLOCK: tl.constexpr):
     top_B = tl.full([BLOCK], float("-inf"), tl.float32)
     where_B = tl.zeros([BLOCK], tl.int32)
     sum_B = tl.zeros([BLOCK], tl.float32)
+    nan_B = tl.zeros([BLOCK], tl.float32)  # maxima pass over NaN
     for start in range(0, size, BLOCK):
         at = start + lane
         z = tl.load(logits + row * size + at, mask=at < size, other=float("-inf")).to(tl.float32)
+        nan_B += tl.where(z == z, 0.0, z)
         top = tl.maximum(top_B, z)
         where_B = tl.where(z > top_B, at, where_B)
         # A lane that has met nothing yet is at minus infinity, from which nothing may be subtracted.
@@ -40,7 +42,7 @@ def _row_softmax(logits, row, size, BLOCK: tl.constexpr):
     top = tl.max(top_B, 0)
     total = tl.sum(tl.where(top_B == float("-inf"), 0.0, sum_B * tl.exp(top_B - top)), 0)
     where = tl.min(tl.where(top_B == top, where_B, size), 0)
-    return top + tl.log(total), where
+    return top + tl.log(total) + tl.sum(nan_B, 0), where
 
 
 @triton.jit
@@ -107,7 +109,13 @@ def _loss_kernel(
             slope -= tl.where(at == token, ce_here, 0.0) + tl.where(at == greedy, CE_GREEDY, 0.0)
             tl.store(mine + at, (weight_here * slope).to(draft.dtype.element_ty), mask=inside)
     kl, reverse, alpha, below = tl.sum(kl_B, 0), tl.sum(reverse_B, 0), tl.sum(alpha_B, 0), tl.sum(below_B, 0)
-    loss = kl_here * kl + REVERSE_KL * reverse + (TV + LK_LAMBDA * (1 - mix_here)) * (1 - alpha)
+    nan_q, nan_p = lse_q - lse_q, lse_p - lse_p  # zero, or NaN
+    alpha += nan_q + nan_p
+    loss = nan_q + kl_here * kl + REVERSE_KL * reverse
+    if KL + REVERSE_KL + TV + LK_ALPHA + LK_LAMBDA > 0:  # what reads p; minima pass over NaN too
+        loss += nan_p
+    if TV + LK_LAMBDA > 0:
+        loss += (TV + LK_LAMBDA * (1 - mix_here)) * (1 - alpha)
     loss += ce_here * (lse_q - z_label) + CE_GREEDY * (lse_q - z_greedy)
     if LK_ALPHA > 0:
         top = tl.max(least_top_B, 0)
@@ -119,7 +127,7 @@ def _loss_kernel(
     rows = tl.num_programs(0)
     tl.store(found + row, loss)
     tl.store(found + rows + row, alpha)
-    tl.store(found + 2 * rows + row, tl.where(token < 0, 0.0, tl.exp(z_label - lse_q)))
+    tl.store(found + 2 * rows + row, nan_q + tl.where(token < 0, 0.0, tl.exp(z_label - lse_q)))
     tl.store(best + row, best_q)
     if LEARNS and SUMS:
         overlap_here = -weight_here * (TV + LK_LAMBDA * (1 - mix_here))
