@@ -2,7 +2,8 @@
 # One job over the hosts of a DeepSpeed hostfile (a line each: `host slots=GPUS`), started from the first of them:
 #   launchers/hostfile.sh HOSTFILE [deepspeed's options] train/main.py cache.dir=/shared/cache run.dir=/shared/run ...
 # Needs pdsh here, ssh without a password to every host, and the repository, its environment, the cache and the run folder under
-# the same paths everywhere. Where hosts have several networks, NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPUs) names one.
+# the same paths everywhere. Log in on every host (`hf auth login`, `wandb login`): tokens in the environment are not sent. Where
+# hosts have several networks, NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPUs) names one.
 set -euo pipefail
 hostfile=${1:?a hostfile comes first}
 shift

@@ -77,6 +77,10 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
     lm, branches = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.branches
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
+    sizes = [architecture.hidden_size, architecture.intermediate_size]
+    sizes += [] if recipe.drafter.own_head else [recipe.drafter.vocabulary or architecture.vocab_size]
+    if recipe.train.fp8 and any(size % TILE for size in sizes):
+        raise UserError(f"train.fp8=true needs sizes that are whole {TILE}s; the target's states, MLP and head have {sizes}")
     beside = recipe.reuse.kind in ("kv", "hybrid") and recipe.reuse.source in ("native", "head_concat")
     if beside and qk_norm not in (None, architecture.qk_norm):
         raise UserError(
@@ -158,7 +162,7 @@ def check(recipe: TrainRecipe) -> None:
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
     device, manifest = pick_device(recipe.target.device), manifest_of(recipe)
-    attention(recipe, device, manifest.target["architecture"]["head_dim"])
+    attention(recipe, device, manifest.target["architecture"].get("head_dim", 128))  # of a cache yet to be made it is not known
     if recipe.drafter.lm and recipe.train.recompute:
         raise UserError("train.recompute=true is not for drafter.lm")
     if recipe.train.fp8 and (recipe.drafter.lm or not uses_bf16(recipe, device) or recipe.deepspeed.stage == 3):
@@ -176,11 +180,6 @@ def check(recipe: TrainRecipe) -> None:
             f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}"
         )
     vocab = manifest.target["architecture"]["vocab_size"]
-    sizes = [manifest.target["architecture"][name] for name in ("hidden_size", "intermediate_size")]
-    if not recipe.drafter.own_head:
-        sizes.append(recipe.drafter.vocabulary or vocab)
-    if recipe.train.fp8 and any(size % TILE for size in sizes):
-        raise UserError(f"train.fp8=true needs sizes that are whole {TILE}s; the target's states, MLP and head have {sizes}")
     if recipe.drafter.lm:
         _positions(recipe, manifest, lm_config(recipe.drafter.lm))
         check_vocabulary(recipe.drafter.lm, tokenizer, vocab)
