@@ -43,7 +43,7 @@ class _Joint(torch.autograd.Function):
     def forward(ctx, q_QHD, k_PGD, v_PGD, place_Q, bounds, *steps):
         own, (forward, _) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
         q_QHD, (k_JQGD, v_JQGD) = q_QHD.contiguous(), _stacked(steps)
-        memory_PHD, lse_HP, extra = forward(own.put(q_QHD, place_Q, len(k_PGD)), k_PGD.contiguous(), v_PGD.contiguous(), bounds)
+        memory_PHD, lse_HP, extra = forward(*own.put(place_Q, len(k_PGD), q_QHD), k_PGD.contiguous(), v_PGD.contiguous(), bounds)
         # Where no row stands, no gradient comes from; the kernel's own log-sum-exp there is as good as any.
         out_QHD, lse_QH, lse_HP = own.join(q_QHD, k_JQGD, v_JQGD, memory_PHD, lse_HP, place_Q)
         ctx.steps = len(steps)
@@ -55,7 +55,7 @@ class _Joint(torch.autograd.Function):
         q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *rest = ctx.saved_tensors
         (k_JQGD, v_JQGD), extra = _stacked(rest[: ctx.steps]), rest[ctx.steps :]
         own, (_, backward) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
-        put = [own.put(t, place_Q, len(k_PGD)) for t in (grad_QHD, q_QHD, out_QHD)]
+        put = own.put(place_Q, len(k_PGD), grad_QHD, q_QHD, out_QHD)
         dq_PHD, dk_PGD, dv_PGD = backward(*put, k_PGD.contiguous(), v_PGD.contiguous(), lse_HP, bounds, extra)
         dq_QHD, dk_JQGD, dv_JQGD = own.join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_PHD, place_Q)
         return dq_QHD, dk_PGD, dv_PGD, None, None, *dk_JQGD.unbind(), *dv_JQGD.unbind()
@@ -72,9 +72,9 @@ class eager:
     kernels."""
 
     @staticmethod
-    def put(rows_QHD: Tensor, place_Q: Tensor, places: int) -> Tensor:
-        """Rows at their places, zero elsewhere, [P, H, D]."""
-        return rows_QHD.new_zeros(places + 1, *rows_QHD.shape[1:]).index_copy(0, place_Q, rows_QHD)[:places]
+    def put(place_Q: Tensor, places: int, *tensors_QHD: Tensor) -> list[Tensor]:
+        """Each tensor's rows at their places, zero elsewhere, [P, H, D]."""
+        return [t.new_zeros(places + 1, *t.shape[1:]).index_copy(0, place_Q, t)[:places] for t in tensors_QHD]
 
     @staticmethod
     def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,13 +93,13 @@ def _sizes(k_JQGD: Tensor, q_QHD: Tensor) -> dict[str, int]:
     return {"G": groups, "S": share, "D": size, "S2": triton.next_power_of_2(share), "D2": triton.next_power_of_2(size)}
 
 
-def put(rows_QHD: Tensor, place_Q: Tensor, places: int) -> Tensor:
-    row_P = torch.full((places + 1,), -1, device=place_Q.device).index_copy(
-        0, place_Q, torch.arange(len(place_Q), device=place_Q.device)
-    )
-    rows_QHD, out_PHD = rows_QHD.contiguous(), rows_QHD.new_empty(places, *rows_QHD.shape[1:])
-    _put_kernel[(places,)](rows_QHD, out_PHD, row_P, rows_QHD[0].numel(), BLOCK=1024)
-    return out_PHD
+def put(place_Q: Tensor, places: int, *tensors_QHD: Tensor) -> list[Tensor]:
+    order_Q = torch.arange(len(place_Q), device=place_Q.device)
+    row_P = torch.full((places + 1,), -1, device=place_Q.device).index_copy(0, place_Q, order_Q)
+    found = [t.new_empty(places, *t.shape[1:]) for t in tensors_QHD]
+    for rows_QHD, out_PHD in zip(tensors_QHD, found):
+        _put_kernel[(places,)](rows_QHD.contiguous(), out_PHD, row_P, out_PHD[0].numel(), BLOCK=1024)
+    return found
 
 
 def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Tensor, Tensor, Tensor]:
