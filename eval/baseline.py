@@ -5,10 +5,10 @@ import time
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from data_prep.decoding.sampling import Sampling
 from data_prep.target import Target
 from eval.decode import Generation, clock
 from eval.request import Stops
-from eval.verification import Sampling
 
 
 class _FirstToken(StoppingCriteria):

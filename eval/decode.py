@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from data_prep.decoding.sampling import distribution, sample
 from data_prep.target import Target
 from eval.drafting import Draft, Drafting
-from eval.verification import distribution, sample, verify
+from eval.verification import verify
 
 
 @dataclass

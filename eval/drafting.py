@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from data_prep.decoding.sampling import Sampling, distribution, sample
 from data_prep.target import FrozenHead, States
 from eval.sparse_cache import SparseCache
 from eval.static_drafting import Proposal
-from eval.verification import Sampling, distribution, sample
 from train.attention.visibility import Places, Rows
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter

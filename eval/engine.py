@@ -15,6 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.graphs import Graphed
+from data_prep.decoding.sampling import Sampling
 from data_prep.errors import UserError
 from data_prep.target import Target
 from eval.decode import Generation, Round, clock
@@ -22,31 +25,7 @@ from eval.lengths import Lengths
 from eval.partial import PartialCache
 from eval.request import Request, Stops
 from eval.rounds import Rounds
-from eval.static_cache import StaticCache
 from eval.static_drafting import StaticDrafting
-from eval.verification import Sampling
-
-
-class Graphed:
-    """A function of static tensors: on a GPU one CUDA graph, replayed; on a CPU called as it is.
-
-    What it is called with, and what it returns, are the same tensors every time on a GPU.
-    """
-
-    def __init__(self, function: Callable, pool):
-        self._function, self._pool, self._graph, self._result = function, pool, None, None
-
-    def __call__(self, *arguments):
-        if self._pool is None:
-            return self._function(*arguments)
-        if self._graph is None:
-            self._function(*arguments)  # whatever is made once is made now
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool):
-                self._result = self._function(*arguments)
-        self._graph.replay()
-        return self._result
 
 
 class Stopwatch:

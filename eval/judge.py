@@ -4,10 +4,12 @@ import resource
 
 import torch
 
+from data_prep.decoding.attention import has_flash
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling
 from data_prep.errors import UserError
 from data_prep.target import Target, load_tokenizer
 from eval import measure, report
-from eval.attention import has_flash
 from eval.baseline import Transformers
 from eval.decode import Generation
 from eval.drafting import OneByOne, OtherMemory, Trained, zero_memory
@@ -17,10 +19,8 @@ from eval.offload import OffloadedCache
 from eval.partial import PartialCache
 from eval.recipe import EvalRecipe, prompts_of, view_of
 from eval.request import Stops
-from eval.static_cache import StaticCache
 from eval.static_drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
 from eval.suites import Prompt
-from eval.verification import Sampling
 from train.attention import executor
 from train.drafter.model import Drafter
 

@@ -13,9 +13,9 @@ from statistics import mean
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.decoding.sampling import Sampling, distribution
 from data_prep.target import Target
 from eval.decode import Generation
-from eval.verification import Sampling, distribution
 from train.acceptance import Acceptance
 
 

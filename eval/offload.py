@@ -6,7 +6,7 @@ Shapes: B requests, T rows of each, L places, G key/value heads, D head size, N 
 import torch
 from torch import Tensor
 
-from eval.static_cache import StaticCache
+from data_prep.decoding.cache import StaticCache
 
 
 class OffloadedCache(StaticCache):

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import Section
-from eval.static_cache import StaticCache
 
 
 class PartialRecipe(Section):

@@ -7,12 +7,13 @@ vocabulary.
 import torch
 from torch import Tensor
 
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target import States, Target
 from eval.partial import PartialCache
-from eval.static_cache import StaticCache
 from eval.static_drafting import Proposal, StaticDrafting
 from eval.tree import Tree, walk
-from eval.verification import Sampling, accept, accept_sampled, distribution, drawn
+from eval.verification import accept, accept_sampled
 
 
 class Rounds:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target import FrozenHead, States
-from eval.static_cache import StaticCache, StaticMemory, executor
+from eval.static_memory import StaticMemory, executor
 from eval.tree import Tree, TreeShape, grow
-from eval.verification import Sampling, distribution, drawn
 from train.attention.visibility import Places, Rows
 from train.drafter.layers import KV
 from train.drafter.model import Drafter

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.static_cache import StaticMemory, executor
+from eval.static_memory import StaticMemory, executor
 from train.attention.visibility import Rows
 from train.drafter.model import Drafter
 

@@ -2,12 +2,12 @@
 
 import torch
 
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling
 from eval.engine import Engine, room_for
 from eval.lengths import Lengths
 from eval.partial import PartialCache
-from eval.static_cache import StaticCache
 from eval.static_drafting import StaticTrained
-from eval.verification import Sampling
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention import EXECUTORS
 

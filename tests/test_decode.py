@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from data_prep.decoding.sampling import Sampling, distribution
 from eval import measure
 from eval.decode import Generation, Round, decode
 from eval.drafting import Draft, Nobody, OtherMemory, PromptLookup, Trained, zero_memory
-from eval.verification import Sampling, distribution, verify
+from eval.verification import verify
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention import EXECUTORS
 from train.views import View

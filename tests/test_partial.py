@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
 from data_prep.target import load_target
 from eval.partial import PartialCache, PartialRecipe
 from eval.request import Stops
 from eval.rounds import Rounds
-from eval.static_cache import StaticCache
 from eval.static_drafting import StaticLookup, StaticNobody
 from eval.tree import TreeShape
 from tests.engines import engine_of, exact_target, ragged, trained, triples

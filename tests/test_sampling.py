@@ -5,10 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
+from data_prep.decoding.sampling import Sampling, distribution, drawn
 from eval.request import Stops
 from eval.static_drafting import StaticLookup
 from eval.tree import TreeShape
-from eval.verification import Sampling, accept_sampled, distribution, drawn, verify
+from eval.verification import accept_sampled, verify
 from tests.engines import engine_of, ragged, trained, triples
 from tests.models import HIDDEN_LAYERS, small_target
 from tests.test_decode import chi_square_p, exact_pairs

@@ -5,11 +5,11 @@ import torch
 
 import eval.rounds
 import eval.tree
-from eval.attention import merge, over_cache, over_rows
+from data_prep.decoding.attention import merge, over_cache, over_rows
 from eval.drafting import Trained
 from eval.request import Stops
-from eval.static_cache import executor
 from eval.static_drafting import StaticTrained
+from eval.static_memory import executor
 from eval.tree import TreeShape
 from tests.engines import GREEDY, REFERENCE, engine_of, ragged
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target

@@ -12,15 +12,15 @@ from statistics import median
 
 import torch
 
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling
 from data_prep.target import Target
 from eval.engine import Engine, room_for
 from eval.lengths import Lengths
 from eval.partial import PartialCache, PartialRecipe
 from eval.request import Stops
-from eval.static_cache import StaticCache
 from eval.static_drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.tree import TreeShape
-from eval.verification import Sampling
 from tests.benchmarks import line, options, target_of
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter

@@ -1,4 +1,4 @@
-"""Preallocated keys and values: the target's, and a drafter's memory. How much a request has is a number; to lower it rolls back.
+"""A drafter's memory as preallocated keys and values. How much a request has is a number; to lower it rolls back.
 
 Shapes: B requests, T rows of each, L places, G key/value heads, D head size, N layers.
 """
@@ -8,61 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.attention import merge, over_cache, over_rows
+from data_prep.decoding.attention import merge, over_cache, over_rows
 from train.attention.visibility import Places, Visibility, sees_draft
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-
-
-class StaticCache:
-    """The target's keys and values, rotated, [N, B, L, G, D] each."""
-
-    on_device = True  # where drafters can read them
-
-    def __init__(self, layers: int, batch: int, room: int, heads: int, size: int, dtype: torch.dtype, device):
-        self.key, self.value = torch.zeros(2, layers, batch, room, heads, size, dtype=dtype, device=device)
-        self.row_B1 = torch.arange(batch, device=device)[:, None]
-
-    @property
-    def room(self) -> int:
-        return self.key.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return self.key.nbytes + self.value.nbytes
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [B, L, G, D]."""
-        return self.key[layer], self.value[layer]
-
-    def write(self, layer: int, place_BT: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> None:
-        self.key[layer].index_put_((self.row_B1, place_BT), k_BTGD)
-        self.value[layer].index_put_((self.row_B1, place_BT), v_BTGD)
-
-    def attention(self, base_B: Tensor, rows: int, seen_BTT: Tensor | None = None):
-        """What a forward over `rows` new tokens of each request calls in every layer: keep their keys from place `base_B` on, and
-        read all that is before them and, of their own, those that `seen_BTT` says; None: the earlier ones and themselves."""
-        place_BT = base_B[:, None] + torch.arange(rows, device=base_B.device)
-
-        def attend(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-            self.write(layer, place_BT, k_BTGD, v_BTGD)
-            key, value = self.layer(layer)
-            if seen_BTT is None:
-                return over_cache(q_BTHD, key, value, base_B + 1, growing=True)[0]
-            before = over_cache(q_BTHD, key, value, base_B, growing=False)
-            batch, count = q_BTHD.shape[:2]
-            same_BTBT = torch.eye(batch, dtype=torch.bool, device=base_B.device)[:, None, :, None] & seen_BTT[:, :, None]
-            return merge(before, over_rows(q_BTHD, k_BTGD.flatten(0, 1), v_BTGD.flatten(0, 1), same_BTBT.flatten(2)))
-
-        return attend
-
-    def keep(self, base_B: Tensor, row_BJ: Tensor) -> None:
-        """Move the keys of rows `row_BJ` (a path of a tree, from its root) to the places from `base_B` on."""
-        source = base_B[:, None] + row_BJ
-        target = base_B[:, None] + torch.arange(row_BJ.shape[1], device=base_B.device)
-        for kind in (self.key, self.value):
-            kind[:, self.row_B1, target] = kind[:, self.row_B1, source]
 
 
 class Joined(NamedTuple):

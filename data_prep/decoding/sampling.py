@@ -1,0 +1,41 @@
+"""How a token is drawn from the target's logits.
+
+Shapes: V vocabulary, R rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn, in `generate`'s order: temperature (0: the likeliest token), top-k (0: all), top-p (1: all)."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+def distribution(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """softmax(logits / temperature), cut to the likeliest tokens; at temperature 0 all mass on the most likely token."""
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    scores = (logits / temperature).reshape(-1, logits.shape[-1])
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.view_as(logits).softmax(-1)
+
+
+def drawn(p_RV: Tensor, u_R: Tensor) -> Tensor:
+    """The token of each row that a uniform number in [0, 1) names, [R]: the inverse of the cumulative distribution. `p_RV` need
+    not sum to one."""
+    below_RV = p_RV.double().cumsum(-1)
+    return torch.searchsorted(below_RV, (u_R * below_RV[:, -1])[:, None], right=True)[:, 0].clamp(max=p_RV.shape[-1] - 1)
+
+
+def sample(probabilities: Tensor, generator: torch.Generator) -> int:
+    return int(torch.multinomial(probabilities, 1, generator=generator))
