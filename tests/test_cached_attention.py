@@ -6,7 +6,7 @@ import torch
 from data_prep.decoding import attention
 from data_prep.decoding.attention import dense, over_cache
 
-COUNTS = {"equal": [7, 7, 7], "ragged": [7, 1, 12], "one": [9], "nothing yet": [1, 1], "some read nothing": [0, 5], "empty": [0, 0]}
+COUNTS = {"equal": [7, 7, 7], "ragged": [7, 1, 12], "one": [9], "first": [1, 1], "some read nothing": [0, 5], "empty": [0, 0]}
 
 
 # A growing row reads itself at least.

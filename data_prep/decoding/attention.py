@@ -9,7 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Part = tuple[Tensor, Tensor]
 
@@ -40,6 +40,13 @@ def dense(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growi
     count_BT = count_B[:, None] + growing * torch.arange(rows, device=q_BTHD.device)
     hidden_BTL = torch.arange(k_BLGD.shape[1], device=q_BTHD.device) >= count_BT[..., None]
     return _attend(q_BTHD, k_BLGD, v_BLGD, hidden_BTL)
+
+
+def among_rows(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    """Causal attention of rows among themselves, behind nothing, [B, T, H, D]."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTGD, v_BTGD))
+    grouped = q.shape[1] != k.shape[1]
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 def over_rows(q_BTHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, seen_BTR: Tensor) -> Part:
