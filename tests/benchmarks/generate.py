@@ -3,8 +3,8 @@
     python -m tests.benchmarks.generate batch=16 requests=64 max_tokens=64
     python -m tests.benchmarks.generate target=TARGET batch=512 requests=2048 max_tokens=320 temperature=0.8
 
-Prompts are questions about pieces of the standard library, of many lengths, behind the target's chat template. `generate` gets them
-sorted by length, so that it pads as little as it can. Tokens that are drawn behind an answer's end do not count.
+Prompts are questions about pieces of the standard library, of many lengths, behind the target's chat template. `generate` gets
+them sorted by length, so that it pads as little as it can. Tokens that are drawn behind an answer's end do not count.
 """
 
 import time
@@ -69,7 +69,7 @@ def theirs(target: Target, asks: list[Ask], ends: frozenset[int], batch: int) ->
 def main() -> None:
     o = options(
         target=str(ROOT / "data_prep/targets/tiny"), batch=16, requests=64, max_tokens=64, temperature=0.8, top_p=1.0,
-        characters=1500, who=["ours", "transformers"],
+        characters=1500, who=["transformers", "ours"],
     )  # fmt: skip
     target, tokenizer = load_target(TargetRecipe(path=o.target)), load_tokenizer(o.target)
     ends = target.end_tokens | turn_end(tokenizer)
@@ -87,10 +87,11 @@ def main() -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         rates[who] = tokens / seconds
+        reference = rates.get("transformers")
         line(
-            "generate", who=who, batch=o.batch, requests=o.requests, max_tokens=o.max_tokens, temperature=o.temperature, top_p=o.top_p,
-            prompt_tokens=sum(len(ask.tokens) for ask in asks), answer_tokens=tokens, seconds=round(seconds, 2),
-            tokens_per_s=round(rates[who], 1), of_transformers=round(rates["ours"] / rates[who], 3) if "ours" in rates else None,
+            "generate", who=who, batch=o.batch, requests=o.requests, max_tokens=o.max_tokens, temperature=o.temperature,
+            top_p=o.top_p, prompt_tokens=sum(len(ask.tokens) for ask in asks), answer_tokens=tokens, seconds=round(seconds, 2),
+            tokens_per_s=round(rates[who], 1), of_transformers=round(rates[who] / reference, 3) if reference else None,
         )  # fmt: skip
 
 
