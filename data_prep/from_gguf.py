@@ -13,13 +13,13 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
@@ -108,7 +108,11 @@ def plain(path: str, revision: str | None = None) -> str:
         _refuse_unnamed(path)
         return path
     file = _find(path, revision)
-    folder = cache_folder() / f"{file.stem}-{_hash_of(str(file), file.stat().st_size, file.stat().st_mtime_ns)[:16]}"
+    try:
+        now = file.stat()
+        folder = cache_folder() / f"{file.stem}-{_hash_of(str(file), now.st_size, now.st_mtime_ns)[:16]}"
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from error
     if not is_whole(folder):
         with _alone(folder.with_name(folder.name + ".lock")):
             if not is_whole(folder):  # another process may have made it meanwhile
@@ -127,7 +131,7 @@ def is_whole(folder: Path) -> bool:
     try:
         seal = json.loads((folder / SEAL).read_text())
         return seal["format"] == FORMAT and all((folder / n).stat().st_size == size for n, size in seal["bytes"].items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -187,7 +191,6 @@ def _unwritable(error: OSError) -> UserError:
 
 def _make(folder: Path, file: Path) -> None:
     """Write `folder` aside, durably, and rename it. Nothing is written before the whole file has been looked at."""
-    begun = time.monotonic()
     reader = _read(file)
     config = config_of(reader, file)
     tensors = _tensors(reader, config, file)
@@ -206,6 +209,7 @@ def _make(folder: Path, file: Path) -> None:
                 f"{folder.parent}: {file.name} takes {size / 1e9:.2f} GB there once it is dequantised, and {free / 1e9:.2f} GB "
                 "are free; HF_HOME=FOLDER chooses another place"
             )
+        print(f"target: {file.name} is dequantised, once, to {folder} ({size / 1e9:.2f} GB)", flush=True)
         aside.mkdir()
         config.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -220,11 +224,6 @@ def _make(folder: Path, file: Path) -> None:
         raise _unwritable(error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(
-        f"target: {file.name} was dequantised to {folder} ({size / 1e9:.2f} GB, {time.monotonic() - begun:.0f} s); "
-        "it is found there from now on",
-        flush=True,
-    )
 
 
 def _seal(folder: Path) -> None:
@@ -253,9 +252,12 @@ def _read(file: Path):
     except ImportError as error:
         raise UserError(f"{file}: reading a GGUF file needs the package gguf: pip install gguf") from error
     try:
-        return GGUFReader(file)
+        reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{file} is no whole GGUF file: it is cut or damaged ({first_line(error)})") from error
+    if reader.byte_order == "S":
+        raise UserError(f"{file} was written for machines of the other byte order (gguf-convert-endian turns it)")
+    return reader
 
 
 def _value(reader, key: str, default=None):
@@ -276,8 +278,9 @@ def config_of(reader, file: Path) -> PreTrainedConfig:
         raise UserError(f"{file} holds a '{family}'; Understudy reads GGUF files of {', '.join(CONFIGS)} (Mistral's are llama)")
     prefix = f"{family}."
     said = {key.removeprefix(prefix): _value(reader, key) for key in reader.fields if key.startswith(prefix)}
-    if unknown := sorted(key for key, value in said.items() if key not in KNOWN and value):
-        raise UserError(f"{file}: {prefix}{unknown[0]}={said[unknown[0]]} is not supported")
+    for key, value in sorted(said.items()):
+        if (key not in KNOWN and value) or isinstance(value, list):  # a list: layers that differ
+            raise UserError(f"{file}: {prefix}{key}={value} is not supported")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         heads = said["attention.head_count"]
@@ -300,8 +303,8 @@ def config_of(reader, file: Path) -> PreTrainedConfig:
         )
     except KeyError as error:
         raise UserError(f"{file} lacks {error.args[0]}") from error
-    except (TypeError, ValueError) as error:  # numbers that differ from layer to layer, or that no model has
-        raise UserError(f"{file}: its sizes are not those of one kind of layer ({first_line(error)})") from error
+    except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: no {family} has its sizes ({' '.join(str(error).split())})") from error
     for key in ("attention.value_length", "rope.dimension_count"):
         if said.get(key, head_dim) != head_dim:
             raise UserError(f"{file}: {prefix}{key}={said[key]} beside a head size of {head_dim} is not supported")
@@ -365,8 +368,10 @@ def tokenizer_of(reader, file: Path) -> PreTrainedTokenizerBase:
     types = _value(reader, "tokenizer.ggml.token_type") or []
     if kind == "llama":  # SentencePiece
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        if not _value(reader, "tokenizer.ggml.add_space_prefix", True):
+        if not _value(reader, "tokenizer.ggml.add_space_prefix", True):  # which transformers does not read
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+            unspaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            tokenizer.backend_tokenizer.decoder = decoders.Sequence(unspaced)
     elif kind == "gpt2":
         tokenizer = _byte_level(reader, tokens, types, file)
     else:
@@ -470,7 +475,7 @@ def _numbers(tensor, rows: slice) -> Tensor:
         return torch.from_numpy(data.copy())
     if kind == "BF16":  # the file's bytes
         return torch.from_numpy(data.copy()).view(torch.bfloat16)
-    return torch.from_numpy(dequantize(data, tensor.tensor_type).copy())
+    return torch.from_numpy(dequantize(data, tensor.tensor_type))
 
 
 def rotary_halves(rows_RC: Tensor, heads: int) -> Tensor:
