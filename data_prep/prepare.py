@@ -73,7 +73,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         target={
-            "id": recipe.target.path,
+            "id": recipe.target.id,
             "revision": recipe.target.revision,
             "weights_hash": "",
             "architecture": sizes._asdict(),

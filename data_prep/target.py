@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
+from data_prep.from_gguf import plain
 from data_prep.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
 
@@ -130,7 +131,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Raises UserError when there is no tokenizer at `path`."""
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
 
@@ -152,10 +153,11 @@ class Target:
         spread: str = "none",
     ):
         transformers_logging.disable_progress_bar()
+        folder = plain(path, revision)
         over = {"none": dict, "device_map": lambda: {"device_map": "auto"}, "tp": _tensor_parallel}[spread]()
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
+                folder, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
             )
             self.model = (model if over else model.to(device)).eval()
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
@@ -441,7 +443,7 @@ class Sizes(NamedTuple):
 def target_sizes(recipe: TargetRecipe) -> Sizes:
     """Raises UserError when there is no configuration of a causal LM at the target's path."""
     try:
-        config = AutoConfig.from_pretrained(recipe.location, revision=recipe.revision)
+        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
         _refuse_family(recipe.path, config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = config.num_attention_heads
@@ -460,7 +462,3 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         else str(sorted(tokenizer.get_vocab().items()))
     )
     return (xxhash.xxh3_128_hexdigest(rules.encode()), xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

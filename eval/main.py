@@ -50,7 +50,7 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             "lm": config.lm and config.lm["path"],
             "trained_view": config.view,
         },
-        "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **config.target},
+        "target": {"path": recipe.target.id, "dtype": str(target.dtype), "device": str(target.device), **config.target},
         "view": named_view(recipe, config).model_dump() | {"budget": getattr(view_of(recipe, config), "budget", 0)},
         "context": recipe.span and recipe.span[0],
         "software": software_versions(),
