@@ -93,7 +93,7 @@ class RegenerateRecipe(Section):
     top_p: float = Field(gt=0, le=1)
     max_tokens: int = Field(ge=1)  # of one reply
     thinking: bool | None = None  # enable_thinking of the chat template; null: its own default
-    batch: int = Field(ge=1)  # in this process: conversations at a time
+    batch: int | None = Field(None, ge=1)  # in this process: conversations at a time; null: what the device holds
     concurrency: int = Field(ge=1)  # at the server: requests at a time
     attempts: int = Field(ge=1)  # of one request
     timeout_s: float = Field(gt=0)  # of one attempt

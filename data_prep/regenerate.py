@@ -1,6 +1,6 @@
 """`mode=regenerate`: the target answers the prompts of a chat source itself, so that a drafter learns from what it will see.
 
-One JSON line a conversation is appended to `regenerate.out` as soon as it is complete; the same command goes on by id.
+One JSON line a conversation is appended to `regenerate.out` within a second of its end; the same command goes on by id.
 """
 
 import asyncio
@@ -8,27 +8,27 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.progress import Progress
-from transformers import GenerationConfig
 
 from data_prep import sources
+from data_prep.decoding.generate import Ask, BatchGenerator, Dialogue
 from data_prep.errors import UserError
 from data_prep.prepare import say
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
 from data_prep.sources import stable_hash
 from data_prep.target import load_target, load_tokenizer
-from data_prep.tokens import LeftOut, messages_of, rendered
+from data_prep.tokens import LeftOut, messages_of, rendered, turn_end
 
 TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
 THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
+FLUSH_S = 1.0  # what is complete is on the disk after so long; an fsync for each line would take longer than to answer
 
 
 class Conversation(NamedTuple):
@@ -54,8 +54,11 @@ def check(recipe: DataPrepRecipe) -> None:
     if recipe.data.format not in ("chat", "auto"):
         raise UserError(f"mode=regenerate answers conversations; data of format '{recipe.data.format}' has none. Try data=chat")
     sources.check(recipe.data)
-    if recipe.capture.spread == "tp":
-        raise UserError("mode=regenerate with capture.spread=tp: serve the target and give its regenerate.base_url instead")
+    if recipe.capture.spread != "none":
+        raise UserError(
+            f"mode=regenerate with capture.spread={recipe.capture.spread}: serve the target and give its "
+            "regenerate.base_url instead"
+        )
     if recipe.data.path and Path(recipe.data.path).resolve() == Path(recipe.regenerate.out).resolve():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
     if Path(recipe.regenerate.out).is_dir():
@@ -100,21 +103,32 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
 def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], file: int, out: Path) -> Counter:
     """Answer what is not `done`; returns what could not be answered, by reason."""
     left_out: Counter = Counter()
+    lines: list[str] = []
     with Progress(disable=rank() != 0) as progress:
         task = progress.add_task("regenerate", total=None)
+        written = time.monotonic()
 
         def write(asked: Conversation, messages: list[dict], finish: str) -> None:
+            nonlocal written
             line = {"id": asked.id, "messages": messages, "finish": finish, "prompts": asked.hash, "regenerated": settings}
-            _append(file, out, json.dumps(line, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             if finish == "length":
                 left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
             progress.advance(task)
+            if time.monotonic() - written > FLUSH_S:
+                _append(file, out, "".join(lines))
+                lines.clear()
+                written = time.monotonic()
 
         todo = _conversations(recipe, done, left_out)
-        if recipe.regenerate.base_url:
-            asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
-        else:
-            _answer_here(recipe, todo, write, left_out)
+        try:
+            if recipe.regenerate.base_url:
+                asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
+            else:
+                _answer_here(recipe, todo, write, left_out)
+        finally:
+            if lines:
+                _append(file, out, "".join(lines))
     return left_out
 
 
@@ -149,69 +163,36 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
 
 
 def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, left_out: Counter) -> None:
-    """transformers in this process, `batch` conversations at a time, turn by turn."""
-    ask = recipe.regenerate
-    target, tokenizer = load_target(recipe.target, recipe.capture), load_tokenizer(recipe.target.location, recipe.target.revision)
-    thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
-    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    special = set(tokenizer.all_special_ids)
-    ends = set(target.end_tokens)
-    ends |= set([i for i in tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"] if i in special][-1:])
-    sampling = {"do_sample": True, "temperature": ask.temperature} if ask.temperature else {"do_sample": False}
-    # Spelled out: what is left unsaid would come from the model's own defaults (top-k, penalties).
-    config = GenerationConfig(
-        **sampling,
-        top_p=ask.top_p if ask.temperature else None,
-        top_k=0 if ask.temperature else None,
-        repetition_penalty=1.0,
-        max_new_tokens=ask.max_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends),
-    )
+    """The target in this process, `batch` conversations at a time, each turn by turn."""
+    ask, target = recipe.regenerate, load_target(recipe.target)
+    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    options = recipe.data.template | ({} if ask.thinking is None else {"enable_thinking": ask.thinking})
 
     def prompt(history: list[dict]) -> list[int]:
         """Raises LeftOut when the template refuses it or there is no room for a reply."""
-        ids = rendered(tokenizer, history, add_generation_prompt=True, **recipe.data.template | thinking)["input_ids"]
+        ids = rendered(tokenizer, history, add_generation_prompt=True, **options)["input_ids"]
         if len(ids) + ask.max_tokens > target.architecture.max_positions:
             raise LeftOut("prompt and regenerate.max_tokens exceed the target's positions")
         return ids
 
-    def replies(prompts: list[list[int]], seed: str) -> list[Reply]:
-        longest = max(map(len, prompts))
-        ids_BT = torch.tensor([[config.pad_token_id] * (longest - len(p)) + p for p in prompts], device=target.device)
-        real_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=target.device)
-        torch.manual_seed(stable_hash(seed) % 2**63)
-        rows = target.model.generate(ids_BT, attention_mask=real_BT, generation_config=config)[:, longest:].tolist()
-        return [_reply(row, ends, tokenizer) for row in rows]
+    def dialogue(conversation: Conversation) -> Dialogue:
+        history: list[dict] = []
+        finish = "stop"
+        try:
+            for turn, messages in enumerate(conversation.prompts):
+                history += messages
+                seed = stable_hash(f"regenerate/{ask.seed}/{turn}/{conversation.id}") % 2**63
+                answer = yield Ask(prompt(history), ask.max_tokens, ask.temperature, ask.top_p, seed)
+                history.append({"role": "assistant", "content": tokenizer.decode(answer.tokens, skip_special_tokens=True)})
+                if not answer.ended:
+                    finish = "length"
+                    break
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            return
+        write(conversation, history, finish)
 
-    while batch := list(islice(todo, ask.batch)):
-        histories: dict[str, list[dict]] = {c.id: [] for c in batch}
-        finish = dict.fromkeys(histories, "stop")
-        for turn_number in range(max(len(c.prompts) for c in batch)):
-            asked, prompts = [], []
-            for conversation in batch:
-                if turn_number < len(conversation.prompts) and finish.get(conversation.id) == "stop":
-                    histories[conversation.id] += conversation.prompts[turn_number]
-                    try:
-                        prompts.append(prompt(histories[conversation.id]))
-                        asked.append(conversation.id)
-                    except LeftOut as reason:
-                        left_out[str(reason)] += 1
-                        del finish[conversation.id]
-            if not asked:
-                break
-            for id, reply in zip(asked, replies(prompts, f"regenerate/{ask.seed}/{turn_number}/{asked[0]}")):
-                histories[id].append(reply.message)
-                finish[id] = reply.finish
-        for conversation in batch:
-            if conversation.id in finish:
-                write(conversation, histories[conversation.id], finish[conversation.id])
-
-
-def _reply(tokens: list[int], ends: set[int], tokenizer) -> Reply:
-    stop = next((n for n, token in enumerate(tokens) if token in ends), None)
-    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-    return Reply({"role": "assistant", "content": text}, "length" if stop is None else "stop")
+    BatchGenerator(target, target.end_tokens | turn_end(tokenizer), ask.batch).run(map(dialogue, todo))
 
 
 async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conversation], write, left_out: Counter) -> None:
@@ -329,8 +310,8 @@ def _done(out: Path, settings: dict) -> dict[int, str]:
     return done
 
 
-def _append(file: int, out: Path, line: str) -> None:
-    """One whole line, on the disk before this returns, or nothing; processes take turns."""
+def _append(file: int, out: Path, lines: str) -> None:
+    """Whole lines, on the disk before this returns, or none of them; processes take turns."""
     fcntl.lockf(file, fcntl.LOCK_EX)
     try:
         size = os.fstat(file).st_size
@@ -338,7 +319,7 @@ def _append(file: int, out: Path, line: str) -> None:
             size = out.read_bytes().rfind(b"\n") + 1
             os.ftruncate(file, size)
         try:
-            data = line.encode()
+            data = lines.encode()
             while data:
                 data = data[os.write(file, data) :]
             os.fsync(file)

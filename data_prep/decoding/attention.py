@@ -9,15 +9,20 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Part = tuple[Tensor, Tensor]
 
 
 def over_cache(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
     """Every row reads the first `count_B` keys of its request; `growing`: row t reads t more (a causal chain whose own keys are
-    in the cache). Rows that read nothing give zeros, and minus infinity. flash-attn where it is installed, else `dense`."""
-    return (_flash if has_flash(q_BTHD) else dense)(q_BTHD, k_BLGD, v_BLGD, count_B, growing)
+    in the cache). Rows that read nothing give zeros, and minus infinity. On a GPU flash-attn where it is installed, else `dense`;
+    on a CPU PyTorch's fused kernel."""
+    if has_flash(q_BTHD):
+        return _flash(q_BTHD, k_BLGD, v_BLGD, count_B, growing)
+    if q_BTHD.device.type == "cpu":
+        return _filled(q_BTHD, k_BLGD, v_BLGD, count_B, growing)
+    return dense(q_BTHD, k_BLGD, v_BLGD, count_B, growing)
 
 
 def has_flash(q: Tensor) -> bool:
@@ -35,6 +40,13 @@ def dense(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growi
     count_BT = count_B[:, None] + growing * torch.arange(rows, device=q_BTHD.device)
     hidden_BTL = torch.arange(k_BLGD.shape[1], device=q_BTHD.device) >= count_BT[..., None]
     return _attend(q_BTHD, k_BLGD, v_BLGD, hidden_BTL)
+
+
+def among_rows(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+    """Causal attention of rows among themselves, behind nothing, [B, T, H, D]."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BTGD, v_BTGD))
+    grouped = q.shape[1] != k.shape[1]
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
 def over_rows(q_BTHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, seen_BTR: Tensor) -> Part:
@@ -59,6 +71,43 @@ def _attend(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, hidden_BTL: Tensor) 
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     out = torch.einsum("btgsl,blgd->btgsd", weights, v)
     return out.flatten(2, 3).to(q_BTHD.dtype), lse.flatten(2, 3)
+
+
+def _filled(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
+    """A CPU can ask how much of the cache is filled, and reads no more than that.
+
+    Where all requests have as many keys, no mask is needed: rows read all keys before the first row, and of the rows' own keys
+    those up to themselves, which is the kernel's causal case. Otherwise a mask says where each request's keys end.
+    """
+    rows = q_BTHD.shape[1]
+    counts = count_B.tolist()
+    if min(counts) == max(counts) and counts[0] > 0:
+        before = counts[0] - growing
+        parts = []
+        if before:
+            parts.append(_fused(q_BTHD, k_BLGD[:, :before], v_BLGD[:, :before]))
+        if growing:
+            own = slice(before, before + rows)
+            parts.append(_fused(q_BTHD, k_BLGD[:, own], v_BLGD[:, own], causal=True))
+        if len(parts) == 1:
+            return parts[0]
+        return merge(*parts), torch.logaddexp(parts[0][1], parts[1][1])
+    most = max(max(counts) + growing * (rows - 1), 1)
+    count_BT = count_B[:, None] + growing * torch.arange(rows)
+    hidden_B1TL = (torch.arange(most) >= count_BT[..., None])[:, None]
+    mask = torch.zeros(hidden_B1TL.shape, dtype=q_BTHD.dtype).masked_fill_(hidden_B1TL, -torch.inf)
+    out, lse = _fused(q_BTHD, k_BLGD[:, :most], v_BLGD[:, :most], mask=mask)
+    none_BT1 = (count_BT <= 0)[..., None]  # what the kernel says of such a row is not defined
+    return out.masked_fill(none_BT1[..., None], 0), lse.masked_fill(none_BT1, -torch.inf)
+
+
+def _fused(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Part:
+    """The kernel behind `scaled_dot_product_attention` on a CPU; that function does not hand out the log-sum-exp."""
+    heads_first = (t.transpose(1, 2) for t in (q_BTHD, k_BLGD, v_BLGD))
+    out_BHTD, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *heads_first, is_causal=causal, attn_mask=mask
+    )
+    return out_BHTD.transpose(1, 2), lse_BHT.transpose(1, 2)
 
 
 def _flash(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:

@@ -22,6 +22,12 @@ class StaticCache:
     def room(self) -> int:
         return self.key.shape[2]
 
+    def first(self, count: int) -> "StaticCache":
+        """The first `count` places of the batch, as a cache that shares their memory."""
+        part = StaticCache.__new__(StaticCache)
+        part.key, part.value, part.row_B1 = self.key[:, :count], self.value[:, :count], self.row_B1[:count]
+        return part
+
     @property
     def nbytes(self) -> int:
         return self.key.nbytes + self.value.nbytes

@@ -1,17 +1,39 @@
 """Many conversations at once: requests take places of a batch, and a place is taken again as soon as its request has ended.
 
-Shapes: P places, L positions of a cache.
+A step of the device is a function of tensors that stay where they are, so that a GPU replays it as a CUDA graph, and the host
+looks only every few steps at who has ended. `eval/engine.py` is the engine with drafters; both stand on the same caches and
+attention.
+
+Shapes: P places, N requests that begin together, T rows, L tokens of a text, U random numbers, V vocabulary, G key/value heads, D
+head size.
 """
 
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from data_prep.decoding.attention import among_rows
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.graphs import Graphed
+from data_prep.decoding.sampling import drawn, nucleus
+from data_prep.errors import UserError
 from data_prep.target import Target
+
+STEPS_UNSEEN = 8  # on a GPU, between two looks at who has ended
+MOST_PLACES = 512  # on a GPU, unless told otherwise
+PREFILL_TOKENS = 16384  # of one forward over prompts, padding included
+ROOM_STEP = 128  # a cache's positions are a multiple of it
 
 
 class Ask(NamedTuple):
     """Continue `tokens`. At temperature 0 with the likeliest token, else drawn from random numbers of `seed` alone, so that an
-    answer does not depend on who is asked beside it (but for rounding)."""
+    answer does not depend on who is asked beside it (but for rounding). `tokens` and `max_tokens` fit into the target's
+    positions."""
 
     tokens: list[int]
     max_tokens: int
@@ -30,12 +52,303 @@ class Answer(NamedTuple):
 Dialogue = Generator[Ask, Answer, None]  # yields what it asks, gets its answer, and keeps what it makes of it
 
 
+@dataclass
+class Request:
+    """What a dialogue asks now."""
+
+    dialogue: Dialogue
+    ask: Ask
+
+    @property
+    def positions(self) -> int:
+        """That prompt and answer may take."""
+        return len(self.ask.tokens) + self.ask.max_tokens
+
+
+class Line:
+    """Who waits for a place: dialogues that go on, then those that have not begun."""
+
+    def __init__(self, dialogues: Iterator[Dialogue]):
+        self._fresh = dialogues
+        self._going_on: deque[Request] = deque()
+        self.empty = False  # nobody waits, and nobody new will come
+
+    def take(self, count: int) -> list[Request]:
+        taken = [self._going_on.popleft() for _ in range(min(count, len(self._going_on)))]
+        while len(taken) < count and (dialogue := next(self._fresh, None)) is not None:
+            taken += self._asked(dialogue, None)
+        self.empty = len(taken) < count
+        return taken
+
+    def put_back(self, requests: list[Request]) -> None:
+        self._going_on.extendleft(reversed(requests))
+        self.empty = self.empty and not requests
+
+    def answered(self, request: Request, answer: Answer) -> None:
+        """The dialogue gets its answer; if it asks again it is the first to get a place."""
+        self.put_back(self._asked(request.dialogue, answer))
+
+    def _asked(self, dialogue: Dialogue, answer: Answer | None) -> list[Request]:
+        try:
+            return [Request(dialogue, dialogue.send(answer))]
+        except StopIteration:
+            return []
+
+
+class Places:
+    """What the device knows of its requests, place by place. A text's last token is not processed yet."""
+
+    FIELDS = ("text_PL", "length_P", "size_P", "limit_P", "going_P", "temperature_P", "top_p_P", "random_PU")
+
+    def __init__(self, count: int, positions: int, draws: int, device: torch.device):
+        self.text_PL = torch.zeros(count, positions + 1, dtype=torch.long, device=device)
+        # Tokens that are processed, of the prompt, and of prompt and answer at most.
+        self.length_P, self.size_P, self.limit_P = torch.zeros(3, count, dtype=torch.long, device=device)
+        self.going_P = torch.zeros(count, dtype=torch.bool, device=device)
+        self.temperature_P, self.top_p_P = torch.zeros(2, count, device=device)
+        self.random_PU = torch.zeros(count, draws, dtype=torch.float64, device=device)
+
+    def first(self, count: int) -> "Places":
+        """The first `count` places, sharing their memory."""
+        part = Places.__new__(Places)
+        for name in self.FIELDS:
+            setattr(part, name, getattr(self, name)[:count])
+        return part
+
+    def take_over(self, smaller: "Places") -> None:
+        for name in self.FIELDS:
+            old = getattr(smaller, name)
+            getattr(self, name)[tuple(map(slice, old.shape))] = old
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        for name in self.FIELDS:
+            field = getattr(self, name)
+            field[destination] = field[source]
+
+
 class BatchGenerator:
-    """Runs dialogues, `places` requests at a time."""
+    """Runs dialogues, a batch of requests at a time.
 
-    def __init__(self, target: Target, ends: frozenset[int], places: int | None = None):
-        self._target, self._ends, self._places = target, ends, places
+    Args:
+        ends: tokens that end an answer.
+        places: requests at a time; None: 16 on a CPU; on a GPU as many as it has memory for, `MOST_PLACES` at most.
+    """
 
+    def __init__(self, target: Target, ends: Iterable[int], places: int | None = None):
+        self._target, self._count = target, places
+        self._cuda = target.device.type == "cuda"
+        self._ends = frozenset(ends)
+        self._ends_E = torch.tensor(sorted(self._ends), device=target.device)
+        self._cache: StaticCache | None = None
+        self._places: Places | None = None
+        self._taken: dict[int, Request] = {}
+        self._graphs: dict[tuple, Graphed] = {}
+        self._pool = None
+        # What has been asked for so far: temperatures above 0, and less than a whole distribution.
+        self._samples = self._cuts = False
+
+    @torch.no_grad()
     def run(self, dialogues: Iterator[Dialogue]) -> None:
-        """Every dialogue to its end. More are started only as places become free."""
-        raise NotImplementedError
+        """Every dialogue to its end. A dialogue is begun only when there is a place for what it asks.
+
+        Raises:
+            UserError: the GPU's memory does not hold so many requests.
+        """
+        try:
+            self._run(Line(iter(dialogues)))
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the GPU's memory does not hold {self._count} requests at a time; lower the batch") from error
+
+    def _run(self, line: Line) -> None:
+        ended: list[tuple[Request, Answer]] = []
+        while True:
+            # 1. Free places are filled. A forward over prompts costs a GPU as much as several steps: it waits for some.
+            free = self._count - len(self._taken) if self._count else MOST_PLACES if self._cuda else 16
+            if free >= (max(1, self._count // 8) if self._cuda and self._taken else 1):
+                self._begin(line.take(free), line)
+            # 2. All go on by some steps.
+            if self._taken:
+                if line.empty:
+                    self._close_up()
+                for _ in range(STEPS_UNSEEN if self._cuda else 1):
+                    self._step()
+            # 3. While the device works, dialogues make of their answers what they will.
+            for request, answer in ended:
+                line.answered(request, answer)
+            if not self._taken and not ended:
+                return
+            # 4. Who has ended since?
+            ended = self._look()
+
+    def _begin(self, requests: list[Request], line: Line) -> None:
+        """Give them places, read their prompts and draw the first token of each answer."""
+        if not requests:
+            return
+        if self._count is None:
+            self._count = self._places_for(max(r.positions for r in requests))
+            line.put_back(requests[self._count :])
+            requests = requests[: self._count]
+        self._reserve(max(r.positions for r in requests), max(r.ask.max_tokens for r in requests))
+        self._samples |= any(r.ask.temperature > 0 for r in requests)
+        self._cuts |= any(r.ask.top_p < 1 for r in requests)
+        free = (place for place in range(self._count) if place not in self._taken)
+        # Prompts of like lengths are read together, so that little is padded.
+        requests = sorted(requests, key=lambda r: len(r.ask.tokens))
+        for group in _groups(requests):
+            places = list(islice(free, len(group)))
+            self._prefill(group, places)
+            self._taken.update(zip(places, group))
+
+    def _prefill(self, group: list[Request], places: list[int]) -> None:
+        device, state = self._target.device, self._places
+        place_N = torch.tensor(places, device=device)
+        size_N = torch.tensor([len(r.ask.tokens) for r in group])
+        ids_NT = torch.zeros(len(group), int(size_N.max()), dtype=torch.long)
+        random_NU = torch.zeros(len(group), state.random_PU.shape[1], dtype=torch.float64)
+        for ask, ids_T, random_U in zip((r.ask for r in group), ids_NT, random_NU):
+            ids_T[: len(ask.tokens)] = torch.tensor(ask.tokens)
+            if ask.temperature > 0:
+                own = torch.Generator().manual_seed(ask.seed)
+                random_U[: ask.max_tokens] = torch.rand(ask.max_tokens, generator=own, dtype=torch.float64)
+        ids_NT, size_N, random_NU = (t.to(device) for t in (ids_NT, size_N, random_NU))
+        position_NT = torch.arange(ids_NT.shape[1], device=device).expand_as(ids_NT)
+        keys, values = self._cache.key, self._cache.value
+
+        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor) -> Tensor:
+            keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
+            values[layer, place_N, : v_NTGD.shape[1]] = v_NTGD
+            return among_rows(q_NTHD, k_NTGD, v_NTGD)
+
+        states = self._target.forward_through(ids_NT, position_NT, attend)
+        last_hidden = states.last_hidden[torch.arange(len(group), device=device), size_N - 1]
+        numbers = lambda field: torch.tensor([getattr(r.ask, field) for r in group], device=device)
+        temperature_N, top_p_N = numbers("temperature").float(), numbers("top_p").float()
+        first_N = self._chosen(self._target.logits(last_hidden), temperature_N, top_p_N, random_NU[:, 0])
+        state.text_PL[place_N, : ids_NT.shape[1]] = ids_NT
+        state.text_PL[place_N, size_N] = first_N
+        state.length_P[place_N] = size_N
+        state.size_P[place_N] = size_N
+        state.limit_P[place_N] = size_N + numbers("max_tokens")
+        state.temperature_P[place_N] = temperature_N
+        state.top_p_P[place_N] = top_p_N
+        state.random_PU[place_N] = random_NU
+        state.going_P[place_N] = ~torch.isin(first_N, self._ends_E) & (numbers("max_tokens") > 1)
+
+    def _step(self) -> None:
+        """One more token of everybody who is going, on as many places as are in use."""
+        width = self._width(max(self._taken) + 1)
+        key = (width, self._samples, self._cuts)
+        if key not in self._graphs:
+            places, cache = self._places.first(width), self._cache.first(width)
+            self._graphs[key] = Graphed(lambda: self._advance(places, cache), self._pool)
+        self._graphs[key]()
+
+    def _advance(self, places: Places, cache: StaticCache) -> None:
+        token_P1 = places.text_PL.gather(1, places.length_P[:, None])
+        attend = cache.attention(places.length_P, 1)
+        states = self._target.forward_through(token_P1, places.length_P[:, None], attend)
+        answered_P1 = (places.length_P - places.size_P + 1)[:, None]  # tokens of the answer so far
+        u_P = places.random_PU.gather(1, answered_P1.clamp(max=places.random_PU.shape[1] - 1))[:, 0]
+        logits_PV = self._target.logits(states.last_hidden[:, 0])
+        next_P = self._chosen(logits_PV, places.temperature_P, places.top_p_P, u_P)
+        # Who is not going keeps its text: the token is written where its last one stands already.
+        behind_P1 = (places.length_P + places.going_P)[:, None]
+        old_P1 = places.text_PL.gather(1, behind_P1)
+        places.text_PL.scatter_(1, behind_P1, torch.where(places.going_P[:, None], next_P[:, None], old_P1))
+        places.length_P += places.going_P
+        places.going_P &= ~torch.isin(next_P, self._ends_E) & (places.length_P + 1 < places.limit_P)
+
+    def _chosen(self, logits_NV: Tensor, temperature_N: Tensor, top_p_N: Tensor, u_N: Tensor) -> Tensor:
+        """The next token of each row."""
+        best_N = logits_NV.argmax(-1)
+        if not self._samples:
+            return best_N
+        cold_N = temperature_N == 0
+        p_NV = (logits_NV.float() / temperature_N.masked_fill(cold_N, 1)[:, None]).softmax(-1)
+        if self._cuts:
+            p_NV = nucleus(p_NV, top_p_N)
+        return torch.where(cold_N, best_N, drawn(p_NV, u_N))
+
+    def _look(self) -> list[tuple[Request, Answer]]:
+        """Who has ended, and with what. Their places are free again."""
+        if not self._taken:
+            return []
+        going = self._places.going_P.tolist()
+        places = [place for place in self._taken if not going[place]]
+        if not places:
+            return []
+        place_N = torch.tensor(places, device=self._target.device)
+        ends = (self._places.length_P[place_N] + 1).tolist()
+        texts = self._places.text_PL[place_N, : max(ends)].tolist()
+        found = []
+        for place, text, end in zip(places, texts, ends):
+            request = self._taken.pop(place)
+            tokens = text[len(request.ask.tokens) : end]
+            ended = tokens[-1] in self._ends
+            found.append((request, Answer(tokens[:-1] if ended else tokens, ended)))
+        return found
+
+    def _close_up(self) -> None:
+        """Nobody waits for a place any more: requests move together, so that steps are over fewer places."""
+        count = len(self._taken)
+        if self._width(count) == self._width(max(self._taken) + 1):
+            return
+        behind = [place for place in self._taken if place >= count]
+        holes = [place for place in range(count) if place not in self._taken]
+        source, destination = (torch.tensor(places, device=self._target.device) for places in (behind, holes))
+        self._places.move(source, destination)
+        for kind in (self._cache.key, self._cache.value):
+            for layer in kind:  # one by one: the copy of a whole cache may not fit
+                layer[destination] = layer[source]
+        self._places.going_P[source] = False
+        for old, new in zip(behind, holes):
+            self._taken[new] = self._taken.pop(old)
+
+    def _width(self, count: int) -> int:
+        """Places that a step works on, so that `count` are among them. A CPU takes just those; a GPU records a graph for each
+        width, and so has few of them."""
+        if not self._cuda:
+            return count
+        width = self._count
+        while width // 2 >= max(count, 8):
+            width //= 2
+        return width
+
+    def _reserve(self, positions: int, draws: int) -> None:
+        """Make room for requests of so many positions and answers of so many tokens."""
+        old, cache = self._places, self._cache
+        if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:
+            return
+        a, device = self._target.architecture, self._target.device
+        if old is not None:  # by a quarter at least: to grow is to copy
+            positions = max(positions, cache.room + cache.room // 4 * (cache.room < positions))
+            draws = max(draws, old.random_PU.shape[1])
+        room = -(-positions // ROOM_STEP) * ROOM_STEP
+        self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
+        self._places = Places(self._count, room, draws, device)
+        if old is not None:
+            self._places.take_over(old)
+            self._cache.key[:, :, : cache.room] = cache.key
+            self._cache.value[:, :, : cache.room] = cache.value
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+
+    def _places_for(self, positions: int) -> int:
+        """Requests at a time, of so many positions each."""
+        if not self._cuda:
+            return 16
+        a, free = self._target.architecture, torch.cuda.mem_get_info()[0]
+        cached = 2 * a.num_layers * positions * a.kv_heads * a.head_dim * self._target.dtype.itemsize
+        drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64
+        return max(1, min(MOST_PLACES, int(0.6 * free / (cached + drawn_from))))
+
+
+def _groups(requests: list[Request]) -> Iterator[list[Request]]:
+    """Requests, the shortest first, cut where a forward over their prompts would take more than `PREFILL_TOKENS`."""
+    group: list[Request] = []
+    for request in requests:
+        if group and len(request.ask.tokens) * (len(group) + 1) > PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append(request)
+    yield group

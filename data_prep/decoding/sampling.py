@@ -30,6 +30,24 @@ def distribution(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: 
     return scores.view_as(logits).softmax(-1)
 
 
+def nucleus(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
+    """float32 `p_RV` without what lies outside of each row's likeliest tokens that together reach `top_p_R`; not renormalised.
+
+    A token stays if it is at least as likely as a threshold, the greatest one that leaves enough. Floats that are not negative
+    are ordered as their bits are, so that 31 halvings find the threshold exactly. No sorting: over large vocabularies that takes
+    longer than the model does.
+    """
+    bits_RV = p_RV.view(torch.int32)
+    low_R1 = torch.zeros_like(bits_RV[:, :1])
+    high_R1 = bits_RV.amax(-1, keepdim=True)  # the likeliest token stays, whatever rounding says of the sum
+    for _ in range(31):
+        middle_R1 = low_R1 + (high_R1 - low_R1 + 1) // 2
+        enough_R1 = torch.where(bits_RV >= middle_R1, p_RV, 0).sum(-1, keepdim=True) >= top_p_R[:, None]
+        low_R1 = torch.where(enough_R1, middle_R1, low_R1)
+        high_R1 = torch.where(enough_R1, high_R1, torch.maximum(middle_R1 - 1, low_R1))
+    return torch.where(bits_RV >= low_R1, p_RV, 0)
+
+
 def drawn(p_RV: Tensor, u_R: Tensor) -> Tensor:
     """The token of each row that a uniform number in [0, 1) names, [R]: the inverse of the cumulative distribution. `p_RV` need
     not sum to one."""
