@@ -14,12 +14,13 @@ import numpy as np
 from data_prep.decoding.generate import Ask, Dialogue
 from data_prep.errors import UserError
 from data_prep.filters import looping
-from data_prep.recipe import PLACEHOLDER, KindRecipe, SynthesizeRecipe, TurnRecipe
+from data_prep.recipe import PLACEHOLDER, FiltersRecipe, KindRecipe, SynthesizeRecipe, TurnRecipe
 from data_prep.sources import Lines, Record, is_heldout, stable_hash
 from data_prep.tokens import LeftOut
 from data_prep.turns import Turns, assistant, user
 
-SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s)|[。！？]")  # its end
+SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s|$)|[。！？]")  # its end
+ATTEMPTS = 8  # at a passage; they cost next to nothing, and shares of kinds do not depend on how much of the texts is prose
 BREAK = re.compile(r"\n\s*\n|[.!?][\"')\]]*\s+|[。！？]")  # behind it a passage can begin
 
 
@@ -58,19 +59,21 @@ class Texts:
         _text_of(self._lines[0], path)
         self._path = path
 
-    def passage(self, id: str, kind: KindRecipe, letters: float, draws: Draws) -> tuple[str, str]:
-        """(id of the text, a piece of it) for the conversation `id`. Raises LeftOut when there is none."""
+    def passage(self, id: str, kind: KindRecipe, filters: FiltersRecipe, draws: Draws) -> tuple[str, str]:
+        """(id of the text, a piece of it) for the conversation `id`: the first of some that is prose and no loop. Raises LeftOut
+        when there is none."""
         side = self._sides[is_heldout(id)]
         if not len(side):
             raise LeftOut("no text on its side of the held-out split")
-        record = self._lines[int(draws.one("text", side))]
-        fewest, most = kind.passage
-        piece = passage(_text_of(record, self._path), fewest, most, draws.uniform("length"), draws.uniform("start"))
-        if len(piece) < fewest:
-            raise LeftOut("its text has no passage of that length")
-        if sum(c.isalpha() or c.isspace() for c in piece) < letters * len(piece):
-            raise LeftOut("a passage of too few letters")
-        return record.id, piece
+        for attempt in range(ATTEMPTS):
+            record = self._lines[int(draws.one(f"text/{attempt}", side))]
+            length, start = draws.uniform(f"length/{attempt}"), draws.uniform(f"start/{attempt}")
+            piece = passage(_text_of(record, self._path), *kind.passage, length, start)
+            letters = sum(c.isalpha() or c.isspace() for c in piece)
+            prose = letters >= filters.passage_letters * len(piece) and looping(piece) <= filters.loop
+            if len(piece) >= kind.passage[0] and prose:
+                return record.id, piece
+        raise LeftOut(f"none of {ATTEMPTS} passages is long enough, of letters and no loop")
 
 
 def _text_of(record: Record, path: str) -> str:
@@ -83,20 +86,19 @@ def _text_of(record: Record, path: str) -> str:
 
 
 def passage(text: str, fewest: int, most: int, length: float, start: float) -> str:
-    """A piece of `text` of `fewest` to `most` characters: behind a paragraph or sentence, up to the end of a sentence, or of a
-    word where there is none. `length` and `start` in [0, 1) say which; long and short pieces are equally likely by ratio. Shorter
-    than `fewest` when the text has no such piece."""
+    """A piece of `text` of `fewest` to `most` characters, from behind a paragraph or sentence up to the end of one, or of a word
+    where there is none. `length` and `start` in [0, 1) say which: a length is as likely as its double. Shorter than `fewest` when
+    the text has no such piece."""
     wanted = int(fewest * (most / fewest) ** length)
     place = int(start * max(0, len(text) - wanted + 1))
     behind = BREAK.search(text, max(0, place - 1), place + most) if place else None
     begin = behind.end() if behind and len(text) - behind.end() >= fewest else 0
-    piece = text[begin : begin + wanted]
-    if begin + wanted < len(text):
-        ends = [m.end() for m in SENTENCE.finditer(text, begin + fewest - 1, begin + wanted + 1) if m.end() - begin <= wanted]
-        if ends:
-            piece = piece[: ends[-1] - begin]
-        elif (blank := max(piece.rfind(" "), piece.rfind("\n"))) >= fewest:
-            piece = piece[:blank]
+    piece = text[begin : begin + most]
+    if len(text) - begin > wanted:
+        ends = [match.end() for match in SENTENCE.finditer(piece, fewest - 1) if match.end() >= fewest]
+        before = [end for end in ends if end <= wanted]
+        blank = max(piece.rfind(" ", 0, wanted), piece.rfind("\n", 0, wanted))
+        piece = piece[: before[-1] if before else ends[0] if ends else blank if blank >= fewest else wanted]
     return piece.strip()
 
 
@@ -126,7 +128,7 @@ class Author:
         source, begun = None, draws.one("template", kind.templates)
         filled = {word: draws.one(word, values) for word, values in kind.words.items()}
         if "{passage}" in begun:
-            source, filled["passage"] = self._texts.passage(id, kind, recipe.filters.passage_letters, draws)
+            source, filled["passage"] = self._texts.passage(id, kind, recipe.filters, draws)
         filled["user"] = ""
         writes = begun.endswith("{user}")
         begun = PLACEHOLDER.sub(lambda match: filled[match[1]], begun)

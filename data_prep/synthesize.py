@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -121,8 +121,8 @@ def check(recipe: DataPrepRecipe) -> None:
     if not ask.used_kinds:
         needed = "" if ask.texts else "; those that need texts take none without synthesize.texts=FILE.jsonl"
         raise UserError(f"synthesize.kinds: no kind has a share above 0{needed}")
-    if recipe.capture.spread == "tp":
-        raise UserError("mode=synthesize with capture.spread=tp is not possible; use capture.spread=device_map")
+    if recipe.capture.spread != "none":
+        raise UserError(f"mode=synthesize runs the target whole on each GPU, not with capture.spread={recipe.capture.spread}")
     positions = target_sizes(recipe.target).max_positions
     if ask.most_tokens > positions:
         raise UserError(f"synthesize.most_tokens={ask.most_tokens} exceeds the target's {positions} positions")
@@ -159,7 +159,7 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
             journal.lock()
             journal.repair()
             if not begun:
-                journal.append({"settings": settings, "base": asdict(base or Account())})
+                journal.append({"settings": settings, "base": vars(base or Account())})
                 journal.flush()
         barrier()
         journal.share()
@@ -168,7 +168,7 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
             task = progress.add_task("synthesize", total=None)
             while (upto := _next_round(ask, place, journal, barrier)) is not None:
                 if generator is None:
-                    target = load_target(recipe.target, recipe.capture)
+                    target = load_target(recipe.target)
                     ends = target.end_tokens | ({turns.user_end, turns.reply_end} - {None})
                     generator = BatchGenerator(target, frozenset(ends), ask.batch)
                 generator.run(_dialogues(author, journal, upto, lambda: progress.advance(task)))
@@ -321,7 +321,7 @@ def _finish(place: Place, account: Account, earlier: list[bytes], kept: list[int
             os.fsync(file.fileno())
             size = file.tell()
         os.replace(temporary, place.out)
-        temporary.write_text(json.dumps({**asdict(account), "bytes": size, "settings": settings}, indent=1) + "\n")
+        temporary.write_text(json.dumps({**vars(account), "bytes": size, "settings": settings}, indent=1) + "\n")
         os.replace(temporary, place.about)
     finally:
         temporary.unlink(missing_ok=True)
