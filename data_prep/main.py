@@ -1,4 +1,5 @@
-"""deepspeed data_prep/main.py target=tiny data=stdlib cache.dir=CACHE [mode=capture|estimate|verify|inspect|merge|regenerate]"""
+"""deepspeed data_prep/main.py target=tiny data=stdlib cache.dir=CACHE [mode=capture|estimate|verify|inspect|merge]
+deepspeed data_prep/main.py target=tiny mode=regenerate|synthesize ..."""
 
 import os
 import sys
@@ -19,6 +20,8 @@ from data_prep.errors import UserError  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
 from data_prep.regenerate import check as check_regenerate  # noqa: E402
 from data_prep.regenerate import regenerate  # noqa: E402
+from data_prep.synthesize import check as check_synthesize  # noqa: E402
+from data_prep.synthesize import synthesize  # noqa: E402
 
 
 def check(recipe: DataPrepRecipe) -> None:
@@ -30,6 +33,8 @@ def check(recipe: DataPrepRecipe) -> None:
                 raise UserError("mode=estimate measures one process; with a target for several, use capture.spread=device_map")
         case "regenerate":
             check_regenerate(recipe)
+        case "synthesize":
+            check_synthesize(recipe)
         case "verify" | "inspect":
             CacheReader(recipe.cache.dir)
         case "merge":
@@ -48,6 +53,8 @@ def run(recipe: DataPrepRecipe) -> None:
                 prepare.build(recipe, ranks.barrier())
             case "regenerate":
                 regenerate(recipe, ranks.barrier())
+            case "synthesize":
+                synthesize(recipe, ranks.barrier())
             case _ if ranks.rank() == 0:
                 {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}[recipe.mode](recipe)
     except OSError as error:  # a disk that is full, read-only or gone, wherever it happens

@@ -1,5 +1,6 @@
 """What `conf/data_prep.yaml` may say: types, ranges and the rules between keys. Hydra composes, pydantic checks."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,6 +118,87 @@ class RegenerateRecipe(Section):
     seed: int
 
 
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TurnRecipe(Section):
+    """How the target writes one turn of a conversation."""
+
+    temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)]  # of several, each conversation draws one
+    top_p: float = Field(gt=0, le=1)
+    max_tokens: int = Field(ge=1)
+
+
+class KindRecipe(Section):
+    """One kind of conversation: how its first message of a user comes about.
+
+    A template is that message. {passage} is replaced by a piece of a text, a key of `words` by one of its values, and {user},
+    which can only be its end, by what the target writes on as the user.
+    """
+
+    share: Share  # of the conversations, in proportion to the other kinds' shares
+    templates: list[str] = Field(min_length=1)  # each conversation draws one
+    passage: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None  # fewest and most characters
+    words: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+
+    @property
+    def needs_texts(self) -> bool:
+        return any("{passage}" in template for template in self.templates)
+
+    @model_validator(mode="after")
+    def _templates_can_be_filled(self) -> "KindRecipe":
+        known = {"passage", "user", *self.words}
+        for template in self.templates:
+            if unknown := [name for name in PLACEHOLDER.findall(template) if name not in known]:
+                raise ValueError(f"a template has {{{unknown[0]}}}, which is neither passage, user nor a key of words")
+            if "{user}" in template.removesuffix("{user}"):
+                raise ValueError("{user} can only be the end of a template: the target writes on from there")
+        if self.needs_texts and self.passage is None:
+            raise ValueError("templates with {passage} need passage: [FEWEST, MOST] characters")
+        if self.passage and self.passage[0] > self.passage[1]:
+            raise ValueError("passage: the fewest characters exceed the most")
+        return self
+
+
+class FiltersRecipe(Section):
+    """Which conversations of `mode=synthesize` are left out."""
+
+    user_characters: int = Field(ge=1)  # a user's shorter message is too short
+    reply_characters: int = Field(ge=1)
+    passage_letters: float = Field(ge=0, le=1)  # the least share of letters and blanks; a table or a list of names has fewer
+    loop: float = Field(ge=0, le=1)  # the largest share of a turn's 4-grams of words that were there before
+    near: float = Field(gt=0, le=1)  # from this similarity on, a first message repeats another conversation's
+
+
+class SynthesizeRecipe(Section):
+    """`mode=synthesize`: the target writes whole conversations, the user's turns included."""
+
+    out: str | None = None  # the JSONL to write: a source for data=chat
+    count: int | None = Field(None, ge=1)  # conversations, or
+    tokens: int | None = Field(None, ge=1)  # tokens of whole conversations, as the chat template writes them
+    turns: Annotated[int, Field(ge=1)] | dict[Annotated[int, Field(ge=1)], Share]  # of a user; several numbers with their shares
+    most_tokens: int = Field(ge=8)  # of one conversation
+    template: dict[str, Any] = {}  # what the chat template is given besides the messages
+    user: TurnRecipe
+    reply: TurnRecipe
+    texts: str | None = None  # JSONL of {"text", "id"}: what passages are taken from; null: only kinds that need none
+    kinds: dict[str, KindRecipe] = Field(min_length=1)
+    filters: FiltersRecipe
+    batch: int | None = Field(None, ge=1)  # requests at a time; null: chosen by the device
+    seed: int
+
+    @property
+    def turn_shares(self) -> dict[int, float]:
+        return {self.turns: 1.0} if isinstance(self.turns, int) else self.turns
+
+    @property
+    def used_kinds(self) -> dict[str, KindRecipe]:
+        """Those that take part: all with a share, but without texts none that needs them."""
+        return {name: kind for name, kind in self.kinds.items() if kind.share and (self.texts or not kind.needs_texts)}
+
+
 class InspectRecipe(Section):
     out: str  # the picture
     examples: int = Field(ge=0)
@@ -138,7 +220,8 @@ class CaptureSections(Section):
 class DataPrepRecipe(CaptureSections):
     """`deepspeed data_prep/main.py`: text -> tokens -> the target's states on disk."""
 
-    mode: Literal["capture", "estimate", "verify", "inspect", "merge", "regenerate"]
+    mode: Literal["capture", "estimate", "verify", "inspect", "merge", "regenerate", "synthesize"]
     regenerate: RegenerateRecipe
+    synthesize: SynthesizeRecipe
     inspect: InspectRecipe
     merge: MergeRecipe

@@ -53,7 +53,8 @@ def records(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     return {"stdlib": _stdlib, "jsonl": _jsonl, "hub": _hub}[data.source](data, heldout)
 
 
-def _is_heldout(id: str) -> bool:
+def is_heldout(id: str) -> bool:
+    """Whether a record is kept for evaluation (one in fifty, by hash) and never captured."""
     return stable_hash(id) % 50 == 0
 
 
@@ -74,37 +75,55 @@ def _stdlib(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     return iter(sorted(found, key=lambda r: stable_hash(r.id)))
 
 
-def _jsonl(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
-    """One JSON object a line. Two passes: the first looks at every line and keeps its place, eight bytes each."""
-    check(data)
-    keys, places = array("Q"), array("Q")
-    with open(data.path, "rb") as file:
-        place = number = 0
-        while line := file.readline():
-            number += 1
-            if line.strip():
-                try:
-                    fields = json.loads(line)
-                    id = _id(fields, data, len(places))
-                except (ValueError, AttributeError) as error:
-                    raise UserError(f"{data.path}, line {number}: not a JSON object in valid Unicode") from error
-                keys.append(stable_hash(id))
-                places.append(place)
-            place += len(line)
-        order = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable") if keys else []
-        ranked = np.frombuffer(keys, dtype=np.uint64)[order] if keys else np.empty(0)
+class Lines:
+    """The records of a JSONL file by their number. Every line is looked at once, and its place is kept with the hash of its id:
+    16 bytes a line. Blank lines do not count."""
+
+    def __init__(self, path: str, id_field: str | None, hint: str):
+        """`hint`: what else a message about an id that stands twice proposes. Raises UserError for that, and for a line that is
+        no record."""
+        self._id_field = id_field
+        keys, places = array("Q"), array("Q")
+        with open(path, "rb") as file:
+            place = number = 0
+            while line := file.readline():
+                number += 1
+                if line.strip():
+                    try:
+                        id = _id(json.loads(line), id_field, len(places))
+                    except (ValueError, AttributeError) as error:
+                        raise UserError(f"{path}, line {number}: not a JSON object in valid Unicode") from error
+                    keys.append(stable_hash(id))
+                    places.append(place)
+                place += len(line)
+        self._file = open(path, "rb")
+        self._places = places
+        self.keys = np.frombuffer(keys, dtype=np.uint64) if keys else np.empty(0, dtype=np.uint64)  # stable_hash of the ids
+        self.by_hash = np.argsort(self.keys, kind="stable")
+        ranked = self.keys[self.by_hash]
         if len(repeated := np.flatnonzero(ranked[1:] == ranked[:-1])):
-            file.seek(places[order[repeated[0] + 1]])
-            again = _id(json.loads(file.readline()), data, -1)
-            raise UserError(f"{data.path}: the id '{again}' stands twice; make ids unique, or number the lines with data.id=null")
-        if data.max_tokens is None and heldout is False:
-            order = range(len(places))  # everything is read: from front to back is fastest
-        for index in order:
-            file.seek(places[index])
-            fields = json.loads(file.readline())
-            id = _id(fields, data, int(index))
-            if heldout in (None, _is_heldout(id)):
-                yield Record(id, fields)
+            again = self[self.by_hash[repeated[0] + 1]].id
+            raise UserError(f"{path}: the id '{again}' stands twice; make ids unique{hint}")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> Record:
+        self._file.seek(self._places[number])
+        fields = json.loads(self._file.readline())
+        return Record(_id(fields, self._id_field, int(number)), fields)
+
+
+def _jsonl(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
+    """One JSON object a line."""
+    check(data)
+    lines = Lines(data.path, data.id, ", or number the lines with data.id=null")
+    # Everything is read: from front to back is fastest.
+    order = range(len(lines)) if data.max_tokens is None and heldout is False else lines.by_hash
+    for number in order:
+        record = lines[number]
+        if heldout in (None, is_heldout(record.id)):
+            yield record
 
 
 def load_hub(name: str, config: str | None, split: str, files=None, streaming: bool = False, key: str = "data"):
@@ -124,7 +143,7 @@ def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     numbered = iter(enumerate(dataset))
     if not data.streaming:
         named = dataset[data.id] if data.id in dataset.column_names else [None] * len(dataset)
-        ids = [_id({data.id: name}, data, number) for number, name in enumerate(named)]
+        ids = [_id({data.id: name}, data.id, number) for number, name in enumerate(named)]
         numbered = ((i, dataset[i]) for i in sorted(range(len(ids)), key=lambda i: stable_hash(ids[i])))
     seen: set[int] = set()
     while True:
@@ -134,16 +153,16 @@ def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
             return
         except Exception as error:  # as above: the network, or a file that is not what its first rows promised
             raise UserError(f"data.name={data.name} cannot be read to its end ({' '.join(str(error).split())[:300]})") from error
-        id = _id(fields, data, number)
+        id = _id(fields, data.id, number)
         if (key := stable_hash(id)) in seen:
             raise UserError(f"data.name={data.name}: the id '{id}' stands twice; number the rows with data.id=null")
         seen.add(key)
-        if heldout in (None, _is_heldout(id)):
+        if heldout in (None, is_heldout(id)):
             yield Record(id, fields)
 
 
-def _id(fields: dict, data: DataRecipe, number: int) -> str:
-    named = fields.get(data.id) if data.id else None
+def _id(fields: dict, field: str | None, number: int) -> str:
+    named = fields.get(field) if field else None
     id = str(number if named is None else named)
     id.encode()  # JSON can spell half a character, which nothing can store; a ValueError
     return id
