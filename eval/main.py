@@ -8,6 +8,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
+from data_prep import ranks  # noqa: E402
+
+ranks.wait_without_spinning()
+
 import torch  # noqa: E402
 
 from data_prep import cli  # noqa: E402
