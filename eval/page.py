@@ -61,10 +61,26 @@ def rows(report: dict) -> list[list[str]]:
                 *(f"{row['round_ms'][part]:.1f}" if row["round_ms"] else "" for part in ("draft", "verify")),
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['tokens_per_s'] / figures['baseline_tokens_per_s']:.2f}x",
-                ("yes" if row["lossless"] else "NO") if trained else "",
+                lossless(row) if trained else "",
             ]
             found.append(cells)
     return found
+
+
+def lossless(figures: dict) -> str:
+    """A temperature's losslessness for a table's cell: yes | yes, to bf16 | NO."""
+    if not figures["lossless"]:
+        return "NO"
+    return f"yes, to {figures['ties']['dtype']}" if "ties" in figures else "yes"
+
+
+def lossless_line(figures: dict) -> str:
+    """The same with its counts, or with what it was decided by."""
+    if figures["lossless"] and "ties" in figures:
+        ties = figures["ties"]
+        counted = f"{ties['equal']} equal, {ties['count']} part at ties, largest gap {ties['largest_gap']:.2g}"
+        return f"{lossless(figures)} ({counted})"
+    return f"{lossless(figures)}: {figures['lossless_by']}"
 
 
 def partly(figures: dict) -> list[str]:
@@ -89,7 +105,8 @@ def write_page(out: Path, report: dict) -> None:
     sections = {
         "What was judged": facts(judged(report)) + folded("everything that was set", facts(flatten(settings(report)))),
         "Acceptance and speed": table(HEADS, rows(report), strong=lambda row: row[1] == "trained")
-        + "".join(note(f"T = {t}: lossless {'yes' if f['lossless'] else 'NO'}: {f['lossless_by']}") for t, f in figures.items())
+        + "".join(note(f"T = {t}: lossless: {lossless_line(f)}") for t, f in figures.items())
+        + "".join(note(f"T = {t}: {f['lossless_by']}") for t, f in figures.items() if "ties" in f and f["lossless"])
         + "".join(note(f"T = {t}: {text}") for t, f in figures.items() for text in partly(f)),
         "Acceptance by slot": figure(
             _draw_slots(figures),

@@ -58,7 +58,7 @@ def print_table(report: dict) -> None:
         table.add_row(*row, style="bold" if row[1] == "trained" else None, end_section=row[1] == page.BASELINE)
     Console(width=120).print(table)
     for temperature, figures in report["temperatures"].items():
-        for text in page.partly(figures):
+        for text in (f"lossless: {page.lossless_line(figures)}", *page.partly(figures)):
             print(f"T = {temperature}: {text}")
 
 
