@@ -17,7 +17,7 @@ from eval.engine import PREFILL_CHUNK, Engine, room_for
 from eval.lengths import Adaptive, Lengths
 from eval.offload import OffloadedCache
 from eval.partial import PartialCache
-from eval.recipe import EvalRecipe, prompts_of, view_of
+from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.request import Stops
 from eval.static_drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
 from eval.suites import Prompt
@@ -147,7 +147,8 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             ids = [p.id for p in requests]  # its conversation's
             verdict = lossless.decide(recipe, target, texts, ids, runs, sampling, lossless.Batches(groups, cache, PREFILL_CHUNK))
             with target.uncompiled():
-                result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling) | verdict
+                parts = parts_of(recipe, drafter, requests, runs["baseline"])
+                result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling, parts) | verdict
             result["temperatures"][f"{temperature:g}"]["per_prompt_id"] = ids
             result["examples"][f"{temperature:g}"] = measure.examples(texts, runs["trained"], tokenizer)
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
@@ -164,8 +165,24 @@ def _other(prompt: Prompt, before: Prompt, prompts: list[Prompt]) -> Prompt:
     return before if before.id != prompt.id else next((p for p in prompts if p.id != prompt.id), before)
 
 
-def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Generation]], sampling: Sampling) -> dict:
-    """One temperature's part of report.json."""
+def parts_of(recipe: EvalRecipe, drafter: Drafter, requests: list[Prompt], baseline: list[Generation]) -> dict[str, list[str]]:
+    """{figure: the part that each request belongs to}, of the figures that are shown apart for parts of the requests."""
+    found, known = {}, known_positions(recipe, drafter.config)
+    if known is not None:
+        last = [len(p.tokens) + len(g.tokens) - 2 + drafter.config.slots for p, g in zip(requests, baseline)]  # its draft's end
+        if max(last) > known:
+            found["by_positions"] = [f"{'beyond' if one > known else 'within'} {known} positions" for one in last]
+    return found
+
+
+def figures(
+    target: Target,
+    prompts: list[list[int]],
+    runs: dict[str, list[Generation]],
+    sampling: Sampling,
+    parts: dict[str, list[str]],
+) -> dict:
+    """One temperature's part of report.json. `parts`: see `parts_of`."""
     plain = ("baseline", "transformers")
     along = measure.by_context({name: generations for name, generations in runs.items() if name not in plain})
 
@@ -182,6 +199,7 @@ def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Gener
             "conditional": found.conditional,
             "tokens_per_s": measure.tokens_per_s(generations, prefill=False),
             "round_ms": measure.round_ms(generations),
+            **{name: measure.by_part(generations, runs["baseline"], part) for name, part in parts.items()},
         }
 
     baseline, trained = runs["baseline"], runs["trained"]
