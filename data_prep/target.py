@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -171,9 +172,24 @@ class Target:
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
         self.model.requires_grad_(False)
         self._refuse_unsupported()
+        self._look_inside()
+
+    def _look_inside(self) -> None:
         self.layers = self.model.model.layers
         self._sources, self._hooks = [], []
         self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
+
+    def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
+        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
+        weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
+        buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
+        other = copy.copy(self)
+        with self.as_loaded():
+            other.model = copy.deepcopy(self.model, weights | buffers)
+        other.device = torch.device(device)
+        other.dtype = dtype
+        other._look_inside()
+        return other
 
     @property
     def architecture(self) -> Architecture:

@@ -95,12 +95,17 @@ def run(recipe: EvalRecipe) -> None:
     target, drafter = load(recipe)
     out = Path(recipe.out)
     if recipe.mode == "score":
-        accepted, loss = score(recipe, target, drafter)
+        accepted, loss, apart = score(recipe, target, drafter)
         found = {kind: vars(a) for kind, a in accepted.items()}
-        publish(recipe, "score.json", described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found})
+        result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found}
+        publish(recipe, "score.json", result | ({"by_positions": apart} if apart else {}))
         print(f"score: {out / 'score.json'}; KL {loss:.4f} nats a slot")
         for kind, a in found.items():
             print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
+        for name in ("within", "beyond"):
+            if apart and name in apart:
+                taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())
+                print(f"{name} the {apart['known']} positions that it knows: {apart[name]['anchors']} anchors, tau {taus}")
         return
     if recipe.mode == "diagnose":
         found = diagnose(recipe, target, drafter)

@@ -50,8 +50,15 @@ def print_table(report: dict) -> None:
     for row in page.rows(report):
         table.add_row(*row, style="bold" if row[1] == "trained" else None, end_section=row[1] == page.BASELINE)
     Console(width=120).print(table)
+    if apart := page.parts(report):
+        table = Table(title="apart")
+        for head in page.PART_HEADS:
+            table.add_column(head, justify="left" if head in page.TEXT else "right")
+        for row, following in zip(apart, [*apart[1:], [""]]):
+            table.add_row(*row, end_section=bool(following[0]))
+        Console(width=120).print(table)
     for temperature, figures in report["temperatures"].items():
-        for text in page.partly(figures):
+        for text in (f"lossless: {page.lossless_line(figures)}", *page.partly(figures)):
             print(f"T = {temperature}: {text}")
 
 
