@@ -7,6 +7,7 @@ from transformers import GenerationConfig, TopPLogitsWarper
 from data_prep.decoding import generate
 from data_prep.decoding.generate import Answer, Ask, BatchGenerator
 from data_prep.decoding.sampling import nucleus
+from data_prep.errors import UserError
 from tests.models import small_target
 
 END = 7
@@ -139,3 +140,20 @@ def test_caches_grow_for_a_longer_request(target, monkeypatch):
     asks = [asked(tokens, number, max_tokens=8) for number, tokens in enumerate(prompts(6, longest=6))]
     asks.append(asked(list(range(11)) * 9, 99, max_tokens=40))
     assert answers(target, asks, 3) == [of_transformers(target, ask.tokens, ask.max_tokens) for ask in asks]
+
+
+def test_caches_that_cannot_grow_beside_the_old_ones_wait_and_may_have_fewer_places(target, monkeypatch):
+    """What a GPU does whose memory is short; here the memory is said to be."""
+    monkeypatch.setattr(generate, "ROOM_STEP", 4)
+    fits = lambda self, room: 5 if room <= 20 else 2
+    monkeypatch.setattr(BatchGenerator, "_fitting", fits)
+    widths = []
+    width = BatchGenerator._width
+    monkeypatch.setattr(BatchGenerator, "_width", lambda self, count: widths.append((self._count, count)) or width(self, count))
+    asks = [asked(tokens, number, max_tokens=8) for number, tokens in enumerate(prompts(8, longest=6))]
+    asks[5:5] = [asked(list(range(11)) * 3, 90 + n, max_tokens=20) for n in range(4)]
+    assert answers(target, asks, 5) == [of_transformers(target, ask.tokens, ask.max_tokens) for ask in asks]
+    assert {count for count, _ in widths} == {5, 2} and all(used <= count for count, used in widths)
+    monkeypatch.setattr(BatchGenerator, "_fitting", lambda self, room: 0)
+    with pytest.raises(UserError, match="does not hold a request of"):
+        answers(target, asks, 5)

@@ -29,6 +29,7 @@ STEPS_UNSEEN = 8  # on a GPU, between two looks at who has ended
 MOST_PLACES = 512  # on a GPU, unless told otherwise
 PREFILL_TOKENS = 16384  # of one forward over prompts, padding included
 ROOM_STEP = 128  # a cache's positions are a multiple of it
+SHARE = 0.8  # of a GPU's free memory; the rest is for reading prompts
 
 
 class Ask(NamedTuple):
@@ -132,12 +133,14 @@ class BatchGenerator:
 
     Args:
         ends: tokens that end an answer.
-        places: requests at a time; None: 16 on a CPU; on a GPU as many as it has memory for, `MOST_PLACES` at most.
+        places: requests at a time; None: 16 on a CPU, `MOST_PLACES` on a GPU. Fewer where a GPU's memory does not hold them.
     """
 
     def __init__(self, target: Target, ends: Iterable[int], places: int | None = None):
-        self._target, self._count = target, places
+        self._target = target
         self._cuda = target.device.type == "cuda"
+        self._most = places or (MOST_PLACES if self._cuda else 16)
+        self._count = self._most
         # What is compiled is made for one number of rows: steps over all places. Prompts and the last requests do without.
         self._nucleus = torch.compile(nucleus, dynamic=False) if self._cuda else nucleus
         if self._cuda:
@@ -151,25 +154,22 @@ class BatchGenerator:
         self._pool = None
         # What has been asked for so far: temperatures above 0, and less than a whole distribution.
         self._samples = self._cuts = False
+        self._draining = False  # all places have to be free before caches can grow
 
     @torch.no_grad()
     def run(self, dialogues: Iterator[Dialogue]) -> None:
         """Every dialogue to its end. A dialogue is begun only when there is a place for what it asks.
 
         Raises:
-            UserError: the GPU's memory does not hold so many requests.
+            UserError: the GPU's memory does not hold one request.
         """
-        try:
-            self._run(Line(iter(dialogues)))
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory does not hold {self._count} requests at a time; lower the batch") from error
-
-    def _run(self, line: Line) -> None:
+        line = Line(iter(dialogues))
         ended: list[tuple[Request, Answer]] = []
         while True:
             # 1. Free places are filled. A forward over prompts costs a GPU as much as several steps: it waits for some.
-            free = self._count - len(self._taken) if self._count else MOST_PLACES if self._cuda else 16
-            if free >= (max(1, self._count // 8) if self._cuda and self._taken else 1):
+            free = self._count - len(self._taken)
+            enough = self._count // 8 if self._cuda and self._taken else 1
+            if free >= max(1, enough) and not (self._draining and self._taken):
                 self._begin(line.take(free), line)
             # 2. All go on by some steps.
             if self._taken:
@@ -189,11 +189,11 @@ class BatchGenerator:
         """Give them places, read their prompts and draw the first token of each answer."""
         if not requests:
             return
-        if self._count is None:
-            self._count = self._places_for(max(r.positions for r in requests))
-            line.put_back(requests[self._count :])
-            requests = requests[: self._count]
-        self._reserve(max(r.positions for r in requests), max(r.ask.max_tokens for r in requests))
+        if not self._reserve(max(r.positions for r in requests), max(r.ask.max_tokens for r in requests)):
+            line.put_back(requests)
+            return
+        line.put_back(requests[self._count :])
+        requests = requests[: self._count]
         self._samples |= any(r.ask.temperature > 0 for r in requests)
         self._cuts |= any(r.ask.top_p < 1 for r in requests)
         free = (place for place in range(self._count) if place not in self._taken)
@@ -322,16 +322,27 @@ class BatchGenerator:
             width //= 2
         return width
 
-    def _reserve(self, positions: int, draws: int) -> None:
-        """Make room for requests of so many positions and answers of so many tokens."""
+    def _reserve(self, positions: int, draws: int) -> bool:
+        """Make room for requests of so many positions and answers of so many tokens. False: there is no memory for caches beside
+        those in use, so that everybody who is going has to end first; then places may be fewer."""
         old, cache = self._places, self._cache
         if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:
-            return
-        a, device = self._target.architecture, self._target.device
+            return True
         if old is not None:  # by a quarter at least: to grow is to copy
             positions = max(positions, cache.room + cache.room // 4 * (cache.room < positions))
             draws = max(draws, old.random_PU.shape[1])
         room = -(-positions // ROOM_STEP) * ROOM_STEP
+        if self._fitting(room) < self._count:
+            self._draining = True
+            if self._taken:
+                return False
+            old = cache = None
+            self._cache = None
+            self._places = None
+            self._graphs.clear()
+            self._shrink(room)
+        self._draining = False
+        a, device = self._target.architecture, self._target.device
         self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
         self._places = Places(self._count, room, draws, device)
         if old is not None:
@@ -340,15 +351,27 @@ class BatchGenerator:
             self._cache.value[:, :, : cache.room] = cache.value
         self._graphs.clear()
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+        return True
 
-    def _places_for(self, positions: int) -> int:
-        """Requests at a time, of so many positions each."""
+    def _shrink(self, room: int) -> None:
+        """As many places as there is memory for. Raises UserError for none."""
+        torch.cuda.empty_cache()
+        fitting = self._fitting(room)
+        if not fitting:
+            raise UserError(f"the GPU's memory does not hold a request of {room} positions beside the target")
+        if fitting < self._most:
+            print(f"of requests of {room:,} positions the GPU's memory holds {fitting:,} at a time", flush=True)
+        self._count = min(fitting, self._most)
+
+    def _fitting(self, room: int) -> int:
+        """Places of new caches that there is memory for."""
         if not self._cuda:
-            return 16
-        a, free = self._target.architecture, torch.cuda.mem_get_info()[0]
-        cached = 2 * a.num_layers * positions * a.kv_heads * a.head_dim * self._target.dtype.itemsize
+            return self._count
+        a = self._target.architecture
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        cached = 2 * a.num_layers * room * a.kv_heads * a.head_dim * self._target.dtype.itemsize
         drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64
-        return max(1, min(MOST_PLACES, int(0.6 * free / (cached + drawn_from))))
+        return int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
 
 
 def _groups(requests: list[Request]) -> Iterator[list[Request]]:

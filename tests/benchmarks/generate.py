@@ -8,6 +8,7 @@ them sorted by length, so that it pads as little as it can. Tokens that are draw
 """
 
 import time
+from functools import partial
 
 import torch
 from omegaconf import OmegaConf
@@ -36,7 +37,7 @@ def prompts_of(tokenizer, count: int, characters: int) -> list[list[int]]:
     return found
 
 
-def ours(target: Target, asks: list[Ask], ends: frozenset[int], batch: int | None) -> dict[int, list[int]]:
+def ours(generator: BatchGenerator, asks: list[Ask]) -> dict[int, list[int]]:
     """Each request's answer, by its seed."""
     found = {}
 
@@ -44,7 +45,7 @@ def ours(target: Target, asks: list[Ask], ends: frozenset[int], batch: int | Non
         answer = yield ask
         found[ask.seed] = answer.tokens
 
-    BatchGenerator(target, ends, batch).run(map(dialogue, asks))
+    generator.run(map(dialogue, asks))
     return found
 
 
@@ -80,10 +81,13 @@ def main() -> None:
     ]
     rates, answers = {}, {}
     for who in o.who:
-        run = {"ours": ours, "transformers": theirs}[who]
-        run(target, [ask._replace(max_tokens=min(16, o.max_tokens)) for ask in asks[: o.batch]], ends, o.batch)  # warms up
+        if who == "ours":
+            run = partial(ours, BatchGenerator(target, ends, o.batch))
+        else:
+            run = partial(theirs, target, ends=ends, batch=o.batch)
+        run([ask._replace(max_tokens=min(16, o.max_tokens)) for ask in asks[: o.batch]])  # warms up
         began = time.perf_counter()
-        answers[who] = run(target, asks, ends, o.batch)
+        answers[who] = run(asks)
         if target.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
