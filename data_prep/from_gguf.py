@@ -93,7 +93,7 @@ SPLITS = {
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")  # a word of the vocabulary is not merged; BOS unless told otherwise
 
 
-def plain(path: str, revision: str | None = None) -> str:
+def plain(path: str | os.PathLike, revision: str | None = None) -> str:
     """`path` itself; or, where it names a GGUF file, the folder that is made of it, once, in a cache of the user's: config.json,
     tokenizer, generation_config.json and model.safetensors.
 
@@ -104,6 +104,7 @@ def plain(path: str, revision: str | None = None) -> str:
         UserError: there is no such file; it is cut, of an architecture that is not known, or lacks what a target needs; the cache
             cannot be written.
     """
+    path = os.fspath(path)
     if not path.endswith(".gguf"):
         _refuse_unnamed(path)
         return path
