@@ -1,5 +1,5 @@
 """Miniature GGUF files of random models, written as llama.cpp's converter writes them. Its rules are said here once more, in
-other words than data_prep/from_gguf.py says them."""
+other words than data_prep/gguf_contents.py says them."""
 
 import json
 from pathlib import Path

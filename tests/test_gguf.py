@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFEndian
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from data_prep import cli, from_gguf
+from data_prep import cli, from_gguf, gguf_contents
 from data_prep.errors import UserError
 from data_prep.from_gguf import cache_folder, is_whole, plain
 from data_prep.recipe import ROOT, DataPrepRecipe, TargetRecipe
@@ -71,14 +71,14 @@ def test_weights_are_bit_equal_to_what_transformers_dequantises(tmp_path, family
 def test_without_putting_rotary_rows_back_they_are_not(tmp_path, monkeypatch):
     """The negative control of the test above."""
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), MIXED)
-    monkeypatch.setattr(from_gguf, "rotary_halves", lambda rows_RC, heads: rows_RC)
+    monkeypatch.setattr(gguf_contents, "rotary_halves", lambda rows_RC, heads: rows_RC)
     wrong = [f"model.layers.{layer}.self_attn.{which}_proj.weight" for layer in (0, 1) for which in "qk"]
     assert sorted(differing(file, torch.float32)) == sorted(wrong)
 
 
 def test_rows_dequantised_some_at_a_time_are_the_same(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=False), MIXED)
-    monkeypatch.setattr(from_gguf, "PIECE", 1000)  # 15 rows of the embedding
+    monkeypatch.setattr(gguf_contents, "PIECE", 1000)  # 15 rows of the embedding
     assert differing(file, torch.float32) == []
 
 
