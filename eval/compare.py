@@ -20,6 +20,7 @@ from data_prep.cli import git_revision
 from data_prep.errors import UserError
 from eval import page
 
+CATEGORY_HEADS = ("T", "category", "run", "requests", "tokens", "tau", "speedup")
 RESAMPLES = 2000
 COUNTED = ("per_prompt", "per_prompt_s", "baseline_per_prompt_s")
 HEADS = ("T", "run", "prompts", "lossless", "tau", "speedup", "tau - the first's", "speedup - the first's")
@@ -84,6 +85,7 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             value, drawn = statistics(counts.sum(0)), statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
             rows[run] |= {"conditional": figures["conditional"], "lossless": page.lossless(figures)}
+            rows[run] |= {"by_category": figures.get("by_category", {})}
             if number == 0:
                 base = value, drawn
             elif base is not None:
@@ -151,6 +153,19 @@ def rows(found: dict) -> list[list[str]]:
     return lines
 
 
+def rows_of_categories(found: dict) -> list[list[str]]:
+    """The table under `CATEGORY_HEADS`: of each temperature and category every run that has it."""
+    lines = []
+    for temperature, runs in found["temperatures"].items():
+        for category in dict.fromkeys(category for one in runs.values() for category in one["by_category"]):
+            for run, one in runs.items():
+                if category in one["by_category"]:
+                    part = one["by_category"][category]
+                    counts = [f"{part['requests']:,}", f"{part['tokens']:,}"]
+                    lines.append([temperature, category, run, *counts, f"{part['tau']:.2f}", f"{part['speedup']:.2f}x"])
+    return lines
+
+
 def _said(one: dict, name: str, unit: str, sign: str = "") -> str:
     low, high = one[f"{name}_ci"]
     return f"{one[name]:{sign}.2f}{unit} [{low:{sign}.2f}, {high:{sign}.2f}]"
@@ -166,6 +181,13 @@ def print_table(found: dict) -> None:
     for row, following in zip(lines, [*lines[1:], [""]]):
         table.add_row(*map(escape, row), end_section=row[0] != following[0])
     Console(width=140).print(table)
+    if lines := rows_of_categories(found):
+        table = Table(title="by category")
+        for head in CATEGORY_HEADS:
+            table.add_column(head, justify="left" if head in page.TEXT else "right")
+        for row, following in zip(lines, [*lines[1:], ["", ""]]):
+            table.add_row(*map(escape, row), end_section=row[:2] != following[:2])
+        Console(width=140).print(table)
 
 
 def write_page(out: Path, found: dict) -> None:
@@ -178,6 +200,7 @@ def write_page(out: Path, found: dict) -> None:
             "same draws where the prompts are the same, else marked unpaired. For other prompts; other seeds of training are "
             "not in them, and below some twenty prompts they are rather too narrow."
         ),
+        "By category": page.table(CATEGORY_HEADS, lines) if (lines := rows_of_categories(found)) else "",
         "tau and speedup": page.figure(_draw(found), "Bars: 95% intervals. Dotted: no drafter."),
         "Acceptance by slot": page.figure(
             _draw_slots(found), "Conditional: of the rounds whose earlier slots were all accepted."

@@ -168,6 +168,8 @@ def _other(prompt: Prompt, before: Prompt, prompts: list[Prompt]) -> Prompt:
 def parts_of(recipe: EvalRecipe, drafter: Drafter, requests: list[Prompt], baseline: list[Generation]) -> dict[str, list[str]]:
     """{figure: the part that each request belongs to}, of the figures that are shown apart for parts of the requests."""
     found, known = {}, known_positions(recipe, drafter.config)
+    if any(p.category is not None for p in requests):
+        found["by_category"] = [recipe.suite.kind_of(p.category) for p in requests]
     if known is not None:
         last = [len(p.tokens) + len(g.tokens) - 2 + drafter.config.slots for p, g in zip(requests, baseline)]  # its draft's end
         if max(last) > known:

@@ -15,8 +15,8 @@ BASELINE = "none (baseline)"
 THEIRS = "transformers generate"
 HEADS = ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "tokens/s", "speedup", "lossless")
 PART_HEADS = ("T", "of which", "requests", "tokens", "tau", "speedup", "prompt lookup: tau", "prompt lookup: speedup")
-PARTS_OF = ("by_positions",)
-TEXT = {"T", "of which", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
+PARTS_OF = ("by_category", "by_positions")
+TEXT = {"T", "of which", "category", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
 INK = "#010203"  # in a picture: the colour of the page's text, light or dark
 PARTS = {"draft": "#2a9d6f", "verify": "#4c78c8", "overhead": "#9a9a9a"}
 STYLE = """
@@ -70,7 +70,8 @@ def rows(report: dict) -> list[list[str]]:
 
 
 def parts(report: dict) -> list[list[str]]:
-    """A table under `PART_HEADS` of what is shown apart: requests within and beyond the positions that the drafter knows."""
+    """A table under `PART_HEADS` of what is shown apart: requests of each category, and those within and beyond the positions
+    that the drafter knows."""
     found = []
     for temperature, figures in report["temperatures"].items():
         lookup = figures["controls"].get("prompt_lookup", {})

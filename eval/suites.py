@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from string import Formatter
 from typing import Literal
 
@@ -41,6 +42,7 @@ class SuiteRecipe(Section):
     split: str = "test"
     id: str | None = None
     category: str | None = None
+    kinds: dict[str, list[str]] | None = None
     turns: str | None = None
     template: str | None = None
     system: str | None = None
@@ -53,6 +55,7 @@ class SuiteRecipe(Section):
     new_tokens: int = Field(2, ge=2)
     count: int | None = Field(None, ge=1)
     shuffle: int | None = None
+    balanced: bool = False
     warmup: int = Field(1, ge=0)
     warmup_tokens: int | None = Field(None, ge=1)
 
@@ -60,8 +63,18 @@ class SuiteRecipe(Section):
     def heldout(self) -> bool:
         return self.kind == "heldout"
 
+    def kind_of(self, category: str | None) -> str:
+        """Under which name prompts of a category are shown."""
+        named = (kind for kind, categories in (self.kinds or {}).items() if category in categories)
+        return next(named, category or "no category")
+
     @model_validator(mode="after")
     def _fits_together(self):
+        listed = Counter(category for categories in (self.kinds or {}).values() for category in categories)
+        if twice := [category for category, count in listed.items() if count > 1]:
+            raise ValueError(f"suite.kinds names the category '{twice[0]}' twice")
+        if (self.kinds or self.balanced) and self.category is None:
+            raise ValueError("suite.kinds and suite.balanced need suite.category, the field that says what a prompt is")
         if not self.heldout and (self.turns is None) == (self.template is None):
             raise ValueError("give suite.turns, the field of a conversation's turns, or suite.template, the only turn, not both")
         if self.cut_after is not None:
@@ -254,7 +267,16 @@ def _drawn(suite: SuiteRecipe) -> Iterator[tuple[str, str | None, list[str]]]:
         found.append((id, None if category is None else str(category), _turns(place, fields, suite)))
     if suite.count is not None and suite.count < len(found) and suite.shuffle is not None:
         random.Random(suite.shuffle).shuffle(found)  # as DFlash draws: the same seed, the same records
-    return iter(found)
+    return iter(_in_turn(found, suite) if suite.balanced else found)
+
+
+def _in_turn(records: list[tuple[str, str | None, list[str]]], suite: SuiteRecipe) -> list[tuple[str, str | None, list[str]]]:
+    """One of each kind, then another one of each, until all are there."""
+    waiting: dict[str, list] = {}
+    for one in records:
+        waiting.setdefault(suite.kind_of(one[1]), []).append(one)
+    rounds = zip_longest(*waiting.values())
+    return [one for taken in rounds for one in taken if one is not None]
 
 
 def _prompt(id: str, category: str | None, turns: list[str], style: Style) -> tuple[Prompt, bool]:

@@ -274,6 +274,29 @@ def test_runs_are_compared_without_target_or_drafter(tmp_path, capsys):
     gather(tmp_path / "out")  # nothing that a sweep's table could hold, and no mistake
 
 
+def test_categories_side_by_side(tmp_path, capsys):
+    """Of every run that has them; a run of another suite has none."""
+    part = lambda tau: {"requests": 1234, "tokens": 56, "tau": tau, "speedup": tau / 2}
+    runs = {name: made(tau) for name, tau in (("A", 1.9), ("B", 2.4), ("C", 2.0))}
+    runs["A"]["temperatures"]["1"] |= {"by_category": {"qa": part(1.5), "rag": part(2.0)}}
+    runs["B"]["temperatures"]["1"] |= {"by_category": {"rag": part(3.0), "math": part(1.0)}}
+    for name in runs:  # made() says the same of both temperatures
+        runs[name]["temperatures"] = {"1": runs[name]["temperatures"]["1"]}
+    found = compare.compare(runs, seed=0)
+    rows = compare.rows_of_categories(found)
+    counts = ["1,234", "56"]
+    assert rows == [
+        ["1", "qa", "A", *counts, "1.50", "0.75x"],
+        ["1", "rag", "A", *counts, "2.00", "1.00x"],
+        ["1", "rag", "B", *counts, "3.00", "1.50x"],
+        ["1", "math", "B", *counts, "1.00", "0.50x"],
+    ]
+    compare.write_page(tmp_path, found)
+    compare.print_table(found)
+    assert "By category" in (tmp_path / "compare.html").read_text() and re.search("rag +│ B", capsys.readouterr().out)
+    assert compare.rows_of_categories(compare.compare({"A": made(), "B": made()}, seed=0)) == []
+
+
 def test_the_comparison_s_page(tmp_path):
     runs = {"A": made(), "B <b>[red]$x_1$": made(2.4, seed=1)}
     found = compare.compare(runs, seed=0)

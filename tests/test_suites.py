@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -209,6 +210,21 @@ def test_which_prompts_are_taken(tokenizer, tmp_path):
     assert ids("suite.shuffle=0", "suite.count=3") == drawn[:3] != every[:3]
 
 
+def test_kinds_and_a_balanced_draw(tokenizer, tmp_path):
+    """Spec-Bench's own numbers: 480 records of thirteen categories, six kinds; 80 of them, drawn evenly."""
+    suite = composed("spec_bench")
+    sizes = dict.fromkeys(suite.kinds["mt_bench"], 10) | dict.fromkeys(("translation", "summarization", "qa", "rag", "x"), 80)
+    every = [category for category, size in sizes.items() for _ in range(size)]
+    path = written(tmp_path, *({"question_id": i, "category": one, "turns": ["a"]} for i, one in enumerate(every)))
+    draw = lambda *words: load(composed("spec_bench", f"suite.path={path}", "suite.count=80", *words), tokenizer)
+    kinds = lambda prompts: Counter(suite.kind_of(p.category) for p in prompts)
+    assert set(kinds(draw()[0])) == {"mt_bench"} and len(kinds(draw("suite.shuffle=0")[0])) == 6
+    prompts, said = draw("suite.shuffle=0", "suite.balanced=true")
+    assert sorted(kinds(prompts).values()) == [13] * 4 + [14] * 2 and said["count"] == 80 and said["balanced"]
+    assert prompts == draw("suite.shuffle=0", "suite.balanced=true")[0] != draw("suite.shuffle=1", "suite.balanced=true")[0]
+    assert suite.kind_of("x") == "x" and suite.kind_of(None) == "no category"
+
+
 @pytest.mark.parametrize("suffix", [".json", ".parquet", ".txt"])
 def test_other_files(tokenizer, tmp_path, suffix):
     path, rows = tmp_path / f"prompts{suffix}", [{"prompt": "one"}, {"prompt": "two"}]
@@ -260,6 +276,8 @@ ONE, TWO = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}\n'
         (ONE, ["suite.truncate=up"], "suite.truncate: Input should be 'left', 'right' or 'middle'"),
         (ONE, ["suite.cut_after=x"], "suite.truncate=left keeps its end"),
         (ONE, ["suite.cut_after='('", "suite.truncate=right"], "suite.cut_after=.* is no pattern"),
+        (ONE, ["suite.kinds={a:[b]}"], "suite.kinds and suite.balanced need suite.category"),
+        (ONE, ["suite.category=c", "suite.kinds={a:[b],c:[b]}"], "suite.kinds names the category 'b' twice"),
         (ONE, ["suite.path=absent.jsonl"], "suite.path=absent.jsonl is not a file"),
         (ONE, ["suite.path=suite.csv"], "a suite's file is .jsonl, .json, .parquet or .txt"),
         (None, [], "suite=jsonl needs suite.path=FILE; the head of conf/suite/jsonl.yaml says of what"),
@@ -329,7 +347,7 @@ def test_a_table_of_positions_has_an_end(drafter, tmp_path):
             check_eval(recipe)
 
 
-def test_a_suite_of_conversations_is_judged(drafter, tmp_path):
+def test_a_suite_of_conversations_is_judged(drafter, tmp_path, capsys):
     """The whole of mode=decode: a request a turn, each against plain decoding, and the report says what was asked and how."""
     from eval.main import run
 
@@ -343,6 +361,22 @@ def test_a_suite_of_conversations_is_judged(drafter, tmp_path):
     figures = report["temperatures"]["0"]
     assert figures["lossless_by"].startswith("3 of 3 outputs equal") and len(figures["per_prompt"]) == 3
     assert {len(control["per_prompt"]) for control in figures["controls"].values()} == {3}
+    # MT-Bench's eight categories count as one.
+    apart, lookup = figures["by_category"], figures["controls"]["prompt_lookup"]["by_category"]
+    assert {name: one["requests"] for name, one in apart.items()} == {"mt_bench": 2, "rag": 1} and lookup.keys() == apart.keys()
+    ids, belongs = figures["per_prompt_id"], {"mt_bench": "81", "rag": "1"}
+    for row, parts in ((figures, apart), (figures["controls"]["prompt_lookup"], lookup)):
+        for name, part in parts.items():
+            mine = [i for i, id in enumerate(ids) if id == belongs[name]]
+            emitted, rounds = (sum(row["per_prompt"][i][at] for i in mine) for at in (0, 1))
+            tokens, seconds = (sum(row["per_prompt_s"][i][at] for i in mine) for at in (0, 1))
+            plain_tokens, plain_seconds = (sum(figures["baseline_per_prompt_s"][i][at] for i in mine) for at in (0, 1))
+            assert part["tau"] == pytest.approx(emitted / rounds) and part["tokens"] == tokens + len(mine)
+            assert part["speedup"] == pytest.approx(tokens / seconds / (plain_tokens / plain_seconds))
+    html = (tmp_path / "out/report.html").read_text().split("speed apart")[1]
+    cells, bench = re.findall("<td[^>]*>([^<]*)</td>", html.split("</table>")[0]), apart["mt_bench"]
+    assert cells[:6] == ["0", "mt_bench", "2", str(bench["tokens"]), f"{bench['tau']:.2f}", f"{bench['speedup']:.2f}x"]
+    assert re.search(r"mt_bench +\S+ +2 ", capsys.readouterr().out)
     (tmp_path / "other").mkdir()
     report["prompts"]["suite"] = "mt_bench"
     (tmp_path / "other/report.json").write_text(json.dumps(report))
