@@ -10,13 +10,13 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_prep.cache.codec import encode
 from data_prep.cache.manifest import Manifest, is_teacher
 from data_prep.cache.writer import CacheWriter
 from data_prep.documents import Documents
+from data_prep.progress import Progress
 from data_prep.target import States, Target
 from data_prep.tokens import TokenDocument
 
@@ -131,19 +131,15 @@ def capture(target: Target, documents: Documents, writer: CacheWriter, batch_tok
     target.capture(writer.manifest.hidden_layers, writer.manifest.kv_layers, writer.manifest.query_layers)
     todo = batches(documents.missing(writer.done), documents.lengths, batch_tokens, target.packs)
     mine = todo[writer.rank :: writer.world] if share else todo
-    columns = [TextColumn("capture"), BarColumn(), TaskProgressColumn()]
-    columns += [TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn()]
     outbox = Outbox(writer)
-    with Progress(*columns, disable=writer.rank != 0) as progress:
-        total = sum(int(documents.lengths[batch].sum()) for batch in mine)
-        task = progress.add_task("capture", total=total, rate="-")
+    alike = writer.world if share else 1  # rank 0 counts for all: their shares are about as long
+    with Progress("tokens", silent=writer.rank != 0) as progress:
+        task = progress.add_task("capture", total=alike * sum(int(documents.lengths[batch].sum()) for batch in mine))
         for indices in mine:
             batch = Batch([documents[i] for i in indices])
             states = batch.forward(target)
             if share or writer.rank == 0:
                 outbox.put(batch, states)
-            progress.advance(task, sum(batch.lengths))
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed * (writer.world if share else 1):,.0f}" if speed else "-")
+            progress.advance(task, alike * sum(batch.lengths))
     outbox.close()
     writer.finish()

@@ -20,6 +20,7 @@ from data_prep.cache.writer import CacheWriter, another_cache, claim
 from data_prep.capture import Batch, batches, capture
 from data_prep.documents import Documents, tokenized, write_documents
 from data_prep.errors import UserError
+from data_prep.progress import counted
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import CacheRecipe, CaptureSections
 from data_prep.target import Sizes, load_target, load_tokenizer, target_sizes, tokenizer_hashes
@@ -73,7 +74,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         target={
-            "id": recipe.target.path,
+            "id": recipe.target.id,
             "revision": recipe.target.revision,
             "weights_hash": "",
             "architecture": sizes._asdict(),
@@ -113,6 +114,8 @@ def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
     left_out: Counter = Counter()
     workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
     documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)
+    if rank() == 0:
+        documents = counted(documents, lambda number: f"tokenise: {number:,} documents")
     source = write_documents(path, documents, left_out)
     if rank() == 0:
         say(left_out)

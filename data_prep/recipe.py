@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_prep.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -16,19 +18,35 @@ class Section(BaseModel):
 
 
 class TargetRecipe(Section):
-    """A Hugging Face causal LM: a folder or a hub id."""
+    """A causal LM: a folder or a hub id in the format of transformers, or a GGUF file of either."""
 
-    path: str
+    path: str  # one that ends in .gguf is that file
+    gguf: str | None = Field(None, pattern=r"\.gguf$")  # a file of the folder or hub id `path`
+    fetch: str | None = None  # the command that puts `path` there
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bf16 on a GPU, float32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mask_token_id: int | None = Field(None, ge=0)  # an id that no text uses; block-wise drafting starts its MASK from it
 
+    @model_validator(mode="after")
+    def _one_file(self):
+        if self.gguf and self.path.endswith(".gguf"):
+            raise ValueError(f"target.path={self.path} is a GGUF file already: leave out target.gguf")
+        return self
+
+    @property
+    def id(self) -> str:
+        """One name for the whole of it: `path`, with the GGUF file where one is named beside it."""
+        return f"{self.path.rstrip('/')}/{self.gguf}" if self.gguf else self.path
+
     @property
     def location(self) -> str:
         """Where it is loaded from. A relative path that exists in the repository but not here means the repository's,
-        so that `target=tiny` works from any folder."""
-        return location(self.path)
+        so that `target=tiny` works from any folder. Raises UserError when it has yet to be fetched."""
+        place = location(self.id)
+        if self.fetch and not Path(place).exists():
+            raise UserError(f"target.path={self.path} is not there; in the repository, this command puts it there: {self.fetch}")
+        return place
 
 
 def location(path: str) -> str:

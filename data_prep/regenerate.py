@@ -4,22 +4,20 @@ One JSON line a conversation is appended to `regenerate.out` within a second of 
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.progress import Progress
-
 from data_prep import sources
 from data_prep.decoding.generate import Ask, BatchGenerator, Dialogue
 from data_prep.errors import UserError
+from data_prep.journal import Journal
 from data_prep.prepare import say
+from data_prep.progress import Progress
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
 from data_prep.sources import stable_hash
@@ -28,7 +26,7 @@ from data_prep.tokens import LeftOut, messages_of, rendered, turn_end
 
 TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
 THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
-FLUSH_S = 1.0  # what is complete is on the disk after so long; an fsync for each line would take longer than to answer
+BEGINS = b'{"id": '  # every line of ours
 
 
 class Conversation(NamedTuple):
@@ -81,54 +79,48 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
     }
     out = Path(recipe.regenerate.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    journal = Journal(out)
     try:
         if rank() == 0:
-            _own(file, out, settings)
+            journal.lock()
+            _refuse_foreign(journal, out, settings)
+            journal.repair()
         barrier()
-        fcntl.flock(file, fcntl.LOCK_SH)
-        done = _done(out, settings)
+        journal.share()
+        done = _done(journal, out, settings)
         barrier()  # all have read the same file before one of them appends to it
-        left_out = _answer(recipe, settings, done, file, out)
+        try:
+            left_out = _answer(recipe, settings, done, journal)
+        finally:
+            journal.flush()
         barrier()
         say(left_out)
         if rank() == 0:
-            if not (done := _done(out, settings)):
+            if not (done := _done(journal, out, settings)):
                 raise UserError(f"not one conversation could be answered: {'; '.join(left_out) or 'the source is empty'}")
             print(f"{out}: {len(done):,} conversations; use them with data=chat data.path={out}", flush=True)
     finally:
-        os.close(file)
+        journal.close()
 
 
-def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], file: int, out: Path) -> Counter:
+def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journal: Journal) -> Counter:
     """Answer what is not `done`; returns what could not be answered, by reason."""
     left_out: Counter = Counter()
-    lines: list[str] = []
-    with Progress(disable=rank() != 0) as progress:
+    with Progress("conversations", silent=rank() != 0) as progress:
         task = progress.add_task("regenerate", total=None)
-        written = time.monotonic()
 
         def write(asked: Conversation, messages: list[dict], finish: str) -> None:
-            nonlocal written
-            line = {"id": asked.id, "messages": messages, "finish": finish, "prompts": asked.hash, "regenerated": settings}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            answered = {"id": asked.id, "messages": messages, "finish": finish}
+            journal.append({**answered, "prompts": asked.hash, "regenerated": settings})
             if finish == "length":
                 left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
             progress.advance(task)
-            if time.monotonic() - written > FLUSH_S:
-                _append(file, out, "".join(lines))
-                lines.clear()
-                written = time.monotonic()
 
         todo = _conversations(recipe, done, left_out)
-        try:
-            if recipe.regenerate.base_url:
-                asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
-            else:
-                _answer_here(recipe, todo, write, left_out)
-        finally:
-            if lines:
-                _append(file, out, "".join(lines))
+        if recipe.regenerate.base_url:
+            asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
+        else:
+            _answer_here(recipe, todo, write, left_out)
     return left_out
 
 
@@ -274,57 +266,28 @@ async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conv
                 task.cancel()
 
 
-def _own(file: int, out: Path, settings: dict) -> None:
-    """One command at a time. A last line that a kill cut short is removed, from a file that is seen to be ours."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{out} is being written by another process") from error
-    content = out.read_bytes()
-    if not _done(out, settings) and content and not content.startswith(b'{"id": '):
+def _refuse_foreign(journal: Journal, out: Path, settings: dict) -> None:
+    """Raises UserError for a file that is not ours, also one that has no whole line."""
+    with open(out, "rb") as file:
+        begins = file.read(len(BEGINS))
+    if not _done(journal, out, settings) and not BEGINS.startswith(begins):
         raise UserError(f"{out} was not written by mode=regenerate; choose another regenerate.out")
-    os.ftruncate(file, content.rfind(b"\n") + 1)
 
 
-def _done(out: Path, settings: dict) -> dict[int, str]:
-    """Hashed ids of the conversations that are there, and the hash of their prompts. A line without its end does not count.
+def _done(journal: Journal, out: Path, settings: dict) -> dict[int, str]:
+    """Hashed ids of the conversations that are there, and the hash of their prompts.
 
     Raises:
         UserError: a line is not ours, or was made with other settings.
     """
     done = {}
-    with open(out, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                earlier = record["regenerated"]
-                done[stable_hash(record["id"])] = record["prompts"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{out}, line {number} was not written by mode=regenerate; choose another regenerate.out"
-                ) from error
-            if fields := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
-                raise UserError(f"{out} was written with other settings; these differ: {', '.join(fields)}. Choose another file")
-    return done
-
-
-def _append(file: int, out: Path, lines: str) -> None:
-    """Whole lines, on the disk before this returns, or none of them; processes take turns."""
-    fcntl.lockf(file, fcntl.LOCK_EX)
-    try:
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":  # another process was killed on its line
-            size = out.read_bytes().rfind(b"\n") + 1
-            os.ftruncate(file, size)
+    for number, (_, line) in enumerate(journal.lines(), 1):
         try:
-            data = lines.encode()
-            while data:
-                data = data[os.write(file, data) :]
-            os.fsync(file)
-        except OSError as error:
-            os.ftruncate(file, size)
-            raise UserError(f"{out} cannot be written ({error.strerror}); make room, then run the same command again") from error
-    finally:
-        fcntl.lockf(file, fcntl.LOCK_UN)
+            record = json.loads(line)
+            earlier = record["regenerated"]
+            done[stable_hash(record["id"])] = record["prompts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{out}, line {number} was not written by mode=regenerate; choose another regenerate.out") from error
+        if fields := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
+            raise UserError(f"{out} was written with other settings; these differ: {', '.join(fields)}. Choose another file")
+    return done

@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
+from data_prep.from_gguf import plain
 from data_prep.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
 
@@ -130,7 +132,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Raises UserError when there is no tokenizer at `path`."""
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
 
@@ -152,10 +154,11 @@ class Target:
         spread: str = "none",
     ):
         transformers_logging.disable_progress_bar()
+        folder = plain(path, revision)
         over = {"none": dict, "device_map": lambda: {"device_map": "auto"}, "tp": _tensor_parallel}[spread]()
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
+                folder, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
             )
             self.model = (model if over else model.to(device)).eval()
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
@@ -169,9 +172,24 @@ class Target:
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
         self.model.requires_grad_(False)
         self._refuse_unsupported()
+        self._look_inside()
+
+    def _look_inside(self) -> None:
         self.layers = self.model.model.layers
         self._sources, self._hooks = [], []
         self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
+
+    def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
+        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
+        weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
+        buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
+        other = copy.copy(self)
+        with self.as_loaded():
+            other.model = copy.deepcopy(self.model, weights | buffers)
+        other.device = torch.device(device)
+        other.dtype = dtype
+        other._look_inside()
+        return other
 
     @property
     def architecture(self) -> Architecture:
@@ -441,7 +459,7 @@ class Sizes(NamedTuple):
 def target_sizes(recipe: TargetRecipe) -> Sizes:
     """Raises UserError when there is no configuration of a causal LM at the target's path."""
     try:
-        config = AutoConfig.from_pretrained(recipe.location, revision=recipe.revision)
+        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
         _refuse_family(recipe.path, config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = config.num_attention_heads
@@ -460,7 +478,3 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         else str(sorted(tokenizer.get_vocab().items()))
     )
     return (xxhash.xxh3_128_hexdigest(rules.encode()), xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

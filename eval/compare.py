@@ -22,7 +22,7 @@ from eval import page
 
 RESAMPLES = 2000
 COUNTED = ("per_prompt", "per_prompt_s", "baseline_per_prompt_s")
-HEADS = ("T", "run", "prompts", "tau", "speedup", "tau - the first's", "speedup - the first's")
+HEADS = ("T", "run", "prompts", "lossless", "tau", "speedup", "tau - the first's", "speedup - the first's")
 
 
 def load(runs: list[str]) -> dict[str, dict]:
@@ -83,7 +83,7 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             paired = report["prompts"]["ids"] == reports[first]["prompts"]["ids"]
             value, drawn = statistics(counts.sum(0)), statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
-            rows[run] |= {"conditional": figures["conditional"]}
+            rows[run] |= {"conditional": figures["conditional"], "lossless": page.lossless(figures)}
             if number == 0:
                 base = value, drawn
             elif base is not None:
@@ -143,7 +143,7 @@ def rows(found: dict) -> list[list[str]]:
     lines = []
     for temperature, runs in found["temperatures"].items():
         for run, one in runs.items():
-            cells = [temperature, run, str(one["prompts"]), _said(one, "tau", ""), _said(one, "speedup", "x")]
+            cells = [temperature, run, str(one["prompts"]), one["lossless"], _said(one, "tau", ""), _said(one, "speedup", "x")]
             if "tau_difference" in one:
                 cells += [_said(one, "tau_difference", "", "+"), _said(one, "speedup_difference", "x", "+")]
                 cells[2] += "" if one["paired"] else ", unpaired"

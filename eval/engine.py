@@ -27,6 +27,8 @@ from eval.request import Request, Stops
 from eval.rounds import Rounds
 from eval.static_drafting import StaticDrafting
 
+PREFILL_CHUNK = 1024  # tokens of each prompt that one forward reads
+
 
 class Stopwatch:
     """Seconds by name, of the device's work where there is a GPU; read after a synchronisation."""
@@ -82,7 +84,7 @@ class Engine:
         partial: PartialCache | None = None,
         audited: bool = False,
         graphs: bool = True,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
     ):
         self.lengths, self.partial, self._chunk = lengths, partial, prefill_chunk
         self._rounds = Rounds(target, drafting, cache, sampling, lengths.longest, partial, audited)

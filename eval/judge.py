@@ -9,15 +9,15 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling
 from data_prep.errors import UserError
 from data_prep.target import Target, load_tokenizer
-from eval import measure, report
+from eval import lossless, measure, report
 from eval.baseline import Transformers
 from eval.decode import Generation
 from eval.drafting import OneByOne, OtherMemory, Trained, zero_memory
-from eval.engine import Engine, room_for
+from eval.engine import PREFILL_CHUNK, Engine, room_for
 from eval.lengths import Adaptive, Lengths
 from eval.offload import OffloadedCache
 from eval.partial import PartialCache
-from eval.recipe import EvalRecipe, prompts_of, view_of
+from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.request import Stops
 from eval.static_drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
 from eval.suites import Prompt
@@ -107,6 +107,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             theirs = Transformers(target, sampling) if recipe.transformers and recipe.batch == 1 else None
             runs: dict[str, list[Generation]] = {name: [] for name in engines} | ({"transformers": []} if theirs else {})
             requests: list[Prompt] = []
+            groups: list[range] = []  # of requests that were decoded side by side
 
             def answer(group: list[Prompt], others: list[Prompt], new_tokens: int, seed: int) -> None:
                 """All of them, side by side, so that a machine's moods meet all alike."""
@@ -136,15 +137,19 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                     group = wave[start : start + recipe.batch]
                     others = [_other(p, wave[start + b - 1], prompts) for b, p in enumerate(group)]
                     answer(group, others, limit, recipe.seed + len(requests))
+                    groups.append(range(len(requests), len(requests) + len(group)))
                     requests += group
                     progress.update(task, advance=len(group), tau=measure.tau(runs["trained"])[0])
                 # One history for all, so that they can be compared.
                 replies = runs["baseline"][-len(wave) :]
                 wave = [after for p, reply in zip(wave, replies) if (after := p.after(reply.tokens))]
             texts = [p.tokens for p in requests]
+            ids = [p.id for p in requests]  # its conversation's
+            verdict = lossless.decide(recipe, target, texts, ids, runs, sampling, lossless.Batches(groups, cache, PREFILL_CHUNK))
             with target.uncompiled():
-                result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling)
-            result["temperatures"][f"{temperature:g}"]["per_prompt_id"] = [p.id for p in requests]  # its conversation's
+                parts = parts_of(recipe, drafter, requests, runs["baseline"])
+                result["temperatures"][f"{temperature:g}"] = figures(target, texts, runs, sampling, parts) | verdict
+            result["temperatures"][f"{temperature:g}"]["per_prompt_id"] = ids
             result["examples"][f"{temperature:g}"] = measure.examples(texts, runs["trained"], tokenizer)
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = (
@@ -160,8 +165,24 @@ def _other(prompt: Prompt, before: Prompt, prompts: list[Prompt]) -> Prompt:
     return before if before.id != prompt.id else next((p for p in prompts if p.id != prompt.id), before)
 
 
-def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Generation]], sampling: Sampling) -> dict:
-    """One temperature's part of report.json."""
+def parts_of(recipe: EvalRecipe, drafter: Drafter, requests: list[Prompt], baseline: list[Generation]) -> dict[str, list[str]]:
+    """{figure: the part that each request belongs to}, of the figures that are shown apart for parts of the requests."""
+    found, known = {}, known_positions(recipe, drafter.config)
+    if known is not None:
+        last = [len(p.tokens) + len(g.tokens) - 2 + drafter.config.slots for p, g in zip(requests, baseline)]  # its draft's end
+        if max(last) > known:
+            found["by_positions"] = [f"{'beyond' if one > known else 'within'} {known} positions" for one in last]
+    return found
+
+
+def figures(
+    target: Target,
+    prompts: list[list[int]],
+    runs: dict[str, list[Generation]],
+    sampling: Sampling,
+    parts: dict[str, list[str]],
+) -> dict:
+    """One temperature's part of report.json. `parts`: see `parts_of`."""
     plain = ("baseline", "transformers")
     along = measure.by_context({name: generations for name, generations in runs.items() if name not in plain})
 
@@ -178,6 +199,7 @@ def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Gener
             "conditional": found.conditional,
             "tokens_per_s": measure.tokens_per_s(generations, prefill=False),
             "round_ms": measure.round_ms(generations),
+            **{name: measure.by_part(generations, runs["baseline"], part) for name, part in parts.items()},
         }
 
     baseline, trained = runs["baseline"], runs["trained"]
@@ -189,21 +211,9 @@ def figures(target: Target, prompts: list[list[int]], runs: dict[str, list[Gener
         result["transformers_tokens_per_s"] = measure.tokens_per_s(runs["transformers"], prefill=False)
     result["speedup_decode"] = result["tokens_per_s"] / result["baseline_tokens_per_s"]
     result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
-    if sampling.temperature == 0:
-        same = [a.tokens == b.tokens for a, b in zip(trained, baseline)]
-        result["lossless"] = all(same)
-        result["lossless_by"] = f"{sum(same)} of {len(same)} outputs equal plain decoding's, token for token"
-        if "transformers" in runs:
-            theirs = sum(a.tokens == b.tokens for a, b in zip(runs["transformers"], baseline))
-            result["lossless_by"] += f"; plain decoding's equal transformers' in {theirs}"
-    else:
-        p = measure.sampling_p_value(target, prompts, trained, sampling)
-        result["lossless"] = p > 1e-3
-        result["lossless_by"] = f"tokens' ranks under the target are uniform: chi-square p = {p:.3f} (NO below 0.001)"
     if any(g.rollbacks for g in trained):
         result["rollbacks"] = {"count": sum(g.rollbacks for g in trained), "tokens": sum(g.undone for g in trained)}
-    if FULLY in runs:  # lossy, whatever few tokens say
-        result["lossless"], result["lossless_by"] = False, f"verify=partial is lossy; {result['lossless_by']}"
+    if FULLY in runs:
         result["divergence"] = measure.divergence(target, prompts, trained, runs[FULLY], sampling)
     result["repetition"] = measure.repetition(trained)
     result["controls"] = {name: one(name) for name in runs if name not in (*plain, "trained")}

@@ -8,6 +8,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
+from data_prep import ranks  # noqa: E402
+
+ranks.wait_without_spinning()
+
 import torch  # noqa: E402
 
 from data_prep import cli  # noqa: E402
@@ -50,7 +54,7 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             "lm": config.lm and config.lm["path"],
             "trained_view": config.view,
         },
-        "target": {"path": recipe.target.path, "dtype": str(target.dtype), "device": str(target.device), **config.target},
+        "target": {"path": recipe.target.id, "dtype": str(target.dtype), "device": str(target.device), **config.target},
         "view": named_view(recipe, config).model_dump() | {"budget": getattr(view_of(recipe, config), "budget", 0)},
         "context": recipe.span and recipe.span[0],
         "software": software_versions(),
@@ -91,12 +95,17 @@ def run(recipe: EvalRecipe) -> None:
     target, drafter = load(recipe)
     out = Path(recipe.out)
     if recipe.mode == "score":
-        accepted, loss = score(recipe, target, drafter)
+        accepted, loss, apart = score(recipe, target, drafter)
         found = {kind: vars(a) for kind, a in accepted.items()}
-        publish(recipe, "score.json", described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found})
+        result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found}
+        publish(recipe, "score.json", result | ({"by_positions": apart} if apart else {}))
         print(f"score: {out / 'score.json'}; KL {loss:.4f} nats a slot")
         for kind, a in found.items():
             print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
+        for name in ("within", "beyond"):
+            if apart and name in apart:
+                taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())
+                print(f"{name} the {apart['known']} positions that it knows: {apart[name]['anchors']} anchors, tau {taus}")
         return
     if recipe.mode == "diagnose":
         found = diagnose(recipe, target, drafter)

@@ -57,6 +57,21 @@ def by_context(runs: dict[str, list[Generation]], bins: int = 8) -> dict[str, di
     return found
 
 
+def by_part(run: list[Generation], baseline: list[Generation], parts: list[str]) -> dict[str, dict]:
+    """{part: {"requests", "tokens" of the outputs, "tau" over all rounds, "speedup" of decoding}}; `parts` names that of each
+    request."""
+    found = {}
+    for part in dict.fromkeys(parts):
+        own, plain = ([g for g, name in zip(generations, parts) if name == part] for generations in (run, baseline))
+        found[part] = {
+            "requests": len(own),
+            "tokens": sum(len(g.tokens) for g in own),
+            "tau": tau(own)[0],
+            "speedup": tokens_per_s(own, prefill=False) / max(tokens_per_s(plain, prefill=False), 1e-9),
+        }
+    return found
+
+
 def per_prompt_s(generations: list[Generation]) -> list[list[float]]:
     """[output tokens, seconds] of each request, decode alone: what `tokens_per_s` adds up."""
     return [[len(g.tokens) - 1, g.decode_s] for g in generations]

@@ -14,7 +14,9 @@ from data_prep.cache.manifest import flatten, write_text
 BASELINE = "none (baseline)"
 THEIRS = "transformers generate"
 HEADS = ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "tokens/s", "speedup", "lossless")
-TEXT = {"T", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
+PART_HEADS = ("T", "of which", "requests", "tokens", "tau", "speedup", "prompt lookup: tau", "prompt lookup: speedup")
+PARTS_OF = ("by_positions",)
+TEXT = {"T", "of which", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
 INK = "#010203"  # in a picture: the colour of the page's text, light or dark
 PARTS = {"draft": "#2a9d6f", "verify": "#4c78c8", "overhead": "#9a9a9a"}
 STYLE = """
@@ -61,10 +63,40 @@ def rows(report: dict) -> list[list[str]]:
                 *(f"{row['round_ms'][part]:.1f}" if row["round_ms"] else "" for part in ("draft", "verify")),
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['tokens_per_s'] / figures['baseline_tokens_per_s']:.2f}x",
-                ("yes" if row["lossless"] else "NO") if trained else "",
+                lossless(row) if trained else "",
             ]
             found.append(cells)
     return found
+
+
+def parts(report: dict) -> list[list[str]]:
+    """A table under `PART_HEADS` of what is shown apart: requests within and beyond the positions that the drafter knows."""
+    found = []
+    for temperature, figures in report["temperatures"].items():
+        lookup = figures["controls"].get("prompt_lookup", {})
+        for figure in PARTS_OF:
+            for number, (name, one) in enumerate(figures.get(figure, {}).items()):
+                other = lookup.get(figure, {}).get(name)
+                cells = [temperature if not number else "", name, f"{one['requests']:,}", f"{one['tokens']:,}"]
+                cells += [f"{one['tau']:.2f}", f"{one['speedup']:.2f}x"]
+                found.append(cells + ([f"{other['tau']:.2f}", f"{other['speedup']:.2f}x"] if other else ["", ""]))
+    return found
+
+
+def lossless(figures: dict) -> str:
+    """A temperature's losslessness for a table's cell: yes | yes, to bf16 | NO."""
+    if not figures["lossless"]:
+        return "NO"
+    return f"yes, to {figures['ties']['dtype']}" if "ties" in figures else "yes"
+
+
+def lossless_line(figures: dict) -> str:
+    """The same with its counts, or with what it was decided by."""
+    if figures["lossless"] and "ties" in figures:
+        ties = figures["ties"]
+        counted = f"{ties['equal']} equal, {ties['count']} part at ties, largest gap {ties['largest_gap']:.2g}"
+        return f"{lossless(figures)} ({counted})"
+    return f"{lossless(figures)}: {figures['lossless_by']}"
 
 
 def partly(figures: dict) -> list[str]:
@@ -89,8 +121,10 @@ def write_page(out: Path, report: dict) -> None:
     sections = {
         "What was judged": facts(judged(report)) + folded("everything that was set", facts(flatten(settings(report)))),
         "Acceptance and speed": table(HEADS, rows(report), strong=lambda row: row[1] == "trained")
-        + "".join(note(f"T = {t}: lossless {'yes' if f['lossless'] else 'NO'}: {f['lossless_by']}") for t, f in figures.items())
+        + "".join(note(f"T = {t}: lossless: {lossless_line(f)}") for t, f in figures.items())
+        + "".join(note(f"T = {t}: {f['lossless_by']}") for t, f in figures.items() if "ties" in f and f["lossless"])
         + "".join(note(f"T = {t}: {text}") for t, f in figures.items() for text in partly(f)),
+        "Acceptance and speed apart": table(PART_HEADS, apart) if (apart := parts(report)) else "",
         "Acceptance by slot": figure(
             _draw_slots(figures),
             "Conditional: of the rounds whose earlier slots were all accepted. Dashed: the trained drafter's joint acceptance.",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from omegaconf import OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
@@ -183,17 +184,36 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
         raise UserError("verify.offload=true is for chains (draft.breadth=1)")
 
 
-def _check_positions(recipe: EvalRecipe, config: DrafterConfig, reaches: int) -> None:
-    """Raises UserError when the last position of a judgement is one that the drafter has never known."""
-    view = view_of(recipe, config)
-    if view and view.positions == "in_cache" and not config.memory_attends:
-        reaches = min(reaches, view.budget + 1 + config.slots)
+def known_positions(recipe: EvalRecipe, config: DrafterConfig) -> int | None:
+    """Positions below this one are such that the drafter was trained at or began with; None: all that its target has, or all that
+    it can be asked for."""
     known = config.positions or int(config.rope_factor * config.architecture.max_positions)
-    if reaches > known:
+    view = view_of(recipe, config)
+    if view and view.positions == "in_cache" and not config.memory_attends and view.budget + 1 + config.slots <= known:
+        return None
+    return known if known < config.architecture.max_positions else None
+
+
+def _check_positions(recipe: EvalRecipe, config: DrafterConfig, takes: list[int], what: str) -> None:
+    """Warns of texts beyond the positions that the drafter knows, since outputs are the target's all the same. `takes`: how many
+    positions each of the texts has, its new tokens and its last draft included; `what` they are. Raises UserError for positions
+    that do not exist."""
+    known = known_positions(recipe, config)
+    beyond = [one for one in takes if known is not None and one > known]
+    if not beyond:
+        return
+    if config.position_table:
         raise UserError(
-            f"{recipe.drafter} knows positions below {known}, and this asks for {reaches}: train on longer documents, start from "
-            "the target's layers, scale positions (drafter.rope_factor), or keep them short (view.positions=in_cache, a budget)"
+            f"{recipe.drafter}: drafter.lm={config.lm['path']} has a table of {known} positions, and {len(beyond)} of "
+            f"{len(takes)} {what} need up to {max(beyond)}: keep them short"
         )
+    shown = {"decode": "outputs are the target's all the same, and tau is shown apart", "score": "tau is shown apart"}
+    print(
+        f"warning: {recipe.drafter} knows positions below {known}, and {len(beyond)} of {len(takes)} {what} reach up to "
+        f"{max(beyond)}: {shown.get(recipe.mode, 'figures hold them too')} (it would know them if trained on longer documents, "
+        "started from the target's layers or with drafter.rope_factor, and need none with view.positions=in_cache and a budget)",
+        flush=True,
+    )
 
 
 def check(recipe: EvalRecipe) -> None:
@@ -223,7 +243,8 @@ def check(recipe: EvalRecipe) -> None:
                 f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the "
                 f"target's {room} positions"
             )
-        _check_positions(recipe, config, end + config.slots)
+        if recipe.mode == "decode":
+            _check_positions(recipe, config, [end + config.slots] * recipe.prompts.count, "prompts")
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(
@@ -232,7 +253,8 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.mode == "decode":
         _check_decoding(recipe, config, view)
     if recipe.asks_suite:
-        _check_positions(recipe, config, prompts_of(recipe, config, tokenizer)[1]["positions"] + config.slots)
+        takes = [prompt.takes + config.slots for prompt in prompts_of(recipe, config, tokenizer)[0]]
+        _check_positions(recipe, config, takes, "prompts")
     executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
     if recipe.mode == "export":
         check_export(config, recipe.format)
@@ -248,8 +270,8 @@ def check(recipe: EvalRecipe) -> None:
             if missing := sorted(set(needed) - set(held)):
                 raise UserError(f"the drafter reads {kind} states of layer(s) {missing}, which {recipe.cache.dir} lacks")
         longest = int(reader.lengths.max())
-        if not recipe.span:
-            _check_positions(recipe, config, min(longest, recipe.score.pack_tokens))  # as in training, nothing counts beyond
+        read = recipe.span[1] + config.slots if recipe.span else recipe.score.pack_tokens  # nothing counts beyond
+        _check_positions(recipe, config, np.minimum(reader.lengths, read).tolist(), "documents")
         if recipe.mode == "diagnose" and not set(config.query_layers) <= set(manifest.query_layers):
             if recipe.score.pack_tokens < longest:  # the target reads them again, from the start
                 raise UserError(f"mode=diagnose needs whole documents: score.pack_tokens={longest} for {recipe.cache.dir}")

@@ -16,13 +16,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from data_prep.cache.manifest import write_text
 from data_prep.cli import fail
 from data_prep.errors import UserError
+from data_prep.progress import Progress
 from eval import page
 from train.views import FULL
 
@@ -32,15 +31,9 @@ def write_json(out: Path, report: dict, name: str = "report.json") -> None:
     write_text(out / name, json.dumps(report, indent=1))
 
 
-class _Tau(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        tau = task.fields.get("tau")
-        return Text("" if tau is None else f"tau {tau:.2f}", style="bold")
-
-
 def progress() -> Progress:
-    """A bar that also shows a running tau: `update(task, advance=1, tau=...)`."""
-    return Progress("{task.description}", BarColumn(), MofNCompleteColumn(), _Tau(), TimeRemainingColumn())
+    """Prompts at a temperature, with a running tau: `update(task, advance=1, tau=...)`."""
+    return Progress("prompts")
 
 
 def print_table(report: dict) -> None:
@@ -57,8 +50,15 @@ def print_table(report: dict) -> None:
     for row in page.rows(report):
         table.add_row(*row, style="bold" if row[1] == "trained" else None, end_section=row[1] == page.BASELINE)
     Console(width=120).print(table)
+    if apart := page.parts(report):
+        table = Table(title="apart")
+        for head in page.PART_HEADS:
+            table.add_column(head, justify="left" if head in page.TEXT else "right")
+        for row, following in zip(apart, [*apart[1:], [""]]):
+            table.add_row(*row, end_section=bool(following[0]))
+        Console(width=120).print(table)
     for temperature, figures in report["temperatures"].items():
-        for text in page.partly(figures):
+        for text in (f"lossless: {page.lossless_line(figures)}", *page.partly(figures)):
             print(f"T = {temperature}: {text}")
 
 

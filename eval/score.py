@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep.cache.reader import CacheReader
 from data_prep.errors import UserError
 from data_prep.target import Target
-from eval.recipe import EvalRecipe, view_of
+from eval.recipe import EvalRecipe, known_positions, view_of
 from train import acceptance, diagnostics
 from train.attention import executor
 from train.batches import Pack, PackStream, sample_ages, split
@@ -58,16 +58,32 @@ def _ages(recipe: EvalRecipe, view: View, id: str, anchors: np.ndarray, pass_num
 
 
 @torch.no_grad()
-def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float]:
-    """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot)."""
-    view = view_of(recipe, drafter.config)
+def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float, dict | None]:
+    """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot, tau apart for anchors whose drafts stay within the
+    positions that the drafter knows and for those beyond; None: there are none beyond)."""
+    view, known = view_of(recipe, drafter.config), known_positions(recipe, drafter.config)
     objective = _objective(recipe, target, drafter, training=False, view=view)
     total = loss = slots = 0.0
+    parts = {name: {"anchors": 0, "counts": 0.0} for name in ("within", "beyond")}
     for pack in _packs(recipe, target, drafter, [], view):
         outcome = objective(pack)
         total = total + acceptance.counts(outcome)[0].cpu()
         loss, slots = loss + float(outcome.share), slots + int(outcome.valid.sum())
-    return acceptance.summarise(total), loss / slots
+        if known is not None:
+            beyond_N = pack.anchors.position + drafter.config.slots > known
+            for name, here_N in (("within", ~beyond_N), ("beyond", beyond_N)):
+                valid = outcome.valid & here_N[:, None]
+                parts[name]["anchors"] += int(valid.any(1).sum())
+                parts[name]["counts"] += acceptance.counts(outcome._replace(valid=valid))[0].cpu()
+    return acceptance.summarise(total), loss / slots, _apart(known, parts)
+
+
+def _apart(known: int | None, parts: dict[str, dict]) -> dict | None:
+    if known is None or not parts["beyond"]["anchors"]:
+        return None
+    taus = lambda counts: {kind: one.tau for kind, one in acceptance.summarise(counts).items()}
+    found = {name: {"anchors": part["anchors"], "tau": taus(part["counts"])} for name, part in parts.items() if part["anchors"]}
+    return {"known": known, **found}
 
 
 def diagnose(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:

@@ -84,6 +84,7 @@ class Prompt:
     messages: tuple[dict, ...] = ()  # so far, this request's being the last
     waiting: tuple[str, ...] = ()  # the user's turns that are still to come
     style: "Style | None" = field(default=None, repr=False, compare=False)
+    takes: int = 0  # positions, at most, of all of its turns with what is made of them
 
     def after(self, reply: list[int]) -> "Prompt | None":
         """The conversation's next request, behind the target's `reply` to this one (its token ids, an end token included).
@@ -95,7 +96,7 @@ class Prompt:
         messages = (*self.messages, said, {"role": "user", "content": self.waiting[0]})
         tokens = self.style.render(messages)
         fits = len(tokens) + self.style.suite.new_tokens <= self.style.room
-        return Prompt(self.id, tokens, self.category, messages, self.waiting[1:], self.style) if fits else None
+        return replace(self, tokens=tokens, messages=messages, waiting=self.waiting[1:]) if fits else None
 
 
 @dataclass(frozen=True)
@@ -212,17 +213,17 @@ def load_prompts(
     source = suite.path or suite.name
     found, cut_, short, positions = [], 0, 0, 0
     for id, category, turns in _drawn(suite):
-        prompt, was_cut, takes = _prompt(id, category, turns, style)
-        if takes > room:
+        prompt, was_cut = _prompt(id, category, turns, style)
+        if prompt.takes > room:
             raise UserError(
-                f"{source}: the conversation '{id}' of {len(turns)} turns may take {takes} positions with suite.new_tokens="
-                f"{suite.new_tokens}, the target has {room} for a request"
+                f"{source}: the conversation '{id}' of {len(turns)} turns may take {prompt.takes} positions with "
+                f"suite.new_tokens={suite.new_tokens}, the target has {room} for a request"
             )
         if suite.short == "drop" and len(prompt.tokens) < style.limit and not was_cut:
             short += 1
             continue
         found.append(prompt)
-        cut_, positions = cut_ + was_cut, max(positions, takes)
+        cut_, positions = cut_ + was_cut, max(positions, prompt.takes)
         if len(found) == suite.count:
             break
     if not found:
@@ -256,20 +257,20 @@ def _drawn(suite: SuiteRecipe) -> Iterator[tuple[str, str | None, list[str]]]:
     return iter(found)
 
 
-def _prompt(id: str, category: str | None, turns: list[str], style: Style) -> tuple[Prompt, bool, int]:
-    """A conversation's first request, whether it was cut, and the positions that the whole conversation may take. Only a single
-    turn is cut: what a conversation's later turns speak of must stay."""
+def _prompt(id: str, category: str | None, turns: list[str], style: Style) -> tuple[Prompt, bool]:
+    """A conversation's first request, and whether it was cut. Only a single turn is cut: what a conversation's later turns speak
+    of must stay."""
     opening = ({"role": "system", "content": style.suite.system},) if style.suite.system else ()
     messages = (*opening, {"role": "user", "content": turns[0]})
     new = style.suite.new_tokens
     if len(turns) == 1:
         tokens, was_cut = style.fitted(messages)
-        return Prompt(id, tokens, category, messages, (), style), was_cut, len(tokens) + new
+        return Prompt(id, tokens, category, messages, (), style, len(tokens) + new), was_cut
     whole = list(messages)
     for turn in turns[1:]:
         whole += [{"role": "assistant", "content": ""}, {"role": "user", "content": turn}]
     takes = len(style.render(whole)) + len(turns) * new
-    return Prompt(id, style.render(messages), category, messages, tuple(turns[1:]), style), False, takes
+    return Prompt(id, style.render(messages), category, messages, tuple(turns[1:]), style, takes), False
 
 
 def _lengths(prompts: list[Prompt]) -> dict:

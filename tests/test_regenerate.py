@@ -1,10 +1,7 @@
 """The target's own replies: through transformers here, and through a real OpenAI-compatible server."""
 
 import json
-import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +18,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.ranks import free_port
 from data_prep.recipe import ROOT, DataPrepRecipe
-from data_prep.regenerate import _append, check, regenerate
+from data_prep.regenerate import check, regenerate
 from data_prep.target import Target, load_tokenizer
 from tests.conftest import command
 
@@ -105,25 +102,6 @@ def test_it_goes_on_by_id_and_repairs_a_line_that_was_cut(tmp_path):
         assert out.read_text() == foreign
     with pytest.raises(UserError, match="is the source itself"):
         run(recipe_of(tmp_path, f"regenerate.out={tmp_path / 'in.jsonl'}"))
-
-
-def test_a_line_that_another_process_left_cut_is_removed_before_the_next(tmp_path):
-    out = tmp_path / "out.jsonl"
-    file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    _append(file, out, "one\n")
-    os.write(file, b"tw")
-    _append(file, out, "three\n")
-    assert out.read_text() == "one\nthree\n"
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (15, limit[1]))  # the disk takes half of the line
-        with pytest.raises(UserError, match="make room"):
-            _append(file, out, "far too long\n")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert out.read_text() == "one\nthree\n"
 
 
 def test_what_the_template_refuses_is_counted_not_fatal(tmp_path, capsys):

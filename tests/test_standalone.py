@@ -55,6 +55,7 @@ def drafter_of(target, path, start="target", **more):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_forward_is_decode_loop(target, tmp_path, family):
     drafter = drafter_of(target, saved(tmp_path, family))
+    assert drafter.config.position_table == (not hasattr(drafter.body, "rotary_emb"))
     views = [None, "quest, every 9 tokens", "h2o", "snapkv"]
     if family in IN_CACHE:
         drafter.check_in_cache()

@@ -281,16 +281,52 @@ def test_a_data_set_out_of_reach_is_one_line(drafter):
         check_eval(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=gsm8k"]))
 
 
-def test_a_drafter_that_does_not_know_the_positions_is_refused(drafter, tmp_path):
-    short, path = tmp_path / "short", written(tmp_path, {"prompt": "a b c " * 30}, {"prompt": "a"})
+def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path, capsys):
+    """A warning before the target is loaded; then tau of either kind in the table, the page and report.json."""
+    from eval.main import run
+
+    long = {"id": "long", "prompt": "a b c " * 30}
+    short, path = tmp_path / "short", written(tmp_path, long, {"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"})
     short.mkdir()
     (short / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
     config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
     (short / "config.json").write_text(json.dumps(config))
     compose = lambda *words: cli.compose("eval", EvalRecipe, [f"drafter={short}", "suite=jsonl", f"suite.path={path}", *words])
-    with pytest.raises(UserError, match="knows positions below 100, and this asks for 1"):
-        check_eval(compose("suite.new_tokens=8"))
     check_eval(compose("suite.new_tokens=8", "suite.prompt_tokens=60"))
+    assert "warning" not in capsys.readouterr().out
+    recipe = compose("suite.new_tokens=8", "temperatures=[0]", f"out={tmp_path / 'out'}")
+    check_eval(recipe)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert re.match("warning: .* knows positions below 100, and 1 of 3 prompts reach up to 1[0-9]{2}:", said)
+    run(recipe)
+    figures = json.loads((tmp_path / "out/report.json").read_text())["temperatures"]["0"]
+    within, beyond = (figures["by_positions"][f"{which} 100 positions"] for which in ("within", "beyond"))
+    assert figures["lossless"] and within["requests"] == 2 and beyond["requests"] == 1
+    tokens = [count + 1 for count, _ in figures["per_prompt_s"]]  # of each prompt's output, the prefill's included
+    assert beyond["tokens"] == tokens[0] and within["tokens"] == sum(tokens[1:])
+    (long_emitted, long_rounds), *others = figures["per_prompt"]
+    emitted, rounds = (sum(column) for column in zip(*others))
+    assert within["tau"] == pytest.approx(emitted / rounds) and beyond["tau"] == pytest.approx(long_emitted / long_rounds)
+    assert figures["controls"]["prompt_lookup"]["by_positions"].keys() == figures["by_positions"].keys()
+    shown = capsys.readouterr().out
+    assert "beyond 100 positions" in shown and "beyond 100 positions" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_table_of_positions_has_an_end(drafter, tmp_path):
+    """Rotary positions go on; learned ones do not."""
+    configs = ({"a": {"rope_type": "default"}}, {})
+    rotary, table = ({"path": "lm", "layers": 1, "positions": 100, "config": one} for one in configs)
+    config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    words = [f"drafter={tmp_path}", "suite=jsonl", f"suite.path={written(tmp_path, {'prompt': 'a b c ' * 30}, {'prompt': 'a'})}"]
+    for lm, refused in ((rotary, False), (table, True)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"lm": lm}))
+        recipe = cli.compose("eval", EvalRecipe, [*words, "suite.new_tokens=8"])
+        if not refused:
+            check_eval(recipe)
+            continue
+        with pytest.raises(UserError, match="has a table of 100 positions, and 1 of 2 prompts need up to 1"):
+            check_eval(recipe)
 
 
 def test_a_suite_of_conversations_is_judged(drafter, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import struct
 
 import pytest
@@ -13,6 +14,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.errors import UserError
 from data_prep.target import load_target
 from eval import compare, report
+from eval.main import run
 from eval.recipe import EvalRecipe
 from eval.recipe import check as check_eval
 from tests.conftest import ROOT, SMALL, command, deepspeed
@@ -201,26 +203,39 @@ def test_a_context_longer_than_the_cache_s_documents_is_one_line(cache, drafter,
     )
 
 
-def test_a_drafter_beyond_its_positions_is_refused(cache, tmp_path):
+def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path, capsys):
     """One that began at random has known as many positions as its documents; in the cache it needs no more than its budget."""
     recipe = cli.compose("train", TrainRecipe, [*SPARSE, f"cache.dir={cache}", "drafter.start=random", *SMALL])
     target = load_target(recipe.target)
     Drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(tmp_path)
-    check = lambda *words: check_eval(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
-    with pytest.raises(UserError, match=r"knows positions below 128, and this asks for 580.*view.positions=in_cache"):
-        check("context=512", "view.budget=64")
-    check("context=512", "view.budget=64", "view.positions=in_cache")
-    check("context=56", "prompts.max_new_tokens=64")
-    with pytest.raises(UserError, match="knows positions below 128"):  # nothing is hidden: positions are those of the text
-        check("context=512", "view.budget=0", "view.positions=in_cache")
+
+    def check(*words) -> str:
+        check_eval(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
+        return capsys.readouterr().out
+
+    warned = check("context=512", "view.budget=64")
+    assert "knows positions below 128, and 20 of 20 prompts reach up to 580: outputs are the target's" in warned
+    assert warned.count("\n") == 1 and "view.positions=in_cache" in warned
+    assert check("context=512", "view.budget=64", "view.positions=in_cache") == ""
+    assert check("context=56", "prompts.max_new_tokens=64") == ""
+    # Nothing is hidden: positions are those of the text.
+    assert "knows positions below 128" in check("context=512", "view.budget=0", "view.positions=in_cache")
     auto = cli.compose("eval", EvalRecipe, ["drafter=x", "view.budget=99", "view.recent=16"]).view
     assert auto.model_fields_set == {"kind", "budget", "recent"}  # all else is as trained
-    check("mode=score", f"cache.dir={cache}")  # the documents that it was trained on
+    assert check("mode=score", f"cache.dir={cache}") == ""  # the documents that it was trained on
     short = dataclasses.replace(drafter_config(recipe, CacheReader(cache).manifest), positions=100)  # of packs of 100 tokens
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(short)))
-    check("mode=score", f"cache.dir={cache}", "score.pack_tokens=100")
-    with pytest.raises(UserError, match="knows positions below 100, and this asks for 128"):
-        check("mode=score", f"cache.dir={cache}")
+    assert check("mode=score", f"cache.dir={cache}", "score.pack_tokens=100") == ""
+    words = ["mode=score", f"cache.dir={cache}", "view.budget=0", f"out={tmp_path / 'score'}"]
+    said = "knows positions below 100, and [0-9]+ of [0-9]+ documents reach up to 128: tau is shown apart"
+    assert re.search(said, check(*words))
+    run(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
+    assert "beyond the 100 positions that it knows:" in capsys.readouterr().out
+    found = json.loads((tmp_path / "score/score.json").read_text())
+    apart, whole = found["by_positions"], found["sampled"]["tau"]
+    assert apart["known"] == 100 and min(apart[part]["anchors"] for part in ("within", "beyond")) > 10
+    taus = [apart[part]["tau"]["sampled"] for part in ("within", "beyond")]
+    assert min(taus) < whole < max(taus)
 
 
 # Launchers

@@ -26,6 +26,7 @@ from data_prep.cache.manifest import write_text
 from data_prep.cli import git_revision
 from data_prep.errors import UserError
 from data_prep.live import LiveReader, open_cache
+from data_prep.progress import Heartbeat
 from data_prep.ranks import barrier, rank, world_size
 from data_prep.target import load_target, pick_device
 from train import acceptance, diagnostics
@@ -113,8 +114,20 @@ class _Run:
     def __init__(self, recipe: TrainRecipe, run_dir: Path, device: torch.device):
         self.recipe, self.run_dir, self.device = recipe, run_dir, device
         self.accumulation, self.world = recipe.train.batch // world_size(), world_size()
+        self.doing = "starting"
+        self.heart = Heartbeat(lambda: self.doing, silent=rank() != 0)
         self.reader = open_cache(recipe, barrier())
         self._refuse_another_run()
+
+    def go(self) -> None:
+        """Start, then train to the last step. What takes long is heard of by the clock."""
+        with self.heart:
+            self._start()
+            self._train()
+
+    def _start(self) -> None:
+        """Target, drafter, engine and data."""
+        recipe, run_dir, device = self.recipe, self.run_dir, self.device
         config = drafter_config(recipe, self.reader.manifest)
         bf16 = uses_bf16(recipe, device)
         # Every rank of a host holds one for a moment: in a bf16 run there is no use for a float32 one of twice the size.
@@ -172,7 +185,8 @@ class _Run:
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
-    def go(self) -> None:
+    def _train(self) -> None:
+        """From the newest checkpoint to the last step."""
         alpha_VJ = self.objective.alpha_VJ
         state = {"step": 0, "best": 0.0, "best_step": 0, "alpha": alpha_VJ.tolist()} | (self.checkpoints.load() or {})
         self.objective.alpha_VJ = torch.tensor(state["alpha"], dtype=torch.float64, device=self.device).view(alpha_VJ.shape)
@@ -193,7 +207,9 @@ class _Run:
         workers = 0 if isinstance(self.reader, LiveReader) else self.recipe.train.workers  # one target: one thread runs it
         self.packs = loaded(self.stream, self._share(done, last), self.device, workers)
         window, since, self.waited = [], time.monotonic(), 0.0
+        began = time.monotonic()
         for step in range(done + 1, last + 1):
+            self.doing = self._progress(step - 1, step - 1 - done, time.monotonic() - began)
             saves = step % self.recipe.train.save_every == 0 or step == last
             window.append(self._step(step, saves))
             if saves or step % self.recipe.train.log_every == 0:  # no window crosses a checkpoint: a resumed run logs the same
@@ -282,6 +298,7 @@ class _Run:
         return [acceptance.summarise(counted) | {"loss": loss} for counted, loss in zip(counts_V4J, losses)]
 
     def _save(self, step: int) -> None:
+        self.doing = f"step {step}: judging on held-out documents and saving"
         found = self._validate()
         taus = [one["sampled"].tau for one in found]
         tau = sum(taus) / len(taus)
@@ -366,9 +383,16 @@ class _Run:
         if earlier["cache_manifest_hash"] != self.reader.manifest.hash():
             raise UserError(f"{self.run_dir} was trained on another cache than {self.recipe.cache.dir}")
 
+    def _progress(self, step: int, taken: int, seconds: float) -> str:
+        """What is said of a step by the clock: `taken` steps took so many seconds, checkpoints among them."""
+        whole = f"step {step}/{self.recipe.train.max_steps}"
+        if not taken:
+            return whole
+        left = (self.recipe.train.max_steps - step) * seconds / taken
+        return f"{whole}  {seconds / taken:.2g} s a step  {left / 60:.1f} min left"
+
     def _say(self, text: str) -> None:
-        if rank() == 0:
-            print(text, flush=True)
+        self.heart.say(text)
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -9,6 +9,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from data_prep import ranks  # noqa: E402
 
+ranks.wait_without_spinning()
 ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this rank with it
 
 import hydra  # noqa: E402

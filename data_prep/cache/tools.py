@@ -33,8 +33,9 @@ def verify(recipe: DataPrepRecipe) -> None:
     reader = CacheReader(recipe.cache.dir)
     problems = list(reader.problems())
     named = reader.manifest.target
+    target = {"path": named["id"], "gguf": None, "fetch": None, "revision": named["revision"]}
     try:
-        problems += _against_target(reader, recipe.target.model_copy(update={"path": named["id"], "revision": named["revision"]}))
+        problems += _against_target(reader, recipe.target.model_copy(update=target))
         compared = f"captured from {named['id']} as it is now"
     except UserError as error:
         compared = f"NOT compared with its target ({error})"
@@ -45,7 +46,7 @@ def verify(recipe: DataPrepRecipe) -> None:
 
 def _against_target(reader: CacheReader, recipe: TargetRecipe) -> list[str]:
     manifest = reader.manifest
-    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(location(recipe.path), recipe.revision))
+    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.location, recipe.revision))
     target = load_target(recipe.model_copy(update={"device": "cpu"}))  # however large, it is only hashed
     differ = {
         "weights": target.weights_hash() != manifest.target["weights_hash"],

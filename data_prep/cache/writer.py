@@ -2,9 +2,11 @@
 processes, each of which writes shards of its own."""
 
 import fcntl
+import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,7 @@ SCHEMA = pa.schema(
 )
 SAFETENSORS = {
     torch.float32: "F32",
+    torch.float16: "F16",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
@@ -68,20 +71,33 @@ def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
     """Write each name's pieces, joined along the first axis, and return the file's xxh3.
 
     The library's own `save_file` would need them joined in memory first and copies every byte once more: three to ten times
-    slower (docs/log.md). Widest dtype first, as the library does, so that every tensor is aligned.
+    slower (docs/log.md).
     """
-    header, place = {}, 0
-    for name in sorted(tensors, key=lambda n: (-tensors[n][0].dtype.itemsize, n)):
-        pieces = tensors[name]
-        size = sum(t.nbytes for t in pieces)
-        shape = [sum(len(t) for t in pieces), *pieces[0].shape[1:]]
-        header[name] = {"dtype": SAFETENSORS[pieces[0].dtype], "shape": shape, "data_offsets": [place, place + size]}
-        place += size
+    shapes = {name: (t[0].dtype, (sum(map(len, t)), *t[0].shape[1:])) for name, t in tensors.items()}
+    return stream_safetensors(path, shapes, tensors.__getitem__)
+
+
+def stream_safetensors(
+    path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Callable[[str], Iterable[Tensor]], **metadata: str
+) -> str:
+    """The same for tensors that need not exist at once: `pieces`(name) yields the rows of one of `shapes`, in their order.
+
+    Widest dtype first, as the library does, so that every tensor is aligned.
+    """
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    names = sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n))
+    place = 0
+    for name in names:
+        dtype, shape = shapes[name]
+        end = place + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    parts = itertools.chain([len(text).to_bytes(8, "little"), text], (raw(t) for name in names for t in pieces(name)))
     digest = xxhash.xxh3_128()
     with open(path, "wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little"), text, *(raw(t) for name in header for t in tensors[name])):
+        for part in parts:
             digest.update(part)
             part = memoryview(part)
             while part:  # one call writes at most 2 GiB

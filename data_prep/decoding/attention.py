@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Part = tuple[Tensor, Tensor]
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch's private name
 
 
 def over_cache(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
@@ -82,16 +83,14 @@ def _filled(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, gro
     rows = q_BTHD.shape[1]
     counts = count_B.tolist()
     if min(counts) == max(counts) and counts[0] > 0:
-        before = counts[0] - growing
-        parts = []
-        if before:
-            parts.append(_fused(q_BTHD, k_BLGD[:, :before], v_BLGD[:, :before]))
-        if growing:
-            own = slice(before, before + rows)
-            parts.append(_fused(q_BTHD, k_BLGD[:, own], v_BLGD[:, own], causal=True))
-        if len(parts) == 1:
-            return parts[0]
-        return merge(*parts), torch.logaddexp(parts[0][1], parts[1][1])
+        if rows == 1 or not growing:
+            return _fused(q_BTHD, k_BLGD[:, : counts[0]], v_BLGD[:, : counts[0]])
+        before = counts[0] - 1
+        own = _fused(q_BTHD, k_BLGD[:, before : before + rows], v_BLGD[:, before : before + rows], causal=True)
+        if before == 0:
+            return own
+        earlier = _fused(q_BTHD, k_BLGD[:, :before], v_BLGD[:, :before])
+        return merge(earlier, own), torch.logaddexp(earlier[1], own[1])
     most = max(max(counts) + growing * (rows - 1), 1)
     count_BT = count_B[:, None] + growing * torch.arange(rows)
     hidden_B1TL = (torch.arange(most) >= count_BT[..., None])[:, None]
@@ -103,11 +102,18 @@ def _filled(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, gro
 
 def _fused(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Part:
     """The kernel behind `scaled_dot_product_attention` on a CPU; that function does not hand out the log-sum-exp."""
-    heads_first = (t.transpose(1, 2) for t in (q_BTHD, k_BLGD, v_BLGD))
-    out_BHTD, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *heads_first, is_causal=causal, attn_mask=mask
-    )
-    return out_BHTD.transpose(1, 2), lse_BHT.transpose(1, 2)
+    heads, size = k_BLGD.shape[2], q_BTHD.shape[-1]
+    rows, sharing = q_BTHD.shape[1], q_BTHD.shape[2] // heads
+    k, v = (t.transpose(1, 2) for t in (k_BLGD, v_BLGD))
+    if causal:
+        out_BHTD, lse_BHT = FUSED(q_BTHD.transpose(1, 2), k, v, is_causal=True)
+        return out_BHTD.transpose(1, 2), lse_BHT.transpose(1, 2)
+    # Query heads that share a KV head stand beside each other as rows: a key is then read once for all of them.
+    q_BGRD = q_BTHD.unflatten(2, (heads, sharing)).transpose(1, 2).reshape(len(q_BTHD), heads, rows * sharing, size)
+    mask = mask if mask is None else mask.repeat_interleave(sharing, dim=2)
+    out_BGRD, lse_BGR = FUSED(q_BGRD, k, v, attn_mask=mask)
+    out_BTHD = out_BGRD.unflatten(2, (rows, sharing)).transpose(1, 2).flatten(2, 3)
+    return out_BTHD, lse_BGR.unflatten(2, (rows, sharing)).transpose(1, 2).flatten(2, 3)
 
 
 def _flash(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:

@@ -10,6 +10,7 @@ head size.
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -137,6 +138,10 @@ class BatchGenerator:
     def __init__(self, target: Target, ends: Iterable[int], places: int | None = None):
         self._target, self._count = target, places
         self._cuda = target.device.type == "cuda"
+        # What is compiled is made for one number of rows: steps over all places. Prompts and the last requests do without.
+        self._nucleus = torch.compile(nucleus, dynamic=False) if self._cuda else nucleus
+        if self._cuda:
+            target.compile()
         self._ends = frozenset(ends)
         self._ends_E = torch.tensor(sorted(self._ends), device=target.device)
         self._cache: StaticCache | None = None
@@ -219,7 +224,8 @@ class BatchGenerator:
             values[layer, place_N, : v_NTGD.shape[1]] = v_NTGD
             return among_rows(q_NTHD, k_NTGD, v_NTGD)
 
-        states = self._target.forward_through(ids_NT, position_NT, attend)
+        with self._target.uncompiled():
+            states = self._target.forward_through(ids_NT, position_NT, attend)
         last_hidden = states.last_hidden[torch.arange(len(group), device=device), size_N - 1]
         numbers = lambda field: torch.tensor([getattr(r.ask, field) for r in group], device=device)
         temperature_N, top_p_N = numbers("temperature").float(), numbers("top_p").float()
@@ -241,7 +247,8 @@ class BatchGenerator:
         if key not in self._graphs:
             places, cache = self._places.first(width), self._cache.first(width)
             self._graphs[key] = Graphed(lambda: self._advance(places, cache), self._pool)
-        self._graphs[key]()
+        with nullcontext() if width == self._count else self._target.uncompiled():
+            self._graphs[key]()
 
     def _advance(self, places: Places, cache: StaticCache) -> None:
         token_P1 = places.text_PL.gather(1, places.length_P[:, None])
@@ -266,7 +273,8 @@ class BatchGenerator:
         cold_N = temperature_N == 0
         p_NV = (logits_NV.float() / temperature_N.masked_fill(cold_N, 1)[:, None]).softmax(-1)
         if self._cuts:
-            p_NV = nucleus(p_NV, top_p_N)
+            whole = len(p_NV) == self._count
+            p_NV = (self._nucleus if whole else nucleus)(p_NV, top_p_N)
         return torch.where(cold_N, best_N, drawn(p_NV, u_N))
 
     def _look(self) -> list[tuple[Request, Answer]]:

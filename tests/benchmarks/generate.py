@@ -3,8 +3,8 @@
     python -m tests.benchmarks.generate batch=16 requests=64 max_tokens=64
     python -m tests.benchmarks.generate target=TARGET batch=512 requests=2048 max_tokens=320 temperature=0.8
 
-Prompts are questions about pieces of the standard library, of many lengths, behind the target's chat template. `generate` gets them
-sorted by length, so that it pads as little as it can. Tokens that are drawn behind an answer's end do not count.
+Prompts are questions about pieces of the standard library, of many lengths, behind the target's chat template. `generate` gets
+them sorted by length, so that it pads as little as it can. Tokens that are drawn behind an answer's end do not count.
 """
 
 import time
@@ -36,62 +36,69 @@ def prompts_of(tokenizer, count: int, characters: int) -> list[list[int]]:
     return found
 
 
-def ours(target: Target, asks: list[Ask], ends: frozenset[int], batch: int | None) -> int:
-    """Tokens of all answers, their ends included."""
-    tokens = 0
+def ours(target: Target, asks: list[Ask], ends: frozenset[int], batch: int | None) -> dict[int, list[int]]:
+    """Each request's answer, by its seed."""
+    found = {}
 
     def dialogue(ask: Ask):
-        nonlocal tokens
         answer = yield ask
-        tokens += len(answer.tokens) + answer.ended
+        found[ask.seed] = answer.tokens
 
     BatchGenerator(target, ends, batch).run(map(dialogue, asks))
-    return tokens
+    return found
 
 
-def theirs(target: Target, asks: list[Ask], ends: frozenset[int], batch: int) -> int:
+def theirs(target: Target, asks: list[Ask], ends: frozenset[int], batch: int) -> dict[int, list[int]]:
     first = asks[0]
     sampling = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p} if first.temperature else {}
     config = GenerationConfig(
         max_new_tokens=first.max_tokens, eos_token_id=sorted(ends), pad_token_id=0, top_k=0 if sampling else None, **sampling
     )
-    asks, tokens = sorted(asks, key=lambda ask: len(ask.tokens)), 0
+    asks, found = sorted(asks, key=lambda ask: len(ask.tokens)), {}
     for start in range(0, len(asks), batch):
         some = [ask.tokens for ask in asks[start : start + batch]]
         longest = max(map(len, some))
         ids_BT = torch.tensor([[0] * (longest - len(one)) + one for one in some], device=target.device)
         real_BT = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in some], device=target.device)
         rows = target.model.generate(ids_BT, attention_mask=real_BT, generation_config=config)[:, longest:].tolist()
-        tokens += sum(next((n for n, token in enumerate(row, 1) if token in ends), len(row)) for row in rows)
-    return tokens
+        for ask, row in zip(asks[start : start + batch], rows):
+            found[ask.seed] = row[: next((n for n, token in enumerate(row) if token in ends), len(row))]
+    return found
 
 
 def main() -> None:
     o = options(
         target=str(ROOT / "data_prep/targets/tiny"), batch=16, requests=64, max_tokens=64, temperature=0.8, top_p=1.0,
-        characters=1500, who=["ours", "transformers"],
+        characters=1500, who=["transformers", "ours"], dtype="auto",
     )  # fmt: skip
-    target, tokenizer = load_target(TargetRecipe(path=o.target)), load_tokenizer(o.target)
+    recipe = TargetRecipe(path=o.target, dtype=o.dtype)
+    target, tokenizer = load_target(recipe), load_tokenizer(recipe.location)
     ends = target.end_tokens | turn_end(tokenizer)
     asks = [
         Ask(tokens, o.max_tokens, o.temperature, o.top_p, seed)
         for seed, tokens in enumerate(prompts_of(tokenizer, o.requests, o.characters))
     ]
-    rates = {}
+    rates, answers = {}, {}
     for who in o.who:
         run = {"ours": ours, "transformers": theirs}[who]
         run(target, [ask._replace(max_tokens=min(16, o.max_tokens)) for ask in asks[: o.batch]], ends, o.batch)  # warms up
         began = time.perf_counter()
-        tokens = run(target, asks, ends, o.batch)
+        answers[who] = run(target, asks, ends, o.batch)
         if target.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
+        tokens = sum(map(len, answers[who].values()))
         rates[who] = tokens / seconds
+        reference = rates.get("transformers")
         line(
-            "generate", who=who, batch=o.batch, requests=o.requests, max_tokens=o.max_tokens, temperature=o.temperature, top_p=o.top_p,
-            prompt_tokens=sum(len(ask.tokens) for ask in asks), answer_tokens=tokens, seconds=round(seconds, 2),
-            tokens_per_s=round(rates[who], 1), of_transformers=round(rates["ours"] / rates[who], 3) if "ours" in rates else None,
+            "generate", who=who, batch=o.batch, requests=o.requests, max_tokens=o.max_tokens, temperature=o.temperature,
+            top_p=o.top_p, prompt_tokens=sum(len(ask.tokens) for ask in asks), answer_tokens=tokens, seconds=round(seconds, 2),
+            tokens_per_s=round(rates[who], 1), of_transformers=round(rates[who] / reference, 3) if reference else None,
+            dtype=str(target.dtype),
         )  # fmt: skip
+    if o.temperature == 0 and len(answers) == 2:
+        same = sum(answers["ours"][seed] == answer for seed, answer in answers["transformers"].items())
+        line("generate", who="both", greedy_answers=len(asks), the_same=same, dtype=str(target.dtype))
 
 
 if __name__ == "__main__":

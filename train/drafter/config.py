@@ -1,6 +1,7 @@
 """What a drafter is: everything `config.json` beside its weights says."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,11 @@ class DrafterConfig:
         return self.own_memory is not None and self.depth > 1
 
     @property
+    def position_table(self) -> bool:
+        """Whether positions are a language model's table: beyond its end there are none."""
+        return self.lm is not None and not any(rope_types(self.lm["config"]))
+
+    @property
     def draft_length(self) -> int:
         """γ, tokens drafted a round."""
         return self.slots - self.first_slot
@@ -136,3 +142,12 @@ class DrafterConfig:
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not the configuration of a drafter: {error}") from error
+
+
+def rope_types(fields: dict) -> Iterator[str]:
+    """Every one that a Hugging Face configuration names, of all layers or of some kinds."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from rope_types(value)
+        elif name == "rope_type":
+            yield value

@@ -7,7 +7,7 @@ Shapes: R rows, E the model's hidden size, H query heads, G key/value heads, D h
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data_prep.errors import UserError
-from data_prep.target import STATIC_ROPE, FrozenHead, States, Target, first_line
+from data_prep.errors import UserError, first_line
+from data_prep.target import STATIC_ROPE, FrozenHead, States, Target
 from train.attention.reference import reference
 from train.attention.visibility import Places, Rows
-from train.drafter.config import DrafterConfig
+from train.drafter.config import DrafterConfig, rope_types
 from train.drafter.heads import DraftHead
 from train.drafter.layers import KV, Rope
 from train.drafter.memory import Memory
@@ -58,21 +58,12 @@ def lm_config(path: str) -> dict:
         raise UserError(f"drafter.lm={path}: there is no language model ({first_line(error)})") from error
     positions = getattr(config, "max_position_embeddings", None)
     fields = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"}
-    if changing := set(_rope_types(fields)) - set(STATIC_ROPE):
+    if changing := set(rope_types(fields)) - set(STATIC_ROPE):
         raise UserError(
             f"drafter.lm={path}: rope type '{changing.pop()}' changes with the length; supported: {', '.join(STATIC_ROPE)}"
         )
     path = str(Path(path).resolve()) if Path(path).is_dir() else path  # a checkpoint is read from other folders
     return {"path": path, "layers": config.num_hidden_layers, "positions": positions, "config": fields}
-
-
-def _rope_types(fields: dict) -> Iterator[str]:
-    """Every one that a configuration names, of all layers or of some kinds."""
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            yield from _rope_types(value)
-        elif name == "rope_type":
-            yield value
 
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
