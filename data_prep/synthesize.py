@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
-from rich.progress import Progress
 
 from data_prep.candidates import Author, Texts
 from data_prep.decoding.generate import BatchGenerator, Dialogue
@@ -23,6 +22,7 @@ from data_prep.errors import UserError
 from data_prep.filters import repeats
 from data_prep.journal import Journal
 from data_prep.prepare import say
+from data_prep.progress import Progress
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import DataPrepRecipe, SynthesizeRecipe
 from data_prep.target import load_target, load_tokenizer, target_sizes, tokenizer_hashes
@@ -164,22 +164,26 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         barrier()
         journal.share()
         generator = None
-        with Progress(disable=rank() != 0) as progress:
-            task = progress.add_task("synthesize", total=None)
+        with Progress("candidates", silent=rank() != 0) as progress:
+            task = progress.add_task("synthesize", total=0)
             while (upto := _next_round(ask, place, journal, barrier)) is not None:
                 if generator is None:
                     target = load_target(recipe.target)
                     ends = target.end_tokens | ({turns.user_end, turns.reply_end} - {None})
                     generator = BatchGenerator(target, frozenset(ends), ask.batch)
-                generator.run(_dialogues(author, journal, upto, lambda: progress.advance(task)))
+                missing = _missing(journal, upto)
+                progress.update(task, total=progress.tasks[task].total + len(missing))
+                generator.run(_dialogues(author, missing, journal, lambda: progress.advance(task)))
                 journal.flush()
+        if rank() == 0:
+            _report(place.out, place.finished(settings))
     finally:
         journal.close()
 
 
 def _turns(recipe: DataPrepRecipe) -> Turns:
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
-    return Turns(tokenizer, recipe.target.path, recipe.synthesize.template)
+    return Turns(tokenizer, recipe.target.id, recipe.synthesize.template)
 
 
 def _settings(recipe: DataPrepRecipe, turns: Turns) -> dict:
@@ -191,24 +195,25 @@ def _settings(recipe: DataPrepRecipe, turns: Turns) -> dict:
             while block := file.read(1 << 20):
                 digest.update(block)
         ask["texts"] = digest.hexdigest()
-    where = recipe.target.model_dump(mode="json", exclude={"device", "dtype", "mask_token_id"})
+    where = {"id": recipe.target.id, "revision": recipe.target.revision}
     return {"target": where, "tokenizer": list(tokenizer_hashes(turns.tokenizer)), **ask}
 
 
-def _dialogues(author: Author, journal: Journal, upto: int, advance: Callable[[], None]) -> Iterator[Dialogue]:
+def _missing(journal: Journal, upto: int) -> list[int]:
     """This process's share of the candidates below `upto` that are not there yet."""
-    first, there = 0, set()
+    begin, there = 0, set()
     for _, record in _records(journal):
-        first = record["base"]["candidates"] if "base" in record else first
+        begin = record["base"]["candidates"] if "base" in record else begin
         there.add(record.get("n"))
+    return [n for n in range(begin, upto) if n % world_size() == rank() and n not in there]
 
+
+def _dialogues(author: Author, numbers: list[int], journal: Journal, advance: Callable[[], None]) -> Iterator[Dialogue]:
     def write(candidate: dict) -> None:
         journal.append(candidate)
         advance()
 
-    for n in range(first, upto):
-        if n % world_size() == rank() and n not in there:
-            yield author.dialogue(n, write)
+    return (author.dialogue(n, write) for n in numbers)
 
 
 def _records(journal: Journal) -> Iterator[tuple[int, dict]]:
@@ -326,7 +331,10 @@ def _finish(place: Place, account: Account, earlier: list[bytes], kept: list[int
     finally:
         temporary.unlink(missing_ok=True)
     place.partial.unlink()
+
+
+def _report(out: Path, account: Account) -> None:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in account.kinds.most_common())
     print(f"{account.conversations:,} conversations of {account.candidates:,} candidates: {kinds}", flush=True)
     say(account.left_out)
-    print(f"{place.out}: {account.tokens:,} tokens; use them with data=chat data.path={place.out}", flush=True)
+    print(f"{out}: {account.tokens:,} tokens; use them with data=chat data.path={out}", flush=True)
