@@ -46,9 +46,12 @@ def compose(config_name: str, recipe: type[BaseModel], overrides: list[str]) -> 
     """
     try:
         with hydra.initialize_config_dir(CONF, version_base="1.3"):
-            return validated(recipe, hydra.compose(config_name, overrides))
+            checked = validated(recipe, hydra.compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
+    if "named" in recipe.model_fields:
+        checked = checked.model_copy(update={"named": tuple(word.key_or_group for word in parsed(overrides))})
+    return checked
 
 
 def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:

@@ -16,8 +16,9 @@ from data_prep.cache.reader import CacheReader
 from data_prep.capture import Batch, batches
 from data_prep.documents import Documents
 from data_prep.errors import UserError
-from data_prep.ranks import world_size
+from data_prep.ranks import rank, world_size
 from data_prep.recipe import CaptureSections
+from data_prep.sides import refuse_one_side
 from data_prep.target import load_target
 
 
@@ -33,6 +34,7 @@ class LiveReader:
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the file's name
             source = prepare.tokenise(recipe, Path(folder) / DOCUMENTS, processes=world_size())  # every process for itself
             self._documents = Documents(Path(folder) / DOCUMENTS)
+        refuse_one_side(self._documents.ids, f"data={recipe.data.source} gives", prepare.advice(recipe, source))
         order = pc.sort_indices(self._documents.ids)  # a cache's index is in the order of ids too
         self._order = order.to_numpy()
         self.ids = self._documents.ids.take(order).combine_chunks()
@@ -85,14 +87,37 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
         if recipe.cache.on_missing == "live" and recipe.capture.spread == "tp":
             raise UserError("cache.on_missing=live with capture.spread=tp: every rank reads other documents; capture first")
         return prepare.plan(recipe, {})
-    manifest = CacheReader(recipe.cache.dir).manifest
+    reader = CacheReader(recipe.cache.dir)
     if recipe.cache.on_missing != "fail":
-        if fields := prepare.differences(prepare.plan(recipe, {}), manifest, data=True):
+        if fields := contradicted(recipe, reader.manifest):
             raise UserError(
                 f"{recipe.cache.dir} holds another cache than cache.on_missing={recipe.cache.on_missing} would make; these "
                 f"differ: {', '.join(fields)}. Choose another cache.dir, or cache.on_missing=fail to use it as it is"
             )
-    return manifest
+    refuse_one_side(reader.ids, f"{recipe.cache.dir} holds")
+    return reader.manifest
+
+
+# What in a manifest follows from which words of the line. Of the target the weights speak for themselves, once it is loaded.
+SAID_BY = {
+    "codec": ("cache.codec",),
+    "last_hidden": ("cache.last_hidden",),
+    **dict.fromkeys(("hidden_layers", "kv_layers", "query_layers"), ("cache.kinds", "cache.layers")),
+    "target.revision": ("target.revision",),
+    **dict.fromkeys(("data", "max_length", "chat_template_hash"), ("data",)),
+}
+
+
+def contradicted(recipe: CaptureSections, manifest: Manifest) -> list[str]:
+    """Fields in which a finished cache is not what the line says. What the line does not name follows the cache."""
+    said = {field for field, keys in SAID_BY.items() if recipe.names(*keys)}
+    if "cache" in recipe.named:  # cache=fp8: the files of that group differ in nothing else
+        said.add("codec")
+    fields = prepare.differences(prepare.plan(recipe, {}), manifest)
+    theirs = manifest.source.get("recipe", {})
+    if any(theirs.get(key) != value for key, value in recipe.data.model_dump().items() if f"data.{key}" not in recipe.chosen):
+        fields.append("data")
+    return [field for field in fields if field in said]
 
 
 def open_cache(recipe: CaptureSections, barrier: Callable[[], None]) -> CacheReader | LiveReader:
@@ -106,5 +131,7 @@ def open_cache(recipe: CaptureSections, barrier: Callable[[], None]) -> CacheRea
     if wanted and recipe.cache.on_missing == "live":
         return LiveReader(recipe)
     if wanted:
-        prepare.build(recipe, barrier)
+        if rank() == 0:
+            print(f"no finished cache at {recipe.cache.dir}: it is captured first (cache.on_missing=capture)", flush=True)
+        prepare.build(recipe, barrier, for_training=True)
     return CacheReader(recipe.cache.dir)

@@ -23,7 +23,8 @@ from data_prep.errors import UserError
 from data_prep.progress import counted
 from data_prep.ranks import rank, world_size
 from data_prep.recipe import CacheRecipe, CaptureSections
-from data_prep.target import Sizes, load_target, load_tokenizer, target_sizes, tokenizer_hashes
+from data_prep.sides import refuse_one_side
+from data_prep.target import Sizes, Target, load_target, load_tokenizer, target_sizes, tokenizer_hashes
 
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
@@ -93,12 +94,10 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
     )
 
 
-def differences(planned: Manifest, manifest: Manifest, data: bool = False) -> list[str]:
-    """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell; with
-    `data` also how the source is named."""
+def differences(planned: Manifest, manifest: Manifest) -> list[str]:
+    """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
     later = ("source.", "target.weights_hash", "target.architecture.")
-    fields = [f for f in planned.differs(manifest) if not f.startswith(later)]
-    return fields + ["data"] * (data and planned.source["recipe"] != manifest.source.get("recipe"))
+    return [f for f in planned.differs(manifest) if not f.startswith(later)]
 
 
 def completed(manifest: Manifest, target) -> Manifest:
@@ -143,20 +142,40 @@ def describe(manifest: Manifest) -> int:
     return size
 
 
-def build(recipe: CaptureSections, barrier: Callable[[], None]) -> None:
-    """Tokenise, capture and seal `recipe.cache.dir`; a capture that was interrupted goes on. Called by all processes.
+def advice(recipe: CaptureSections, source: dict) -> str:
+    """What gives a capture more source documents. `source`: what `tokenise` returned."""
+    data = recipe.data
+    if data.max_tokens is not None and source["tokens"] >= data.max_tokens:
+        return (
+            f"data.max_tokens={data.max_tokens} ends within the first; make it larger, or take of each text only the first "
+            f"data.max_length={data.max_length} tokens (data.long=cut)"
+        )
+    if data.long == "join":
+        return f"data.long=join made few pieces of all texts; give it more, or a data.max_length below {data.max_length}"
+    if data.long == "drop" and any(reason.startswith("longer than") for reason in source["left_out"]):
+        return "data.long=split keeps the texts that were left out as too long"
+    return "give it more texts, or cut this one into several records"
+
+
+def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bool = False) -> None:
+    """Tokenise, capture and seal `recipe.cache.dir`; a capture that was interrupted goes on. Called by all processes. Documents
+    that training could not divide into two sides are refused `for_training`, and told of before the target is loaded in any
+    case (caches can be merged).
 
     Raises:
-        UserError: the folder holds another cache, the source gives nothing, or the disk cannot hold the cache.
+        UserError: the folder holds another cache, the source gives nothing or too little, or the disk cannot hold the cache.
     """
     folder, claimed, manifest = Path(recipe.cache.dir), None, None
     try:
         if rank() == 0:
             claimed = claim(folder)
             manifest = plan(recipe, tokenise(recipe, folder / DOCUMENTS))
+            _say_or_refuse_one_side(recipe, manifest.source, Documents(folder / DOCUMENTS), for_training)
             _refuse_small_disk(folder, describe(manifest))
         barrier()
         target = load_target(recipe.target, recipe.capture)
+        if rank() == 0:
+            say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
         together = recipe.capture.spread == "tp"
         if together and rank() != 0:
             target.weights_hash()  # gathering the shards takes all processes
@@ -203,6 +222,39 @@ def estimate(recipe: CaptureSections) -> None:
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
     print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {hours:.2g} hours on one process, {hours / 8:.2g} on eight")
     print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
+
+
+def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:
+    try:
+        refuse_one_side(documents.ids, f"data={recipe.data.source} gives", advice(recipe, source))
+    except UserError as error:
+        if refuse:
+            raise
+        print(f"WARNING: {error}", flush=True)
+
+
+def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
+    """Print about how long the forwards of a capture will take, before the first of them: two operations a weight and token, at
+    the rate of one product of the target's own sizes, timed for a moment. Attention, copies and the disk come on top."""
+    weights = sum(p.numel() for p in target.model.parameters()) - target.model.get_input_embeddings().weight.numel()
+    shape = target.architecture
+    a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
+    b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)
+    operations, count, spent = 2 * a.shape[0] * b.numel(), 0, 0.0
+    a @ b  # the first one warms up
+    while spent < 0.3:
+        began = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for the device
+        spent += time.perf_counter() - began
+        count += 1
+    seconds = 2 * weights * tokens / (operations * count / spent) / world_size()
+    print(f"the target's forwards will take about {_rounded(seconds)} or more on {target.device.type}", flush=True)
+
+
+def _rounded(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:

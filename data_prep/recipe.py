@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_prep.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+STDLIB_TOKENS = 600_000
 
 
 class Section(BaseModel):
@@ -71,7 +72,12 @@ class DataRecipe(Section):
     max_length: int = Field(ge=8)
     # Longer than max_length: into pieces, keep the first, leave out. join: all records end to end, cut every max_length tokens.
     long: Literal["split", "cut", "drop", "join"] = "split"
-    max_tokens: int | None = Field(None, ge=1)  # stop after this many tokens; null: all
+    max_tokens: int | None = Field(None, ge=1)  # stop after this many tokens; null: all; auto: STDLIB_TOKENS
+
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _auto_is_a_number(cls, value):
+        return STDLIB_TOKENS if value == "auto" else value  # training has another for a machine without a GPU: train/sizes.py
 
 
 class CacheRecipe(Section):
@@ -83,7 +89,7 @@ class CacheRecipe(Section):
     layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)]
     last_hidden: Literal["supervised", "all"]
     shard_bytes: int = Field(ge=1)
-    on_missing: Literal["fail", "capture", "live"] = "fail"  # training without a finished cache at `dir`
+    on_missing: Literal["fail", "capture", "live"] = "capture"  # training without a finished cache at `dir`
 
 
 class FinishedCache(Section):
@@ -215,6 +221,13 @@ class CaptureSections(Section):
     data: DataRecipe
     cache: CacheRecipe
     capture: CaptureRecipe
+    # What was said, beside what is meant: no part of the recipe.
+    named: tuple[str, ...] = Field((), exclude=True)  # groups and keys that the command line names, as it names them
+    chosen: tuple[str, ...] = Field((), exclude=True)  # keys that nobody named and that the device decides: train/sizes.py
+
+    def names(self, *keys: str) -> bool:
+        """Whether the line names one of these groups or keys; a group's name stands for its keys too (`data.path` for `data`)."""
+        return any(word == key or word.startswith(f"{key}.") for word in self.named for key in keys)
 
 
 class DataPrepRecipe(CaptureSections):

@@ -121,8 +121,9 @@ def test_recipes_say_what_they_follow():
         (["target.mask_token_id=8192"], "outside the vocabulary of 8192"),
         (["target.path=nowhere"], "target.path=nowhere: no tokenizer can be loaded"),
         (["target.device=cuda"], "has no GPU"),
-        (["cache.dir=nowhere"], "nowhere is not a cache"),
-        ([f"cache.dir={__file__}"], "is not a cache"),
+        (["cache.dir=nowhere", "cache.on_missing=fail"], "nowhere is not a cache"),
+        ([f"cache.dir={__file__}", "cache.on_missing=fail"], "is not a cache"),
+        ([f"cache.dir={__file__}"], "is a file; it must be a folder"),
         ([f"run.dir={__file__}"], "is a file; it must be a folder"),
         (["deepspeed.zero_optimization.stage=7"], "stage is 0, 1, 2 or 3, not 7"),
         (["train.betas=[2,0.9]"], "train.betas.0.*less than 1"),
@@ -186,7 +187,7 @@ def test_recipes_run_on_a_cache_of_three_layers(cache):
 def test_a_world_size_that_does_not_divide_is_refused(cache, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="train.batch=8 packs a step cannot be shared by 3 ranks"):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}"]))
+        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "train.batch=8"]))
 
 
 def rewrite(folder, manifest):
@@ -244,9 +245,9 @@ def test_eval_refuses(words, message):
         ("data_prep/main.py", ["cache.dir=new", "target=nope"]),
         ("data_prep/main.py", ["cache.dir=new", "data=jsonl", "data.path=absent.jsonl"]),
         ("data_prep/main.py", ["cache.dir=new", "cache.layers=[0,17]", "data.max_tokens=2000"]),
-        ("train/main.py", ["cache.dir=absent", "run.dir=new"]),
+        ("train/main.py", ["cache.dir=absent", "cache.on_missing=fail", "run.dir=new"]),
         ("train/main.py", ["--no-such-flag", "cache.dir=absent"]),
-        ("train/main.py", ["-m", "objective.slots=4,1", "cache.dir=absent", "run.dir=new"]),
+        ("train/main.py", ["-m", "objective.slots=4,1", "cache.dir=absent", "cache.on_missing=fail", "run.dir=new"]),
         ("eval/main.py", ["drafter=absent", "out=new"]),
     ],
 )

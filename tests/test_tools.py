@@ -169,7 +169,7 @@ def test_on_missing_decides_once_and_refuses_another_cache(tmp_path, monkeypatch
     words = [f"cache.dir={tmp_path / 'cache'}", "data=jsonl", f"data.path={path}", "data.max_length=64", "capture.workers=1"]
     recipe = lambda *more: cli.compose("train", TrainRecipe, [*words, *more])
     with pytest.raises(UserError, match="is not a cache"):
-        manifest_of(recipe())
+        manifest_of(recipe("cache.on_missing=fail"))
     assert manifest_of(recipe("cache.on_missing=live")).kv_layers == [0, 2, 5] and not (tmp_path / "cache").exists()
     first = open_cache(recipe("cache.on_missing=capture"), lambda: None)
     assert (tmp_path / "cache" / FILES).exists()

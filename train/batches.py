@@ -4,7 +4,6 @@ change of world size.
 Shapes: P positions of a pack, N anchors, J drafted slots, R teacher rows, E hidden size.
 """
 
-import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from data_prep.cache.codec import Scaled, decode, paired
 from data_prep.cache.reader import CacheReader, crop
-from data_prep.errors import UserError
-from data_prep.sources import VALIDATION, stable_hash
+from data_prep.sides import refuse_one_side, validation_side
+from data_prep.sources import stable_hash
 from data_prep.target import States
 from train.attention.visibility import Anchors, Places
 
@@ -287,21 +286,14 @@ def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, wor
 
 
 def split(reader: CacheReader, validation_documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) documents: the validation side is a twentieth of the source documents (all pieces of one
-    together), chosen by hash, of which at most `validation_documents` pieces are used. Joined documents bring their side with
-    them, if there are records enough for two.
+    """(training, validation) documents: the two sides of data_prep/sides.py, of whose validation side at most
+    `validation_documents` pieces are used.
 
     Raises:
-        UserError: fewer than two source documents.
+        UserError: one side is empty.
     """
-    stem_of = [re.sub(r"(@\d+)?#\d+$", "", id) for id in reader.ids.to_pylist()]
-    stems = sorted(set(stem_of), key=lambda s: stable_hash(f"validation/{s}"))
-    if len(stems) < 2:
-        raise UserError(
-            f"{reader.folder} holds {len(stems)} source document(s); training needs one to train on and one to judge on"
-        )
-    held = {stem for stem in stems if stem.startswith(VALIDATION)} or set(stems[: max(1, len(stems) // 20)])
-    side = np.array([stem in held for stem in stem_of])
+    refuse_one_side(reader.ids, f"{reader.folder} holds")
+    side = validation_side(reader.ids)
     training, validation = np.flatnonzero(~side), np.flatnonzero(side)
     order = sorted(validation, key=lambda i: stable_hash(f"validation/{reader.id(i)}"))
     return training, np.array(order[:validation_documents])

@@ -1,5 +1,6 @@
 """deepspeed train/main.py objective=blockwise reuse=hybrid cache.dir=CACHE run.dir=RUN [-m reuse=hidden,kv,hybrid]"""
 
+import json
 import os
 import sys
 import traceback
@@ -22,6 +23,7 @@ from data_prep.target import pick_device  # noqa: E402
 from train.prepare import check  # noqa: E402
 from train.ranks import Sweep, loss_of_a_rank  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
+from train.sizes import spoken  # noqa: E402
 
 UNNAMED = ("run.dir", "cache.dir", "cache.on_missing", "tracking", "run.group")  # keys that do not make another run
 
@@ -36,9 +38,18 @@ def run_name(overrides: list[str]) -> str:
     return cli.folder_name(",".join(kept) or "default")
 
 
+def begun(run_dir: Path) -> dict:
+    """The recipe of a run that goes on; empty where none does."""
+    path = run_dir / "recipe.json"
+    goes_on = path.exists() and any(run_dir.glob("checkpoints/step-*/engine"))  # train.checkpoint would import DeepSpeed
+    return json.loads(path.read_text()) if goes_on else {}
+
+
 def run(recipe: TrainRecipe, run_dir: str) -> None:
     ranks.single_process_defaults()
     if pick_device(recipe.target.device).type == "cpu":
+        if recipe.chosen and ranks.rank() == 0:
+            print(spoken(recipe), flush=True)
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides when it is imported, and by what it finds
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
@@ -69,11 +80,13 @@ def main() -> None:
         return
     try:
         recipes = [cli.compose("train", TrainRecipe, job) for job in cli.jobs_of(overrides, arguments.multirun)]
+        run_dir = recipes[0].run.dir or f"runs/{run_name(overrides)}"
+        if not arguments.multirun:
+            recipes = [recipes[0].going_on(begun(Path(run_dir)))]
         for recipe in recipes:
             check(recipe)
     except UserError as error:
         cli.fail(error)
-    run_dir = recipes[0].run.dir or f"runs/{run_name(overrides)}"
     if not arguments.multirun:
         if ranks.rank() == 0:
             hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: run(recipes[0], run_dir))()

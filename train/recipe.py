@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from data_prep.recipe import CaptureSections, Section
 from train.losses import LossRecipe
 from train.objectives.budgetdraft import Branches
+from train.sizes import sized
 from train.views import View
 
 
@@ -107,6 +108,8 @@ class DrafterRecipe(Section):
 
 
 class TrainSection(Section):
+    """`max_steps`, `batch`, `pack_tokens`, `save_every` and `lr` may be `auto`: train/sizes.py."""
+
     max_steps: int = Field(ge=1)
     batch: int = Field(ge=1)  # packs an optimizer step, over all ranks and accumulation
     pack_tokens: int = Field(ge=2)
@@ -180,6 +183,19 @@ class TrainRecipe(CaptureSections):
     deepspeed: DeepSpeedRecipe
     tracking: TrackingRecipe
     run: RunRecipe
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_are_numbers(cls, config: dict) -> dict:
+        return sized(config)
+
+    def going_on(self, earlier: dict) -> "TrainRecipe":
+        """This recipe, for a run that began with `earlier` (its recipe.json): sizes that nobody named are that run's."""
+        sections: dict[str, dict] = {}
+        for section, name in (key.split(".") for key in self.chosen):
+            if name in earlier.get(section, {}):
+                sections.setdefault(section, {})[name] = earlier[section][name]
+        return self.model_copy(update={name: getattr(self, name).model_copy(update=part) for name, part in sections.items()})
 
     @model_validator(mode="after")
     def _a_cell_that_exists(self):

@@ -1,0 +1,55 @@
+"""Sizes that nobody named (`auto` in conf/): today's usual ones on a GPU, and on a machine without one those that a CPU is done
+with in minutes. A key that the line or an experiment names is never touched."""
+
+from data_prep.live import missing
+from data_prep.ranks import world_size
+from data_prep.recipe import STDLIB_TOKENS, CaptureSections
+from data_prep.target import pick_device
+
+AUTO = "auto"
+GPU = {
+    "data.max_tokens": STDLIB_TOKENS,  # of data=stdlib; the other sources are taken whole
+    "train.max_steps": 2000,
+    "train.batch": 8,
+    "train.pack_tokens": 4096,
+    "train.save_every": 200,
+    "train.lr": 6e-4,
+}
+# On two cores, embedded target, objective=blockwise reuse=hybrid: docs/results.md.
+CPU = {
+    "data.max_tokens": 300_000,
+    "train.max_steps": 600,
+    "train.batch": 2,
+    "train.pack_tokens": 1024,
+    "train.save_every": 300,
+    "train.lr": 2e-3,
+}
+
+
+def sized(config: dict) -> dict:
+    """`config` (sections of keys) with a number for every key that says `auto`, and `chosen`: their dotted names.
+
+    Raises:
+        UserError: target.device=cuda on a machine without a GPU.
+    """
+    device = (config.get("target") or {}).get("device", AUTO)
+    values = dict(GPU)
+    if device in (AUTO, "cpu", "cuda") and pick_device(device).type == "cpu":
+        world = world_size()
+        values = CPU | {"train.batch": -(-CPU["train.batch"] // world) * world}  # every rank gets as many packs
+    chosen = []
+    config = {name: dict(part) if isinstance(part, dict) else part for name, part in config.items()}
+    for key, value in values.items():
+        section, name = key.split(".")
+        if isinstance(config.get(section), dict) and config[section].get(name) == AUTO:
+            config[section][name] = value
+            chosen.append(key)
+    return config | {"chosen": tuple(chosen)}
+
+
+def spoken(recipe: CaptureSections) -> str:
+    """The line that says which sizes were chosen, and how to choose others. Those of `data` are for a cache yet to be made."""
+    keys = [key for key in recipe.chosen if missing(recipe) or not key.startswith("data.")]
+    values = ((key, getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1])) for key in keys)
+    chosen = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values)
+    return f"no GPU here: sizes for a CPU, {chosen}; name a key on the line to set it"
