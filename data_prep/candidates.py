@@ -69,8 +69,8 @@ class Texts:
             record = self._lines[int(draws.one(f"text/{attempt}", side))]
             length, start = draws.uniform(f"length/{attempt}"), draws.uniform(f"start/{attempt}")
             piece = passage(_text_of(record, self._path), *kind.passage, length, start)
-            letters = sum(c.isalpha() or c.isspace() for c in piece)
-            prose = letters >= filters.passage_letters * len(piece) and looping(piece) <= filters.loop
+            marks = "".join(piece.split())  # indented tables have many blanks
+            prose = sum(map(str.isalpha, marks)) >= filters.passage_letters * len(marks) and looping(piece) <= filters.loop
             if len(piece) >= kind.passage[0] and prose:
                 return record.id, piece
         raise LeftOut(f"none of {ATTEMPTS} passages is long enough, of letters and no loop")

@@ -173,7 +173,7 @@ class FiltersRecipe(Section):
 
     user_characters: int = Field(ge=1)  # a user's shorter message is too short
     reply_characters: int = Field(ge=1)
-    passage_letters: float = Field(ge=0, le=1)  # the least share of letters and blanks; a table or a list of names has fewer
+    passage_letters: float = Field(ge=0, le=1)  # the least share of letters among what is no blank; code and tables have fewer
     loop: float = Field(ge=0, le=1)  # the largest share of a turn's 4-grams of words that were there before
     near: float = Field(gt=0, le=1)  # from this similarity on, a first message repeats another conversation's
 
