@@ -84,6 +84,15 @@ def parts(report: dict) -> list[list[str]]:
     return found
 
 
+def shared_seconds(report: dict) -> str:
+    """What has to be known of the speedups of `parts`; nothing where requests were decoded one by one."""
+    batch = report.get("engine", {}).get("batch", 1)
+    if batch == 1:
+        return ""
+    said = f"a request bears an equal share of its batch's seconds ({batch} at a time)"
+    return f"{said}, so that speedups are those of mixed batches"
+
+
 def lossless(figures: dict) -> str:
     """A temperature's losslessness for a table's cell: yes | yes, to bf16 | NO."""
     if not figures["lossless"]:
@@ -125,7 +134,7 @@ def write_page(out: Path, report: dict) -> None:
         + "".join(note(f"T = {t}: lossless: {lossless_line(f)}") for t, f in figures.items())
         + "".join(note(f"T = {t}: {f['lossless_by']}") for t, f in figures.items() if "ties" in f and f["lossless"])
         + "".join(note(f"T = {t}: {text}") for t, f in figures.items() for text in partly(f)),
-        "Acceptance and speed apart": table(PART_HEADS, apart) if (apart := parts(report)) else "",
+        "Acceptance and speed apart": table(PART_HEADS, apart) + note(shared_seconds(report)) if (apart := parts(report)) else "",
         "Acceptance by slot": figure(
             _draw_slots(figures),
             "Conditional: of the rounds whose earlier slots were all accepted. Dashed: the trained drafter's joint acceptance.",

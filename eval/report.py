@@ -51,7 +51,7 @@ def print_table(report: dict) -> None:
         table.add_row(*row, style="bold" if row[1] == "trained" else None, end_section=row[1] == page.BASELINE)
     Console(width=120).print(table)
     if apart := page.parts(report):
-        table = Table(title="apart")
+        table = Table(title="tau and speedup apart", caption=page.shared_seconds(report) or None)
         for head in page.PART_HEADS:
             table.add_column(head, justify="left" if head in page.TEXT else "right")
         for row, following in zip(apart, [*apart[1:], [""]]):

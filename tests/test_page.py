@@ -274,6 +274,15 @@ def test_runs_are_compared_without_target_or_drafter(tmp_path, capsys):
     gather(tmp_path / "out")  # nothing that a sweep's table could hold, and no mistake
 
 
+def test_seconds_that_a_batch_shares_are_said(tmp_path):
+    found = made(engine={"batch": 4})
+    found["temperatures"]["1"] |= {"by_category": {"qa": {"requests": 2, "tokens": 9, "tau": 1.5, "speedup": 1.25}}}
+    page.write_page(tmp_path, found)
+    html = (tmp_path / "report.html").read_text()
+    assert "(4 at a time), so that speedups are those of mixed batches" in html and "<td>1.25x</td>" in html
+    assert page.shared_seconds(made()) == page.shared_seconds(made(engine={"batch": 1})) == ""
+
+
 def test_categories_side_by_side(tmp_path, capsys):
     """Of every run that has them; a run of another suite has none."""
     part = lambda tau: {"requests": 1234, "tokens": 56, "tau": tau, "speedup": tau / 2}
