@@ -138,7 +138,8 @@ class Author:
             message = begun if turn == 0 else ""
             if turn or writes:
                 before = self._turns.before_user(history, message)
-                message += yield from self._written("user", before, heat["user"], draws.seed(f"user/{turn}"))
+                until = kind.until if turn == 0 else None
+                message += yield from self._written("user", before, heat["user"], draws.seed(f"user/{turn}"), until)
             history.append(user(self._worthwhile("user", message)))
             before = self._turns.before_reply(history)
             reply = yield from self._written("reply", before, heat["reply"], draws.seed(f"reply/{turn}"))
@@ -148,17 +149,19 @@ class Author:
             raise LeftOut("longer than synthesize.most_tokens")
         return {"id": id, "source": source, "temperature": heat, "tokens": tokens, "messages": history}
 
-    def _written(self, who: str, before: list[int], temperature: float, seed: int):
-        """What the target writes behind `before`."""
+    def _written(self, who: str, before: list[int], temperature: float, seed: int, until: str | None = None):
+        """What the target writes behind `before`, at most up to the first `until`. Raises LeftOut when it comes to no end."""
         turn: TurnRecipe = getattr(self._recipe, who)
         room = self._recipe.most_tokens - len(before)
         if room < 1:
             raise LeftOut("no room left in synthesize.most_tokens")
         answer = yield Ask(before, min(turn.max_tokens, room), temperature, turn.top_p, seed)
-        if not answer.ended:
+        text = self._turns.text(answer.tokens)
+        if until and until in text:
+            text = text[: text.index(until) + len(until)]
+        elif not answer.ended:
             limit = f"synthesize.{who}.max_tokens" if room > turn.max_tokens else "synthesize.most_tokens"
             raise LeftOut(f"{NAMES[who]} was cut off at {limit}")
-        text = self._turns.text(answer.tokens)
         if not text.strip():
             raise LeftOut(f"{NAMES[who]} is empty")
         return text.strip() if who == "user" else text

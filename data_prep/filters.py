@@ -9,7 +9,8 @@ import numpy as np
 from data_prep.sources import stable_hash
 
 WORD = re.compile(r"\w+")
-MARKED = re.compile(r"\w+|[^\w\s]")  # words and marks: "1. 2. 3." is no loop, "- - - -" is one
+# Words and marks: "1. 2. 3." is no loop, "- - - -" is one, and so is "hehehehe...": what is longer than a word is taken by fours.
+MARKED = re.compile(r"\w{1,20}(?!\w)|\w{1,4}|[^\w\s]")
 GRAM = 4  # words and marks
 WINDOW = 100  # words and marks: a loop of half a page in a long text does not hide behind the rest
 SHINGLE = 3  # words

@@ -148,6 +148,7 @@ class KindRecipe(Section):
     templates: list[str] = Field(min_length=1)  # each conversation draws one
     passage: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None  # fewest and most characters
     words: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    until: str | None = Field(None, min_length=1)  # behind the first of it ends what the target writes as the user
 
     @property
     def needs_texts(self) -> bool:

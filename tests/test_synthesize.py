@@ -397,7 +397,7 @@ def test_loops_are_told_from_lists_and_prose():
     listed = "Ingredients:\n" + "\n".join(f"{n}. {word}, {n * 10} g" for n, word in enumerate(WORDS.split()))
     assert looping(prose) < 0.15 and looping(listed) < 0.15 and looping("") == looping("one word") == 0
     sentence = "I am here to help you with whatever you need. "
-    for loop in (sentence * 4, "ha " * 30, "- " * 40, prose + sentence * 12):
+    for loop in (sentence * 4, "ha " * 30, "he" * 60, "- " * 40, prose + sentence * 12):
         assert looping(loop) > 0.3, loop
     assert looping(prose + sentence * 2) < 0.3
     # The loop behind a long text is a tenth of it: only a stretch of its own shows it.
@@ -637,6 +637,22 @@ def test_reasons_are_told_and_kept(plain, tmp_path, capsys):
         run(again(recipe, out, count=6, **{section or name: part}))
         count = about(out)["left_out"][reason]
         assert count and f"left out: {count:,} x {reason}" in capsys.readouterr().out
+
+
+def test_a_question_ends_with_its_mark(plain, tmp_path):
+    """`until`: what the target writes on behind it is dropped, and a message that was cut off behind it is whole."""
+    recipe, _ = plain
+    outcome, cut = {}, {}
+    for until in (None, "e"):
+        kinds = {"ask": KindRecipe(share=1, templates=["so {user}"], until=until)}
+        out = tmp_path / f"{until}.jsonl"
+        records = run(again(recipe, out, count=6, kinds=kinds, user=recipe.synthesize.user.model_copy(update={"max_tokens": 20})))
+        outcome[until] = [record["messages"][0]["content"] for record in records]
+        told = about(out)
+        cut[until] = told["left_out"]["a user's message was cut off at synthesize.user.max_tokens"] / told["candidates"]
+    assert all(re.fullmatch("so [^e]*e", message) for message in outcome["e"])
+    assert not any(re.fullmatch("so [^e]*e", message) for message in outcome[None])
+    assert cut["e"] < cut[None] / 3  # those without an e are cut off still
 
 
 def test_several_temperatures_are_mixed(plain, tmp_path):
