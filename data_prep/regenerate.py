@@ -22,7 +22,8 @@ from data_prep.ranks import rank, world_size
 from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
 from data_prep.sources import stable_hash
 from data_prep.target import load_target, load_tokenizer
-from data_prep.tokens import LeftOut, messages_of, rendered, turn_end
+from data_prep.tokens import LeftOut, messages_of
+from data_prep.turns import Turns
 
 TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
 THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
@@ -158,11 +159,12 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, le
     """The target in this process, `batch` conversations at a time, each turn by turn."""
     ask, target = recipe.regenerate, load_target(recipe.target)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
-    options = recipe.data.template | ({} if ask.thinking is None else {"enable_thinking": ask.thinking})
+    thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
+    turns = Turns(tokenizer, recipe.target.id, recipe.data.template | thinking)
 
     def prompt(history: list[dict]) -> list[int]:
         """Raises LeftOut when the template refuses it or there is no room for a reply."""
-        ids = rendered(tokenizer, history, add_generation_prompt=True, **options)["input_ids"]
+        ids = turns.before_reply(history)
         if len(ids) + ask.max_tokens > target.architecture.max_positions:
             raise LeftOut("prompt and regenerate.max_tokens exceed the target's positions")
         return ids
@@ -184,7 +186,7 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, le
             return
         write(conversation, history, finish)
 
-    BatchGenerator(target, target.end_tokens | turn_end(tokenizer), ask.batch).run(map(dialogue, todo))
+    BatchGenerator(target, target.end_tokens | {turns.reply_end} - {None}, ask.batch).run(map(dialogue, todo))
 
 
 async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conversation], write, left_out: Counter) -> None:

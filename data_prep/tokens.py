@@ -122,14 +122,6 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options
         raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The special token with which the chat template ends the assistant's turn, which the model itself may not know as an end;
-    empty where it writes none."""
-    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    special = set(tokenizer.all_special_ids)
-    return frozenset([i for i in rendered(tokenizer, turn)["input_ids"] if i in special][-1:])
-
-
 def messages_of(fields: dict) -> list[dict]:
     """The conversation as [{"role", "content", ...}]; ShareGPT's {"from", "value"} is translated. Raises LeftOut."""
     turns = fields.get("messages") or fields.get("conversations")

@@ -42,6 +42,7 @@ def test_sizes_that_nobody_named_fit_the_device(monkeypatch):
     assert of(recipe, sizes.CPU) == sizes.CPU and set(recipe.chosen) == set(sizes.CPU) == set(sizes.GPU)
     line = sizes.spoken(recipe)
     assert "no GPU" in line and "train.batch=2" in line and "train.lr=0.002" in line and line.count("\n") == 0
+    assert sizes.spoken(compose(*(f"{key}={value}" for key, value in sizes.CPU.items()))) == ""
     assert "chosen" not in recipe.model_dump() and "named" not in recipe.model_dump()
     json.dumps(recipe.model_dump(mode="json"))
 

@@ -48,8 +48,8 @@ def begun(run_dir: Path) -> dict:
 def run(recipe: TrainRecipe, run_dir: str) -> None:
     ranks.single_process_defaults()
     if pick_device(recipe.target.device).type == "cpu":
-        if recipe.chosen and ranks.rank() == 0:
-            print(spoken(recipe), flush=True)
+        if ranks.rank() == 0 and (line := spoken(recipe)):
+            print(line, flush=True)
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed decides when it is imported, and by what it finds
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])

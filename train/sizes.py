@@ -48,8 +48,9 @@ def sized(config: dict) -> dict:
 
 
 def spoken(recipe: CaptureSections) -> str:
-    """The line that says which sizes were chosen, and how to choose others. Those of `data` are for a cache yet to be made."""
+    """The line that says which sizes were chosen, and how to choose others; empty where none was. Those of `data` are for a cache
+    yet to be made."""
     keys = [key for key in recipe.chosen if missing(recipe) or not key.startswith("data.")]
     values = ((key, getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1])) for key in keys)
     chosen = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values)
-    return f"no GPU here: sizes for a CPU, {chosen}; name a key on the line to set it"
+    return f"no GPU here: sizes for a CPU, {chosen}; name a key on the line to set it" if keys else ""

@@ -18,7 +18,7 @@ from data_prep.decoding.generate import Ask, BatchGenerator
 from data_prep.recipe import ROOT, DataRecipe, TargetRecipe
 from data_prep.sources import records, stable_hash
 from data_prep.target import Target, load_target, load_tokenizer
-from data_prep.tokens import turn_end
+from data_prep.turns import Turns
 from tests.benchmarks import line, options
 
 QUESTIONS = ("What does this code do?", "Explain this code to a beginner.", "Which mistakes are in this code?")
@@ -74,7 +74,7 @@ def main() -> None:
     )  # fmt: skip
     recipe = TargetRecipe(path=o.target, dtype=o.dtype)
     target, tokenizer = load_target(recipe), load_tokenizer(recipe.location)
-    ends = target.end_tokens | turn_end(tokenizer)
+    ends = target.end_tokens | {Turns(tokenizer, o.target, {}).reply_end} - {None}
     asks = [
         Ask(tokens, o.max_tokens, o.temperature, o.top_p, seed)
         for seed, tokens in enumerate(prompts_of(tokenizer, o.requests, o.characters))
