@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import (
@@ -210,7 +210,12 @@ def tokenizer_of(reader, file: Path) -> PreTrainedTokenizerBase:
             unspaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
             tokenizer.backend_tokenizer.decoder = decoders.Sequence(unspaced)
     elif kind == "gpt2":
-        tokenizer = _byte_level(reader, tokens, types, file)
+        try:
+            tokenizer = _byte_level(reader, tokens, types, file)
+        except UserError:
+            raise
+        except Exception as error:  # the library below raises plain exceptions
+            raise UserError(f"{file}: the tokenizer cannot be rebuilt ({first_line(error)})") from error
     else:
         raise UserError(f"{file}: a tokenizer of kind '{kind}' is not supported; those that are: gpt2, llama")
     marked = [i for i, what in enumerate(types) if what in (CONTROL, USER_DEFINED)]
@@ -226,8 +231,12 @@ def _byte_level(reader, tokens: list[str], types: list[int], file: Path) -> PreT
     merges = _value(reader, "tokenizer.ggml.merges")
     if merges is None:
         raise UserError(f"{file} carries half a tokenizer: it lacks tokenizer.ggml.merges")
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"{file}: the tokenizer has two tokens of one spelling")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     backend = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=rule in WHOLE_WORDS))
+    if SPLITS[rule] == QWEN2:
+        backend.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Digits(individual_digits=True)] if rule == "smollm" else []
     if split := SPLITS[rule]:
         cuts.append(pre_tokenizers.Split(Regex(split), "isolated"))

@@ -30,6 +30,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self._path} is being written by another process") from error
+        if not self._path.exists() or self._path.stat().st_ino != os.fstat(self._file).st_ino:  # finished and removed meanwhile
+            raise UserError(f"{self._path} was just finished by another process; run the same command again")
 
     def share(self) -> None:
         """Held by all processes of one command; none of another can `lock` meanwhile."""

@@ -90,9 +90,10 @@ class Progress(RichProgress):
 
     def stop(self) -> None:
         super().stop()
-        if self._lines and self.tasks:
+        if self._lines:
             self._lines.__exit__()
-            self._lines.say(self._line())
+            if self.tasks:
+                self._lines.say(self._line())
 
     def _line(self) -> str:
         if not self.tasks:

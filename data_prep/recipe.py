@@ -45,7 +45,7 @@ class TargetRecipe(Section):
         """Where it is loaded from. A relative path that exists in the repository but not here means the repository's,
         so that `target=tiny` works from any folder. Raises UserError when it has yet to be fetched."""
         place = location(self.id)
-        if self.fetch and not Path(place).exists():
+        if self.fetch and self.path.startswith("data_prep/targets/") and not Path(place).exists():
             raise UserError(f"target.path={self.path} is not there; in the repository, this command puts it there: {self.fetch}")
         return place
 
@@ -111,7 +111,7 @@ class RegenerateRecipe(Section):
     """`mode=regenerate`: the target answers the prompts itself."""
 
     out: str | None = None  # the JSONL to write: a source for data=chat
-    base_url: str | None = None  # an OpenAI-compatible server, .../v1; null: transformers in this process
+    base_url: str | None = None  # an OpenAI-compatible server, .../v1; null: this process
     model: str | None = None  # its name at the server; null: target.path
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)

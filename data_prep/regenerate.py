@@ -73,7 +73,7 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         UserError: the file was written with other settings, or the server does not answer. What is done is kept.
     """
     settings = {
-        "model": recipe.regenerate.model or recipe.target.path,
+        "model": recipe.regenerate.model or recipe.target.id,
         "revision": recipe.target.revision,
         "template": recipe.data.template,
         **{key: getattr(recipe.regenerate, key) for key in ("temperature", "top_p", "max_tokens", "thinking", "seed")},

@@ -1,4 +1,5 @@
-"""Which documents judge a training, and which train: whole source documents, so that no text stands on both sides."""
+"""Which documents judge a training, and which train: whole source documents, so that no document stands on both sides. (What
+several records share, as conversations of mode=synthesize may share a text, is not known here.)"""
 
 import numpy as np
 import pyarrow as pa

@@ -3,7 +3,8 @@ that are built from texts.
 
 Candidates are numbered, and each is a function of its number (data_prep/candidates.py). Processes share the numbers and append
 what comes of them to `OUT.partial`. What repeats an earlier conversation is decided in the order of numbers, and in this order
-they are taken until there are enough. So the file depends on the settings alone, not on processes, batches or interruptions.
+they are taken until there are enough. So, but for rounding, the file depends on the settings alone, not on processes, batches or
+interruptions.
 """
 
 import json
@@ -158,6 +159,8 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         if rank() == 0:
             journal.lock()
             journal.repair()
+            begun = place.begun(settings)  # once more: another command may have come in between
+            base = None if begun else place.finished(settings)
             if not begun:
                 journal.append({"settings": settings, "base": vars(base or Account())})
                 journal.flush()

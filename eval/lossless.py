@@ -9,7 +9,8 @@ difference of a request (the run's token a, plain decoding's b, behind one text)
    own token the likeliest in the target's own dtype.
 
 The first alone would let a verification accept wrong tokens wherever two are close; the second alone would let rows be wrong as
-long as they are wrong twice. Anything that is no tie is a fault, and its prompt is named.
+long as they are wrong twice. Behind a tie two texts go on that have nothing to do with each other: each later token of the run
+has to be the likeliest, or lie within `bound` of it, by 1. Anything else is a fault, and its prompt is named.
 
 Shapes: B requests, T rows of each, L places of a text, E hidden size, V vocabulary.
 """
@@ -124,7 +125,7 @@ def greedy(
         for request, (a, b) in enumerate(zip(trained, baseline))
         if a.tokens != b.tokens
     ]
-    _measure([d for d in differences if not d.fault], target, prompts, baseline)
+    _measure([d for d in differences if not d.fault], target, prompts, trained)
     if batches is not None:
         _replay([d for d in differences if not d.fault], target, prompts, trained, baseline, batches)
     ties = [d for d in differences if not d.fault]
@@ -174,32 +175,38 @@ def _difference(request: int, tokens: list[int], plain: list[int]) -> Difference
 
 
 @torch.no_grad()
-def _measure(differences: list[Difference], target: Target, prompts: list[list[int]], baseline: list[Generation]) -> None:
-    """Gaps and bounds, and faults where the one exceeds the other."""
+def _measure(differences: list[Difference], target: Target, prompts: list[list[int]], trained: list[Generation]) -> None:
+    """Gaps and bounds, and faults where the one exceeds the other: at the first difference, and at every token of the run's own
+    output behind it, which nothing else looks at."""
     if not differences:
         return
     wide = _wider(target)
     head_VE = wide.frozen_head.head_VE
     for one in differences:
-        text = prompts[one.request] + baseline[one.request].tokens[: one.place]
-        hidden_E = wide.forward(torch.tensor([text], device=wide.device)).last_hidden[0, -1]
-        logit_V = wide.logits(hidden_E)
-        best = int(logit_V.argmax())
+        output = trained[one.request].tokens
+        text = prompts[one.request] + output
+        first = len(prompts[one.request]) + one.place
+        hidden_TE = wide.forward(torch.tensor([text], device=wide.device)).last_hidden[0, first - 1 : -1]
+        logit_TV = wide.logits(hidden_TE)
+        best_T = logit_TV.argmax(-1).tolist()
 
-        def apart(a: int, b: int) -> tuple[float, float]:
+        def apart(row: int, a: int, b: int) -> tuple[float, float]:
             """(how far their logits are apart, how far rounding may move them)."""
             pair = [a, b]
-            gap = float((logit_V[a] - logit_V[b]).abs())
-            return gap, bound(target.dtype, len(wide.layers), hidden_E, head_VE[pair], logit_V[pair])
+            gap = float((logit_TV[row, a] - logit_TV[row, b]).abs())
+            return gap, bound(target.dtype, len(wide.layers), hidden_TE[row], head_VE[pair], logit_TV[row, pair])
 
-        one.gap, one.bound = apart(one.token, one.plain)
+        one.gap, one.bound = apart(0, one.token, one.plain)
         if one.gap > one.bound:
             one.fault = f"{_named(one)} are {one.gap:.2g} apart, rounding may reach {one.bound:.2g}"
             continue
-        for token in (one.token, one.plain):
-            gap, most = apart(best, token)
+        rows = [(0, one.plain), *enumerate(output[one.place :])]
+        for row, token in rows:
+            gap, most = apart(row, best_T[row], token) if token != best_T[row] else (0.0, 0.0)
             if gap > most:
-                one.fault = f"token {best} is likelier than {token} by {gap:.2g}, rounding may reach {most:.2g}"
+                where = f"{row} tokens behind the first difference, " * bool(row)
+                one.fault = f"{where}token {best_T[row]} is likelier than {token} by {gap:.2g}, rounding may reach {most:.2g}"
+                break
 
 
 def _wider(target: Target) -> Target:

@@ -94,10 +94,14 @@ def shared_seconds(report: dict) -> str:
 
 
 def lossless(figures: dict) -> str:
-    """A temperature's losslessness for a table's cell: yes | yes, to bf16 | NO."""
+    """A temperature's losslessness for a table's cell: yes | yes, to bf16 | yes, within bf16 rounding (trees and audits, whose
+    rows are not computed once more) | NO."""
     if not figures["lossless"]:
         return "NO"
-    return f"yes, to {figures['ties']['dtype']}" if "ties" in figures else "yes"
+    if "ties" not in figures:
+        return "yes"
+    dtype = figures["ties"]["dtype"]
+    return f"yes, to {dtype}" if figures["ties"]["replayed"] else f"yes, within {dtype} rounding"
 
 
 def lossless_line(figures: dict) -> str:

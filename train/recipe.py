@@ -195,7 +195,9 @@ class TrainRecipe(CaptureSections):
         for section, name in (key.split(".") for key in self.chosen):
             if name in earlier.get(section, {}):
                 sections.setdefault(section, {})[name] = earlier[section][name]
-        return self.model_copy(update={name: getattr(self, name).model_copy(update=part) for name, part in sections.items()})
+        taken = {name: getattr(self, name).model_copy(update=part) for name, part in sections.items()}
+        left = tuple(key for key in self.chosen if key.split(".")[1] not in sections.get(key.split(".")[0], {}))
+        return self.model_copy(update={**taken, "chosen": left})
 
     @model_validator(mode="after")
     def _a_cell_that_exists(self):

@@ -163,7 +163,13 @@ class BatchGenerator:
         Raises:
             UserError: the GPU's memory does not hold one request.
         """
-        line = Line(iter(dialogues))
+        try:
+            self._run(Line(iter(dialogues)))
+        finally:  # after an error nobody is left for another run
+            self._taken.clear()
+            self._draining = False
+
+    def _run(self, line: Line) -> None:
         ended: list[tuple[Request, Answer]] = []
         while True:
             # 1. Free places are filled. A forward over prompts costs a GPU as much as several steps: it waits for some.
