@@ -14,7 +14,7 @@ from data_prep.target import Target
 from eval.recipe import EvalRecipe, known_positions, view_of
 from train import acceptance, diagnostics
 from train.attention import executor
-from train.batches import Pack, PackStream, sample_ages, split
+from train.batches import Pack, PackStream, judging, sample_ages
 from train.drafter.model import Drafter
 from train.losses import LossRecipe
 from train.objectives import Objective
@@ -31,7 +31,7 @@ def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[s
     """Raises UserError when no held-out document is long enough."""
     reader, names, span = CacheReader(recipe.cache.dir), drafter.config.tensors + queries, recipe.span
     longest = recipe.score.pack_tokens
-    _, validation = split(reader, len(reader))
+    validation = judging(reader)
     if span:
         longest = max(longest, span[1] + drafter.config.slots)
         lengths = reader.lengths[validation]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_prep.cache.codec import Scaled, decode, paired
 from data_prep.cache.reader import CacheReader, crop
-from data_prep.sides import validation_side
+from data_prep.sides import refuse_one_side, validation_side
 from data_prep.sources import stable_hash
 from data_prep.target import States
 from train.attention.visibility import Anchors, Places
@@ -287,8 +287,16 @@ def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, wor
 
 def split(reader: CacheReader, validation_documents: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, validation) documents: the two sides of data_prep/sides.py, of whose validation side at most
-    `validation_documents` pieces are used. One may be empty, which training has refused before (mode=score needs no other)."""
-    side = validation_side(reader.ids)
-    training, validation = np.flatnonzero(~side), np.flatnonzero(side)
-    order = sorted(validation, key=lambda i: stable_hash(f"validation/{reader.id(i)}"))
-    return training, np.array(order[:validation_documents])
+    `validation_documents` pieces are used.
+
+    Raises:
+        UserError: one side is empty.
+    """
+    refuse_one_side(reader.ids, f"{reader.folder} holds")
+    return np.flatnonzero(~validation_side(reader.ids)), judging(reader)[:validation_documents]
+
+
+def judging(reader: CacheReader) -> np.ndarray:
+    """The documents of the validation side, in an order of their own."""
+    validation = np.flatnonzero(validation_side(reader.ids))
+    return np.array(sorted(validation, key=lambda i: stable_hash(f"validation/{reader.id(i)}")))
