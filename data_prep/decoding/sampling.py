@@ -34,8 +34,7 @@ def nucleus(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
     """float32 `p_RV` without what lies outside of each row's likeliest tokens that together reach `top_p_R`; not renormalised.
 
     A token stays if it is at least as likely as a threshold, the greatest one that leaves enough. Floats that are not negative
-    are ordered as their bits are, so that 31 halvings find the threshold exactly. No sorting: over large vocabularies that takes
-    longer than the model does.
+    are ordered as their bits are, so that 31 halvings find the threshold exactly, and nothing is sorted.
     """
     bits_RV = p_RV.view(torch.int32)
     low_R1 = torch.zeros_like(bits_RV[:, :1])
