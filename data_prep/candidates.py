@@ -139,32 +139,38 @@ class Author:
             if turn or writes:
                 before = self._turns.before_user(history, message)
                 until = kind.until if turn == 0 else None
-                message += yield from self._written("user", before, heat["user"], draws.seed(f"user/{turn}"), until)
+                written, _ = yield from self._written("user", before, heat["user"], draws.seed(f"user/{turn}"), until)
+                message += written
             history.append(user(self._worthwhile("user", message)))
             before = self._turns.before_reply(history)
-            reply = yield from self._written("reply", before, heat["reply"], draws.seed(f"reply/{turn}"))
+            reply, ended = yield from self._written("reply", before, heat["reply"], draws.seed(f"reply/{turn}"))
             history.append(assistant(self._worthwhile("reply", reply)))
+            if not ended:  # a user answers no half sentence
+                break
         tokens = len(self._turns.whole(history))
         if tokens > recipe.most_tokens:
             raise LeftOut("longer than synthesize.most_tokens")
         return {"id": id, "source": source, "temperature": heat, "tokens": tokens, "messages": history}
 
     def _written(self, who: str, before: list[int], temperature: float, seed: int, until: str | None = None):
-        """What the target writes behind `before`, at most up to the first `until`. Raises LeftOut when it comes to no end."""
+        """(What the target writes behind `before`, at most up to the first `until`; whether it came to an end). Raises LeftOut
+        when it did not and must."""
         turn: TurnRecipe = getattr(self._recipe, who)
         room = self._recipe.most_tokens - len(before)
         if room < 1:
             raise LeftOut("no room left in synthesize.most_tokens")
         answer = yield Ask(before, min(turn.max_tokens, room), temperature, turn.top_p, seed)
         text = self._turns.text(answer.tokens)
+        ended = answer.ended
         if until and until in text:
             text = text[: text.index(until) + len(until)]
-        elif not answer.ended:
+            ended = True
+        if not ended and turn.must_end:
             limit = f"synthesize.{who}.max_tokens" if room > turn.max_tokens else "synthesize.most_tokens"
             raise LeftOut(f"{NAMES[who]} was cut off at {limit}")
         if not text.strip():
             raise LeftOut(f"{NAMES[who]} is empty")
-        return text.strip() if who == "user" else text
+        return (text.strip() if who == "user" else text), ended
 
     def _worthwhile(self, who: str, text: str) -> str:
         filters = self._recipe.filters

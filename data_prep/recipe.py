@@ -135,6 +135,7 @@ class TurnRecipe(Section):
     temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)]  # of several, each conversation draws one
     top_p: float = Field(gt=0, le=1)
     max_tokens: int = Field(ge=1)
+    must_end: bool = True  # False: what reaches max_tokens is kept as it stands, and a reply that does is the last
 
 
 class KindRecipe(Section):

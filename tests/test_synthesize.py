@@ -97,7 +97,7 @@ def about(out):
 
 
 def only(*kinds):
-    names = ("free", "summarise", "answer", "translate", "continue", "rewrite", "extract")
+    names = cli.compose("data_prep", DataPrepRecipe, []).synthesize.kinds
     return [f"synthesize.kinds.{name}.share={int(name in kinds)}" for name in names]
 
 
@@ -335,10 +335,11 @@ def test_every_kind_asks_what_its_templates_say(texts):
     of its lists; behind it either the assistant's turn begins, or the target writes on as the user."""
     tokenizer = load_tokenizer(TINY)
     whole = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
-    recipe = recipe_of(TINY, "x", f"synthesize.texts={texts}").synthesize
+    shorter = "synthesize.kinds.retrieve.passage=[200,700]"  # the texts here are short
+    recipe = recipe_of(TINY, "x", f"synthesize.texts={texts}", shorter).synthesize
     author = Author(recipe, Turns(tokenizer, "x", {}), Texts(str(texts)))
     seen, shares, words_seen = set(), Counter(), set()
-    for n in range(700):
+    for n in range(1200):
         left_out = []
         ask = next(author.dialogue(n, left_out.append), None)
         if ask is None:
@@ -533,7 +534,7 @@ def test_templates_that_cannot_work_are_refused(target, texts, tmp_path, templat
         (["synthesize.tokens=5"], "needs either"),
         (["synthesize.texts=absent"], "synthesize.texts=absent is not a file"),
         (["synthesize.most_tokens=513"], "exceeds the target's 512 positions"),
-        (["synthesize.kinds.free.share=0"], "no kind has a share above 0; those that need texts"),
+        ([f"synthesize.kinds.{n}.share=0" for n in ("free", "ask", "calculate")], "no kind has a share above 0; those that need texts"),
         (["synthesize.turns={1:0}"], "needs a share above 0"),
         (["capture.spread=device_map"], "not with capture.spread=device_map"),
     ],
@@ -653,6 +654,18 @@ def test_a_question_ends_with_its_mark(plain, tmp_path):
     assert all(re.fullmatch("so [^e]*e", message) for message in outcome["e"])
     assert not any(re.fullmatch("so [^e]*e", message) for message in outcome[None])
     assert cut["e"] < cut[None] / 3  # those without an e are cut off still
+
+
+def test_a_reply_that_was_cut_off_is_kept_if_asked_for_and_is_the_last(plain, tmp_path):
+    recipe, _ = plain
+    reason, outcome = "a reply was cut off at synthesize.reply.max_tokens", {}
+    for must_end in (True, False):
+        reply = recipe.synthesize.reply.model_copy(update={"max_tokens": 16, "must_end": must_end})
+        out = tmp_path / f"{must_end}.jsonl"
+        records = run(again(recipe, out, count=12, reply=reply, turns={2: 1}))
+        outcome[must_end] = Counter(len(record["messages"]) for record in records), about(out)["left_out"].get(reason, 0)
+    assert outcome[True][0] == {4: 12} and outcome[True][1]
+    assert outcome[False][0].keys() == {2, 4} and not outcome[False][1]
 
 
 def test_several_temperatures_are_mixed(plain, tmp_path):
