@@ -534,7 +534,7 @@ def test_templates_that_cannot_work_are_refused(target, texts, tmp_path, templat
         (["synthesize.tokens=5"], "needs either"),
         (["synthesize.texts=absent"], "synthesize.texts=absent is not a file"),
         (["synthesize.most_tokens=513"], "exceeds the target's 512 positions"),
-        ([f"synthesize.kinds.{n}.share=0" for n in ("free", "ask", "calculate")], "no kind has a share above 0; those that need texts"),
+        ([f"synthesize.kinds.{n}.share=0" for n in ("free", "ask", "calculate")], "no kind has a share above 0; those that need"),
         (["synthesize.turns={1:0}"], "needs a share above 0"),
         (["capture.spread=device_map"], "not with capture.spread=device_map"),
     ],
