@@ -207,6 +207,17 @@ def test_adaptive_lengths_find_the_fastest_and_follow_it():
         assert len(near) < 6 and sum(n in near for n in settled) > 0.85 * len(settled), (best, near)
 
 
+def test_a_length_that_was_slow_when_it_was_tried_is_tried_again():
+    """Shorter drafts are worth it, and were measured while the machine was busy."""
+    lengths, chosen = Adaptive(4), []
+    for _ in range(400):
+        length = lengths.choose()
+        busy = 10 if len(chosen) < 4 and length < 4 else 1
+        lengths.saw(length, [0], busy * (1 + length))
+        chosen.append(length)
+    assert chosen[4:12] == [4] * 8 and chosen[-40:].count(1) > 30
+
+
 def test_adaptive_lengths_change_no_token(target):
     prompts, lengths = ragged(), Adaptive(4)
     found = engine_of(target, trained(target, "ttt", "hybrid", 2), lengths).generate(prompts, 40, [0] * 4, Stops())
