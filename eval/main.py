@@ -1,5 +1,7 @@
 """python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export] [-m view.budget=256,1024,0]
 
+python eval/main.py drafter=RUN/checkpoints/best mode=chat|demo
+
 python eval/main.py mode=compare runs=[REPORT,REPORT] out=COMPARISON
 """
 
@@ -18,6 +20,8 @@ from data_prep import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target import Target, load_target, pick_device  # noqa: E402
 from eval import compare, measure, page, report  # noqa: E402
+from eval.chat import chat  # noqa: E402
+from eval.demo import PICTURE, demo  # noqa: E402
 from eval.judge import judge  # noqa: E402
 from eval.recipe import EvalRecipe, check, check_target, named_view, view_of  # noqa: E402
 from eval.score import diagnose, score  # noqa: E402
@@ -107,6 +111,13 @@ def run(recipe: EvalRecipe) -> None:
             if apart and name in apart:
                 taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())
                 print(f"{name} the {apart['known']} positions that it knows: {apart[name]['anchors']} anchors, tau {taus}")
+        return
+    if recipe.mode == "chat":
+        chat(recipe, target, drafter)
+        return
+    if recipe.mode == "demo":
+        publish(recipe, "demo.json", described(recipe, target, drafter) | demo(recipe, target, drafter))
+        print(f"picture: {out / PICTURE}; figures: {out / 'demo.json'}")
         return
     if recipe.mode == "diagnose":
         found = diagnose(recipe, target, drafter)

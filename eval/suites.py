@@ -6,7 +6,7 @@ A suite is data (`conf/suite/*.yaml`): where its records are, what text they bec
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from string import Formatter
@@ -112,6 +112,14 @@ class Prompt:
         return replace(self, tokens=tokens, messages=messages, waiting=self.waiting[1:]) if fits else None
 
 
+def asked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], thinking: bool | None) -> list[int]:
+    """Token ids of a conversation that the assistant is to answer, by the chat template, which may know a thinking flag. Raises
+    LeftOut when it refuses the messages."""
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    template = dateless(tokenizer.get_chat_template())
+    return rendered(tokenizer, list(messages), chat_template=template, add_generation_prompt=True, **options)["input_ids"]
+
+
 @dataclass(frozen=True)
 class Style:
     """How messages become the tokens of a prompt: by the target's chat template, or as plain text. `limit`: tokens of a prompt,
@@ -133,13 +141,10 @@ class Style:
         template refuses the messages."""
         if not (self.suite.chat and self.tokenizer.chat_template):
             return self.tokenizer("\n\n".join(m["content"] for m in messages), verbose=False)["input_ids"]
-        options = {} if self.suite.thinking is None else {"enable_thinking": self.suite.thinking}
-        template = dateless(self.tokenizer.get_chat_template())
         try:
-            out = rendered(self.tokenizer, list(messages), chat_template=template, add_generation_prompt=True, **options)
+            return asked(self.tokenizer, messages, self.suite.thinking)
         except LeftOut as error:
             raise UserError(f"suite={self.suite.kind}: {error}") from error
-        return out["input_ids"]
 
     def fitted(self, messages: tuple[dict, ...]) -> tuple[list[int], bool]:
         """Token ids, and whether they were cut: tokens go from the last message, never from what the format writes around it.
