@@ -9,6 +9,7 @@ import re
 import textwrap
 from pathlib import Path
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.rule import Rule
@@ -26,7 +27,7 @@ from train.drafter.model import Drafter
 
 PICTURE = "demo.svg"
 WIDTH = 110  # characters, of the picture and where there is no terminal
-FONTS = re.compile(r"@font-face\s*\{.*?\}", re.DOTALL)  # which a viewer would fetch from a network
+FOREIGN = re.compile(r"@font-face\s*\{.*?\}|<!--.*?-->", re.DOTALL)  # fonts that a viewer would fetch from a network
 HEADS = ("", "tau", "tokens", "plain, tokens/s", "drafter, tokens/s", "speed-up", "same text")
 
 
@@ -93,18 +94,16 @@ def figures(pairs: list[tuple[Answer, Answer]]) -> dict:
 
 
 def heading(prompt: DemoPrompt, place: str = "") -> Text:
-    """The kind, and how the prompt begins or, where it says what is to be done at its end, ends."""
+    """The kind, and how the prompt begins."""
     said = " ".join(prompt.text.split())
-    last = prompt.text.strip().splitlines()[-1]
-    shown = last if last.startswith("Question:") else said
     text = Text(f"\n{place}{', ' * bool(place)}{prompt.kind}: ", style="bold")
-    return text.append(textwrap.shorten(shown, 160, placeholder=" ..."), style="not bold")
+    return text.append(textwrap.shorten(said, 160, placeholder=" ..."), style="not bold dim")
 
 
 def columns(plain: Answer, drafted: Answer) -> Table:
     """Both answers as far as they are."""
     grid = Table(expand=True, pad_edge=False)
-    for name, one in (("plain", plain), ("with the drafter", drafted)):
+    for name, one in (("plain", plain), ("drafter", drafted)):
         tau = f", tau {one.tau:.2f}" * (one is drafted)
         grid.add_column(Text(f"{name}: {one.tokens_per_s:.1f} tokens/s{tau}"), ratio=1)
     grid.add_row(plain.text, drafted.text)
@@ -125,8 +124,8 @@ def row(name: str, found: dict) -> list[str]:
     return [name, f"{found['tau']:.2f}", str(found["tokens"]), *speeds, f"{found['speedup']:.2f}x", same]
 
 
-def table(result: dict) -> Table:
-    made = Table(title="tau = tokens per verify step; greedy, one request at a time")
+def table(result: dict, lines: box.Box = box.HEAVY_HEAD) -> Table:
+    made = Table(title="tau = tokens per verify step; greedy, one request at a time", box=lines)
     for head in HEADS:
         made.add_column(head, justify="right" if head else "left", no_wrap=not head)
     for one in result["prompts"]:
@@ -151,8 +150,8 @@ def draw(out: Path, recipe: EvalRecipe, result: dict, pairs: list[tuple[Answer, 
     console.print(key.append("; the others are the target's own."))
     for prompt, (_, drafted) in zip(recipe.demo.prompts, pairs):
         console.print(Group(heading(prompt), drafted.text))
-    console.print(Rule(style="dim"), table(result))
+    console.print(Rule(style="dim"), table(result, box.SIMPLE))
     title = f"{Path(recipe.target.id).name} with the drafter {Path(recipe.drafter).name}"
     svg = console.export_svg(title=title, unique_id="demo")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / PICTURE, FONTS.sub("", svg))
+    write_text(out / PICTURE, FOREIGN.sub("", svg))
