@@ -9,9 +9,9 @@ from rich.console import Console
 
 from data_prep.target import Target
 from data_prep.tokens import LeftOut
+from eval.asking import asked
 from eval.recipe import EvalRecipe, known_positions
 from eval.stream import Answer, Decoders
-from eval.suites import asked
 from train.drafter.model import Drafter
 
 COMMANDS = "/plain switches the drafter off and on, /new forgets the conversation, /quit ends"

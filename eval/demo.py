@@ -19,10 +19,10 @@ from rich.text import Text
 from data_prep.cache.manifest import write_text
 from data_prep.target import Target
 from eval import measure
+from eval.asking import DemoPrompt, asked
 from eval.page import KINDS
-from eval.recipe import DemoPrompt, EvalRecipe
+from eval.recipe import EvalRecipe
 from eval.stream import Answer, Decoders
-from eval.suites import asked
 from train.drafter.model import Drafter
 
 PICTURE = "demo.svg"

@@ -12,10 +12,10 @@ from data_prep.cli import CONF, refuse_file, validated
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
-from data_prep.tokens import LeftOut
 from eval import compare
+from eval.asking import ChatRecipe, DemoRecipe, check_asking
 from eval.partial import PartialRecipe
-from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, asked, load_prompts
+from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
 from eval.tree import TreeShape
 from train.attention import executor
 from train.drafter.config import DrafterConfig, folder_of
@@ -49,32 +49,6 @@ class DraftRecipe(Section):
     length: int | Literal["adaptive"] | None = None
     breadth: int = Field(1, ge=1)
     nodes: int | None = Field(None, ge=1)
-
-
-class ChatRecipe(Section):
-    """`mode=chat`: a person types."""
-
-    system: str | None = None  # what the conversation begins with; null: what the chat template says
-    max_new_tokens: int = Field(ge=1)  # of a reply
-    temperature: float = Field(ge=0)
-    thinking: bool | None = None  # enable_thinking of the chat template; null: its own default
-
-
-class DemoPrompt(Section):
-    kind: str
-    text: str
-
-    @property
-    def messages(self) -> list[dict]:
-        return [{"role": "user", "content": self.text.strip()}]
-
-
-class DemoRecipe(Section):
-    """`mode=demo`: prompts that are answered greedily with the drafter and without, side by side."""
-
-    max_new_tokens: int = Field(ge=2)
-    warmup_tokens: int = Field(ge=2)  # of an answer before the first, which is not shown
-    prompts: list[DemoPrompt] = Field(min_length=1)
 
 
 class EvalRecipe(Section):
@@ -202,6 +176,8 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
                 "verify.offload=true is for verify=partial and verify=partial_audited, which seldom read the whole cache"
             )
         return
+    if recipe.mode != "decode":
+        raise UserError(f"mode={recipe.mode} verifies over the whole cache: leave out verify={verify.kind}")
     if view:
         raise UserError(f"verify={verify.kind} goes back to tokens that a view's memory has seen: leave out view.budget")
     if verify.kind == "partial_audited" and max(recipe.temperatures) > 0:
@@ -211,26 +187,6 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
         raise UserError(f"verify.partial_tokens={verify.partial_tokens} leaves no partial step beside drafts of {deepest} tokens")
     if verify.offload and tree:
         raise UserError("verify.offload=true is for chains (draft.breadth=1)")
-
-
-def _check_answering(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where a person could not be answered."""
-    if not tokenizer.chat_template:
-        raise UserError(f"mode={recipe.mode} asks by the chat template, and the tokenizer of {recipe.target.path} has none")
-    if recipe.verify.partial:
-        raise UserError(f"mode={recipe.mode} verifies over the whole cache: leave out verify={recipe.verify.kind}")
-    if recipe.mode == "chat":
-        return
-    room = config.architecture.max_positions - config.slots
-    try:
-        longest = max(len(asked(tokenizer, one.messages, recipe.chat.thinking)) for one in recipe.demo.prompts)
-    except LeftOut as error:
-        raise UserError(f"mode=demo: {error}") from error
-    if longest + recipe.demo.max_new_tokens > room:
-        raise UserError(
-            f"mode=demo: a prompt of {longest} tokens and demo.max_new_tokens={recipe.demo.max_new_tokens} exceed the target's "
-            f"{room} positions for a request"
-        )
 
 
 def known_positions(recipe: EvalRecipe, config: DrafterConfig) -> int | None:
@@ -320,7 +276,8 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.mode in ("decode", "chat", "demo"):
         _check_decoding(recipe, config, view)
     if recipe.mode in ("chat", "demo"):
-        _check_answering(recipe, config, tokenizer)
+        demo = recipe.demo if recipe.mode == "demo" else None
+        check_asking(recipe.target.path, recipe.chat, demo, config.architecture.max_positions - config.slots, tokenizer)
     if recipe.asks_suite:
         takes = [prompt.takes + config.slots for prompt in prompts_of(recipe, config, tokenizer)[0]]
         _check_positions(recipe, config, takes, "prompts")

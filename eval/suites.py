@@ -6,7 +6,7 @@ A suite is data (`conf/suite/*.yaml`): where its records are, what text they bec
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from string import Formatter
@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, Section
 from data_prep.sources import records
-from data_prep.tokens import LeftOut, dateless, encode, joined, rendered
+from data_prep.tokens import LeftOut, encode, joined
+from eval.asking import asked
 from eval.rows import numbered_rows
 
 Side = Literal["left", "right", "middle"]
@@ -110,14 +111,6 @@ class Prompt:
         tokens = self.style.render(messages)
         fits = len(tokens) + self.style.suite.new_tokens <= self.style.room
         return replace(self, tokens=tokens, messages=messages, waiting=self.waiting[1:]) if fits else None
-
-
-def asked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], thinking: bool | None) -> list[int]:
-    """Token ids of a conversation that the assistant is to answer, by the chat template, which may know a thinking flag. Raises
-    LeftOut when it refuses the messages."""
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    template = dateless(tokenizer.get_chat_template())
-    return rendered(tokenizer, list(messages), chat_template=template, add_generation_prompt=True, **options)["input_ids"]
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target import load_target
+from eval.asking import asked
 from eval.chat import Chat
 from eval.recipe import EvalRecipe, check
-from eval.suites import asked
 from tests.conftest import ROOT, command
 from tests.test_decode import generated
 from tests.test_released import save_tiny_drafter

@@ -17,9 +17,9 @@ from data_prep import cli
 from data_prep.recipe import TargetRecipe
 from data_prep.target import load_target, load_tokenizer, tokenizer_hashes
 from eval import demo
+from eval.asking import asked
 from eval.recipe import EvalRecipe
 from eval.stream import Decoders
-from eval.suites import asked
 from tests.conftest import ROOT, command
 from tests.test_chat import GREEN, Terminal
 from tests.test_decode import generated
