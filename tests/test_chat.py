@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import sys
+import termios
 import time
 
 import pytest
@@ -92,6 +93,9 @@ class Terminal:
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
             os.chdir(cwd)
+            modes = termios.tcgetattr(0)
+            modes[3] |= termios.NOFLSH  # else Ctrl-C throws away what the program says next, if it is quick
+            termios.tcsetattr(0, termios.TCSANOW, modes)
             fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
             unset = {"NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
             kept = {name: value for name, value in os.environ.items() if name not in unset}

