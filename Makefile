@@ -1,17 +1,22 @@
-# Two commands for newcomers: `make quickstart`, `make test`. They share one environment, made once.
+# Three commands for newcomers: `make quickstart`, `make demo`, `make test`. They share one environment, made once.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUNS := runs/quickstart
+# A released drafter's name, or a folder: make demo DRAFTER=RUN/checkpoints/best
+DRAFTER := smollm2-ttt
 export DS_ACCELERATOR ?= cpu
 # Two tests at a time: most of them wait for one process that starts up.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
 # Reads exports in tests/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
 READER := speculators hs-connectors loguru pydantic-settings
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart demo test test-all lint clean
 
 quickstart: $(VENV)/installed
 	bash launchers/quickstart.sh $(RUNS)
+
+demo: $(VENV)/installed
+	bash launchers/demo.sh $(DRAFTER) runs/demo
 
 test: $(VENV)/installed
 	$(PYTHON) -m ruff check .

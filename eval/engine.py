@@ -9,7 +9,7 @@ Shapes: B requests, L places of a cache, U numbers of a round's news.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -98,6 +98,20 @@ class Engine:
         """Continue as many prompts as the engine has places for, or fewer. What a request gets depends on its prompt and its seed
         alone, not on those beside it; where verification is lossy also on when the batch takes a full step, and above temperature
         0 on the lengths of its drafts. Each `Generation` bears its share of the batch's seconds."""
+        rounds = self.stream(prompts, max_new_tokens, seeds, stops)
+        while True:
+            try:
+                next(rounds)
+            except StopIteration as end:
+                return end.value
+
+    @torch.no_grad()
+    def stream(
+        self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int], stops: Stops
+    ) -> Generator[list[Request], None, list[Generation]]:
+        """`generate` for who wants to see texts as they come: before each round, what is known of the requests. What is done
+        meanwhile does not count. Left at any time, it leaves an engine that can be used again."""
+        paused = 0.0
         rounds, watch, count = self._rounds, Stopwatch(self._cuda), len(prompts)
         partial_tokens = self.partial.recipe.partial_tokens if self.partial else 0
         needed = room_for(max(map(len, prompts)), max_new_tokens, self.lengths.longest, partial_tokens)
@@ -110,6 +124,9 @@ class Engine:
         requests = [Request(len(p), max_new_tokens, stops, rounds.audited, [token]) for p, token in zip(prompts, first.tolist())]
         full, going, steps, decoding = True, None, 0, clock(rounds.target)
         while not all(r.done for r in requests):
+            left = time.perf_counter()
+            yield requests
+            paused += time.perf_counter() - left
             if going != [not r.done for r in requests]:
                 going = [not r.done for r in requests]
                 rounds.active_B[:count].copy_(torch.tensor(going))
@@ -130,7 +147,7 @@ class Engine:
                 request.take(Round(start, drafted, kept, drafted_tokens=guesses), emitted[: kept + 1], full)
             full = self.partial is None or any(r.wants_full(rounds.deepest, partial_tokens) for r in requests)
         ended = clock(rounds.target)
-        timings = (decoding - started, watch.seconds("draft"), watch.seconds("verify"), ended - decoding)
+        timings = (decoding - started, watch.seconds("draft"), watch.seconds("verify"), ended - decoding - paused)
         longest = int(rounds.length_B.max())
         return [
             Generation(

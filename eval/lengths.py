@@ -25,8 +25,9 @@ class Adaptive(Lengths):
 
     cond_j, how often the j-th token is kept where the ones before it are, and a round's seconds at each length are running means.
     Tokens that were not drafted tell nothing of themselves: cond_j stands until rounds reach it again, and every `explore`-th
-    round drafts one token more than seems best. What a length took long ago gives way to what it takes now. The choice precedes a
-    round's tokens and leaves their distribution alone.
+    round drafts one token more than seems best, or one fewer, by turns: a length may seem slow because the machine was slow when
+    it was tried. What a length took long ago gives way to what it takes now. The choice precedes a round's tokens and leaves
+    their distribution alone.
     """
 
     def __init__(self, longest: int, decay: float = 0.95, explore: int = 16):
@@ -42,7 +43,9 @@ class Adaptive(Lengths):
         if unseen:
             return unseen[-1]  # the longest first, which tells of every slot
         best = max(self.choices, key=lambda length: self._emitted(length) / self._seconds[length])
-        return min(best + (self._rounds % self._explore == 0), self.longest)
+        turn, on = divmod(self._rounds, self._explore)
+        beside = 0 if on else 1 if turn % 2 else -1
+        return min(max(best + beside, 1), self.longest)
 
     def _emitted(self, length: int) -> float:
         joint = total = 1.0

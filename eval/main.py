@@ -1,5 +1,7 @@
 """python eval/main.py drafter=RUN/checkpoints/best out=REPORT [mode=decode|score|diagnose|export] [-m view.budget=256,1024,0]
 
+python eval/main.py drafter=RUN/checkpoints/best mode=chat|demo
+
 python eval/main.py mode=compare runs=[REPORT,REPORT] out=COMPARISON
 """
 
@@ -16,11 +18,12 @@ import torch  # noqa: E402
 
 from data_prep import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
-from data_prep.errors import UserError  # noqa: E402
 from data_prep.target import Target, load_target, pick_device  # noqa: E402
 from eval import compare, measure, page, report  # noqa: E402
+from eval.chat import chat  # noqa: E402
+from eval.demo import PICTURE, demo  # noqa: E402
 from eval.judge import judge  # noqa: E402
-from eval.recipe import EvalRecipe, check, named_view, view_of  # noqa: E402
+from eval.recipe import EvalRecipe, check, check_target, named_view, view_of  # noqa: E402
 from eval.score import diagnose, score  # noqa: E402
 from train import diagnostics  # noqa: E402
 from train.drafter.export import save_export  # noqa: E402
@@ -29,12 +32,10 @@ from train.tracking import Tracker  # noqa: E402
 
 
 def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
-    """The target and the drafter that was trained for it. Raises UserError when they do not belong together."""
+    """The target and the drafter that was trained for it, or with `any_target` for one like it. Raises UserError when they do
+    not belong together."""
     drafter, target = Drafter.from_pretrained(recipe.drafter), load_target(recipe.target)
-    if target.weights_hash() != drafter.config.target["weights_hash"]:
-        raise UserError(
-            f"{recipe.drafter} was trained for other weights of {drafter.config.target['id']} than those of {recipe.target.path}"
-        )
+    check_target(recipe, drafter.config, target.architecture, target.weights_hash())
     view = view_of(recipe, drafter.config)
     if drafter.config.lm and view and view.positions == "in_cache":
         drafter.check_in_cache()
@@ -45,6 +46,9 @@ def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
 def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     """What a report says of its subject: the drafter, how it was trained, and the view and the context it is judged under."""
     config = drafter.config
+    judged_on = {"path": recipe.target.id, "dtype": str(target.dtype), "device": str(target.device), **config.target}
+    if recipe.any_target:
+        judged_on |= {"id": recipe.target.id, "weights_hash": target.weights_hash()}
     said = ("objective", "reuse", "target_layers", "hidden_layers", "slots", "shifted", "causal", "budgets", "seed")
     return {
         "drafter": {
@@ -53,8 +57,9 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             **{name: getattr(config, name) for name in said},
             "lm": config.lm and config.lm["path"],
             "trained_view": config.view,
+            "trained_for": config.target["weights_hash"],
         },
-        "target": {"path": recipe.target.id, "dtype": str(target.dtype), "device": str(target.device), **config.target},
+        "target": judged_on,
         "view": named_view(recipe, config).model_dump() | {"budget": getattr(view_of(recipe, config), "budget", 0)},
         "context": recipe.span and recipe.span[0],
         "software": software_versions(),
@@ -106,6 +111,13 @@ def run(recipe: EvalRecipe) -> None:
             if apart and name in apart:
                 taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())
                 print(f"{name} the {apart['known']} positions that it knows: {apart[name]['anchors']} anchors, tau {taus}")
+        return
+    if recipe.mode == "chat":
+        chat(recipe, target, drafter)
+        return
+    if recipe.mode == "demo":
+        publish(recipe, "demo.json", described(recipe, target, drafter) | demo(recipe, target, drafter))
+        print(f"picture: {out / PICTURE}; figures: {out / 'demo.json'}")
         return
     if recipe.mode == "diagnose":
         found = diagnose(recipe, target, drafter)

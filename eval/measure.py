@@ -91,18 +91,25 @@ def examples(
     of the output), `emitted` (the target's own: a prefill's, a correction or a bonus). Nothing after the output's end."""
     shown = []
     for prompt, generation in list(zip(prompts, generations))[:count]:
-        output, marks = generation.tokens, [("emitted", None)]  # of each place of the output; the first is the prefill's
-        for r in (r for r in generation.rounds if r.kept >= 0):
-            drafted = r.drafted_tokens or []
-            marks += [("accepted", None)] * r.kept + [("emitted", drafted[r.kept] if r.kept < len(drafted) else None)]
-        pieces = []
-        for at, (token, (kind, refused)) in enumerate(zip(output, marks)):
-            before = [*prompt[-WINDOW:], *output[max(0, at - WINDOW) : at]][-WINDOW:]
-            if refused is not None:
-                pieces.append([_text(tokenizer, before, refused), "rejected"])
-            pieces.append([_text(tokenizer, before, token), kind])
-        shown.append({"prompt": tokenizer.decode(prompt[-200:])[-200:], "pieces": pieces})
+        shown.append(
+            {"prompt": tokenizer.decode(prompt[-200:])[-200:], "pieces": pieces(prompt, generation, tokenizer)}
+        )
     return shown
+
+
+def pieces(prompt: list[int], generation: Generation, tokenizer: PreTrainedTokenizerBase, since: int = 0) -> list[list[str]]:
+    """[[text, kind], ...] of the output's tokens from place `since` on, of the kinds of `examples`."""
+    output, marks = generation.tokens, [("emitted", None)]  # of each place of the output; the first is the prefill's
+    for r in (r for r in generation.rounds if r.kept >= 0):
+        drafted = r.drafted_tokens or []
+        marks += [("accepted", None)] * r.kept + [("emitted", drafted[r.kept] if r.kept < len(drafted) else None)]
+    found = []
+    for at, (token, (kind, refused)) in list(enumerate(zip(output, marks)))[since:]:
+        before = [*prompt[-WINDOW:], *output[max(0, at - WINDOW) : at]][-WINDOW:]
+        if refused is not None:
+            found.append([_text(tokenizer, before, refused), "rejected"])
+        found.append([_text(tokenizer, before, token), kind])
+    return found
 
 
 WINDOW = 8  # tokens before one that decide how it is written: spaces, and characters of several tokens

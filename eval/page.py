@@ -19,8 +19,9 @@ PARTS_OF = ("by_category", "by_positions")
 TEXT = {"T", "of which", "category", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
 INK = "#010203"  # in a picture: the colour of the page's text, light or dark
 PARTS = {"draft": "#2a9d6f", "verify": "#4c78c8", "overhead": "#9a9a9a"}
+KINDS = {"accepted": "#2a9d6f", "emitted": "#4c78c8", "rejected": "#d64545"}  # of tokens: drafted, the target's own, refused
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --kept: #2a9d6f44; --refused: #d6454544; --own: #4c78c844; }
+:root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line); } h3 { margin-bottom: .3rem; }
 .scroll { overflow-x: auto; }
@@ -33,9 +34,9 @@ svg, img { max-width: 100%; height: auto; }
 p.note, figcaption { opacity: .75; margin: .4rem 0; } figure { margin: 1rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px; padding: .8rem; }
 pre span, .key span { border-radius: 3px; padding: 0 1px; margin-right: 1px; } .prompt { opacity: .6; }
-.accepted { background: var(--kept); } .emitted { background: var(--own); }
-.rejected { background: var(--refused); text-decoration: line-through #d64545aa; font-size: .85em; }
+.rejected { text-decoration: line-through #d64545aa; font-size: .85em; }
 """
+STYLE += "".join(f".{kind} {{ background: {colour}44; }}\n" for kind, colour in KINDS.items())
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser refuses whatever this page should not need
 
 

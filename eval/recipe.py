@@ -1,6 +1,5 @@
 """What `conf/eval.yaml` may say."""
 
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,13 +11,14 @@ from data_prep.cache.reader import CacheReader
 from data_prep.cli import CONF, refuse_file, validated
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
-from data_prep.target import load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from eval import compare
+from eval.asking import ChatRecipe, DemoRecipe, check_asking
 from eval.partial import PartialRecipe
 from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
 from eval.tree import TreeShape
 from train.attention import executor
-from train.drafter.config import DrafterConfig
+from train.drafter.config import DrafterConfig, folder_of
 from train.drafter.export import check_export
 from train.recipe import TrackingRecipe
 from train.views import View
@@ -54,8 +54,9 @@ class DraftRecipe(Section):
 class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
-    mode: Literal["decode", "score", "diagnose", "export", "compare"]
-    drafter: str | None = None
+    mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo"]
+    drafter: str | None = None  # a folder, or the name of a released one
+    any_target: bool = False
     format: Literal["eagle3", "dflash"]
     runs: list[str] = []  # mode=compare: folders of reports
     out: str
@@ -69,6 +70,8 @@ class EvalRecipe(Section):
     prompts: PromptsRecipe
     cache: FinishedCache
     score: ScoreRecipe
+    chat: ChatRecipe
+    demo: DemoRecipe
     verify: VerifyRecipe
     draft: DraftRecipe
     batch: int = Field(ge=1)
@@ -173,6 +176,8 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
                 "verify.offload=true is for verify=partial and verify=partial_audited, which seldom read the whole cache"
             )
         return
+    if recipe.mode != "decode":
+        raise UserError(f"mode={recipe.mode} verifies over the whole cache: leave out verify={verify.kind}")
     if view:
         raise UserError(f"verify={verify.kind} goes back to tokens that a view's memory has seen: leave out view.budget")
     if verify.kind == "partial_audited" and max(recipe.temperatures) > 0:
@@ -216,6 +221,24 @@ def _check_positions(recipe: EvalRecipe, config: DrafterConfig, takes: list[int]
     )
 
 
+def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Architecture, weights_hash: str) -> None:
+    """Raises UserError when the target that was loaded is not the drafter's, or with `any_target` not of its sizes; and when a
+    cache that is read with it is of another one."""
+    if recipe.mode in ("score", "diagnose") and CacheReader(recipe.cache.dir).manifest.target["weights_hash"] != weights_hash:
+        raise UserError(f"{recipe.cache.dir} is a cache of another target than {recipe.target.path}")
+    if weights_hash == config.target["weights_hash"]:
+        return
+    if not recipe.any_target:
+        raise UserError(
+            f"{recipe.drafter} was trained for other weights of {config.target['id']} than those of {recipe.target.path}: its "
+            "drafts would seldom be accepted (any_target=true tries it all the same)"
+        )
+    for name in ("num_layers", "hidden_size", "heads", "kv_heads", "head_dim", "vocab_size"):
+        mine, theirs = getattr(config.architecture, name), getattr(architecture, name)
+        if mine != theirs:
+            raise UserError(f"{recipe.drafter} is for targets with {name} {mine}, and {recipe.target.path} has {theirs}")
+
+
 def check(recipe: EvalRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded."""
     if min(recipe.temperatures) < 0:
@@ -229,7 +252,7 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.drafter is None:
         raise UserError(f"mode={recipe.mode} judges a drafter: say which, drafter=RUN/checkpoints/best")
     config = DrafterConfig.load(recipe.drafter)
-    if not (Path(recipe.drafter) / "model.safetensors").is_file():
+    if not (folder_of(recipe.drafter) / "model.safetensors").is_file():
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
     view = view_of(recipe, config)
     if view and recipe.mode in ("diagnose", "export"):
@@ -250,8 +273,11 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(
             f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
         )
-    if recipe.mode == "decode":
+    if recipe.mode in ("decode", "chat", "demo"):
         _check_decoding(recipe, config, view)
+    if recipe.mode in ("chat", "demo"):
+        demo = recipe.demo if recipe.mode == "demo" else None
+        check_asking(recipe.target.path, recipe.chat, demo, config.architecture.max_positions - config.slots, tokenizer)
     if recipe.asks_suite:
         takes = [prompt.takes + config.slots for prompt in prompts_of(recipe, config, tokenizer)[0]]
         _check_positions(recipe, config, takes, "prompts")
@@ -261,7 +287,7 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.mode in ("score", "diagnose"):
         reader = CacheReader(recipe.cache.dir)
         manifest = reader.manifest
-        if manifest.target["weights_hash"] != config.target["weights_hash"]:
+        if manifest.target["weights_hash"] != config.target["weights_hash"] and not recipe.any_target:
             raise UserError(f"{recipe.cache.dir} is a cache of another target than the drafter's")
         for kind, needed, held in (
             ("hidden", config.hidden_layers, manifest.hidden_layers),

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, Section
 from data_prep.sources import records
-from data_prep.tokens import LeftOut, dateless, encode, joined, rendered
+from data_prep.tokens import LeftOut, encode, joined
+from eval.asking import asked
 from eval.rows import numbered_rows
 
 Side = Literal["left", "right", "middle"]
@@ -133,13 +134,10 @@ class Style:
         template refuses the messages."""
         if not (self.suite.chat and self.tokenizer.chat_template):
             return self.tokenizer("\n\n".join(m["content"] for m in messages), verbose=False)["input_ids"]
-        options = {} if self.suite.thinking is None else {"enable_thinking": self.suite.thinking}
-        template = dateless(self.tokenizer.get_chat_template())
         try:
-            out = rendered(self.tokenizer, list(messages), chat_template=template, add_generation_prompt=True, **options)
+            return asked(self.tokenizer, messages, self.suite.thinking)
         except LeftOut as error:
             raise UserError(f"suite={self.suite.kind}: {error}") from error
-        return out["input_ids"]
 
     def fitted(self, messages: tuple[dict, ...]) -> tuple[list[int], bool]:
         """Token ids, and whether they were cut: tokens go from the last message, never from what the format writes around it.

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import random
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import asdict
@@ -205,6 +206,44 @@ def test_adaptive_lengths_find_the_fastest_and_follow_it():
         settled = simulated(lengths, cond, seconds, 900, generator)[400:]
         near = [n for n in range(1, 9) if emitted(n) / seconds(n) > 0.97 * emitted(best) / seconds(best)]
         assert len(near) < 6 and sum(n in near for n in settled) > 0.85 * len(settled), (best, near)
+
+
+def test_a_stream_shows_every_round_and_can_be_left(target):
+    """What was shown before each round only grows into what `generate` returns; time spent looking does not count; and a stream
+    that was left in the middle changes nothing for the next one."""
+    prompts = ragged()
+    engine = engine_of(target, trained(target, "ttt", "hybrid", 2), 4)
+    expected = engine.generate(prompts, 30, [0] * 4, Stops())
+    left = engine.stream(prompts, 30, [1] * 4, Stops())
+    for _ in range(3):
+        next(left)
+    del left
+    begun, shown = time.perf_counter(), []
+    stream = engine.stream(prompts, 30, [0] * 4, Stops())
+    while True:
+        try:
+            shown.append([list(r.output) for r in next(stream)])
+            time.sleep(0.02)
+        except StopIteration as end:
+            found = end.value
+            break
+    wall = time.perf_counter() - begun
+    assert [g.tokens for g in found] == [g.tokens for g in expected] and list(map(triples, found)) == list(map(triples, expected))
+    assert [len(one) for one in shown[0]] == [1] * 4 and len(shown) == max(len(g.rounds) for g in found)
+    for earlier, later in zip(shown, shown[1:]):
+        assert all(b[: len(a)] == a for a, b in zip(earlier, later)) and earlier != later
+    assert sum(g.prefill_s + g.decode_s for g in found) < wall - 0.02 * len(shown)
+
+
+def test_a_length_that_was_slow_when_it_was_tried_is_tried_again():
+    """Shorter drafts are worth it, and were measured while the machine was busy."""
+    lengths, chosen = Adaptive(4), []
+    for _ in range(400):
+        length = lengths.choose()
+        busy = 10 if len(chosen) < 4 and length < 4 else 1
+        lengths.saw(length, [0], busy * (1 + length))
+        chosen.append(length)
+    assert chosen[4:12] == [4] * 8 and chosen[-40:].count(1) > 30
 
 
 def test_adaptive_lengths_change_no_token(target):

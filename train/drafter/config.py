@@ -6,7 +6,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.recipe import ROOT
 from data_prep.target import Architecture
+
+RELEASED = ROOT / "eval/drafters"  # drafters that come with the repository, a folder each
+
+
+def released() -> list[str]:
+    """Names of the drafters that come with the repository."""
+    return sorted(path.parent.name for path in RELEASED.glob("*/config.json"))
+
+
+def folder_of(drafter: str | Path) -> Path:
+    """The folder that a drafter's path or name means: a path that exists, else the released drafter of that name. Whether the
+    folder holds a drafter is seen by who reads it."""
+    if not Path(drafter).exists() and str(drafter) in released():
+        return RELEASED / drafter
+    return Path(drafter)
+
+
+def known_names() -> str:
+    """What is said to somebody who named no drafter that there is."""
+    return f"released drafters have names: {', '.join(released())}" if released() else "no drafter is released here"
 
 
 @dataclass(frozen=True)
@@ -131,14 +152,14 @@ class DrafterConfig:
 
     @staticmethod
     def load(folder: str | Path) -> "DrafterConfig":
-        """Raises UserError when `folder` holds no drafter."""
-        path = Path(folder) / "config.json"
+        """Raises UserError when `folder`, a path or the name of a released drafter, holds none."""
+        path = folder_of(folder) / "config.json"
         try:
             fields = json.loads(path.read_text())
             return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
         except FileNotFoundError as error:
             raise UserError(
-                f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter"
+                f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter; {known_names()}"
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not the configuration of a drafter: {error}") from error

@@ -2,14 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from train.drafter.config import DrafterConfig
+from train.drafter.config import DrafterConfig, folder_of, known_names
 from train.drafter.export import EAGLE3
 from train.drafter.model import Drafter
 
@@ -81,9 +80,9 @@ PAIRED = re.compile(r"layers\.0\.branches\.\w+\.[qkv]\.weight")  # what reads [t
 
 
 def _config(folder: str) -> dict:
-    path = Path(folder) / "config.json"
-    if not path.is_file() or not (Path(folder) / "model.safetensors").is_file():
-        raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors)")
+    path = folder_of(folder) / "config.json"
+    if not path.is_file() or not path.with_name("model.safetensors").is_file():
+        raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors); {known_names()}")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -93,7 +92,7 @@ def _config(folder: str) -> dict:
 def _weights(folder: str, config: DrafterConfig) -> dict[str, Tensor]:
     """The checkpoint's weights under our names, without those that mean something else here."""
     try:
-        theirs = load_file(Path(folder) / "model.safetensors")
+        theirs = load_file(folder_of(folder) / "model.safetensors")
     except Exception as error:  # whatever safetensors raises for a file that is cut
         raise UserError(f"drafter.warm_start={folder}: its weights cannot be read ({error})") from error
     if _is_eagle3(_config(folder)):

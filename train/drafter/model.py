@@ -15,7 +15,7 @@ from data_prep.cache.manifest import publish, write_text
 from data_prep.errors import UserError
 from data_prep.target import FrozenHead, States, Target
 from train.attention.visibility import Places, Rows, Visibility
-from train.drafter.config import DrafterConfig
+from train.drafter.config import DrafterConfig, folder_of
 from train.drafter.heads import DraftHead, SequentialHead
 from train.drafter.layers import Attention, DraftLayer, GatedDelta, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
@@ -232,10 +232,11 @@ class Drafter(nn.Module):
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "Drafter":
-        """Raises UserError when the folder holds no drafter or its weights do not fit its configuration."""
+        """`folder`: a path or the name of a released drafter. Raises UserError when it holds no drafter or its weights do not fit
+        its configuration."""
         drafter = Drafter.of(DrafterConfig.load(folder))
         try:
-            weights = load_file(Path(folder) / "model.safetensors")
+            weights = load_file(folder_of(folder) / "model.safetensors")
             absent, foreign = drafter.load_state_dict(weights, strict=False)
             if wrong := [*foreign, *(name for name in absent if name in drafter.weights())]:
                 raise KeyError(f"{len(wrong)} weights, such as {wrong[0]}")

@@ -1,0 +1,64 @@
+"""What a target is asked by its chat template: by a person (`mode=chat`), by the demo (`mode=demo`), by a suite."""
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.errors import UserError
+from data_prep.recipe import Section
+from data_prep.tokens import LeftOut, dateless, rendered
+
+
+class ChatRecipe(Section):
+    """`mode=chat`: a person types."""
+
+    system: str | None = None  # what the conversation begins with; null: what the chat template says
+    max_new_tokens: int = Field(ge=1)  # of a reply
+    temperature: float = Field(ge=0)
+    thinking: bool | None = None  # enable_thinking of the chat template; null: its own default
+
+
+class DemoPrompt(Section):
+    kind: str
+    text: str
+
+    @property
+    def messages(self) -> list[dict]:
+        return [{"role": "user", "content": self.text.strip()}]
+
+
+class DemoRecipe(Section):
+    """`mode=demo`: prompts that are answered greedily with the drafter and without, side by side."""
+
+    max_new_tokens: int = Field(ge=2)
+    warmup_tokens: int = Field(ge=2)  # of an answer before the first, which is not shown
+    prompts: list[DemoPrompt] = Field(min_length=1)
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], thinking: bool | None) -> list[int]:
+    """Token ids of a conversation that the assistant is to answer, by the chat template, which may know a thinking flag. Raises
+    LeftOut when it refuses the messages."""
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    template = dateless(tokenizer.get_chat_template())
+    return rendered(tokenizer, list(messages), chat_template=template, add_generation_prompt=True, **options)["input_ids"]
+
+
+def check_asking(
+    target: str, chat: ChatRecipe, demo: DemoRecipe | None, room: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises UserError when the target, `target` by name, cannot be asked, or when an answer of the demo might not fit into the
+    `room` positions of a request."""
+    if not tokenizer.chat_template:
+        raise UserError(f"mode=chat and mode=demo ask by the chat template, and the tokenizer of {target} has none")
+    if demo is None:
+        return
+    try:
+        longest = max(len(asked(tokenizer, one.messages, chat.thinking)) for one in demo.prompts)
+    except LeftOut as error:
+        raise UserError(f"mode=demo: {error}") from error
+    if longest + demo.max_new_tokens > room:
+        raise UserError(
+            f"mode=demo: a prompt of {longest} tokens and demo.max_new_tokens={demo.max_new_tokens} exceed the target's {room} "
+            "positions for a request"
+        )
