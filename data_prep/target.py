@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from data_prep.decoding.products import Product, as_they_stand, lay_out
 from data_prep.errors import UserError, first_line
 from data_prep.from_gguf import plain
 from data_prep.ranks import on_gpu
@@ -102,6 +103,7 @@ class FrozenHead:
 
     def __init__(self, embedding_VE: Tensor, head_VE: Tensor):
         self.embedding_VE, self.head_VE = embedding_VE.detach(), head_VE.detach()
+        self.product = Product(self.head_VE)
 
     def embed(self, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, self.embedding_VE)
@@ -274,7 +276,12 @@ class Target:
         return states
 
     def compile(self) -> None:
-        """Fuse what the layers do outside of attention, for each number of rows anew (torch.compile; all layers share it)."""
+        """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
+        (torch.compile; all layers share it). On a CPU, lay their weights out."""
+        if self.device.type == "cpu":
+            if lay_out(self.model.model):
+                self.frozen_head.product.lay_out()
+            return
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # `capture` may change its mind
         for layer in self.layers:
@@ -297,14 +304,14 @@ class Target:
         """The model as transformers made it, for its own `generate`: without hooks of ours, which break what it compiles."""
         self._unhook()
         try:
-            with self.uncompiled():
+            with self.uncompiled(), as_they_stand(self.model):
                 yield
         finally:
             self._hook()
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
-        logits = nn.functional.linear(last_hidden, self.frozen_head.head_VE)
+        logits = self.frozen_head.product(last_hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def new_cache(self) -> DynamicCache:

@@ -6,6 +6,7 @@ import torch
 
 from data_prep.decoding.attention import has_flash
 from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.errors import UserError
 from data_prep.target import Target, load_tokenizer
@@ -55,6 +56,15 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
     return found
 
 
+def quicken(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+    """`compile`: for decoding from now on."""
+    if not recipe.compile:
+        return
+    target.compile()
+    if target.device.type == "cpu":
+        lay_out(drafter)
+
+
 def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     """The figures of report.json."""
     tokenizer = load_tokenizer(target.path, target.revision)
@@ -68,15 +78,14 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     cache, other = kind(*sizes), OtherMemory(recipe.batch, room)
     whole = StaticCache(*sizes) if recipe.verify.offload else cache  # of those who are verified over all of it
     part = PartialCache(cache, partial, longest + 1) if partial else None
-    if recipe.compile and target.device.type == "cuda":
-        target.compile()
+    quicken(recipe, target, drafter)
     everyone = contenders(recipe, target, drafter, other)
     result = {
         "verify": recipe.verify.model_dump() if partial else "full",
         "engine": {
             **{name: getattr(recipe, name) for name in ("batch", "top_p", "top_k")},
             "graphs": recipe.graphs and target.device.type == "cuda" and everyone["trained"].graphs,
-            "compile": recipe.compile and target.device.type == "cuda",
+            "compile": recipe.compile,
             "stop": list(recipe.stop),
             "draft": recipe.draft.model_dump(),
             "attention": "flash-attn" if has_flash(cache.key[:0].to(target.device)) else "dense",

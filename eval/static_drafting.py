@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.products import Product
 from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target import FrozenHead, States
 from eval.static_memory import StaticMemory, executor
@@ -101,6 +102,11 @@ class StaticTrained:
         self.drafter, self._head, self._change, self._tree = drafter.eval(), head, change, tree
         self.deepest, self._cache = tree.depth if tree else None, None
         self._heads = drafter.head.heads(head)  # once: rows of a reduced vocabulary are copies
+        self._product = head.product
+        if self._heads.draft_DE is not head.head_VE:
+            self._product = Product(self._heads.draft_DE)
+            if head.product.is_laid_out:
+                self._product.lay_out()
 
     def begin(self, cache: StaticCache) -> None:
         config, borrowed = self.drafter.config, {}
@@ -197,7 +203,7 @@ class StaticTrained:
         return self.drafter.embed(token, self._head)
 
     def _logits(self, output: Tensor) -> Tensor:
-        logits = F.linear(output, self._heads.draft_DE)
+        logits = self._product(output)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 

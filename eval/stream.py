@@ -14,7 +14,7 @@ from eval import measure
 from eval.decode import Generation
 from eval.drafting import OtherMemory
 from eval.engine import Engine, room_for
-from eval.judge import contenders
+from eval.judge import contenders, quicken
 from eval.lengths import Adaptive, Lengths
 from eval.page import KINDS
 from eval.recipe import EvalRecipe
@@ -91,8 +91,7 @@ class Decoders:
         self.sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
         self.tokenizer = load_tokenizer(target.path, target.revision)
         self.stops = Stops(target.end_tokens, tuple(recipe.stop), self.tokenizer)
-        if recipe.compile and target.device.type == "cuda":
-            target.compile()
+        quicken(recipe, target, drafter)
         self._engines: dict[bool, Engine] = {}
         self._room = 0
         self.forget_lengths()

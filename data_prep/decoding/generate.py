@@ -143,8 +143,7 @@ class BatchGenerator:
         self._count = self._most
         # What is compiled is made for one number of rows: steps over all places. Prompts and the last requests do without.
         self._nucleus = torch.compile(nucleus, dynamic=False) if self._cuda else nucleus
-        if self._cuda:
-            target.compile()
+        target.compile()
         self._ends = frozenset(ends)
         self._ends_E = torch.tensor(sorted(self._ends), device=target.device)
         self._cache: StaticCache | None = None

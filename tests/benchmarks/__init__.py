@@ -30,6 +30,19 @@ QWEN3_8B = dict(
     tie_word_embeddings=False,
 )
 
+SMOLLM2 = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    tie_word_embeddings=True,
+)
+
 
 def options(**defaults):
     """The command line's key=value words over `defaults`; an unknown key is an error."""
@@ -39,15 +52,20 @@ def options(**defaults):
 
 
 def target_of(shape: str, attention: str = "auto") -> Target:
-    """`tiny`: the embedded target. `qwen3_8b`: its dimensions with random weights, through a real checkpoint on disk."""
+    """`tiny`: the embedded target. `qwen3_8b`, `smollm2`: their dimensions with random weights, through a real checkpoint on
+    disk."""
     capture = CaptureRecipe(batch_tokens=1, attention=attention)
     if shape == "tiny":
         return load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny")), capture)
     device = pick_device()
+    config, kind = {
+        "qwen3_8b": (transformers.Qwen3Config(**QWEN3_8B), transformers.Qwen3ForCausalLM),
+        "smollm2": (transformers.LlamaConfig(**SMOLLM2), transformers.LlamaForCausalLM),
+    }[shape]
     with TemporaryDirectory() as folder:
         with torch.device(device):
             torch.set_default_dtype(torch.bfloat16)
-            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**QWEN3_8B))
+            model = kind(config)
             torch.set_default_dtype(torch.float32)
         model.save_pretrained(folder)
         del model

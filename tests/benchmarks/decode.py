@@ -2,6 +2,7 @@
 verification.
 
     python -m tests.benchmarks.decode what=rounds shape=tiny
+    python -m tests.benchmarks.decode what=products shape=smollm2
     python -m tests.benchmarks.decode what=rounds,partial shape=qwen3_8b contexts=[2048,16384,32768]
 
 Drafters begin as the target's layers and are not trained: what a round costs does not depend on what it accepts.
@@ -56,12 +57,37 @@ def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int
     return (new_tokens - 8) / (seconds(new_tokens) - seconds(8))
 
 
+def compare_products(target: Target, context: int) -> None:
+    """Forwards of a few rows behind `context` tokens on a CPU: weights as they stand, and laid out (`Target.compile`)."""
+    a, base_B = target.architecture, torch.tensor([context])
+    cache = StaticCache(a.num_layers, 1, context + 16, a.kv_heads, a.head_dim, target.dtype, target.device)
+    as_they_stand = {}
+    for laid_out in (False, True):
+        if laid_out:
+            target.compile()
+        for rows in (1, 2, 4, 6):
+            ids_BT, position_BT = torch.full((1, rows), 5), base_B[:, None] + torch.arange(rows)
+            seconds = []
+            for _ in range(15):
+                began = time.perf_counter()
+                target.logits(target.forward_through(ids_BT, position_BT, cache.attention(base_B, rows)).last_hidden)
+                seconds.append(time.perf_counter() - began)
+            milliseconds = 1e3 * median(seconds[3:])
+            as_they_stand.setdefault(rows, milliseconds)
+            ratio = round(milliseconds / as_they_stand[rows], 3)
+            figures = {"ms": round(milliseconds, 2), "of_as_they_stand": ratio}
+            line("decode products", laid_out=laid_out, rows=rows, context=context, **figures)
+
+
 def main() -> None:
     o = options(
         what="rounds,transformers", shape="tiny", contexts=[256], new=64, batch=1, length=4, breadth=4, nodes=16, compile=True,
         eager=True, sampling=0.0, retrieval=4096, partial_tokens=32, chunk=2048,
     )  # fmt: skip
     target = target_of(o.shape, "sdpa")
+    if o.what == "products":
+        compare_products(target, o.contexts[0])
+        return
     a, on_gpu, sampling = target.architecture, target.device.type == "cuda", Sampling(o.sampling)
     generator = torch.Generator().manual_seed(0)
     head = target.frozen_head
@@ -78,7 +104,7 @@ def main() -> None:
     for context in o.contexts if "transformers" in o.what else []:  # before our own compilation, which it would go through
         references[context] = reference = transformers_tokens_per_s(target, texts[context][0], o.new)
         line("decode", who="transformers generate, static cache", context=context, batch=1, tokens_per_s=round(reference, 2))
-    if o.compile and on_gpu:
+    if o.compile:
         target.compile()
     for context, prompts in texts.items():
         reference = references[context]
@@ -97,7 +123,7 @@ def main() -> None:
             rate = median(sum(len(g.tokens) - 1 for g in r) / sum(g.decode_s for g in r) for r in runs)
             tau = sum(g.emitted for g in runs[0]) / sum(len(g.rounds) for g in runs[0])
             figures = {
-                "who": who, "verify": what, "graphs": graphs and on_gpu, "compiled": o.compile and on_gpu, "context": context,
+                "who": who, "verify": what, "graphs": graphs and on_gpu, "compiled": o.compile, "context": context,
                 "batch": o.batch, "length": length, "temperature": o.sampling, "rounds_per_s": round(1e3 / total, 1),
                 "draft_ms": round(draft, 3), "verify_ms": round(verify, 3),
                 "overhead_share": round(1 - (draft + verify) / total, 4), "tokens_per_s": round(rate, 2), "tau": round(tau, 3),

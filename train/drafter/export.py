@@ -1,6 +1,8 @@
-"""Drafters as checkpoints that servers load: `mode=export format=eagle3|dflash`.
+"""Drafters as checkpoints that servers load, `mode=export format=eagle3|dflash`, or as we release them, `format=drafter`: our own
+format in bf16, for any drafter.
 
-Both formats hold a drafter over hidden states alone; embedding and LM head are the target's unless the drafter has its own.
+The servers' formats hold a drafter over hidden states alone; embedding and LM head are the target's unless the drafter has its
+own.
 
     eagle3   ttt: one layer under `midlayer`, queries, keys and values over [token; feature], no norms on queries and keys
     dflash   block-wise, same-slot: layers as Qwen3's, whose keys and values also project fc's normed output
@@ -51,6 +53,8 @@ MASK_FILE = "mask_embedding.pt"  # the name that vLLM looks for
 
 def check_export(config: DrafterConfig, format: str) -> None:
     """Raises UserError when no server could load the drafter as a checkpoint of this format."""
+    if format == "drafter":
+        return
     a, suited = config.architecture, {"ttt": "eagle3", "blockwise": "dflash"}[config.objective]
     kinds = {"eagle3": "ttt drafters", "dflash": "block-wise drafters"}
     reasons = {
@@ -90,6 +94,9 @@ def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> 
         UserError: no server could load it.
     """
     check_export(drafter.config, format)
+    if format == "drafter":
+        drafter.to(torch.bfloat16).save_pretrained(folder)
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     tensors, config = (_eagle3 if format == "eagle3" else _dflash)(drafter, target)
     notes = _limits(drafter, target, format)

@@ -1,0 +1,70 @@
+"""Products with a weight on a CPU, which is laid out for them once.
+
+PyTorch's `linear` in float32 hands a weight to a BLAS as it stands. That library lays it out anew in each call, so that six rows
+take about twice as long as one. oneDNN reads a weight that was laid out beforehand at the memory's speed, for one row as for six.
+
+Shapes: N outputs, K inputs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+ROWS = 4  # that a layout is chosen for; it serves any number
+MOST = 0.5  # the share of the free memory that layouts take at most
+
+
+class Product:
+    """x W' + b, [..., K] -> [..., N]: PyTorch's own, or oneDNN's once `lay_out` was called."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None):
+        self.weight_NK = weight_NK
+        self.bias_N = bias_N
+        self._laid_out: Tensor | None = None
+
+    @property
+    def is_laid_out(self) -> bool:
+        return self._laid_out is not None
+
+    def lay_out(self) -> None:
+        if can_be_laid_out(self.weight_NK):
+            self._laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight_NK.detach(), ROWS)  # PyTorch's private name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._laid_out is None:
+            return nn.functional.linear(x, self.weight_NK, self.bias_N)
+        # PyTorch's private name; its last arguments are an activation that could follow, and here none does.
+        return torch.ops.mkldnn._linear_pointwise(x, self._laid_out, self.bias_N, "none", [], "")
+
+
+def can_be_laid_out(weight: Tensor) -> bool:
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return known and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def lay_out(model: nn.Module) -> bool:
+    """Lay out the weights of all linear layers, beside the weights themselves; whether there was memory for it. What is laid out
+    learns nothing: for decoding alone."""
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and can_be_laid_out(layer.weight)]
+    if sum(layer.weight.nbytes for layer in layers) > MOST * psutil.virtual_memory().available:
+        return False
+    for layer in layers:
+        product = Product(layer.weight, layer.bias)
+        product.lay_out()
+        layer.forward = product
+    return True
+
+
+@contextmanager
+def as_they_stand(model: nn.Module) -> Iterator[None]:
+    """Linear layers without what `lay_out` did."""
+    laid_out = [layer for layer in model.modules() if isinstance(layer.__dict__.get("forward"), Product)]
+    products = {layer: layer.__dict__.pop("forward") for layer in laid_out}
+    try:
+        yield
+    finally:
+        for layer, product in products.items():
+            layer.forward = product
