@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUNS := runs/quickstart
 # A released drafter's name, or a folder: make demo DRAFTER=RUN/checkpoints/best
-DRAFTER := smollm2-ttt
+DRAFTER := smollm2-block
 export DS_ACCELERATOR ?= cpu
 # Two tests at a time: most of them wait for one process that starts up.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal

@@ -2,7 +2,7 @@
 # A released drafter and SmolLM2 on six prompts, with it and without, side by side. Usage: launchers/demo.sh DRAFTER OUT [key=value ...]
 # DRAFTER: the name of a released drafter (eval/drafters), or a folder. Needs a CPU; fetches the target, 93 MB, once.
 set -euo pipefail
-drafter=${1:-smollm2-ttt}
+drafter=${1:-smollm2-block}
 out=${2:-runs/demo}
 shift $(($# < 2 ? $# : 2))
 here=$(cd "$(dirname "$0")/.." && pwd)
