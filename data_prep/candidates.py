@@ -21,6 +21,7 @@ from data_prep.turns import Turns, assistant, user
 
 SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s|$)|[。！？]")  # its end
 ATTEMPTS = 8  # at a passage; they cost next to nothing, and shares of kinds do not depend on how much of the texts is prose
+HALF = re.compile("\ufffd{1,3}$")
 BREAK = re.compile(r"\n\s*\n|[.!?][\"')\]]*\s+|[。！？]")  # behind it a passage can begin
 
 
@@ -170,6 +171,7 @@ class Author:
             raise LeftOut(f"{NAMES[who]} was cut off at {limit}")
         if not text.strip():
             raise LeftOut(f"{NAMES[who]} is empty")
+        text = HALF.sub("", text)  # a turn that was cut off may end within a character
         return (text.strip() if who == "user" else text), ended
 
     def _worthwhile(self, who: str, text: str) -> str:

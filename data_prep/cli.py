@@ -149,7 +149,7 @@ def sweep_words(key: str, folder: str, overrides: list[str], unnamed: Iterable[s
 
 def in_sweep() -> bool:
     """Whether the job that runs is a point of a sweep."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def fail(error: UserError, code: int = 2) -> None:

@@ -279,8 +279,10 @@ class Target:
         """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
         (torch.compile; all layers share it). On a CPU, lay their weights out."""
         if self.device.type == "cpu":
-            if lay_out(self.model.model):
+            if lay_out(self.model.model, self.frozen_head.head_VE.nbytes):
                 self.frozen_head.product.lay_out()
+            else:
+                print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # `capture` may change its mind

@@ -18,6 +18,11 @@ class ChatRecipe(Section):
     temperature: float = Field(ge=0)
     thinking: bool | None = None  # enable_thinking of the chat template; null: its own default
 
+    @property
+    def begun(self) -> list[dict]:
+        """What each conversation begins with."""
+        return [{"role": "system", "content": self.system}] if self.system else []
+
 
 class DemoPrompt(Section):
     kind: str
@@ -47,18 +52,22 @@ def asked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], thinking
 def check_asking(
     target: str, chat: ChatRecipe, demo: DemoRecipe | None, room: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raises UserError when the target, `target` by name, cannot be asked, or when an answer of the demo might not fit into the
-    `room` positions of a request."""
+    """Raises UserError when the target, `target` by name, cannot be asked, or when an answer might not fit into the `room`
+    positions of a request: to a prompt of the demo, or in a chat to a word."""
     if not tokenizer.chat_template:
         raise UserError(f"mode=chat and mode=demo ask by the chat template, and the tokenizer of {target} has none")
-    if demo is None:
-        return
+    if demo:
+        mode, limit = "demo", demo.max_new_tokens
+        prompts = [one.messages for one in demo.prompts]
+    else:
+        mode, limit = "chat", chat.max_new_tokens
+        prompts = [[*chat.begun, {"role": "user", "content": "a"}]]
     try:
-        longest = max(len(asked(tokenizer, one.messages, chat.thinking)) for one in demo.prompts)
+        longest = max(len(asked(tokenizer, messages, chat.thinking)) for messages in prompts)
     except LeftOut as error:
-        raise UserError(f"mode=demo: {error}") from error
-    if longest + demo.max_new_tokens > room:
+        raise UserError(f"mode={mode}: {error}") from error
+    if longest + limit > room:
         raise UserError(
-            f"mode=demo: a prompt of {longest} tokens and demo.max_new_tokens={demo.max_new_tokens} exceed the target's {room} "
+            f"mode={mode}: a prompt of {longest} tokens and {mode}.max_new_tokens={limit} exceed the target's {room} "
             "positions for a request"
         )

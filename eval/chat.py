@@ -23,7 +23,7 @@ class Chat:
     def __init__(self, recipe: EvalRecipe, target: Target, drafter: Drafter):
         self._recipe, config = recipe, drafter.config
         self._decoders = Decoders(recipe, target, drafter, recipe.chat.temperature, side_by_side=False)
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         room, known = config.architecture.max_positions, known_positions(recipe, config)
         self._positions = (min(room, known) if known and config.position_table else room) - config.slots  # of a last draft
         self._drafted = True
@@ -31,11 +31,10 @@ class Chat:
         self._forget()
 
     def _forget(self) -> None:
-        system = self._recipe.chat.system
-        self._messages = [{"role": "system", "content": system}] if system else []
+        self._messages = self._recipe.chat.begun
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, style="dim")
+        self._console.print(text, style="dim")
 
     def run(self) -> None:
         """Until /quit or the end of what is typed."""
@@ -80,6 +79,8 @@ class Chat:
         while not answer.done and not interrupted():
             self._console.print(answer.step(), end="")
         self._end(answer)
+        if not answer.so_far.tokens:
+            return
         said = self._decoders.tokenizer.decode(answer.so_far.tokens, skip_special_tokens=True)
         self._messages = [*messages, {"role": "assistant", "content": said}]
 
@@ -112,9 +113,15 @@ def typed() -> Iterator[str]:
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: it ends an answer between two rounds, and not the program."""
+    """Whether Ctrl-C was pressed: it ends an answer between two rounds, and not the program, unless it is pressed twice."""
     pressed = []
-    usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+
+    def press(*_) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    usual = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: bool(pressed)
     finally:

@@ -38,7 +38,7 @@ def demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         {"prompts": [figures of each, "kind" and "text" of the answer], "total": figures}; see `figures`.
     """
     decoders = Decoders(recipe, target, drafter, temperature=0.0, side_by_side=True)
-    console, most = Console(highlight=False), recipe.demo.max_new_tokens
+    console, most = Console(highlight=False, markup=False, emoji=False), recipe.demo.max_new_tokens
     if not console.is_terminal:
         console.width = WIDTH
     tokens = [asked(decoders.tokenizer, one.messages, recipe.chat.thinking) for one in recipe.demo.prompts]
@@ -53,11 +53,11 @@ def demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         plain, drafted = answer(ids, most)
         console.print(heading(prompt, f"{number} of {len(tokens)}"), soft_wrap=not console.is_terminal)
         if console.is_terminal:
-            with Live(columns(plain, drafted), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            with Live(columns(plain, drafted), console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
                 take_turns(plain, drafted, lambda: live.update(columns(plain, drafted), refresh=True))
         else:
             take_turns(plain, drafted, lambda: None)
-            console.print(*lines(plain, drafted), sep="\n", markup=False, soft_wrap=True)
+            console.print(*lines(plain, drafted), sep="\n", soft_wrap=True)
         pairs.append((plain, drafted))
     result = {
         "prompts": [
@@ -129,7 +129,7 @@ def table(result: dict, lines: box.Box = box.HEAVY_HEAD) -> Table:
     for head in HEADS:
         made.add_column(head, justify="right" if head else "left", no_wrap=not head)
     for one in result["prompts"]:
-        made.add_row(*row(one["kind"], one), end_section=one is result["prompts"][-1])
+        made.add_row(*map(Text, row(one["kind"], one)), end_section=one is result["prompts"][-1])
     made.add_row(*row("total", result["total"]), style="bold")
     return made
 
@@ -144,6 +144,8 @@ def draw(out: Path, recipe: EvalRecipe, result: dict, pairs: list[tuple[Answer, 
         color_system="truecolor",
         no_color=False,
         highlight=False,
+        markup=False,
+        emoji=False,
         legacy_windows=False,
     )
     key = Text("Tokens that were drafted and accepted are ").append("green", KINDS["accepted"])

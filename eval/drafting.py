@@ -85,6 +85,7 @@ class Trained:
 
     def __init__(self, drafter: Drafter, head: FrozenHead, attend, view: View | None = None, change=None):
         self.drafter, self._head, self._attend, self._view, self._change = drafter.eval(), head, attend, view, change
+        self._product = drafter.head.product(head)
         self.device = head.head_VE.device
         self.begin()
 
@@ -150,7 +151,7 @@ class Trained:
         return self.drafter.embed(torch.tensor(tokens, device=self.device), self._head)
 
     def _logits(self, output_JE: Tensor) -> Tensor:
-        return self.drafter.head.logits(output_JE, self._head)
+        return self.drafter.head.logits(output_JE, self._head, self._product)
 
 
 class OneByOne:

@@ -98,19 +98,18 @@ class Engine:
         """Continue as many prompts as the engine has places for, or fewer. What a request gets depends on its prompt and its seed
         alone, not on those beside it; where verification is lossy also on when the batch takes a full step, and above temperature
         0 on the lengths of its drafts. Each `Generation` bears its share of the batch's seconds."""
-        rounds = self.stream(prompts, max_new_tokens, seeds, stops)
-        while True:
-            try:
-                next(rounds)
-            except StopIteration as end:
-                return end.value
+        try:
+            next(self.stream(prompts, max_new_tokens, seeds, stops, apart=False))
+        except StopIteration as end:
+            return end.value
 
     @torch.no_grad()
     def stream(
-        self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int], stops: Stops
+        self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int], stops: Stops, apart: bool = True
     ) -> Generator[list[Request], None, list[Generation]]:
         """`generate` for who wants to see texts as they come: before each round, what is known of the requests. What is done
-        meanwhile does not count. Left at any time, it leaves an engine that can be used again."""
+        meanwhile does not count, and for that each round waits until the device is done. Left at any time, it leaves an engine
+        that can be used again. Not `apart`: all rounds at a stretch."""
         paused = 0.0
         rounds, watch, count = self._rounds, Stopwatch(self._cuda), len(prompts)
         partial_tokens = self.partial.recipe.partial_tokens if self.partial else 0
@@ -124,9 +123,10 @@ class Engine:
         requests = [Request(len(p), max_new_tokens, stops, rounds.audited, [token]) for p, token in zip(prompts, first.tolist())]
         full, going, steps, decoding = True, None, 0, clock(rounds.target)
         while not all(r.done for r in requests):
-            left = time.perf_counter()
-            yield requests
-            paused += time.perf_counter() - left
+            if apart:
+                left = clock(rounds.target)
+                yield requests
+                paused += time.perf_counter() - left
             if going != [not r.done for r in requests]:
                 going = [not r.done for r in requests]
                 rounds.active_B[:count].copy_(torch.tensor(going))

@@ -34,6 +34,8 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
     attend = executor(recipe.attention, target.device, training=False)
 
     def make(who: Drafter, change=None) -> StaticDrafting:
+        if head.product.is_laid_out:
+            lay_out(who)
         if view is None:
             return StaticTrained(who, head, change, tree)
         of = lambda b: change.of(b) if change is other else change
@@ -56,15 +58,6 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
     return found
 
 
-def quicken(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
-    """`compile`: for decoding from now on."""
-    if not recipe.compile:
-        return
-    target.compile()
-    if target.device.type == "cpu":
-        lay_out(drafter)
-
-
 def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     """The figures of report.json."""
     tokenizer = load_tokenizer(target.path, target.revision)
@@ -78,14 +71,15 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     cache, other = kind(*sizes), OtherMemory(recipe.batch, room)
     whole = StaticCache(*sizes) if recipe.verify.offload else cache  # of those who are verified over all of it
     part = PartialCache(cache, partial, longest + 1) if partial else None
-    quicken(recipe, target, drafter)
+    if recipe.compile:
+        target.compile()
     everyone = contenders(recipe, target, drafter, other)
     result = {
         "verify": recipe.verify.model_dump() if partial else "full",
         "engine": {
             **{name: getattr(recipe, name) for name in ("batch", "top_p", "top_k")},
             "graphs": recipe.graphs and target.device.type == "cuda" and everyone["trained"].graphs,
-            "compile": recipe.compile,
+            "compile": recipe.compile and (target.device.type == "cuda" or target.frozen_head.product.is_laid_out),
             "stop": list(recipe.stop),
             "draft": recipe.draft.model_dump(),
             "attention": "flash-attn" if has_flash(cache.key[:0].to(target.device)) else "dense",

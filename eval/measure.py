@@ -125,7 +125,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> 
 def tokens_per_s(generations: list[Generation], prefill: bool) -> float:
     """Output tokens over seconds, decode alone (without the prefill's token) or with the prefill. What the last round
     emitted beyond the output's end does not count: plain decoding would not have made it."""
-    tokens = sum(len(g.tokens) - (not prefill) for g in generations)
+    tokens = sum(max(0, len(g.tokens) - (not prefill)) for g in generations)
     return tokens / max(sum(g.decode_s + prefill * g.prefill_s for g in generations), 1e-9)
 
 

@@ -1,5 +1,6 @@
 """What `conf/eval.yaml` may say."""
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -8,7 +9,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.cache.reader import CacheReader
-from data_prep.cli import CONF, refuse_file, validated
+from data_prep.cli import CONF, in_sweep, refuse_file, validated
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
 from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
@@ -222,8 +223,8 @@ def _check_positions(recipe: EvalRecipe, config: DrafterConfig, takes: list[int]
 
 
 def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Architecture, weights_hash: str) -> None:
-    """Raises UserError when the target that was loaded is not the drafter's, or with `any_target` not of its sizes; and when a
-    cache that is read with it is of another one."""
+    """Raises UserError when the target that was loaded is not the drafter's, or with `any_target` not of its architecture; and
+    when a cache that is read with it is of another one."""
     if recipe.mode in ("score", "diagnose") and CacheReader(recipe.cache.dir).manifest.target["weights_hash"] != weights_hash:
         raise UserError(f"{recipe.cache.dir} is a cache of another target than {recipe.target.path}")
     if weights_hash == config.target["weights_hash"]:
@@ -233,10 +234,12 @@ def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Archit
             f"{recipe.drafter} was trained for other weights of {config.target['id']} than those of {recipe.target.path}: its "
             "drafts would seldom be accepted (any_target=true tries it all the same)"
         )
-    for name in ("num_layers", "hidden_size", "heads", "kv_heads", "head_dim", "vocab_size"):
-        mine, theirs = getattr(config.architecture, name), getattr(architecture, name)
-        if mine != theirs:
-            raise UserError(f"{recipe.drafter} is for targets with {name} {mine}, and {recipe.target.path} has {theirs}")
+    for name, mine in vars(config.architecture).items():
+        theirs = getattr(architecture, name)
+        # Formats round a number otherwise: SmolLM2's norm_eps is 1e-5 in one file and 9.9999997e-6 in another.
+        if np.size(mine) != np.size(theirs) or not np.allclose(mine, theirs, rtol=1e-5, atol=0):
+            differs = f"{name} {mine}, and {recipe.target.path} has {theirs}" if np.size(mine) == 1 else f"another {name}"
+            raise UserError(f"{recipe.drafter} is for targets with {differs}")
 
 
 def check(recipe: EvalRecipe) -> None:
@@ -276,6 +279,8 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.mode in ("decode", "chat", "demo"):
         _check_decoding(recipe, config, view)
     if recipe.mode in ("chat", "demo"):
+        if in_sweep():
+            raise UserError(f"mode={recipe.mode} is for a person; it has no sweep (-m)")
         demo = recipe.demo if recipe.mode == "demo" else None
         check_asking(recipe.target.path, recipe.chat, demo, config.architecture.max_positions - config.slots, tokenizer)
     if recipe.asks_suite:
@@ -283,6 +288,10 @@ def check(recipe: EvalRecipe) -> None:
         _check_positions(recipe, config, takes, "prompts")
     executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
     if recipe.mode == "export":
+        if Path(recipe.out).resolve() == folder_of(recipe.drafter).resolve():
+            raise UserError(f"out={recipe.out} is the drafter's own folder; an export needs another")
+        if recipe.any_target and recipe.format != "drafter":
+            raise UserError(f"format={recipe.format} writes parts of the drafter's own target: leave out any_target=true")
         check_export(config, recipe.format)
     if recipe.mode in ("score", "diagnose"):
         reader = CacheReader(recipe.cache.dir)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.decoding.cache import StaticCache
-from data_prep.decoding.products import Product
 from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target import FrozenHead, States
 from eval.static_memory import StaticMemory, executor
@@ -102,11 +101,7 @@ class StaticTrained:
         self.drafter, self._head, self._change, self._tree = drafter.eval(), head, change, tree
         self.deepest, self._cache = tree.depth if tree else None, None
         self._heads = drafter.head.heads(head)  # once: rows of a reduced vocabulary are copies
-        self._product = head.product
-        if self._heads.draft_DE is not head.head_VE:
-            self._product = Product(self._heads.draft_DE)
-            if head.product.is_laid_out:
-                self._product.lay_out()
+        self._product = drafter.head.product(head)
 
     def begin(self, cache: StaticCache) -> None:
         config, borrowed = self.drafter.config, {}

@@ -14,7 +14,7 @@ from eval import measure
 from eval.decode import Generation
 from eval.drafting import OtherMemory
 from eval.engine import Engine, room_for
-from eval.judge import contenders, quicken
+from eval.judge import contenders
 from eval.lengths import Adaptive, Lengths
 from eval.page import KINDS
 from eval.recipe import EvalRecipe
@@ -50,7 +50,7 @@ class Answer:
         shown, started = len(self.so_far.tokens), time.perf_counter()
         try:
             (request,) = next(self._rounds)
-            tokens, rounds = self.stops.cut(request.output[: self.limit]), list(request.rounds)
+            tokens, rounds = list(request.output), list(request.rounds)  # not at its end: nothing is to be cut
             seconds = self.so_far.decode_s + (time.perf_counter() - started if self._begun else 0.0)
             self.so_far = Generation(tokens, rounds, decode_s=seconds)
             self._begun = True
@@ -91,7 +91,8 @@ class Decoders:
         self.sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
         self.tokenizer = load_tokenizer(target.path, target.revision)
         self.stops = Stops(target.end_tokens, tuple(recipe.stop), self.tokenizer)
-        quicken(recipe, target, drafter)
+        if recipe.compile:
+            target.compile()
         self._engines: dict[bool, Engine] = {}
         self._room = 0
         self.forget_lengths()

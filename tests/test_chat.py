@@ -144,6 +144,7 @@ def test_at_a_terminal_accepted_tokens_are_coloured_and_ctrl_c_ends_the_reply_al
         terminal.type("\x03")
         shown = terminal.until(r"interrupted\][^>]*> ")
         assert colour or "38;2" not in shown
+        time.sleep(0.5)  # readline shows its prompt a moment before it would notice a signal
         terminal.type("\x03")  # nothing is being said
         terminal.until(r"/quit ends\)\s*.*> ")
         terminal.type("\x04")  # the end of what is typed
@@ -161,6 +162,7 @@ def test_at_a_terminal_accepted_tokens_are_coloured_and_ctrl_c_ends_the_reply_al
         (["mode=chat", "chat.temperature=-1"], "chat.temperature: Input should be greater than or equal to 0"),
         (["mode=demo", "demo.max_new_tokens=32700"], "mode=demo: a prompt of .* exceed the target's 32764 positions"),
         (["mode=demo", "demo.prompts=[]"], "demo.prompts"),
+        (["mode=chat", "chat.max_new_tokens=40000"], "mode=chat: a prompt of .* exceed the target's 32764 positions"),
         (["mode=chat", "drafter=smollm3"], "smollm3 holds no drafter .*; (released drafters have names|no drafter is released)"),
     ],
 )

@@ -87,6 +87,7 @@ def test_at_a_terminal_both_sides_stream_in_columns(drafter, tmp_path):
     out = terminal.rest()
     assert terminal.code() == 0, out
     frames = re.findall(rf"plain: ({NUMBER}) tokens/s.*?drafter: ({NUMBER}) tokens/s, tau", out)
+    assert "-1" not in re.findall(r"plain: (-?\d*)", out)  # before the first token there is no speed
     assert len(set(frames)) > 6 and GREEN in out and (tmp_path / "shown/demo.svg").exists()
 
 

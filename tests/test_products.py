@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from data_prep import cli
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import Product, as_they_stand, can_be_laid_out, lay_out
 from data_prep.recipe import ROOT, TargetRecipe
 from data_prep.target import load_target
+from eval.drafting import OtherMemory
+from eval.judge import contenders
+from eval.recipe import EvalRecipe
+from eval.static_drafting import StaticTrained
+from train.drafter.config import DrafterConfig
+from train.drafter.model import Drafter
 
 pytestmark = pytest.mark.skipif(not can_be_laid_out(torch.zeros(1)), reason="this build of PyTorch has no oneDNN")
 
@@ -61,6 +68,23 @@ def test_a_targets_forward_is_the_same_and_goes_back():
     assert torch.allclose(forward(target, 1), laid_out[1], atol=1e-5)
     with as_they_stand(target.model):
         assert not torch.allclose(forward(target, 1), laid_out[1], atol=1e-2)
+
+
+def test_every_drafter_that_is_judged_is_laid_out_with_its_head():
+    """The controls too, so that their seconds compare; and nobody where the target is not."""
+    target = load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny"), device="cpu"))
+    about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": "x"}
+    config = DrafterConfig("ttt", "kv", [0, 5], [], 4, False, False, 0, "target", 2, target.architecture, about, draft_vocab=64)
+    recipe = cli.compose("eval", EvalRecipe, [])
+    for laid_out in (False, True):
+        if laid_out:
+            target.compile()
+        drafter = Drafter(config).start(target, target.frozen_head, torch.arange(len(target.frozen_head.head_VE)))
+        everyone = contenders(recipe, target, drafter, OtherMemory(1, 8))
+        judged = [one for one in everyone.values() if isinstance(one, StaticTrained)]
+        assert len(judged) == 4 and {one._product.is_laid_out for one in judged} == {laid_out}
+        linear = [m for one in judged for m in one.drafter.modules() if isinstance(m, nn.Linear)]
+        assert {isinstance(m.__dict__.get("forward"), Product) for m in linear} == {laid_out}
 
 
 def test_without_memory_for_it_nothing_is_laid_out(monkeypatch):

@@ -68,8 +68,14 @@ def test_an_unknown_name_is_answered_with_those_that_there_are(shelf):
     for name in ("three", "nothing", "../shelf/one", "one/config.json"):
         with pytest.raises(UserError, match="holds no drafter .*; released drafters have names: one, two$"):
             DrafterConfig.load(name)
+    with pytest.raises(UserError, match="config.json holds no drafter"):
+        DrafterConfig.load(shelf / "one/config.json")  # a file that there is
     with pytest.raises(UserError, match="warm_start=three holds no checkpoint .*; released drafters have names: one, two$"):
         exchange.check_warm_start("three", DrafterConfig.load("one"))
+
+
+def test_what_is_released():
+    assert released() == ["smollm2-block", "smollm2-ttt"]
 
 
 @pytest.mark.parametrize("name", released())
@@ -118,6 +124,13 @@ def test_a_target_of_other_sizes_and_a_cache_of_another_target_are_refused_all_t
     check_target(compose(), config, config.architecture, "another")
     with pytest.raises(UserError, match="is for targets with num_layers 6, and data_prep/targets/tiny has 7"):
         check_target(compose(), config, replace(config.architecture, num_layers=7), "another")
+    for field, other in (("intermediate_size", 9), ("max_positions", 64), ("qk_norm", not config.architecture.qk_norm)):
+        with pytest.raises(UserError, match=f"is for targets with {field} "):
+            check_target(compose(), config, replace(config.architecture, **{field: other}), "another")
+    with pytest.raises(UserError, match="is for targets with another inv_freq"):
+        check_target(compose(), config, replace(config.architecture, inv_freq=[1.0]), "another")
+    rounded = replace(config.architecture, norm_eps=config.architecture.norm_eps * (1 + 1e-8))
+    check_target(compose(), config, rounded, "another")
     read = compose("mode=score", f"cache.dir={cache}")
     check_target(read, config, config.architecture, config.target["weights_hash"])
     with pytest.raises(UserError, match="is a cache of another target than"):
@@ -131,3 +144,19 @@ def test_a_gguf_target_has_one_hash_whatever_it_is_loaded_in(tmp_path, monkeypat
     assert len(found) == 1
     other = str(write_gguf(tmp_path / "other.gguf", small_model("llama", tied=True, seed=1)))
     assert Target(other).weights_hash() not in found
+
+
+def test_an_export_in_our_own_format_is_the_drafter_in_bf16(tmp_path, drafter):
+    """And never lies where the drafter itself does, nor holds a part of another target."""
+    words = [ROOT / "eval/main.py", "mode=export", "format=drafter", f"drafter={drafter}"]
+    before = (drafter / "model.safetensors").read_bytes()
+    refused = command(*words, f"out={drafter.parent}/../{drafter.parent.name}/own", cwd=tmp_path)
+    assert refused.returncode == 2 and "is the drafter's own folder" in refused.stderr
+    assert (drafter / "model.safetensors").read_bytes() == before
+    done = command(*words, "out=small", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert DrafterConfig.load(tmp_path / "small") == DrafterConfig.load(drafter)
+    small, own = load_file(tmp_path / "small/model.safetensors"), load_file(drafter / "model.safetensors")
+    assert small.keys() == own.keys() and all(torch.equal(t, own[name].bfloat16()) for name, t in small.items())
+    other = command(*words[:2], "format=eagle3", f"drafter={drafter}", "any_target=true", "out=x", cwd=tmp_path)
+    assert other.returncode == 2 and "leave out any_target=true" in other.stderr

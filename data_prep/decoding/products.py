@@ -41,15 +41,17 @@ class Product:
 
 
 def can_be_laid_out(weight: Tensor) -> bool:
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    known = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     return known and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def lay_out(model: nn.Module) -> bool:
-    """Lay out the weights of all linear layers, beside the weights themselves; whether there was memory for it. What is laid out
-    learns nothing: for decoding alone."""
+def lay_out(model: nn.Module, more: int = 0) -> bool:
+    """Lay out the weights of all linear layers, beside the weights themselves; whether there was memory for it and for `more`
+    bytes. For decoding alone: what changes a weight afterwards (training, loading, another dtype) does not reach its layout."""
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and can_be_laid_out(layer.weight)]
-    if sum(layer.weight.nbytes for layer in layers) > MOST * psutil.virtual_memory().available:
+    layers = [layer for layer in layers if "forward" not in layer.__dict__]  # else it was done
+    if more + sum(layer.weight.nbytes for layer in layers) > MOST * psutil.virtual_memory().available:
         return False
     for layer in layers:
         product = Product(layer.weight, layer.bias)

@@ -157,7 +157,7 @@ class DrafterConfig:
         try:
             fields = json.loads(path.read_text())
             return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter; {known_names()}"
             ) from error

@@ -5,8 +5,8 @@ Shapes: N anchors, J drafted slots, R rows, V target vocabulary, D draft vocabul
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from data_prep.decoding.products import Product
 from data_prep.target import FrozenHead
 from train import fp8
 from train.drafter.config import DrafterConfig
@@ -57,6 +57,16 @@ class DraftHead(nn.Module):
             self._narrow = fp8.Frozen(draft_DE)
         return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None)
 
+    def product(self, head: FrozenHead) -> Product:
+        """For decoding: what gives its logits, over a weight that is laid out if the target's is."""
+        draft_DE = self.heads(head).draft_DE
+        if draft_DE is head.head_VE:
+            return head.product
+        product = Product(draft_DE)
+        if head.product.is_laid_out:
+            product.lay_out()
+        return product
+
     def labels(self, token_R: Tensor, vocabulary: int) -> Tensor:
         """Target tokens in the draft vocabulary; -1 for those outside it."""
         if self.kept_D is None:
@@ -78,15 +88,15 @@ class DraftHead(nn.Module):
         rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
         return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
 
-    def logits(self, output_RE: Tensor, head: FrozenHead) -> Tensor:
-        """float32 (or float64) logits over the target's vocabulary, [R, V]: -inf for what the drafter cannot say."""
-        heads = self.heads(head)
-        logits = F.linear(output_RE, heads.draft_DE)
+    def logits(self, output_RE: Tensor, head: FrozenHead, product: Product | None = None) -> Tensor:
+        """float32 (or float64) logits over the target's vocabulary, [R, V]: -inf for what the drafter cannot say. `product`: this
+        head's, where it was made once."""
+        logits = (product or self.product(head))(output_RE)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if heads.kept_D is None:
+        if self.kept_D is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], len(head.head_VE)), -torch.inf)
-        return whole.index_copy_(-1, heads.kept_D, logits)
+        return whole.index_copy_(-1, self.kept_D, logits)
 
 
 class SequentialHead(nn.Module):
