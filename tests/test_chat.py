@@ -92,6 +92,7 @@ class Terminal:
     def __init__(self, *words, cwd, **env):
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # who starts tests in the background has it ignored, which is inherited
             os.chdir(cwd)
             modes = termios.tcgetattr(0)
             modes[3] |= termios.NOFLSH  # else Ctrl-C throws away what the program says next, if it is quick
