@@ -126,15 +126,15 @@ def test_a_disk_that_fills_up(tmp_path, untouched):
     script = f"""
         mount -t tmpfs -o size=600m tmpfs {tmp_path} && cd {tmp_path}
         capture="{sys.executable} {PROGRAM} {" ".join(WORDS)}"
-        $capture cache.dir=cache data.max_tokens=600000 2> refused; echo "refused $?"
+        $capture cache.dir=cache data.max_tokens=600000 2> {tmp_path}-refused; echo "refused $?"
         test ! -e cache && echo nothing written
-        $capture cache.dir=cache 2> full & pid=$!
+        $capture cache.dir=cache 2> {tmp_path}-full & pid=$!  # what it says needs room elsewhere
         while kill -0 $pid && ! ls cache/shard-*.parquet > /dev/null 2>&1; do sleep 0.05; done
         head -c 600000000 /dev/zero > more 2> /dev/null
         wait $pid; echo "full $?"
         rm more; ls cache/*.tmp 2> /dev/null
         $capture cache.dir=cache > /dev/null; echo "again $?"
-        cp -r cache {tmp_path}-out; cat refused full
+        cp -r cache {tmp_path}-out; cat {tmp_path}-refused {tmp_path}-full
     """
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", textwrap.dedent(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
