@@ -16,12 +16,11 @@ from data_prep.errors import UserError
 from data_prep.filters import looping
 from data_prep.recipe import PLACEHOLDER, FiltersRecipe, KindRecipe, SynthesizeRecipe, TurnRecipe
 from data_prep.sources import Lines, Record, is_heldout, stable_hash
-from data_prep.tokens import LeftOut
+from data_prep.tokens import HALF, LeftOut
 from data_prep.turns import Turns, assistant, user
 
 SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s|$)|[。！？]")  # its end
 ATTEMPTS = 8  # at a passage; they cost next to nothing, and shares of kinds do not depend on how much of the texts is prose
-HALF = re.compile("\ufffd{1,3}$")
 BREAK = re.compile(r"\n\s*\n|[.!?][\"')\]]*\s+|[。！？]")  # behind it a passage can begin
 
 

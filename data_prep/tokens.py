@@ -23,6 +23,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model"
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 DATE = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")
 TODAY = date(2026, 1, 1)  # for templates that write the date: a capture must go on tomorrow
+HALF = re.compile("\ufffd{1,3}$")  # an end of a text that may still become a character
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

@@ -15,7 +15,7 @@ from eval.baseline import Transformers
 from eval.decode import Generation
 from eval.drafting import OneByOne, OtherMemory, Trained, zero_memory
 from eval.engine import PREFILL_CHUNK, Engine, room_for
-from eval.lengths import Adaptive, Lengths
+from eval.lengths import lengths_of
 from eval.offload import OffloadedCache
 from eval.partial import PartialCache
 from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
@@ -100,7 +100,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                 length = 0 if name == "baseline" else longest
                 if name == "prompt_lookup":  # no tree
                     length = min(length, drafter.config.draft_length)
-                lengths = Adaptive(length) if length and recipe.draft.length == "adaptive" else Lengths(length)
+                lengths = lengths_of(recipe.draft.length, length)
                 audited = recipe.verify.kind == "partial_audited" and not full
                 held = whole if full else cache
                 engines[name] = Engine(

@@ -20,6 +20,11 @@ class Lengths:
         """A round that drafted `length` tokens kept so many of each request's, and took so long."""
 
 
+def lengths_of(draft_length: int | str | None, longest: int) -> Lengths:
+    """What `draft.length` says, of drafts of at most `longest` tokens (0: plain decoding)."""
+    return Adaptive(longest) if longest and draft_length == "adaptive" else Lengths(longest)
+
+
 class Adaptive(Lengths):
     """Any length up to `longest`: the one that emits most tokens a second by what was seen lately.
 

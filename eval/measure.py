@@ -7,7 +7,6 @@ tau = 1 + sum_j joint_j. A round of which an audit took back everything emitted 
 
 import hashlib
 import math
-import re
 from statistics import mean
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.decoding.sampling import Sampling, distribution
 from data_prep.target import Target
+from data_prep.tokens import HALF
 from eval.decode import Generation
 from train.acceptance import Acceptance
 
@@ -113,7 +113,6 @@ def pieces(prompt: list[int], generation: Generation, tokenizer: PreTrainedToken
 
 
 WINDOW = 8  # tokens before one that decide how it is written: spaces, and characters of several tokens
-HALF = re.compile("\ufffd{1,3}$")  # what may still become a character
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:

@@ -100,8 +100,8 @@ class StaticTrained:
     def __init__(self, drafter: Drafter, head: FrozenHead, change: Callable | None = None, tree: TreeShape | None = None):
         self.drafter, self._head, self._change, self._tree = drafter.eval(), head, change, tree
         self.deepest, self._cache = tree.depth if tree else None, None
-        self._heads = drafter.head.heads(head)  # once: rows of a reduced vocabulary are copies
-        self._product = drafter.head.product(head)
+        self._product = drafter.head.product(head)  # once: rows of a reduced vocabulary are copies
+        self._kept_D = drafter.head.kept_D
 
     def begin(self, cache: StaticCache) -> None:
         config, borrowed = self.drafter.config, {}
@@ -176,7 +176,7 @@ class StaticTrained:
         return _joined(drafts)
 
     def _drawn(self, logits_BJD: Tensor, sampling: Sampling, u_BJ: Tensor) -> Proposal:
-        kept_D = self._heads.kept_D
+        kept_D = self._kept_D
         if sampling.temperature == 0:
             token_BJ = logits_BJD.argmax(-1)
             return Proposal(token_BJ if kept_D is None else kept_D[token_BJ])
@@ -189,10 +189,10 @@ class StaticTrained:
 
     def _over_targets(self, values: Tensor, elsewhere: float) -> Tensor:
         """[..., D] -> [..., V]."""
-        if self._heads.kept_D is None:
+        if self._kept_D is None:
             return values
         whole = values.new_full((*values.shape[:-1], len(self._head.head_VE)), elsewhere)
-        return whole.index_copy_(-1, self._heads.kept_D, values)
+        return whole.index_copy_(-1, self._kept_D, values)
 
     def _embed(self, token: Tensor) -> Tensor:
         return self.drafter.embed(token, self._head)

@@ -15,7 +15,7 @@ from eval.decode import Generation
 from eval.drafting import OtherMemory
 from eval.engine import Engine, room_for
 from eval.judge import contenders
-from eval.lengths import Adaptive, Lengths
+from eval.lengths import lengths_of
 from eval.page import KINDS
 from eval.recipe import EvalRecipe
 from eval.request import Request, Stops
@@ -99,9 +99,8 @@ class Decoders:
 
     def forget_lengths(self) -> None:
         """`draft.length=adaptive` begins anew."""
-        longest = self.recipe.longest(self.drafter.config)
-        drafted = Adaptive(longest) if self.recipe.draft.length == "adaptive" else Lengths(longest)
-        self._lengths = {False: Lengths(0), True: drafted}
+        longest = {False: 0, True: self.recipe.longest(self.drafter.config)}
+        self._lengths = {drafted: lengths_of(self.recipe.draft.length, most) for drafted, most in longest.items()}
         for who, engine in self._engines.items():
             engine.lengths = self._lengths[who]
 

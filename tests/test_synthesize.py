@@ -668,6 +668,22 @@ def test_a_reply_that_was_cut_off_is_kept_if_asked_for_and_is_the_last(plain, tm
     assert outcome[False][0].keys() == {2, 4} and not outcome[False][1]
 
 
+def test_a_turn_that_is_cut_off_within_a_character_loses_it():
+    turns = Turns(load_tokenizer(TINY), "x", {})
+    words = ["synthesize.reply.must_end=false", "synthesize.reply.max_tokens=80"]
+    author = Author(recipe_of(TINY, "x", *words).synthesize, turns, None)
+    tokens = turns.tokenizer("so 日本", add_special_tokens=False)["input_ids"]
+    halves = [tokens[:count] for count in range(1, len(tokens)) if turns.text(tokens[:count]).endswith("\ufffd")]
+    assert halves
+    for half in halves:
+        writing = author._written("reply", [5], 0.0, 0)
+        next(writing)
+        with pytest.raises(StopIteration) as end:
+            writing.send(Answer(half, False))
+        text, ended = end.value.value
+        assert text in ("so ", "so 日") and not ended
+
+
 def test_several_temperatures_are_mixed(plain, tmp_path):
     recipe, _ = plain
     user = recipe.synthesize.user.model_copy(update={"temperature": [0.5, 1.5]})

@@ -30,7 +30,7 @@ class Product:
         return self._laid_out is not None
 
     def lay_out(self) -> None:
-        if can_be_laid_out(self.weight_NK):
+        if self._laid_out is None and can_be_laid_out(self.weight_NK):
             self._laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight_NK.detach(), ROWS)  # PyTorch's private name
 
     def __call__(self, x: Tensor) -> Tensor:

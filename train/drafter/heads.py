@@ -93,10 +93,11 @@ class DraftHead(nn.Module):
         head's, where it was made once."""
         logits = (product or self.product(head))(output_RE)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.kept_D is None:
+        kept_D = self.kept_D
+        if kept_D is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], len(head.head_VE)), -torch.inf)
-        return whole.index_copy_(-1, self.kept_D, logits)
+        return whole.index_copy_(-1, kept_D, logits)
 
 
 class SequentialHead(nn.Module):
