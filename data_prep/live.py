@@ -12,7 +12,7 @@ from torch import Tensor
 from data_prep import prepare
 from data_prep.cache.codec import SCALE
 from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, each_document
-from data_prep.cache.reader import CacheReader
+from data_prep.cache.reader import CacheReader, crop
 from data_prep.capture import Batch, batches
 from data_prep.documents import Documents
 from data_prep.errors import UserError
@@ -55,13 +55,13 @@ class LiveReader:
         document = self._documents[self._order[index]]
         return torch.from_numpy(document.input_ids), torch.from_numpy(document.loss_mask)
 
-    def read_many(self, indices: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
+    def read_many(self, indices: Sequence[int], names: list[str], spans: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Their tensors as `CacheReader.read` gives them, from forwards of at most `capture.batch_tokens` tokens."""
         longest_first = np.argsort(-self.lengths[np.asarray(indices)], kind="stable")
         found: dict[int, dict[str, Tensor]] = {}
         for group in batches(longest_first, self.lengths[np.asarray(indices)], self._batch_tokens, self._target.packs):
             found |= zip(group.tolist(), self._forward([self._order[indices[i]] for i in group], names))
-        return [found[i] for i in range(len(indices))]
+        return [crop(found[i], *span) for i, span in enumerate(spans)]
 
     def _forward(self, documents: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
         batch = Batch([self._documents[i] for i in documents])

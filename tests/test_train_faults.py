@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -54,7 +55,8 @@ def caught_writing(run, launcher):
 
 
 def test_kill_9_while_a_checkpoint_is_written(cache, tmp_path):
-    """The rank that writes, then the launcher: half a checkpoint counts for nothing, and the run ends as one never touched."""
+    """The rank that writes, then the launcher: half a checkpoint counts for nothing, the run ends as one never touched, and
+    none of it leaves shared memory behind."""
     words = [*WORDS, f"cache.dir={cache}", "deepspeed=zero3", "train.max_steps=12", "train.save_every=2", *SMALL]
     assert start(tmp_path / "whole", *words).wait(300) == 0, (tmp_path / "whole.log").read_text()
     run = tmp_path / "killed"
@@ -67,6 +69,8 @@ def test_kill_9_while_a_checkpoint_is_written(cache, tmp_path):
             ranks[0].resume()  # it may go on until it notices that its launcher is gone
         launcher.wait(60)
         assert psutil.wait_procs(ranks, timeout=60)[1] == []
+        port = launcher.args[launcher.args.index("--master_port") + 1]
+        assert not list(Path("/dev/shm").glob(f"*_{port}_*"))
         if victim == "rank":
             assert latest(run / "checkpoints") == good and list((run / "checkpoints").glob("step-*.tmp"))
         Drafter.from_pretrained(latest(run / "checkpoints") / "drafter")

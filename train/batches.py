@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_prep.cache.codec import Scaled, decode, paired
-from data_prep.cache.reader import CacheReader, crop
+from data_prep.cache.reader import CacheReader
 from data_prep.sides import refuse_one_side, validation_side
 from data_prep.sources import stable_hash
 from data_prep.target import States
@@ -228,14 +228,9 @@ class PackStream:
 
     def read(self, indices: np.ndarray, pass_number: int = 0, step: int = 0) -> Pack:
         ids = [self.reader.id(i) for i in indices]
-        starts, documents, anchors = [], [], []
-        for id, tensors in zip(ids, self.reader.read_many(indices, self.names)):
-            spare, start = len(tensors["input_ids"]) - self.pack_tokens, 0
-            if spare > 0:
-                start = 0 if self.span else stable_hash(f"crop/{self.seed}/{pass_number}/{id}") % (spare + 1)
-                tensors = crop(tensors, start, start + self.pack_tokens)
-            starts.append(start)
-            documents.append(tensors)
+        spans = [self._crop(id, int(self.reader.lengths[i]), pass_number) for i, id in zip(indices, ids)]
+        documents, anchors = self.reader.read_many(indices, self.names, spans), []
+        for id, tensors in zip(ids, documents):
             mask = tensors["loss_mask"].numpy().astype(bool)
             if self.span:
                 mask[: self.span[0]] = mask[self.span[1] :] = False
@@ -243,7 +238,13 @@ class PackStream:
         shown = self.shown and [sample_shown(i, len(a), *self.shown, self.seed, pass_number) for i, a in zip(ids, anchors)]
         budgets = self.budgets and [self.budgets(step, id) for id in ids]
         ages = self.ages and [self.ages(id, a, pass_number) for id, a in zip(ids, anchors)]
-        return make_pack(ids, documents, anchors, starts, shown, budgets, ages)
+        return make_pack(ids, documents, anchors, [start for start, _ in spans], shown, budgets, ages)
+
+    def _crop(self, id: str, length: int, pass_number: int) -> tuple[int, int]:
+        """Positions [start, stop) of a document that one pass shows."""
+        spare = max(0, length - self.pack_tokens)
+        start = 0 if self.span else stable_hash(f"crop/{self.seed}/{pass_number}/{id}") % (spare + 1)
+        return start, start + length - spare
 
 
 def loaded(stream: PackStream, numbers: Iterable[int], device: torch.device, workers: int) -> Iterator[Pack]:

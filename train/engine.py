@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
-from torch.distributed import distributed_c10d as c10d
 
 from data_prep.cache.manifest import write_text
 from data_prep.cli import git_revision
@@ -45,7 +43,7 @@ from train.prepare import (
     token_counts,
     uses_bf16,
 )
-from train.ranks import lock_run
+from train.ranks import connect, lock_run
 from train.recipe import TrainRecipe
 from train.tracking import Tracker
 from train.views import FULL
@@ -64,9 +62,7 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
-    timeout = timedelta(seconds=recipe.train.timeout_s)
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # DeepSpeed makes groups of its own and names none
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    connect(device, recipe.train.timeout_s)
     try:
         _Run(recipe, run_dir, device).go()
     except OSError as error:

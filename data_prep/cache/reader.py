@@ -1,9 +1,12 @@
-"""Shards -> documents, memory-mapped: a read touches only the layers asked for, and copies nothing."""
+"""Shards -> documents: a read touches only the layers and the positions asked for."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +20,14 @@ from data_prep.cache.writer import document_hash
 from data_prep.documents import Digest
 from data_prep.errors import UserError
 from data_prep.tokens import TokenDocument
+
+
+class Stored(NamedTuple):
+    """Where a shard's file keeps a tensor."""
+
+    dtype: torch.dtype
+    row: tuple[int, ...]  # shape of one row
+    offset: int  # of the first row, in bytes
 
 
 class CacheReader:
@@ -48,7 +59,6 @@ class CacheReader:
         self._shard_names = shards.dictionary.to_pylist()
         self._shard = shards.indices.to_numpy()
         self._shards = [self._open(name) for name in self._shard_names]
-        self._sizes = [self._size(name) for name in self._shard_names]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,37 +66,45 @@ class CacheReader:
     def id(self, index: int) -> str:
         return self.ids[int(index)].as_py()
 
-    def read(self, index: int, names: list[str]) -> dict[str, Tensor]:
+    def read(self, index: int, names: list[str], span: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Tensors of one document, [T, ...] each (last_hidden and queries: one row a supervised token, in order), and
-        `name.scale` beside each fp8 tensor. They are views of the memory-mapped file: copy before you write to one.
+        `name.scale` beside each fp8 tensor.
+
+        `span`: of positions [start, stop) alone, with the rows of teachers that still teach a token: its first token is
+        predicted from what lies before it, so that it is not supervised.
 
         Raises:
-            UserError: the shard was removed or cut since it was opened: reading behind a mapped file's end kills the process.
+            UserError: the shard was removed or cut since it was opened. It is read, not mapped into memory: a look behind a
+                mapped file's end kills the process.
         """
-        number = self._shard[index]
-        shard, name = self._shards[number], self._shard_names[number]
-        if self._size(name) != self._sizes[number]:
-            raise UserError(
-                f"{self.folder / name}.safetensors was removed or cut while it was being read; run data_prep again, "
-                "which captures that shard anew, then the same command again"
-            )
-        start, teacher, length, supervised = (
-            int(column[index]) for column in (self._offset, self._teacher_offset, self.lengths, self.supervised)
-        )
-        every = self.manifest.last_hidden == "all"
+        shard, path = self._shards[self._shard[index]], self._path(self._shard[index])
+        offset, length = int(self._offset[index]), int(self.lengths[index])
+        start, stop = span or (0, length)
         names = [*names, *(name + SCALE for name in names if name + SCALE in shard)]
         tensors = {}
-        for name in names:
-            tensor = shard[name]
-            if not is_teacher(name):
-                tensors[name] = tensor[start : start + length]
-            elif every:
-                teachers = shard["loss_mask"][start + 1 : start + length].nonzero().squeeze(1) + start
-                tensors[name] = (
-                    tensor.view(torch.uint8)[teachers].view(tensor.dtype) if tensor.itemsize == 1 else tensor[teachers]
-                )
-            else:
-                tensors[name] = tensor[teacher : teacher + supervised]
+        try:
+            with open(path, "rb", buffering=0) as file:
+                mask = _rows(file, shard["loss_mask"], offset, length)
+                for name in names:
+                    if name == "loss_mask":
+                        tensors[name] = mask[start:stop].clone()
+                        tensors[name][: span is not None] = 0
+                    elif not is_teacher(name):
+                        tensors[name] = _rows(file, shard[name], offset + start, stop - start)
+                    elif self.manifest.last_hidden == "all":
+                        every, taught = _rows(file, shard[name], offset + start, stop - start - 1), mask[start + 1 : stop].bool()
+                        tensors[name] = (
+                            every.view(torch.uint8)[taught].view(every.dtype) if every.itemsize == 1 else every[taught]
+                        )
+                    else:
+                        before, upto = int(mask[: start + 1].sum()), int(mask[:stop].sum())
+                        first = int(self._teacher_offset[index]) + before
+                        tensors[name] = _rows(file, shard[name], first, upto - before)
+        except (OSError, EOFError) as error:
+            raise UserError(
+                f"{path} was removed or cut while it was being read; run data_prep again, which captures that shard anew, "
+                "then the same command again"
+            ) from error
         return tensors
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
@@ -94,8 +112,8 @@ class CacheReader:
         tensors = self.read(index, ["input_ids", "loss_mask"])
         return tensors["input_ids"], tensors["loss_mask"]
 
-    def read_many(self, indices: list[int], names: list[str]) -> list[dict[str, Tensor]]:
-        return [self.read(index, names) for index in indices]
+    def read_many(self, indices: list[int], names: list[str], spans: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        return [self.read(index, names, span) for index, span in zip(indices, spans)]
 
     def problems(self) -> Iterator[str]:
         """What `mode=verify` finds: every byte of every file is read, every document's numbers are looked at, and all
@@ -127,8 +145,12 @@ class CacheReader:
 
     def _whole(self, index: int) -> dict[str, Tensor]:
         """The stored tensors of a document, every row of last_hidden and of queries included."""
-        start, stop = int(self._offset[index]), int(self._offset[index] + self.lengths[index])
-        return {name: t[start:stop] for name, t in self._shards[self._shard[index]].items()}
+        shard, start, length = self._shards[self._shard[index]], int(self._offset[index]), int(self.lengths[index])
+        with open(self._path(self._shard[index]), "rb", buffering=0) as file:
+            return {name: _rows(file, stored, start, length) for name, stored in shard.items()}
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self._shard_names[number]}.safetensors"
 
     def _recorded(self) -> dict[str, str]:
         """File name -> checksum, as the writer left them when it finished."""
@@ -148,29 +170,42 @@ class CacheReader:
         path = self.folder / name
         return file_hash(path) if path.is_file() else "missing"
 
-    def _size(self, name: str) -> int | None:
-        try:
-            return os.stat(self.folder / f"{name}.safetensors").st_size
-        except FileNotFoundError:
-            return None
-
-    def _open(self, name: str) -> dict[str, Tensor]:
-        """Every tensor of a shard as a view of the mapped file."""
+    def _open(self, name: str) -> dict[str, Stored]:
+        """Where the file keeps each of its tensors."""
         path = self.folder / f"{name}.safetensors"
         try:
-            shard = safe_open(path, framework="pt")
-            if missing := self.manifest.tensors().keys() - set(shard.keys()):
-                raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run data_prep again, which captures it anew")
-            return {key: shard.get_tensor(key) for key in shard.keys()}
+            with safe_open(path, framework="pt") as shard, open(path, "rb") as file:
+                if missing := self.manifest.tensors().keys() - set(shard.keys()):
+                    raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run data_prep again, which captures it anew")
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                tensors = {key: shard.get_tensor(key) for key in shard.keys()}
+                return {
+                    key: Stored(tensor.dtype, tensor.shape[1:], file.tell() + header[key]["data_offsets"][0])
+                    for key, tensor in tensors.items()
+                }
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path} is missing or truncated ({error}); run data_prep again, which captures that shard anew"
             ) from error
 
 
+def _rows(file: FileIO, stored: Stored, first: int, count: int) -> Tensor:
+    """Rows [first, first + count) of a tensor.
+
+    Raises:
+        EOFError: the file ends before them.
+    """
+    rows = torch.empty((count, *stored.row), dtype=stored.dtype)
+    at, left = stored.offset + first * math.prod(stored.row) * rows.itemsize, rows.flatten().view(torch.uint8).numpy()
+    while len(left):
+        if not (got := os.preadv(file.fileno(), [left], at)):
+            raise EOFError(file.name)
+        at, left = at + got, left[got:]
+    return rows
+
+
 def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """Positions [start, stop) of a document's tensors, with the rows of teachers that still teach a token: the first token
-    is predicted from what lies before the crop, so that it is not supervised."""
+    """What `CacheReader.read` gives of a span, from a whole document's tensors."""
     mask = tensors["loss_mask"]
     teachers = slice(int(mask[: start + 1].sum()), int(mask[:stop].sum()))
     out = {name: t[teachers] if is_teacher(name) else t[start:stop] for name, t in tensors.items()}

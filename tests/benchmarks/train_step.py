@@ -31,6 +31,7 @@ from train.drafter.model import Drafter
 from train.losses import LossRecipe
 from train.objectives import Objective
 from train.objectives.budgetdraft import Branches
+from train.ranks import connect
 from train.views import View
 
 TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
@@ -134,7 +135,7 @@ def under_deepspeed(objective: Objective, optimizer, stage: int, on_gpu: bool):
     single_process_defaults()
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    connect(torch.device("cuda" if on_gpu else "cpu"), timeout_s=1800)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
