@@ -124,6 +124,21 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("kept", [None, 0, 300])
+def test_a_shard_that_is_lost_between_two_reads(finished, tmp_path, kept):
+    """Cut to `kept` bytes or removed: what was read stays whole, and the next read says what happened. A mapped file would end
+    this process with SIGBUS."""
+    folder = tmp_path / "cache"
+    shutil.copytree(finished, folder)
+    reader, names = CacheReader(folder), ["input_ids", "hidden.0"]
+    before, expected = reader.read(0, names), CacheReader(finished).read(0, names)
+    for path in folder.glob("shard-*.safetensors"):
+        path.unlink() if kept is None else os.truncate(path, kept)
+    assert all(torch.equal(before[name], expected[name]) for name in names)
+    with pytest.raises(UserError, match=r"shard-0000\d.safetensors was removed or cut while it was being read; run data_prep"):
+        reader.read(0, names)
+
+
 def noticed(path, content):
     """What the reader says when `path` holds other bytes (None: is gone). The file is mended afterwards."""
     whole = path.read_bytes()

@@ -85,19 +85,13 @@ class CacheReader:
         try:
             with open(path, "rb", buffering=0) as file:
                 mask = _rows(file, shard["loss_mask"], offset, length)
+                before, upto = int(mask[: start + 1].sum()), int(mask[:stop].sum())
                 for name in names:
-                    if name == "loss_mask":
-                        tensors[name] = mask[start:stop].clone()
-                        tensors[name][: span is not None] = 0
-                    elif not is_teacher(name):
+                    if not is_teacher(name):
                         tensors[name] = _rows(file, shard[name], offset + start, stop - start)
                     elif self.manifest.last_hidden == "all":
-                        every, taught = _rows(file, shard[name], offset + start, stop - start - 1), mask[start + 1 : stop].bool()
-                        tensors[name] = (
-                            every.view(torch.uint8)[taught].view(every.dtype) if every.itemsize == 1 else every[taught]
-                        )
+                        tensors[name] = _rows(file, shard[name], offset + start, stop - start - 1, mask[start + 1 : stop].bool())
                     else:
-                        before, upto = int(mask[: start + 1].sum()), int(mask[:stop].sum())
                         first = int(self._teacher_offset[index]) + before
                         tensors[name] = _rows(file, shard[name], first, upto - before)
         except (OSError, EOFError) as error:
@@ -105,6 +99,8 @@ class CacheReader:
                 f"{path} was removed or cut while it was being read; run data_prep again, which captures that shard anew, "
                 "then the same command again"
             ) from error
+        if span and "loss_mask" in tensors:
+            tensors["loss_mask"][0] = 0
         return tensors
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
@@ -189,8 +185,8 @@ class CacheReader:
             ) from error
 
 
-def _rows(file: FileIO, stored: Stored, first: int, count: int) -> Tensor:
-    """Rows [first, first + count) of a tensor.
+def _rows(file: FileIO, stored: Stored, first: int, count: int, kept: Tensor | None = None) -> Tensor:
+    """Rows [first, first + count) of a tensor; of these the `kept` ones, if that is said.
 
     Raises:
         EOFError: the file ends before them.
@@ -201,7 +197,9 @@ def _rows(file: FileIO, stored: Stored, first: int, count: int) -> Tensor:
         if not (got := os.preadv(file.fileno(), [left], at)):
             raise EOFError(file.name)
         at, left = at + got, left[got:]
-    return rows
+    if kept is None:
+        return rows
+    return rows.view(torch.uint8)[kept].view(rows.dtype) if rows.itemsize == 1 else rows[kept]  # torch cannot index fp8
 
 
 def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
