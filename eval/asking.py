@@ -68,6 +68,6 @@ def check_asking(
         raise UserError(f"mode={mode}: {error}") from error
     if longest + limit > room:
         raise UserError(
-            f"mode={mode}: a prompt of {longest} tokens and {mode}.max_new_tokens={limit} exceed the target's {room} "
+            f"mode={mode}: a prompt of {longest} tokens and {mode}.max_new_tokens={limit} exceed the {room} "
             "positions for a request"
         )

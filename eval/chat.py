@@ -10,7 +10,7 @@ from rich.console import Console
 from data_prep.target import Target
 from data_prep.tokens import LeftOut
 from eval.asking import asked
-from eval.recipe import EvalRecipe, known_positions
+from eval.recipe import EvalRecipe, room_of
 from eval.stream import Answer, Decoders
 from train.drafter.model import Drafter
 
@@ -21,11 +21,9 @@ class Chat:
     """A conversation, and who answers in it."""
 
     def __init__(self, recipe: EvalRecipe, target: Target, drafter: Drafter):
-        self._recipe, config = recipe, drafter.config
+        self._recipe, self._positions = recipe, room_of(recipe, drafter.config)
         self._decoders = Decoders(recipe, target, drafter, recipe.chat.temperature, side_by_side=False)
         self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        room, known = config.architecture.max_positions, known_positions(recipe, config)
-        self._positions = (min(room, known) if known and config.position_table else room) - config.slots  # of a last draft
         self._drafted = True
         self._seed = recipe.seed
         self._forget()
@@ -70,7 +68,7 @@ class Chat:
             return
         if len(prompt) + limit > self._positions:
             self._say(
-                f"{len(prompt)} tokens so far and chat.max_new_tokens={limit} exceed the target's {self._positions} positions "
+                f"{len(prompt)} tokens so far and chat.max_new_tokens={limit} exceed the {self._positions} positions "
                 "for a conversation: /new begins another one"
             )
             return

@@ -200,6 +200,13 @@ def known_positions(recipe: EvalRecipe, config: DrafterConfig) -> int | None:
     return known if known < config.architecture.max_positions else None
 
 
+def room_of(recipe: EvalRecipe, config: DrafterConfig) -> int:
+    """How many positions an answer and what is before it may take: those of the target, or of the drafter's table if it has one,
+    without those of a last draft."""
+    known = known_positions(recipe, config) if config.position_table else None
+    return (known or config.architecture.max_positions) - config.slots
+
+
 def _check_positions(recipe: EvalRecipe, config: DrafterConfig, takes: list[int], what: str) -> None:
     """Warns of texts beyond the positions that the drafter knows, since outputs are the target's all the same. `takes`: how many
     positions each of the texts has, its new tokens and its last draft included; `what` they are. Raises UserError for positions
@@ -282,7 +289,7 @@ def check(recipe: EvalRecipe) -> None:
         if in_sweep():
             raise UserError(f"mode={recipe.mode} is for a person; it has no sweep (-m)")
         demo = recipe.demo if recipe.mode == "demo" else None
-        check_asking(recipe.target.path, recipe.chat, demo, config.architecture.max_positions - config.slots, tokenizer)
+        check_asking(recipe.target.path, recipe.chat, demo, room_of(recipe, config), tokenizer)
     if recipe.asks_suite:
         takes = [prompt.takes + config.slots for prompt in prompts_of(recipe, config, tokenizer)[0]]
         _check_positions(recipe, config, takes, "prompts")

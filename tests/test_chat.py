@@ -1,5 +1,6 @@
 """`mode=chat`: what a person types and sees, through the real command; its conversation, token for token."""
 
+import dataclasses
 import io
 import os
 import pty
@@ -18,10 +19,11 @@ from data_prep.recipe import TargetRecipe
 from data_prep.target import load_target
 from eval.asking import asked
 from eval.chat import Chat
-from eval.recipe import EvalRecipe, check
+from eval.recipe import EvalRecipe, check, room_of
 from tests.conftest import ROOT, command
 from tests.test_decode import generated
 from tests.test_released import save_tiny_drafter
+from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 
 GREEN = "38;2;42;157;111"  # #2a9d6f, the report's colour of accepted tokens
@@ -50,7 +52,7 @@ def test_a_conversation_through_the_command(drafter, tmp_path):
     for line in (
         "without the drafter\na new conversation\n",
         "there is no /bogus: /plain switches the drafter off and on, /new forgets the conversation, /quit ends\n",
-        "=24 exceed the target's 32764 positions for a conversation: /new begins another one\nwith the drafter\n",
+        "=24 exceed the 32764 positions for a conversation: /new begins another one\nwith the drafter\n",
         "\nthat is not valid Unicode\na new conversation\n",
     ):
         assert line in done.stdout, line
@@ -161,12 +163,21 @@ def test_at_a_terminal_accepted_tokens_are_coloured_and_ctrl_c_ends_the_reply_al
         (["mode=chat", "verify=partial"], "mode=chat verifies over the whole cache: leave out verify=partial"),
         (["mode=chat", "draft.length=9"], "draft.length=9: .* drafts 1 to 4 tokens"),
         (["mode=chat", "chat.temperature=-1"], "chat.temperature: Input should be greater than or equal to 0"),
-        (["mode=demo", "demo.max_new_tokens=32700"], "mode=demo: a prompt of .* exceed the target's 32764 positions"),
+        (["mode=demo", "demo.max_new_tokens=32700"], "mode=demo: a prompt of .* exceed the 32764 positions"),
         (["mode=demo", "demo.prompts=[]"], "demo.prompts"),
-        (["mode=chat", "chat.max_new_tokens=40000"], "mode=chat: a prompt of .* exceed the target's 32764 positions"),
+        (["mode=chat", "chat.max_new_tokens=40000"], "mode=chat: a prompt of .* exceed the 32764 positions"),
         (["mode=chat", "drafter=smollm3"], "smollm3 holds no drafter .*; (released drafters have names|no drafter is released)"),
     ],
 )
 def test_mistakes_are_one_line_before_the_target_is_loaded(drafter, words, message):
     with pytest.raises(UserError, match=message):
         check(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", *words]))
+
+
+def test_a_table_of_positions_is_all_the_room_there_is(drafter, monkeypatch):
+    """Of a language model with learned positions: known before it is asked, by both commands."""
+    recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), DrafterConfig.load(drafter)
+    assert room_of(recipe, config) == 32768 - config.slots
+    assert room_of(recipe, dataclasses.replace(config, positions=64)) == 32768 - config.slots  # turned keys reach farther
+    monkeypatch.setattr(type(config), "position_table", True)
+    assert room_of(recipe, dataclasses.replace(config, positions=64)) == 64 - config.slots
