@@ -69,5 +69,5 @@ def check_asking(
     if longest + limit > room:
         raise UserError(
             f"mode={mode}: a prompt of {longest} tokens and {mode}.max_new_tokens={limit} exceed the {room} "
-            "positions for a request"
+            "positions that the target and the drafter have"
         )

@@ -69,7 +69,7 @@ class Chat:
         if len(prompt) + limit > self._positions:
             self._say(
                 f"{len(prompt)} tokens so far and chat.max_new_tokens={limit} exceed the {self._positions} positions "
-                "for a conversation: /new begins another one"
+                "that the target and the drafter have: /new begins another conversation"
             )
             return
         answer = self._decoders.answer(prompt, limit, self._seed, self._drafted)

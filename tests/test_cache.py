@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import threading
 from collections import Counter
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from data_prep.cache.codec import Scaled, decode, encode, paired
 from data_prep.cache.manifest import FORMAT_VERSION, INDEX, MANIFEST, Manifest, read_manifest
 from data_prep.cache.reader import CacheReader, crop
-from data_prep.cache.writer import CacheWriter, claim
+from data_prep.cache.writer import CacheWriter, claim, read_seal
 from data_prep.capture import Batch, batches, capture
 from data_prep.documents import Documents, write_documents
 from data_prep.errors import UserError
@@ -124,19 +125,32 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kept", [None, 0, 300])
-def test_a_shard_that_is_lost_between_two_reads(finished, tmp_path, kept):
-    """Cut to `kept` bytes or removed: what was read stays whole, and the next read says what happened. A mapped file would end
-    this process with SIGBUS."""
+@pytest.mark.parametrize("other", [None, b"", "shorter", "of the same size"])
+def test_a_shard_that_is_no_longer_what_was_opened(finished, tmp_path, other):
+    """Removed, cut or replaced: what was read stays whole, and the next read says what happened. A mapped file that is cut ends
+    the process with SIGBUS, and another file's bytes at the old places would pass for states."""
     folder = tmp_path / "cache"
     shutil.copytree(finished, folder)
     reader, names = CacheReader(folder), ["input_ids", "hidden.0"]
     before, expected = reader.read(0, names), CacheReader(finished).read(0, names)
     for path in folder.glob("shard-*.safetensors"):
-        path.unlink() if kept is None else os.truncate(path, kept)
+        whole = path.read_bytes()
+        path.unlink()
+        if other is not None:
+            path.write_bytes({"shorter": whole[:300], "of the same size": whole[::-1]}.get(other, other))
     assert all(torch.equal(before[name], expected[name]) for name in names)
-    with pytest.raises(UserError, match=r"shard-0000\d.safetensors was removed or cut while it was being read; run data_prep"):
+    with pytest.raises(UserError, match=r"shard-0000\d.safetensors was removed, cut or replaced since it was opened; run data_"):
         reader.read(0, names)
+
+
+def test_a_shard_that_cannot_be_read_says_why(finished):
+    reader, limits = CacheReader(finished), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"shard-0000\d.safetensors cannot be read: Too many open files"):
+            reader.read(0, ["input_ids"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def noticed(path, content):
@@ -160,7 +174,12 @@ def test_any_damage_is_noticed(finished, data):
     whole = path.read_bytes()
     at, other = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(1, 255))
     flipped = whole[:at] + bytes([whole[at] ^ other]) + whole[at + 1 :]
-    assert noticed(path, data.draw(st.sampled_from([flipped, whole[:at], None])))
+    damaged = data.draw(st.sampled_from([flipped, whole[:at], None]))
+    said = noticed(path, damaged)
+    assert said
+    begins = 8 + int.from_bytes(whole[:8], "little")
+    if path.suffix == ".safetensors" and damaged == flipped and at >= begins:  # a state or a mask: every check goes on to its end
+        assert f"{path.name}: checksum differs" in said
     assert not noticed(path, whole)
 
 
@@ -184,6 +203,19 @@ def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, dat
         writer.add(id, document(manifest, *FINISHED[id]))
     writer.finish()
     assert_holds(folder, manifest, {id: document(manifest, *content) for id, content in FINISHED.items()})
+
+
+def test_a_seal_is_damaged_or_it_names_a_checksum(finished, tmp_path):
+    """Every bit that may turn the text of a checksum into none: those of the metadata that Arrow wraps in base 64."""
+    whole, path = (finished / "shard-00000.parquet").read_bytes(), tmp_path / "shard-00000.parquet"
+    begins, refused = whole.index(b"ARROW:schema"), 0
+    for at in range(begins, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert len(read_seal(path).schema.metadata[b"xxh3"].decode()) == 32
+        except UserError:
+            refused += 1
+    assert 0 < refused < len(whole) - begins
 
 
 def test_a_gap_or_a_duplicate_is_never_sealed(tmp_path):

@@ -52,7 +52,8 @@ def test_a_conversation_through_the_command(drafter, tmp_path):
     for line in (
         "without the drafter\na new conversation\n",
         "there is no /bogus: /plain switches the drafter off and on, /new forgets the conversation, /quit ends\n",
-        "=24 exceed the 32764 positions for a conversation: /new begins another one\nwith the drafter\n",
+        "=24 exceed the 32764 positions that the target and the drafter have: /new begins another conversation\n"
+        "with the drafter\n",
         "\nthat is not valid Unicode\na new conversation\n",
     ):
         assert line in done.stdout, line

@@ -62,7 +62,7 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
-    connect(device, recipe.train.timeout_s)
+    connect(device.type == "cuda", recipe.train.timeout_s)
     try:
         _Run(recipe, run_dir, device).go()
     except OSError as error:

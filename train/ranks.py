@@ -11,8 +11,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
 from data_prep.errors import UserError
 from data_prep.ranks import free_port, rank, world_size
 
@@ -35,11 +33,11 @@ def lock_run(folder: Path, patience_s: float = 15) -> int:
             time.sleep(0.5)
 
 
-def connect(device: torch.device, timeout_s: int) -> None:
+def connect(on_gpu: bool, timeout_s: int) -> None:
     """Join the other ranks, through DeepSpeed.
 
-    DeepSpeed gives CPU ranks 67 MB of shared memory each and removes none of it. Here the name goes as soon as every rank
-    has opened every other's, and the memory with the last process, however that ends.
+    DeepSpeed gives the CPU ranks of one host 67 MB of shared memory each and removes none of it. Here the name goes once
+    every rank has opened every other's, and the memory with the last process, however that ends.
     """
     import deepspeed
     import torch.distributed as dist
@@ -47,11 +45,13 @@ def connect(device: torch.device, timeout_s: int) -> None:
 
     timeout = timedelta(seconds=timeout_s)
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # DeepSpeed makes groups of its own and names none
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
-    if device.type == "cpu":
-        dist.barrier()
-        where = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank())
-        Path("/dev/shm", "_".join(map(str, ("deepspeed_allreduce_buffer", os.getuid(), *where)))).unlink(missing_ok=True)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
+    if not on_gpu:
+        parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank())
+        try:
+            dist.barrier()
+        finally:
+            Path("/dev/shm", "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))).unlink(missing_ok=True)
 
 
 def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:

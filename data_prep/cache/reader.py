@@ -1,12 +1,12 @@
-"""Shards -> documents: a read touches only the layers and the positions asked for."""
+"""Shards -> documents: a read touches only the layers asked for, and of a cropped document only the positions shown."""
 
 import json
 import math
 import os
-from collections.abc import Iterator
-from io import FileIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,12 +22,12 @@ from data_prep.errors import UserError
 from data_prep.tokens import TokenDocument
 
 
-class Stored(NamedTuple):
-    """Where a shard's file keeps a tensor."""
+class Shard(NamedTuple):
+    """A shard's file as it was when the cache was opened."""
 
-    dtype: torch.dtype
-    row: tuple[int, ...]  # shape of one row
-    offset: int  # of the first row, in bytes
+    path: Path
+    offsets: dict[str, int]  # of each tensor's first row, in bytes
+    state: tuple[int, int]  # size, time of the last change
 
 
 class CacheReader:
@@ -58,6 +58,7 @@ class CacheReader:
         shards = table["shard"].combine_chunks().dictionary_encode()
         self._shard_names = shards.dictionary.to_pylist()
         self._shard = shards.indices.to_numpy()
+        self._rows = self.manifest.tensors()  # name -> (dtype, shape of a row)
         self._shards = [self._open(name) for name in self._shard_names]
 
     def __len__(self) -> int:
@@ -74,31 +75,26 @@ class CacheReader:
         predicted from what lies before it, so that it is not supervised.
 
         Raises:
-            UserError: the shard was removed or cut since it was opened. It is read, not mapped into memory: a look behind a
-                mapped file's end kills the process.
+            UserError: the shard is not as it was when the cache was opened. (It is read, not mapped into memory: a look behind a
+                mapped file's end kills the process.)
         """
-        shard, path = self._shards[self._shard[index]], self._path(self._shard[index])
         offset, length = int(self._offset[index]), int(self.lengths[index])
+        teacher, supervised = int(self._teacher_offset[index]), int(self.supervised[index])
         start, stop = span or (0, length)
-        names = [*names, *(name + SCALE for name in names if name + SCALE in shard)]
+        names = [*names, *(name + SCALE for name in names if name + SCALE in self._rows)]
         tensors = {}
-        try:
-            with open(path, "rb", buffering=0) as file:
-                mask = _rows(file, shard["loss_mask"], offset, length)
-                before, upto = int(mask[: start + 1].sum()), int(mask[:stop].sum())
-                for name in names:
-                    if not is_teacher(name):
-                        tensors[name] = _rows(file, shard[name], offset + start, stop - start)
-                    elif self.manifest.last_hidden == "all":
-                        tensors[name] = _rows(file, shard[name], offset + start, stop - start - 1, mask[start + 1 : stop].bool())
-                    else:
-                        first = int(self._teacher_offset[index]) + before
-                        tensors[name] = _rows(file, shard[name], first, upto - before)
-        except (OSError, EOFError) as error:
-            raise UserError(
-                f"{path} was removed or cut while it was being read; run data_prep again, which captures that shard anew, "
-                "then the same command again"
-            ) from error
+        with self._file(index) as rows:
+            mask = rows("loss_mask", offset, length).bool()
+            if int(mask.sum()) != supervised:
+                raise UserError(f"{self._shards[self._shard[index]].path} is damaged; run mode=verify, then data_prep again")
+            before, upto = int(mask[: start + 1].sum()), int(mask[:stop].sum())
+            for name in names:
+                if not is_teacher(name):
+                    tensors[name] = rows(name, offset + start, stop - start)
+                elif self.manifest.last_hidden == "all":
+                    tensors[name] = _picked(rows(name, offset + start, stop - start - 1), mask[start + 1 : stop])
+                else:
+                    tensors[name] = rows(name, teacher + before, upto - before)
         if span and "loss_mask" in tensors:
             tensors["loss_mask"][0] = 0
         return tensors
@@ -121,32 +117,62 @@ class CacheReader:
         for name in sorted(recorded.keys() & present):
             if self._hash(name) != recorded[name]:
                 yield f"{name}: checksum differs"
-        digest, names = Digest(), ["input_ids", "loss_mask", *self.manifest.states]
-        stored_all = self.manifest.last_hidden == "all"
+        digest = Digest()
         for index in range(len(self)):
             id, where = self.id(index), f"{self._shard_names[self._shard[index]]}: document {self.id(index)}"
-            tensors = self.read(index, names)
-            hashed = self._whole(index) if stored_all else tensors
-            if document_hash(hashed) != self._xxh3[index].as_py():
+            tensors = self._stored(index)
+            if document_hash(tensors) != self._xxh3[index].as_py():
                 yield f"{where}: checksum differs"
             mask = tensors["loss_mask"]
             if int(mask.sum()) != self.supervised[index] or mask[0] or self.lengths[index] > self.manifest.max_length:
                 yield f"{where}: its length or loss mask is not what the index and the manifest say"
-            if bad := [name for name, t in hashed.items() if not _finite(t)]:
+            if bad := [name for name, t in tensors.items() if not _finite(t)]:
                 yield f"{where}: NaN or Inf in {', '.join(bad)}"
             digest.add(TokenDocument(id, tensors["input_ids"].numpy(), mask.numpy()))
         source = self.manifest.source
         if "hash" in source and (digest.hex(), len(self)) != (source["hash"], source["documents"]):
             yield f"{INDEX}: {len(self)} documents are not the {source['documents']} of the manifest's source (a gap or a change)"
 
-    def _whole(self, index: int) -> dict[str, Tensor]:
-        """The stored tensors of a document, every row of last_hidden and of queries included."""
-        shard, start, length = self._shards[self._shard[index]], int(self._offset[index]), int(self.lengths[index])
-        with open(self._path(self._shard[index]), "rb", buffering=0) as file:
-            return {name: _rows(file, stored, start, length) for name, stored in shard.items()}
+    def _stored(self, index: int) -> dict[str, Tensor]:
+        """All that is stored of a document, and where the index says so."""
+        everything = (int(self._offset[index]), int(self.lengths[index]))
+        taught = (int(self._teacher_offset[index]), int(self.supervised[index]))
+        if self.manifest.last_hidden == "all":
+            taught = everything
+        with self._file(index) as rows:
+            return {name: rows(name, *(taught if is_teacher(name) else everything)) for name in self._rows}
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self._shard_names[number]}.safetensors"
+    @contextmanager
+    def _file(self, index: int) -> Iterator[Callable[[str, int, int], Tensor]]:
+        """The shard of a document, open: (name of a tensor, first row, count) -> those rows.
+
+        Raises:
+            UserError: it is not as it was when the cache was opened, or cannot be read.
+        """
+        path, offsets, state = self._shards[self._shard[index]]
+
+        def rows(name: str, first: int, count: int) -> Tensor:
+            dtype, row = self._rows[name]
+            tensor = torch.empty((count, *row), dtype=dtype)
+            at, left = offsets[name] + first * math.prod(row) * dtype.itemsize, tensor.flatten().view(torch.uint8).numpy()
+            while len(left):
+                if not (got := os.preadv(file.fileno(), [left], at)):
+                    raise EOFError
+                at, left = at + got, left[got:]
+            return tensor
+
+        try:
+            with open(path, "rb", buffering=0) as file:
+                if _state(file) != state:
+                    raise EOFError
+                yield rows
+        except (FileNotFoundError, EOFError) as error:
+            raise UserError(
+                f"{path} was removed, cut or replaced since it was opened; run data_prep again, which captures anew what is "
+                "missing, then the same command again"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
     def _recorded(self) -> dict[str, str]:
         """File name -> checksum, as the writer left them when it finished."""
@@ -166,40 +192,29 @@ class CacheReader:
         path = self.folder / name
         return file_hash(path) if path.is_file() else "missing"
 
-    def _open(self, name: str) -> dict[str, Stored]:
-        """Where the file keeps each of its tensors."""
+    def _open(self, name: str) -> Shard:
         path = self.folder / f"{name}.safetensors"
         try:
-            with safe_open(path, framework="pt") as shard, open(path, "rb") as file:
-                if missing := self.manifest.tensors().keys() - set(shard.keys()):
+            with safe_open(path, framework="pt") as shard, open(path, "rb") as file:  # the library looks for the file's end
+                if missing := self._rows.keys() - set(shard.keys()):
                     raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run data_prep again, which captures it anew")
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                tensors = {key: shard.get_tensor(key) for key in shard.keys()}
-                return {
-                    key: Stored(tensor.dtype, tensor.shape[1:], file.tell() + header[key]["data_offsets"][0])
-                    for key, tensor in tensors.items()
-                }
+                offsets = {key: file.tell() + header[key]["data_offsets"][0] for key in self._rows}
+                return Shard(path, offsets, _state(file))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path} is missing or truncated ({error}); run data_prep again, which captures that shard anew"
             ) from error
 
 
-def _rows(file: FileIO, stored: Stored, first: int, count: int, kept: Tensor | None = None) -> Tensor:
-    """Rows [first, first + count) of a tensor; of these the `kept` ones, if that is said.
+def _state(file: IO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
-    Raises:
-        EOFError: the file ends before them.
-    """
-    rows = torch.empty((count, *stored.row), dtype=stored.dtype)
-    at, left = stored.offset + first * math.prod(stored.row) * rows.itemsize, rows.flatten().view(torch.uint8).numpy()
-    while len(left):
-        if not (got := os.preadv(file.fileno(), [left], at)):
-            raise EOFError(file.name)
-        at, left = at + got, left[got:]
-    if kept is None:
-        return rows
-    return rows.view(torch.uint8)[kept].view(rows.dtype) if rows.itemsize == 1 else rows[kept]  # torch cannot index fp8
+
+def _picked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Its rows where the mask is 1; torch cannot index fp8."""
+    return tensor.view(torch.uint8)[mask].view(tensor.dtype) if tensor.itemsize == 1 else tensor[mask]
 
 
 def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

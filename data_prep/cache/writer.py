@@ -292,7 +292,8 @@ def read_seal(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path)
         own = xxhash.xxh3_128_hexdigest(canonical(table.to_pylist()).encode())
-        if table.schema.metadata.get(b"rows", b"").decode() == own and b"xxh3" in table.schema.metadata:
+        sums = {key: value.decode() for key, value in table.schema.metadata.items()}
+        if sums.get(b"rows") == own and b"xxh3" in sums:
             return table
     except (OSError, pa.ArrowException, AttributeError, UnicodeDecodeError):
         pass

@@ -135,7 +135,7 @@ def under_deepspeed(objective: Objective, optimizer, stage: int, on_gpu: bool):
     single_process_defaults()
     import deepspeed
 
-    connect(torch.device("cuda" if on_gpu else "cpu"), timeout_s=1800)
+    connect(on_gpu, timeout_s=1800)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
