@@ -16,6 +16,7 @@ from data_prep.target import FrozenHead, States
 from eval.static_memory import StaticMemory, executor
 from eval.tree import Tree, TreeShape, grow
 from train.attention.visibility import Places, Rows
+from train.drafter.heads import over_targets
 from train.drafter.layers import KV
 from train.drafter.model import Drafter
 from train.objectives.blockwise import block_rows
@@ -180,19 +181,12 @@ class StaticTrained:
         if sampling.temperature == 0:
             token_BJ = logits_BJD.argmax(-1)
             return Proposal(token_BJ if kept_D is None else kept_D[token_BJ])
-        q_BJV = self._over_targets(distribution(logits_BJD, *sampling), 0.0)
+        q_BJV = over_targets(distribution(logits_BJD, *sampling), self._kept_D, len(self._head.head_VE), 0.0)
         return Proposal(drawn(q_BJV.flatten(0, 1), u_BJ.flatten()).view_as(u_BJ), q_BJV)
 
     def _log_probabilities(self, output_RE: Tensor) -> Tensor:
         """Over the target's vocabulary, [R, V]."""
-        return self._over_targets(self._logits(output_RE).log_softmax(-1), -torch.inf)
-
-    def _over_targets(self, values: Tensor, elsewhere: float) -> Tensor:
-        """[..., D] -> [..., V]."""
-        if self._kept_D is None:
-            return values
-        whole = values.new_full((*values.shape[:-1], len(self._head.head_VE)), elsewhere)
-        return whole.index_copy_(-1, self._kept_D, values)
+        return over_targets(self._logits(output_RE).log_softmax(-1), self._kept_D, len(self._head.head_VE), -torch.inf)
 
     def _embed(self, token: Tensor) -> Tensor:
         return self.drafter.embed(token, self._head)

@@ -183,6 +183,19 @@ def test_any_damage_is_noticed(finished, data):
     assert not noticed(path, whole)
 
 
+def test_a_damaged_mask_is_a_finding_like_any_other(finished, tmp_path):
+    """It says which rows are a document's: a look at it must not end the search."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in sorted(tmp_path.glob("shard-*.safetensors")):
+        whole = path.read_bytes()
+        begins = 8 + int.from_bytes(whole[:8], "little")
+        start, stop = (begins + at for at in json.loads(whole[8:begins])["loss_mask"]["data_offsets"])
+        for at in range(start, stop):
+            for other in (0x01, 0x80):
+                said = noticed(path, whole[:at] + bytes([whole[at] ^ other]) + whole[at + 1 :])
+                assert f"{path.name}: checksum differs" in said and any("its length or loss mask" in one for one in said)
+
+
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, data):

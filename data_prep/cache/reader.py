@@ -87,14 +87,14 @@ class CacheReader:
             mask = rows("loss_mask", offset, length).bool()
             if int(mask.sum()) != supervised:
                 raise UserError(f"{self._shards[self._shard[index]].path} is damaged; run mode=verify, then data_prep again")
-            before, upto = int(mask[: start + 1].sum()), int(mask[:stop].sum())
+            first, last = _taught(mask, start, stop)
             for name in names:
                 if not is_teacher(name):
                     tensors[name] = rows(name, offset + start, stop - start)
                 elif self.manifest.last_hidden == "all":
                     tensors[name] = _picked(rows(name, offset + start, stop - start - 1), mask[start + 1 : stop])
                 else:
-                    tensors[name] = rows(name, teacher + before, upto - before)
+                    tensors[name] = rows(name, teacher + first, last - first)
         if span and "loss_mask" in tensors:
             tensors["loss_mask"][0] = 0
         return tensors
@@ -217,10 +217,15 @@ def _picked(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.view(torch.uint8)[mask].view(tensor.dtype) if tensor.itemsize == 1 else tensor[mask]
 
 
+def _taught(mask: Tensor, start: int, stop: int) -> tuple[int, int]:
+    """Rows [first, last) of the teachers of positions [start, stop), of which the first is not taught."""
+    return int(mask[: start + 1].sum()), int(mask[:stop].sum())
+
+
 def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """What `CacheReader.read` gives of a span, from a whole document's tensors."""
     mask = tensors["loss_mask"]
-    teachers = slice(int(mask[: start + 1].sum()), int(mask[:stop].sum()))
+    teachers = slice(*_taught(mask, start, stop))
     out = {name: t[teachers] if is_teacher(name) else t[start:stop] for name, t in tensors.items()}
     out["loss_mask"] = out["loss_mask"].clone()
     out["loss_mask"][:1] = 0

@@ -93,11 +93,15 @@ class DraftHead(nn.Module):
         head's, where it was made once."""
         logits = (product or self.product(head))(output_RE)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        kept_D = self.kept_D
-        if kept_D is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], len(head.head_VE)), -torch.inf)
-        return whole.index_copy_(-1, kept_D, logits)
+        return over_targets(logits, self.kept_D, len(head.head_VE), -torch.inf)
+
+
+def over_targets(values: Tensor, kept_D: Tensor | None, vocabulary: int, elsewhere: float) -> Tensor:
+    """[..., D] -> [..., V]: `elsewhere` for tokens that the drafter cannot say. `kept_D`: None, where it can say all."""
+    if kept_D is None:
+        return values
+    whole = values.new_full((*values.shape[:-1], vocabulary), elsewhere)
+    return whole.index_copy_(-1, kept_D, values)
 
 
 class SequentialHead(nn.Module):
