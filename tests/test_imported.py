@@ -2,21 +2,18 @@
 cannot be is refused by name."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.errors import UserError
 from data_prep.target import Target
-from tests.models import small_target
-from tests.speculators_models import TINY, model_of, package, real_text
+from tests.speculators_models import TINY, real_text
 from tests.test_export import ANCHORS, assert_same, differ, drafter_for
 from tests.test_export import ours as logits_of
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_warm_start, warm_start
-from train.drafter.export import MASK_FILE, save_export
+from train.drafter.export import save_export
 from train.drafter.imported_weights import bind
 from train.drafter.model import Drafter
 
