@@ -34,7 +34,8 @@ def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, voca
 
 def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slots: int = 4, seed: int = 1, **options) -> Drafter:
     """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted or blockwise_causal, and then
-    +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V, +cross_only or +vocab (a reduced one)."""
+    +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V, +cross_only, +vocab (a reduced one) or +norms
+    (EAGLE-3.1's)."""
     objective, _, sequential = objective.partition("+")
     kind, _, variant = objective.partition("_")
     reuse, *words = reuse.split("+")
@@ -45,6 +46,8 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         options["fusion"] = "cross_only"
     if "vocab" in words:
         options |= {"draft_vocab": 8, "own_head": True}
+    if "norms" in words:
+        options |= {"fc_norm": True, "norm_output": True}
     config = DrafterConfig(
         objective=kind,
         reuse=reuse,

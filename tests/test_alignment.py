@@ -31,6 +31,8 @@ VARIANTS = [
     ("ttt", "hybrid+cross_only"),
     ("ttt", "hybrid+projected_rope"),
     ("ttt", "hidden+vocab"),
+    ("ttt", "hidden+norms"),
+    ("ttt", "hybrid+norms"),
     ("blockwise", "kv+projected"),
     ("blockwise", "kv+projected_rope"),
     ("blockwise_shifted", "hybrid+head_concat"),

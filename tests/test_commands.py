@@ -153,6 +153,10 @@ def test_recipes_say_what_they_follow():
         (["objective=ttt", "drafter.lm=x"], "drafter.lm drafts token by token"),
         (["objective=ttt", "reuse=none", "drafter.lm=x", "drafter.own_head=true"], "leave out drafter.own_head"),
         (["objective=ttt", "reuse=none", "drafter.lm=nowhere"], "drafter.lm=nowhere: there is no language model"),
+        (["objective=blockwise", "reuse=hidden", "drafter.fc_norm=true"], "drafter.fc_norm norms what fc joins for pairs"),
+        (["objective=ttt", "reuse=kv", "drafter.fc_norm=true"], "drafter.fc_norm norms what fc joins for pairs"),
+        (["objective=blockwise", "reuse=hidden", "drafter.norm_output=true"], "drafter.norm_output is of the stream"),
+        (["objective=ttt", "reuse=none", "drafter.norm_output=true"], "drafter.norm_output is of the stream"),
         (["drafter.rope_factor=0.5"], "drafter.rope_factor.*greater than or equal to 1"),
     ],
 )

@@ -235,6 +235,8 @@ def test_what_means_something_else_is_left(target, tmp_path):
     assert not any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+markov", "kv")))
     assert any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+gru", "hybrid")))
     assert not any("head." in n for n in taken(("ttt", "hidden+vocab"), ("ttt", "hidden")))
+    assert "fc.weight" not in taken(("ttt", "hidden"), ("ttt", "hidden+norms"))  # of states that were not normed
+    assert {"fc.weight", "fc_norm.0.weight"} <= set(taken(("ttt", "hidden+norms"), ("ttt", "hybrid+norms")))
     assert {"head.d2t", "head.weight"} <= set(taken(("ttt", "hidden+vocab"), ("ttt", "hybrid+vocab")))
 
 

@@ -252,6 +252,7 @@ def test_an_export_says_what_sglang_cannot_do(target, tmp_path):
         (("ttt", "hidden"), {}, "dflash", "it is for block-wise drafters, and this is ttt: format=eagle3"),
         (("ttt", "hidden"), {}, "eagle3", "queries and keys are normed"),
         (("ttt", "hidden"), {"qk_norm": False, "target_layers": [1, 2]}, "eagle3", "it has 2 layers"),
+        (("ttt", "hidden+norms"), {"qk_norm": False}, "eagle3", "EAGLE-3.1's norms"),
         (("ttt", "hidden"), {"biases": True}, "eagle3", "its projections have biases"),
         (("blockwise", "hidden"), {"biases": True}, "dflash", "its projections have biases"),
         (("blockwise", "hidden"), {"qk_norm": False}, "dflash", "DFlash norms queries and keys"),

@@ -97,6 +97,8 @@ class DrafterRecipe(Section):
     sequential_size: int = Field(256, ge=1)
     rope_factor: float = Field(1.0, ge=1)  # positions are divided by it
     lm: str | None = None  # a language model of its own instead of layers like the target's
+    fc_norm: bool = False  # drafters that read pairs: norm each layer's hidden state before fc (EAGLE-3.1)
+    norm_output: bool = False  # ttt that reads pairs: the next step reads the stream after the final norm (EAGLE-3.1)
 
     @model_validator(mode="after")
     def _a_language_model_brings_its_own(self):
@@ -213,6 +215,15 @@ class TrainRecipe(CaptureSections):
         if self.loss.query_align and source.startswith("projected"):
             raise ValueError(
                 f"loss.query_align with reuse.source={source}: projected keys have their own space; use native or head_concat"
+            )
+        pairs = kind in ("hidden", "hybrid") and not blockwise
+        if self.drafter.fc_norm and not pairs:
+            raise ValueError(
+                "drafter.fc_norm norms what fc joins for pairs of token and feature: objective=ttt with reuse=hidden or hybrid"
+            )
+        if self.drafter.norm_output and not pairs:
+            raise ValueError(
+                "drafter.norm_output is of the stream that one step leaves to the next: objective=ttt with reuse=hidden or hybrid"
             )
         if self.drafter.lm and (kind != "none" or blockwise):
             raise ValueError("drafter.lm drafts token by token with K/V of its own: reuse=none objective=ttt, or budgetdraft")

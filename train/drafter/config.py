@@ -60,6 +60,8 @@ class DrafterConfig:
     budgets: str | int | None = None  # paper | sandwich | the one budget that it was trained with
     positions: int | None = None  # it knows positions below this; null: all of its target's
     lm: dict | None = None  # a language model of its own: its path, depth and Hugging Face configuration
+    fc_norm: bool = False  # pairs: each layer's hidden state is normed before fc joins them (EAGLE-3.1)
+    norm_output: bool = False  # ttt over pairs: the next step reads the stream after the final norm (EAGLE-3.1)
 
     @property
     def depth(self) -> int:

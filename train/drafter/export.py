@@ -71,6 +71,7 @@ def check_export(config: DrafterConfig, format: str) -> None:
         reasons |= {
             f"it has {len(config.target_layers)} layers, EAGLE-3 has one": len(config.target_layers) != 1,
             "its queries and keys are normed (train with drafter.qk_norm=false)": config.normed,
+            "EAGLE-3.1's norms (drafter.fc_norm, drafter.norm_output) have no place in it": config.fc_norm or config.norm_output,
         }
     else:
         reasons |= {

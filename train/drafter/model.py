@@ -1,6 +1,6 @@
 """The drafter: memory from the target's states, and draft rows that read it. Training and decoding call the same methods.
 
-Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size.
+Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size, I input size of fc.
 """
 
 from dataclasses import replace
@@ -39,6 +39,8 @@ class Drafter(nn.Module):
             self.target_kv = nn.ModuleList(TargetKV(config, layer) for layer in config.target_layers)
         if config.uses_hidden:
             self.fc = nn.Linear(len(config.hidden_layers) * a.hidden_size, a.hidden_size, bias=False)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(a.hidden_size, eps=a.norm_eps) for _ in config.hidden_layers)
         if config.objective == "blockwise":
             self.mask = nn.Embedding(1, a.hidden_size)  # what an undrafted slot carries
             self.sequential = SequentialHead(config) if config.sequential else None
@@ -90,7 +92,8 @@ class Drafter(nn.Module):
             for layer, target_kv in enumerate(self.target_kv):
                 memory.add(layer, "kv", target_kv(states, rope, self.dtype))
         if config.uses_hidden:
-            features = self.fc(torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1).to(self.dtype))
+            hidden_PI = torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1)
+            features = self._feature(hidden_PI.to(self.dtype))
             memory.feature = features if config.reads_pairs else None
         if config.objective == "blockwise" and "hidden" in config.branches:
             features, rope = self.hidden_norm(features), self.rope(places.position)
@@ -99,6 +102,13 @@ class Drafter(nn.Module):
         if config.own_memory:
             self._read(memory, features if config.uses_hidden else token_RE, token_RE, rows, attend, keep=True)
         return memory
+
+    def _feature(self, hidden_PI: Tensor) -> Tensor:
+        """fc over the hidden states of all layers that are read, side by side, [P, E]."""
+        if self.config.fc_norm:
+            parts = hidden_PI.chunk(len(self.fc_norm), dim=-1)
+            hidden_PI = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], dim=-1)
+        return self.fc(hidden_PI)
 
     def observe(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
@@ -176,11 +186,13 @@ class Drafter(nn.Module):
             earlier, past: rows and keys of the steps before.
 
         Returns:
-            output after the final norm [N, E], the residual stream before it [N, E], the keys including this step's.
+            output after the final norm [N, E], the stream that the next step reads (before that norm; `norm_output`: after it)
+            [N, E], the keys including this step's.
         """
         drafts = rows if earlier is None else earlier + rows
         x, past = self._run(feature_NE if self.config.reads_pairs else token_NE, token_NE, rows, drafts, memory, past, attend)
-        return self.norm(x), x, past
+        output = self.norm(x)
+        return output, output if self.config.norm_output else x, past
 
     def _run(self, x, token, rows, drafts, memory, past, attend):
         visibility, rope, kept = self._visibility(rows, memory, drafts), self.rope(rows.position), []
