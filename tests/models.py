@@ -33,9 +33,9 @@ def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, voca
 
 
 def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slots: int = 4, seed: int = 1, **options) -> Drafter:
-    """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted or blockwise_causal, and then
-    +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V, +cross_only, +vocab (a reduced one) or +norms
-    (EAGLE-3.1's)."""
+    """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted, blockwise_causal or blockwise_pairs
+    (P-EAGLE: both of them, over pairs), and then +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V,
+    +cross_only, +vocab (a reduced one) or +norms (EAGLE-3.1's)."""
     objective, _, sequential = objective.partition("+")
     kind, _, variant = objective.partition("_")
     reuse, *words = reuse.split("+")
@@ -54,8 +54,9 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         target_layers=list(range(3 - layers, 3)),
         hidden_layers=list(HIDDEN_LAYERS) if reuse in ("hidden", "hybrid") else [],
         slots=slots,
-        shifted=variant == "shifted",
-        causal=variant == "causal",
+        shifted=variant in ("shifted", "pairs"),
+        causal=variant in ("causal", "pairs"),
+        pairs=variant == "pairs",
         seed=seed,
         start="target",
         mask_token_id=4,

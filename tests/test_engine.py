@@ -53,6 +53,7 @@ QUICK = [
     ("ttt", "hidden+norms", 2),
     ("blockwise", "kv", 2),
     ("blockwise_causal", "hidden", 1),
+    ("blockwise_pairs", "hidden", 2),
     ("blockwise+markov", "kv+projected_rope", 1),
     ("blockwise_shifted+gru", "hybrid+cross_only", 2),
 ]

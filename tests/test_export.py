@@ -256,6 +256,7 @@ def test_an_export_says_what_sglang_cannot_do(target, tmp_path):
         (("ttt", "hidden"), {"biases": True}, "eagle3", "its projections have biases"),
         (("blockwise", "hidden"), {"biases": True}, "dflash", "its projections have biases"),
         (("blockwise", "hidden"), {"qk_norm": False}, "dflash", "DFlash norms queries and keys"),
+        (("blockwise_pairs", "hidden"), {}, "dflash", "it is an EAGLE-3 drafter that fills a block"),
         (("blockwise", "hidden"), {"shifted": True}, "dflash", "train with objective.shifted=false"),
         (("blockwise", "hidden"), {"sequential": "markov"}, "dflash", "no DFlash server runs a sequential head"),
         (("blockwise", "hidden"), {"mask_token_id": None}, "dflash", "target.mask_token_id was null"),

@@ -44,8 +44,10 @@ class Drafter(nn.Module):
         if config.objective == "blockwise":
             self.mask = nn.Embedding(1, a.hidden_size)  # what an undrafted slot carries
             self.sequential = SequentialHead(config) if config.sequential else None
-            if "hidden" in config.branches:
-                self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        if config.injects_hidden:
+            self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        if config.pairs:
+            self.mask_hidden = nn.Embedding(1, self.fc.in_features)  # what fc reads for an undrafted slot
         self._inv_freq = torch.tensor(a.inv_freq)  # no buffer: a bf16 engine would round it
 
     @property
@@ -95,7 +97,7 @@ class Drafter(nn.Module):
             hidden_PI = torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1)
             features = self._feature(hidden_PI.to(self.dtype))
             memory.feature = features if config.reads_pairs else None
-        if config.objective == "blockwise" and "hidden" in config.branches:
+        if config.injects_hidden:
             features, rope = self.hidden_norm(features), self.rope(places.position)
             for layer, module in enumerate(self.layers):
                 memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, rope))
@@ -147,25 +149,40 @@ class Drafter(nn.Module):
         wide = torch.promote_types(key_PGD.dtype, torch.float32)
         return Rope(moved_PG / self.config.rope_factor, self._inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 
-    def block(self, token_NTE: Tensor, rows: Rows, memory: Memory, attend, shown_N: Tensor | None = None) -> Tensor:
-        """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once.
+    def block(
+        self,
+        token_NTE: Tensor,
+        rows: Rows,
+        memory: Memory,
+        attend,
+        shown_N: Tensor | None = None,
+        feature_NE: Tensor | None = None,
+    ) -> Tensor:
+        """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once. With pairs slot 0 also
+        carries the feature before its token, the others fc of the learned `mask_hidden`.
 
         Args:
             token_NTE: embeddings of the first T tokens of each block, the anchor's first.
             rows: N x S rows, slot by slot within an anchor.
             shown_N: how many of the T tokens each block shows (training with a variable visible prefix); None: all T.
+            feature_NE: with pairs, fc(f_{a-1}) of each anchor.
 
         Returns:
             [N, J, E] after the final norm, of the slots that propose x_{a+1} .. x_{a+J}.
         """
         count, known, _ = token_NTE.shape
-        mask = self.mask(torch.zeros(1, dtype=torch.long, device=token_NTE.device))
-        x = mask.expand(count, self.config.slots - known, -1)
+        zero = torch.zeros(1, dtype=torch.long, device=token_NTE.device)
+        mask = self.mask(zero)
+        masks = mask.expand(count, self.config.slots - known, -1)
         if shown_N is not None:
             shown = torch.arange(known, device=token_NTE.device) < shown_N[:, None]
             token_NTE = torch.where(shown[..., None], token_NTE, mask)
-        x = torch.cat([token_NTE, x], dim=1).flatten(0, 1)
-        x, _ = self._run(x, x, rows, rows, memory, None, attend)
+        token = torch.cat([token_NTE, masks], dim=1).flatten(0, 1)
+        x = token
+        if self.config.reads_pairs:
+            undrafted = self._feature(self.mask_hidden(zero)).expand(count, self.config.slots - 1, -1)
+            x = torch.cat([feature_NE[:, None], undrafted], dim=1).flatten(0, 1)
+        x, _ = self._run(x, token, rows, rows, memory, None, attend)
         return self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :])
 
     def step(
@@ -277,6 +294,8 @@ class Drafter(nn.Module):
             self.mask.weight.copy_(
                 head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]
             )
+            if self.config.pairs:
+                self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's
             if self.sequential:
                 self.sequential.up.weight.zero_()  # it begins by correcting nothing
         self.head.start(head, counts_V)
