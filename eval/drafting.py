@@ -109,7 +109,8 @@ class Trained:
         if self.drafter.config.objective == "ttt":
             return self._steps(tokens[-1], memory, anchor, temperature, generator)
         rows = block_rows(torch.zeros_like(anchor), anchor, self.drafter.config.slots)
-        output_JE = self.drafter.block(self._embed(tokens[-1:])[None], rows, memory, self._attend)[0]
+        token_1TE = self._embed(tokens[-1:])[None]
+        output_JE = self.drafter.block(token_1TE, rows, memory, self._attend, feature_NE=_newest(memory))[0]
         if self.drafter.sequential is not None:
             return self._corrected(output_JE, tokens[-1], temperature, generator)
         logits = self._logits(output_JE)
@@ -131,7 +132,7 @@ class Trained:
         return Draft(tokens, torch.cat(qs), torch.cat(logits))
 
     def _steps(self, token: int, memory: Memory, anchor: Tensor, temperature: float, generator: torch.Generator) -> Draft:
-        feature = None if memory.feature is None else memory.feature[-1:]
+        feature = _newest(memory)
         tokens, logits, qs, earlier, past, zero = [], [], [], None, None, torch.zeros_like(anchor)
         for j in range(1, self.drafter.config.slots + 1):
             rows = Rows(zero, anchor, zero, zero + j, anchor + j - 1)
@@ -152,6 +153,11 @@ class Trained:
 
     def _logits(self, output_JE: Tensor) -> Tensor:
         return self.drafter.head.logits(output_JE, self._head, self._product)
+
+
+def _newest(memory: Memory) -> Tensor | None:
+    """fc(f_{a-1}) of the one anchor [1, E], where the drafter reads pairs."""
+    return None if memory.feature is None else memory.feature[-1:]
 
 
 class OneByOne:

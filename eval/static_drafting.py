@@ -145,7 +145,8 @@ class StaticTrained:
             return self._steps(token_B, anchor_B, length, sampling, u_BJ)
         request_B = torch.arange(len(anchor_B), device=anchor_B.device)
         rows = block_rows(request_B, anchor_B, self.drafter.config.slots)
-        output_BJE = self.drafter.block(self._embed(token_B)[:, None], rows, self.memory, executor())[:, :length]
+        token_B1E = self._embed(token_B)[:, None]
+        output_BJE = self.drafter.block(token_B1E, rows, self.memory, executor(), feature_NE=self.feature_BE)[:, :length]
         if self.drafter.sequential is None:
             logits_BJD = self._logits(output_BJE)
             return self._drawn(logits_BJD, sampling, u_BJ)

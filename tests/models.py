@@ -33,8 +33,9 @@ def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, voca
 
 
 def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slots: int = 4, seed: int = 1, **options) -> Drafter:
-    """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted or blockwise_causal, and then
-    +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V, +cross_only or +vocab (a reduced one)."""
+    """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted, blockwise_causal or blockwise_pairs
+    (P-EAGLE: both of them, over pairs), and then +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V,
+    +cross_only, +vocab (a reduced one) or +norms (EAGLE-3.1's)."""
     objective, _, sequential = objective.partition("+")
     kind, _, variant = objective.partition("_")
     reuse, *words = reuse.split("+")
@@ -45,14 +46,17 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         options["fusion"] = "cross_only"
     if "vocab" in words:
         options |= {"draft_vocab": 8, "own_head": True}
+    if "norms" in words:
+        options |= {"fc_norm": True, "norm_output": True}
     config = DrafterConfig(
         objective=kind,
         reuse=reuse,
         target_layers=list(range(3 - layers, 3)),
         hidden_layers=list(HIDDEN_LAYERS) if reuse in ("hidden", "hybrid") else [],
         slots=slots,
-        shifted=variant == "shifted",
-        causal=variant == "causal",
+        shifted=variant in ("shifted", "pairs"),
+        causal=variant in ("causal", "pairs"),
+        pairs=variant == "pairs",
         seed=seed,
         start="target",
         mask_token_id=4,

@@ -31,9 +31,13 @@ VARIANTS = [
     ("ttt", "hybrid+cross_only"),
     ("ttt", "hybrid+projected_rope"),
     ("ttt", "hidden+vocab"),
+    ("ttt", "hidden+norms"),
+    ("ttt", "hybrid+norms"),
     ("blockwise", "kv+projected"),
     ("blockwise", "kv+projected_rope"),
     ("blockwise_shifted", "hybrid+head_concat"),
+    ("blockwise_pairs", "hidden"),
+    ("blockwise_pairs+markov", "hidden+vocab"),
     ("blockwise+markov", "hidden"),
     ("blockwise_shifted+gru", "hybrid+vocab"),
 ]
@@ -146,6 +150,7 @@ def test_two_layers_and_sampling(target, objective, reuse):
     [
         ("blockwise", "hybrid"),
         *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS if cell != ("blockwise", "hybrid")),
+        pytest.param("blockwise_pairs", "hidden", marks=pytest.mark.slow),
     ],
 )
 def test_flex_forward_is_decode_loop(target, objective, reuse):
@@ -179,7 +184,7 @@ VIEWS = {
 
 
 # One drafter of each kind of memory; the others are slow only because they are many.
-QUICK = [("ttt", "none"), ("ttt", "hybrid"), ("blockwise+markov", "kv+projected_rope")]
+QUICK = [("ttt", "none"), ("ttt", "hybrid"), ("blockwise_pairs", "hidden"), ("blockwise+markov", "kv+projected_rope")]
 MORE = [("ttt", "hidden"), ("ttt", "kv"), ("ttt", "kv+head_concat"), ("blockwise", "hidden"), ("blockwise_shifted", "hybrid")]
 
 

@@ -190,6 +190,22 @@ def test_block_wise_and_ttt_start_from_each_other(target, tmp_path, reuse):
             torch.testing.assert_close(tensor, named(block)[name])
 
 
+def test_a_block_over_pairs_starts_from_eagle3_s_input_path_and_back(target, tmp_path):
+    """The same weights under the same names; only what stands for undrafted slots is the block's own."""
+    ttt = random_weights(drafter_of(target, "ttt", "hidden", layers=2))
+    ttt.save_pretrained(tmp_path / "ttt")
+    block = random_weights(drafter_of(target, "blockwise_pairs", "hidden", layers=2), seed=4)
+    exchange.check_warm_start(str(tmp_path / "ttt"), block.config)
+    taken, left = exchange.warm_start(block, str(tmp_path / "ttt"))
+    assert set(taken) == set(named(ttt)) and set(left) == {"mask.weight", "mask_hidden.weight"}
+    pack = packed(target)
+    torch.testing.assert_close(logits(target, block, pack)[:, 0], logits(target, ttt, pack)[:, 0])  # the anchor's own pair
+    block.save_pretrained(tmp_path / "block")
+    again = random_weights(drafter_of(target, "ttt", "hidden", layers=2), seed=5)
+    assert exchange.warm_start(again, str(tmp_path / "block"))[1] == []
+    torch.testing.assert_close(named(again), named(ttt))
+
+
 def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
     def saved(name, **changes):
         drafter = drafter_of(target, "ttt", "hidden", layers=2)
@@ -235,6 +251,8 @@ def test_what_means_something_else_is_left(target, tmp_path):
     assert not any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+markov", "kv")))
     assert any("sequential" in n for n in taken(("blockwise+gru", "kv"), ("blockwise+gru", "hybrid")))
     assert not any("head." in n for n in taken(("ttt", "hidden+vocab"), ("ttt", "hidden")))
+    assert "fc.weight" not in taken(("ttt", "hidden"), ("ttt", "hidden+norms"))  # of states that were not normed
+    assert {"fc.weight", "fc_norm.0.weight"} <= set(taken(("ttt", "hidden+norms"), ("ttt", "hybrid+norms")))
     assert {"head.d2t", "head.weight"} <= set(taken(("ttt", "hidden+vocab"), ("ttt", "hybrid+vocab")))
 
 

@@ -50,8 +50,10 @@ QUICK = [
     ("ttt", "none", 1),
     ("ttt", "hybrid", 2),
     ("ttt", "hidden+vocab", 1),
+    ("ttt", "hidden+norms", 2),
     ("blockwise", "kv", 2),
     ("blockwise_causal", "hidden", 1),
+    ("blockwise_pairs", "hidden", 2),
     ("blockwise+markov", "kv+projected_rope", 1),
     ("blockwise_shifted+gru", "hybrid+cross_only", 2),
 ]
@@ -104,7 +106,7 @@ def check_cell(target, cell, new):
     assert 0 < kept < drafted  # else one side of verification was not tested
 
 
-@pytest.mark.parametrize("family,cell", zip(("qwen3", "llama") * 4, QUICK), ids=lambda v: v if isinstance(v, str) else str(v[:2]))
+@pytest.mark.parametrize("family,cell", zip(("qwen3", "llama") * 5, QUICK), ids=lambda v: v if isinstance(v, str) else str(v[:2]))
 def test_greedy_output_is_generate_s_and_rounds_are_the_plain_loop_s(targets, family, cell):
     check_cell(targets[family], cell, 24)
 

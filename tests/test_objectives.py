@@ -86,14 +86,15 @@ LOSSES = {
 
 
 BLOCKS = [("blockwise", "hybrid"), ("blockwise_shifted+gru", "hidden+vocab")]
+UNPREFIXED = [("ttt", "hidden+vocab"), ("blockwise_pairs", "hidden")]  # they show no tokens but the anchor's
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
     "cell,weighting",
     [
-        *((cell, weighting) for cell in [*BLOCKS, ("ttt", "hidden+vocab")] for weighting in ("decay", "dpace")),
-        *((cell, "shown") for cell in BLOCKS),  # ttt shows every token anyway
+        *((cell, weighting) for cell in [*BLOCKS, *UNPREFIXED] for weighting in ("decay", "dpace")),
+        *((cell, "shown") for cell in BLOCKS),
     ],
 )
 def test_loss_and_gradient_equal_the_definition(target, cell, loss, weighting):

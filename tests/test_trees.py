@@ -71,7 +71,7 @@ def grown(target, drafter, prompts, shape, nodes):
     return tree, [t.unflatten(0, (4, -1)) for t in seen], first
 
 
-@pytest.mark.parametrize("reuse,layers", [("none", 2), ("hybrid", 1), ("hidden", 2), ("kv+vocab", 1)])
+@pytest.mark.parametrize("reuse,layers", [("none", 2), ("hybrid", 1), ("hidden", 2), ("hidden+norms", 1), ("kv+vocab", 1)])
 def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
     """Scores of every row, the chosen set, order and masks, against chains that are drafted one path at a time."""
     drafter, prompts, shape, nodes = drafter_of(target, "ttt", reuse, layers=layers), ragged(), TreeShape(4, 3), 11

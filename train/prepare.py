@@ -112,6 +112,9 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         budgets=branches and (branches.smallest if branches.sampler == "fixed" else branches.sampler),
         positions=_positions(recipe, manifest, lm),
         lm=lm,
+        pairs=recipe.reuse.pairs,
+        fc_norm=recipe.drafter.fc_norm,
+        norm_output=recipe.drafter.norm_output,
         mask_token_id=recipe.target.mask_token_id,
         architecture=architecture,
         target={

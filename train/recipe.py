@@ -65,6 +65,7 @@ class ReuseRecipe(Section):
     source: Literal["native", "projected", "projected_rope", "head_concat"] = "native"
     kv_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"  # of every source but native
     fusion: Literal["gated_delta", "cross_only"] = "gated_delta"
+    pairs: bool = False  # block-wise: memory is made of pairs of token and feature, as under ttt (P-EAGLE)
     gate: GateRecipe = GateRecipe()
 
     @model_validator(mode="after")
@@ -77,6 +78,8 @@ class ReuseRecipe(Section):
             )
         if self.kind in ("none", "kv") and self.hidden_layers != "auto":
             raise ValueError(f"reuse={self.kind} reads no hidden states: reuse.hidden_layers is for hidden and hybrid")
+        if self.kind != "hidden" and self.pairs:
+            raise ValueError("reuse.pairs is for reuse=hidden: a pair is a token and the feature that hidden states give")
         if self.kind != "hybrid" and self.fusion != "gated_delta":
             raise ValueError("reuse.fusion is for reuse=hybrid")
         if (self.kind != "hybrid" or self.fusion == "cross_only") and self.gate != GateRecipe():
@@ -98,6 +101,8 @@ class DrafterRecipe(Section):
     rope_factor: float = Field(1.0, ge=1)  # positions are divided by it
     norm_before_residual: bool = False  # ttt over hidden states: the residual stream begins as the normed feature
     lm: str | None = None  # a language model of its own instead of layers like the target's
+    fc_norm: bool = False  # drafters that read pairs: norm each layer's hidden state before fc (EAGLE-3.1)
+    norm_output: bool = False  # ttt that reads pairs: the next step reads the stream after the final norm (EAGLE-3.1)
 
     @model_validator(mode="after")
     def _a_language_model_brings_its_own(self):
@@ -217,10 +222,36 @@ class TrainRecipe(CaptureSections):
             raise ValueError(
                 f"loss.query_align with reuse.source={source}: projected keys have their own space; use native or head_concat"
             )
+        if self.reuse.pairs:
+            self._check_pairs()
+        pairs = kind in ("hidden", "hybrid") and not blockwise
+        if self.drafter.fc_norm and not (pairs or self.reuse.pairs):
+            raise ValueError(
+                "drafter.fc_norm norms what fc joins for pairs of token and feature: objective=ttt with reuse=hidden or hybrid, "
+                "or reuse.pairs=true"
+            )
+        if self.drafter.norm_output and not pairs:
+            raise ValueError(
+                "drafter.norm_output is of the stream that one step leaves to the next: objective=ttt with reuse=hidden or hybrid"
+            )
         if self.drafter.lm and (kind != "none" or blockwise):
             raise ValueError("drafter.lm drafts token by token with K/V of its own: reuse=none objective=ttt, or budgetdraft")
         self._check_view()
         return self
+
+    def _check_pairs(self) -> None:
+        objective = self.objective
+        if objective.kind == "ttt":
+            raise ValueError("reuse.pairs is for objective=blockwise; ttt over hidden states reads pairs by nature")
+        if not (objective.shifted and objective.causal):
+            raise ValueError(
+                "reuse.pairs=true: the anchor's own pair drafts and is memory later, which sees nothing behind it: say "
+                "objective.shifted=true objective.causal=true"
+            )
+        if objective.prefix:
+            raise ValueError(
+                "objective.prefix shows tokens whose features no block has when it is drafted; it is not for reuse.pairs=true"
+            )
 
     def _check_view(self) -> None:
         view, objective = self.view, self.objective

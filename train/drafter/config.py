@@ -60,6 +60,9 @@ class DrafterConfig:
     budgets: str | int | None = None  # paper | sandwich | the one budget that it was trained with
     positions: int | None = None  # it knows positions below this; null: all of its target's
     lm: dict | None = None  # a language model of its own: its path, depth and Hugging Face configuration
+    pairs: bool = False  # block-wise, hidden: memory is made of (token, feature) pairs, as under ttt (P-EAGLE)
+    fc_norm: bool = False  # pairs: each layer's hidden state is normed before fc joins them (EAGLE-3.1)
+    norm_output: bool = False  # ttt over pairs: the next step reads the stream after the final norm (EAGLE-3.1)
     norm_before_residual: bool = False  # pairs: the first layer's residual stream begins as its normed feature
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
 
@@ -115,12 +118,17 @@ class DrafterConfig:
     @property
     def reads_pairs(self) -> bool:
         """EAGLE-3's input path: a row reads its token and a feature."""
-        return self.objective == "ttt" and self.uses_hidden
+        return self.uses_hidden and (self.objective == "ttt" or self.pairs)
+
+    @property
+    def injects_hidden(self) -> bool:
+        """DFlash's way in: memory is what each draft layer's K and V projections make of fc's normed output."""
+        return self.objective == "blockwise" and "hidden" in self.branches and not self.reads_pairs
 
     @property
     def own_memory(self) -> str | None:
         """The branch whose memory the draft layers compute themselves, in one causal pass over the verified prefix: of (token,
-        feature) pairs under ttt, of tokens alone for a drafter that reuses nothing."""
+        feature) pairs where a row reads them, of tokens alone for a drafter that reuses nothing."""
         name = self.branches[0]
         return name if name == "tokens" or (name == "hidden" and self.reads_pairs) else None
 

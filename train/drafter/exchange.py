@@ -46,6 +46,7 @@ def _foreign(other: DrafterConfig, config: DrafterConfig) -> list[str]:
     kv = (other.source, other.kv_layers) == (config.source, config.kv_layers)
     heads = (other.draft_vocab, other.own_head) == (config.draft_vocab, config.own_head)
     foreign = {"target_kv.": kv, ".branches.kv.": kv, "sequential.": other.sequential == config.sequential, "head.": heads}
+    foreign["fc."] = other.fc_norm == config.fc_norm
     return [part for part, same in foreign.items() if not same]
 
 

@@ -71,10 +71,12 @@ def check_export(config: DrafterConfig, format: str) -> None:
         reasons |= {
             f"it has {len(config.target_layers)} layers, EAGLE-3 has one": len(config.target_layers) != 1,
             "its queries and keys are normed (train with drafter.qk_norm=false)": config.normed,
+            "EAGLE-3.1's norms (drafter.fc_norm, drafter.norm_output) have no place in it": config.fc_norm or config.norm_output,
         }
     else:
         reasons |= {
             f"no DFlash server runs a sequential head (drafter.sequential={config.sequential})": bool(config.sequential),
+            "it is an EAGLE-3 drafter that fills a block (reuse.pairs), not one of DFlash's": config.pairs,
             "DFlash drafts from the slot behind the anchor's on (train with objective.shifted=false)": config.shifted,
             "DFlash norms queries and keys (train with drafter.qk_norm=true)": not config.normed,
             "servers embed MASK as a token, and target.mask_token_id was null": config.mask_token_id is None,

@@ -2,8 +2,10 @@
 
     EAGLE-3       architectures LlamaForCausalLMEagle3, Eagle3LlamaForCausalLM or Eagle3Qwen3ForCausalLM; weights under
                   `midlayer.` or `layers.0.`
+    P-EAGLE       PeagleLlamaForCausalLM or PeagleQwen3ForCausalLM, or EAGLE-3's with a tensor `mask_hidden`
     DFlash        architectures DFlashDraftModel, with dflash_config
-    speculators   speculators_model_type eagle3 or dflash (or dspark without a Markov head); layers in transformer_layer_config
+    speculators   speculators_model_type eagle3, peagle, dflash (or dspark without a Markov head); layers in
+                  transformer_layer_config
 
 A checkpoint says nothing of its target's weights, so that it is taken beside whatever target is named, if the sizes fit. What it
 leaves to its target (MASK is a row of the target's embedding) is taken once the target is there: `bind`. All that would make
@@ -27,10 +29,12 @@ ARCHITECTURES = {
     "LlamaForCausalLMEagle3": "eagle3",
     "Eagle3LlamaForCausalLM": "eagle3",
     "Eagle3Qwen3ForCausalLM": "eagle3",
+    "PeagleLlamaForCausalLM": "peagle",
+    "PeagleQwen3ForCausalLM": "peagle",
     "DFlashDraftModel": "dflash",
 }
-NAMES = {"eagle3": "EAGLE-3", "dflash": "DFlash"}
-STEPS = 7  # of an EAGLE-3 checkpoint that names none: as published
+NAMES = {"eagle3": "EAGLE-3", "peagle": "P-EAGLE", "dflash": "DFlash"}
+STEPS = {"eagle3": 7, "peagle": 8}  # of a checkpoint that names none: as published
 # What dflash_config may say; another key could change what is computed.
 DFLASH_KEYS = {"mask_token_id", "target_layer_ids", "causal", "block_size", "num_target_layers", "use_aux_hidden_state"}
 DFLASH_KEYS |= {"sample_from_anchor", "use_swa", "swa_window_size", "projector_type", "attention_mode"}
@@ -41,7 +45,7 @@ Beside = Callable[[], Sizes | Architecture]  # the sizes of the target beside wh
 class Claims(NamedTuple):
     """What a configuration says, whichever format it has."""
 
-    kind: str  # eagle3 | dflash
+    kind: str  # eagle3 | peagle | dflash
     format: str
     said: dict  # where the format's own keys are
     layer: dict  # where those of the layers are
@@ -66,7 +70,7 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
     claims = _claims(folder, fields, tensors)
     if beside is None:
         raise UserError(f"{folder} is a checkpoint in {claims.format}'s format: it is read beside a target")
-    sizes, blockwise = beside(), claims.kind == "dflash"
+    sizes = beside()
     layer, rotary = read_layers(claims.layer, str(folder))
     depth = len({name.split(".")[1] for name in tensors.names if name.startswith("layers.")})
     _check_sizes(folder, claims, layer, sizes)
@@ -90,11 +94,11 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
     )
     knows = int(rotary.factor * layer.max_position_embeddings)
     return DrafterConfig(
-        objective="blockwise" if blockwise else "ttt",
+        objective="ttt" if claims.kind == "eagle3" else "blockwise",
         reuse="hidden",
         target_layers=[sizes.num_layers - 1] * depth,  # none of them began as a target's layer, as far as is known
         hidden_layers=_hidden_layers(folder, claims, sizes),
-        slots=claims.slots or STEPS,
+        slots=claims.slots or STEPS[claims.kind],
         shifted=claims.shifted,
         causal=_causal(folder, claims, layer, depth, sizes),
         seed=0,
@@ -106,6 +110,9 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
         own_head="lm_head.weight" in tensors,
         rope_factor=rotary.factor,
         positions=knows if knows < sizes.max_positions else None,
+        pairs=claims.kind == "peagle",
+        fc_norm=bool(claims.says("fc_norm")),
+        norm_output=claims.kind == "eagle3" and bool(claims.says("norm_output")),
         norm_before_residual=bool(claims.says("norm_before_residual")),
         imported=claims.format,
     )
@@ -131,21 +138,22 @@ def _check_sizes(folder: Path, claims: Claims, layer, sizes: Sizes | Architectur
 
 def _check_meaning(folder: Path, claims: Claims, layer) -> None:
     """Raises UserError for a key under which the same weights are another function."""
-    says, blockwise = claims.says, claims.kind == "dflash"
+    says, dflash = claims.says, claims.kind == "dflash"
     scale = claims.layer.get("logit_scale", 1)
     refuse(
         folder,
         {
             "has norm_before_fc: one norm over all features, which no drafter here has": bool(says("norm_before_fc")),
-            "has fc_norm: a norm of each feature, which no drafter here has": bool(says("fc_norm")),
-            "has norm_output: steps that read the normed stream, which no drafter here does": bool(says("norm_output")),
+            "is DFlash's, and has EAGLE-3's norms (fc_norm, norm_before_residual)": (
+                dflash and bool(says("fc_norm") or says("norm_before_residual"))
+            ),
             "has use_aux_hidden_state=false: it reads the last hidden state alone, as EAGLE-1": (
                 says("use_aux_hidden_state") is False
             ),
             f"scales its logits (logit_scale={scale})": scale != 1,
             f"has MLPs of {layer.hidden_act}, and ours are of silu": layer.hidden_act != "silu",
-            "names no MASK (mask_token_id)": blockwise and claims.mask_token_id is None,
-            "names no length of a block (block_size)": blockwise and not claims.slots,
+            "names no MASK (mask_token_id)": claims.kind != "eagle3" and claims.mask_token_id is None,
+            "names no length of a block (block_size)": dflash and not claims.slots,
         },
     )
 
@@ -191,7 +199,7 @@ def _causal(folder: Path, claims: Claims, layer, depth: int, sizes: Sizes | Arch
             ),
         },
     )
-    return claims.kind == "dflash" and (any(sliding) if claims.causal is None else claims.causal)
+    return any(sliding) if claims.causal is None else claims.causal
 
 
 def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
@@ -200,12 +208,11 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
         return _speculators_claims(folder, fields, speculators, tensors)
     architectures = fields.get("architectures") or []
     kind = next((ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES), None)
-    parallel = fields.get("pard_token") is not None or "ptd_token_id" in fields
+    kind = "peagle" if kind == "eagle3" and "mask_hidden" in tensors else kind
     refuse(
         folder,
         {
             f"is a {' '.join(architectures) or 'model'}; what is read: {', '.join(ARCHITECTURES)}, and speculators": kind is None,
-            "drafts all steps at once (P-EAGLE), which is not read yet": parallel,
             f"says dflash_config.{', '.join(sorted(dflash.keys() - DFLASH_KEYS))}, which is not known here": (
                 bool(dflash.keys() - DFLASH_KEYS)
             ),
@@ -217,19 +224,20 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
             ),
         },
     )
-    causal = fields.get("is_causal")
+    causal, dflash_causal = fields.get("is_causal"), dflash.get("causal")
+    named = [fields.get(key, dflash.get(key)) for key in ("mask_token_id", "pard_token", "ptd_token_id")]
     return Claims(
         kind=kind,
         format=NAMES[kind],
         said=fields,
-        layer={"model_type": "llama" if kind == "eagle3" else "qwen3"} | fields,
+        layer={"model_type": "qwen3" if kind == "dflash" else "llama"} | fields,
         verifier=None,
         inputs=fields.get("eagle_aux_hidden_state_layer_ids"),
         outputs=dflash.get("target_layer_ids") or (fields.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"),
-        slots=fields.get("block_size") or dflash.get("block_size"),
-        shifted=bool(dflash.get("sample_from_anchor")),
-        causal=dflash.get("causal") if causal is None else causal,
-        mask_token_id=dflash.get("mask_token_id", fields.get("mask_token_id")),
+        slots=fields.get("block_size") or dflash.get("block_size") if kind == "dflash" else None,
+        shifted=kind == "peagle" or bool(dflash.get("sample_from_anchor")),
+        causal=(dflash_causal if causal is None else causal) if kind == "dflash" else kind == "peagle",
+        mask_token_id=None if kind == "eagle3" else next((token for token in named if token is not None), None),
     )
 
 
@@ -238,10 +246,9 @@ def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors)
     refuse(
         folder,
         {
-            f"is speculators' {kind}: eagle3, dflash, and dspark without a Markov head, are read": (
-                kind not in ("eagle3", "dflash", "dspark", "peagle")
+            f"is speculators' {kind}; what is read: eagle3, peagle, dflash, and dspark without a Markov head": (
+                kind not in ("eagle3", "peagle", "dflash", "dspark")
             ),
-            "drafts all steps at once (P-EAGLE), which is not read yet": kind == "peagle",
             "has a Markov head of two tables of the vocabulary's size; ours (drafter.sequential) goes through the target's own "
             "embedding and LM head, of which such tables are no function": markov,
         },
@@ -249,20 +256,20 @@ def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors)
     config = fields.get("speculators_config") or {}
     methods = config.get("proposal_methods") or [{}]
     named = [method for method in methods if method.get("proposal_type") == config.get("default_proposal_method")]
-    method = (named or methods)[0]
-    sliding_causal = not fields.get("sliding_window_non_causal", False)
+    block = kind in ("dflash", "dspark")
+    causal = None if block and not fields.get("sliding_window_non_causal", False) else kind == "peagle"
     return Claims(
-        kind="eagle3" if kind == "eagle3" else "dflash",
+        kind="dflash" if block else kind,
         format=f"speculators {kind}",
         said=fields,
         layer=fields.get("transformer_layer_config") or {},
         verifier=(config.get("verifier") or {}).get("name_or_path"),
-        inputs=fields.get("eagle_aux_hidden_state_layer_ids" if kind == "eagle3" else "aux_hidden_state_layer_ids"),
+        inputs=fields.get("aux_hidden_state_layer_ids" if block else "eagle_aux_hidden_state_layer_ids"),
         outputs=None,
-        slots=method.get("speculative_tokens") if kind == "eagle3" else fields.get("block_size", 8),
-        shifted=kind != "eagle3" and bool(fields.get("sample_from_anchor", kind == "dspark")),
-        causal=None if sliding_causal else False,
-        mask_token_id=fields.get("mask_token_id"),
+        slots=fields.get("block_size", 8) if block else (named or methods)[0].get("speculative_tokens"),
+        shifted=kind == "peagle" or (block and bool(fields.get("sample_from_anchor", kind == "dspark"))),
+        causal=causal,
+        mask_token_id=None if kind == "eagle3" else fields.get("mask_token_id"),
     )
 
 

@@ -31,7 +31,6 @@ class Tensors:
 
     def __init__(self, folder: Path):
         self.files: dict[str, Path] = {}  # by the name of a tensor
-        self.named_midlayer = False
         paths, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
         if not paths and pickles:
             raise UserError(
@@ -46,8 +45,9 @@ class Tensors:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: its weights cannot be read ({first_line(error)})") from error
         # Servers take both names of EAGLE-3's one layer.
-        self._theirs = {name.replace("midlayer.", "layers.0.", 1): name for name in self.files}
-        self.named_midlayer = any(name.startswith("midlayer.") for name in self.files)
+        plain = {name: name.removeprefix("model.") for name in self.files}
+        self.named_midlayer = any(name.startswith("midlayer.") for name in plain.values())
+        self._theirs = {name.replace("midlayer.", "layers.0.", 1): theirs for theirs, name in plain.items()}
 
     @property
     def names(self) -> set[str]:
@@ -73,8 +73,12 @@ class Tensors:
 def names_of(config: DrafterConfig) -> dict[str, str]:
     """Each of our weights -> its name in public checkpoints. MASK has none."""
     names = {"fc.weight": "fc.weight", "norm.weight": "norm.weight"}
-    if config.objective == "blockwise":
+    if config.injects_hidden:
         names["hidden_norm.weight"] = "hidden_norm.weight"
+    if config.pairs:
+        names["mask_hidden.weight"] = "mask_hidden"
+    if config.fc_norm:
+        names |= {f"fc_norm.{i}.weight": f"fc_norm.{i}.weight" for i in range(len(config.hidden_layers))}
     for i in range(config.depth):
         for mine, theirs in (FIRST_PAIR_LAYER if i == 0 and config.reads_pairs else DFLASH_LAYER).items():
             if config.normed or not mine.endswith(("q_norm", "k_norm")):
@@ -102,7 +106,10 @@ def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
         },
     )
     _check_vocabulary(folder, config, tensors)
-    return {mine: tensors[theirs] for mine, theirs in names.items()}
+    weights = {mine: tensors[theirs] for mine, theirs in names.items()}
+    if config.pairs:
+        weights["mask_hidden.weight"] = weights["mask_hidden.weight"].view(1, -1)
+    return weights
 
 
 def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> None:

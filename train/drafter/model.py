@@ -1,6 +1,6 @@
 """The drafter: memory from the target's states, and draft rows that read it. Training and decoding call the same methods.
 
-Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size.
+Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size, I input size of fc.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,15 @@ class Drafter(nn.Module):
             self.target_kv = nn.ModuleList(TargetKV(config, layer) for layer in config.target_layers)
         if config.uses_hidden:
             self.fc = nn.Linear(len(config.hidden_layers) * a.hidden_size, a.hidden_size, bias=False)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(a.hidden_size, eps=a.norm_eps) for _ in config.hidden_layers)
         if config.objective == "blockwise":
             self.mask = nn.Embedding(1, a.hidden_size)  # what an undrafted slot carries
             self.sequential = SequentialHead(config) if config.sequential else None
-            if "hidden" in config.branches:
-                self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        if config.injects_hidden:
+            self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
+        if config.pairs:
+            self.mask_hidden = nn.Embedding(1, self.fc.in_features)  # what fc reads for an undrafted slot
         self._inv_freq = torch.tensor(a.inv_freq)  # no buffer: a bf16 engine would round it
 
     @property
@@ -91,15 +95,23 @@ class Drafter(nn.Module):
             for layer, target_kv in enumerate(self.target_kv):
                 memory.add(layer, "kv", target_kv(states, rope, self.dtype))
         if config.uses_hidden:
-            features = self.fc(torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1).to(self.dtype))
+            hidden_PI = torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1)
+            features = self._feature(hidden_PI.to(self.dtype))
             memory.feature = features if config.reads_pairs else None
-        if config.objective == "blockwise" and "hidden" in config.branches:
+        if config.injects_hidden:
             features, rope = self.hidden_norm(features), self.rope(places.position)
             for layer, module in enumerate(self.layers):
                 memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, rope))
         if config.own_memory:
             self._read(memory, features if config.uses_hidden else token_RE, token_RE, rows, attend, keep=True)
         return memory
+
+    def _feature(self, hidden_PI: Tensor) -> Tensor:
+        """fc over the hidden states of all layers that are read, side by side, [P, E]."""
+        if self.config.fc_norm:
+            parts = hidden_PI.chunk(len(self.fc_norm), dim=-1)
+            hidden_PI = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], dim=-1)
+        return self.fc(hidden_PI)
 
     def observe(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
@@ -138,25 +150,40 @@ class Drafter(nn.Module):
         wide = torch.promote_types(key_PGD.dtype, torch.float32)
         return Rope(moved_PG / self.config.rope_factor, self._inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 
-    def block(self, token_NTE: Tensor, rows: Rows, memory: Memory, attend, shown_N: Tensor | None = None) -> Tensor:
-        """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once.
+    def block(
+        self,
+        token_NTE: Tensor,
+        rows: Rows,
+        memory: Memory,
+        attend,
+        shown_N: Tensor | None = None,
+        feature_NE: Tensor | None = None,
+    ) -> Tensor:
+        """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once. With pairs slot 0 also
+        carries the feature before its token, the others fc of the learned `mask_hidden`.
 
         Args:
             token_NTE: embeddings of the first T tokens of each block, the anchor's first.
             rows: N x S rows, slot by slot within an anchor.
             shown_N: how many of the T tokens each block shows (training with a variable visible prefix); None: all T.
+            feature_NE: with pairs, fc(f_{a-1}) of each anchor.
 
         Returns:
             [N, J, E] after the final norm, of the slots that propose x_{a+1} .. x_{a+J}.
         """
         count, known, _ = token_NTE.shape
-        mask = self.mask(torch.zeros(1, dtype=torch.long, device=token_NTE.device))
-        x = mask.expand(count, self.config.slots - known, -1)
+        zero = torch.zeros(1, dtype=torch.long, device=token_NTE.device)
+        mask = self.mask(zero)
+        masks = mask.expand(count, self.config.slots - known, -1)
         if shown_N is not None:
             shown = torch.arange(known, device=token_NTE.device) < shown_N[:, None]
             token_NTE = torch.where(shown[..., None], token_NTE, mask)
-        x = torch.cat([token_NTE, x], dim=1).flatten(0, 1)
-        x, _ = self._run(x, x, rows, rows, memory, None, attend)
+        token = torch.cat([token_NTE, masks], dim=1).flatten(0, 1)
+        x = token
+        if self.config.reads_pairs:
+            undrafted = self._feature(self.mask_hidden(zero)).expand(count, self.config.slots - 1, -1)
+            x = torch.cat([feature_NE[:, None], undrafted], dim=1).flatten(0, 1)
+        x, _ = self._run(x, token, rows, rows, memory, None, attend)
         return self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :])
 
     def step(
@@ -177,11 +204,13 @@ class Drafter(nn.Module):
             earlier, past: rows and keys of the steps before.
 
         Returns:
-            output after the final norm [N, E], the residual stream before it [N, E], the keys including this step's.
+            output after the final norm [N, E], the stream that the next step reads (before that norm; `norm_output`: after it)
+            [N, E], the keys including this step's.
         """
         drafts = rows if earlier is None else earlier + rows
         x, past = self._run(feature_NE if self.config.reads_pairs else token_NE, token_NE, rows, drafts, memory, past, attend)
-        return self.norm(x), x, past
+        output = self.norm(x)
+        return output, output if self.config.norm_output else x, past
 
     def _run(self, x, token, rows, drafts, memory, past, attend):
         visibility, rope, kept = self._visibility(rows, memory, drafts), self.rope(rows.position), []
@@ -276,6 +305,8 @@ class Drafter(nn.Module):
             self.mask.weight.copy_(
                 head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]
             )
+            if self.config.pairs:
+                self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's
             if self.sequential:
                 self.sequential.up.weight.zero_()  # it begins by correcting nothing
         self.head.start(head, counts_V)

@@ -1,7 +1,8 @@
 """Block-wise multi-step prediction: one forward fills a block of B slots after every anchor.
 
 Slot 0 carries x_a at position a, slot s > 0 carries MASK at position a + s. Same-slot (DFlash): slot s proposes
-x_{a+s}, and slot 0 nothing. Shifted (DSpark): slot s proposes x_{a+s+1}.
+x_{a+s}, and slot 0 nothing. Shifted (DSpark): slot s proposes x_{a+s+1}. With pairs (P-EAGLE, shifted and causal) slot 0 is also
+given fc(f_{a-1}), and the others fc of a learned vector.
 
 Shapes: N anchors, S = B slots, J drafted slots (B - 1 or B), E hidden size.
 """
@@ -38,7 +39,9 @@ def draft(drafter: Drafter, head: FrozenHead, pack: Pack, anchors: Anchors, memo
     # Past a document's end a token is another's: such slots never count (Pack.valid).
     index_NS = pack.row_index(config.slots)[0].repeat(views, 1)
     known, shown_N = (1, None) if pack.shown_N is None else (config.slots, pack.shown_N.repeat(views))
-    output_NJE = drafter.block(drafter.embed(pack.ids_P[index_NS[:, :known]], head), rows, memory, attend, shown_N)
+    token_NTE = drafter.embed(pack.ids_P[index_NS[:, :known]], head)
+    feature_NE = None if memory.feature is None else memory.feature[(anchors.index - 1).clamp(min=0)]
+    output_NJE = drafter.block(token_NTE, rows, memory, attend, shown_N, feature_NE)
     if drafter.sequential is None:
         return output_NJE
     return drafter.sequential(output_NJE, drafter.embed(pack.ids_P[index_NS[:, : config.draft_length]], head))
