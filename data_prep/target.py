@@ -502,6 +502,8 @@ def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
         if not config.head_dim:
             config.head_dim = config.hidden_size // config.num_attention_heads
         factor, rope = 1.0, config.rope_parameters
+        if fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
+            raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
         if rope["rope_type"] not in STATIC_ROPE:
             raise UserError(f"{where}: rope type '{rope['rope_type']}' changes with the length; read: {', '.join(STATIC_ROPE)}")
         if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
@@ -510,8 +512,6 @@ def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
         embedding = LlamaRotaryEmbedding(config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
-    if 2 * len(embedding.inv_freq) != config.head_dim:
-        raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
     return config, Rotary(embedding.inv_freq.double().tolist(), float(embedding.attention_scaling), factor)
 
 

@@ -1,19 +1,20 @@
-"""Drafters that others trained: what we export comes back as it was, public layouts compute what speculators computes, and what
-cannot be is refused by name."""
+"""What we and the speculators package write comes back as it was. (Public layouts and refusals: test_public_checkpoints.py.)"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.errors import UserError
 from data_prep.target import Target
-from tests.speculators_models import TINY, real_text
+from tests.speculators_models import TINY, model_of, package, real_text
 from tests.test_export import ANCHORS, assert_same, differ, drafter_for
 from tests.test_export import ours as logits_of
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_warm_start, warm_start
-from train.drafter.export import save_export
+from train.drafter.export import MASK_FILE, save_export
 from train.drafter.imported_weights import bind
 from train.drafter.model import Drafter
 
@@ -40,6 +41,12 @@ def imported(folder, target) -> Drafter:
     assert drafter.config.is_bound and drafter.config.target["weights_hash"] == target.weights_hash()
     assert all(tensor.isfinite().all() for tensor in drafter.state_dict().values())
     return drafter
+
+
+def refused(folder, target, message):
+    with pytest.raises(UserError, match=message) as caught:
+        bind(Drafter.from_pretrained(folder, lambda: target.architecture), folder, "named", target)
+    assert "\n" not in str(caught.value)
 
 
 def rewritten(folder, remove=(), tensors=None, **changes):
@@ -117,3 +124,67 @@ def test_a_layer_off_by_one_shows_in_an_import(target, text, tmp_path):
     first, second, third = load_file(tmp_path / "model.safetensors")["fc.weight"].chunk(3, dim=1)
     rewritten(tmp_path, tensors={"fc.weight": torch.cat([second, first, third], dim=1)}, **config)
     assert differ(ours(target, imported(tmp_path, target), text), mine)
+
+
+# The speculators package writes, we read
+
+WRITTEN = {
+    "eagle3": ("ttt", {}),
+    "eagle3, reduced": ("ttt", REDUCED),
+    "eagle3, two layers, query norms": ("ttt", {"target_layers": [1, 4], "qk_norm": True}),
+    "eagle3, the residual after the norm": ("ttt", {"norm_before_residual": True}),
+    "eagle3.1": ("ttt", {"fc_norm": True, "norm_output": True}),
+    "peagle": ("blockwise", {"pairs": True, "shifted": True, "causal": True}),
+    "dflash": ("blockwise", {}),
+    "dflash, reduced": ("blockwise", REDUCED),
+    "dflash, causal": ("blockwise", {"causal": True}),
+    "dflash, from the anchor on": ("blockwise", {"shifted": True}),
+}
+
+
+@pytest.mark.parametrize("kind,changes", WRITTEN.values(), ids=WRITTEN)
+def test_what_speculators_writes_is_read(target, text, tmp_path, kind, changes):
+    """The package's model with a drafter's weights computes its logits (tests/test_speculators_parity.py, test_newer_eagles.py);
+    its folder, read, does too. The number of steps is the configuration's."""
+    package()
+    drafter = drafter_for(target, kind, hidden_layers=[0, 2, 3], **changes)
+    model_of(drafter, target).save_pretrained(tmp_path)
+    again = imported(tmp_path, target)
+    assert again.config.imported.startswith("speculators ")
+    for name in ("slots", "shifted", "causal", "pairs", "fc_norm", "norm_output", "norm_before_residual", "depth", "draft_vocab"):
+        assert getattr(again.config, name) == getattr(drafter.config, name), name
+    torch.testing.assert_close(ours(target, again, text), ours(target, drafter, text), rtol=1e-6, atol=1e-6)
+
+
+def test_a_masks_row_of_its_own_is_taken(target, text, tmp_path):
+    """A table that differs from the target's in MASK's row alone is the target's and a MASK; in another row it is refused."""
+    drafter = exported(target, tmp_path, "blockwise", {"learned": True})
+    (tmp_path / MASK_FILE).unlink()
+    plain = imported(tmp_path, target)
+    assert differ(ours(target, plain, text), ours(target, drafter, text))  # the negative control
+    table_VE = target.frozen_head.embedding_VE.clone()
+    table_VE[2] = drafter.mask.weight[0].detach()
+    rewritten(tmp_path, tensors={"embed_tokens.weight": table_VE})
+    assert_same(ours(target, imported(tmp_path, target), text), ours(target, drafter, text))
+    table_VE[7] += 1
+    rewritten(tmp_path, tensors={"embed_tokens.weight": table_VE})
+    refused(tmp_path, target, "has an embedding of its own: 1 rows are not the target's, such as that of token 7")
+
+
+def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
+    exported(target, tmp_path / "eagle3", "ttt", {})
+    other = drafter_for(target, "ttt", hidden_layers=[0, 2, 3], norm_before_residual=True)
+    model_of(other, target).save_pretrained(tmp_path / "norm")
+    fits = drafter_for(target, "ttt", hidden_layers=[0, 2, 3]).config
+    check_warm_start(str(tmp_path / "eagle3"), fits)
+    for folder, changes, message in (
+        ("eagle3", {"reuse": "kv"}, "is a checkpoint of EAGLE-3; reuse=kv has nothing to take from it"),
+        ("eagle3", {"hidden_layers": [1]}, r"reads hidden states of layers \[0, 2, 3\], not of \[1\]"),
+        ("eagle3", {"qk_norm": True}, "EAGLE-3 norms no queries"),
+        ("eagle3", {"target_layers": [1, 2]}, "has 1 layer"),
+        ("eagle3", {"architecture": replace(target.architecture, intermediate_size=5)}, "its sizes are not this target's"),
+        ("norm", {}, "was trained with drafter.norm_before_residual=true"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_warm_start(str(tmp_path / folder), replace(fits, **changes))
+    check_warm_start(str(tmp_path / "norm"), replace(fits, norm_before_residual=True))

@@ -74,7 +74,11 @@ def step_of_ours(target, drafter, text, anchors, loss, weight_J, divisor):
     outcome = objective(pack_of(text, anchors), torch.full((4,), float(divisor)))
     outcome.share.backward()
     gradients = {theirs: drafter.get_parameter(mine).grad for mine, theirs in names_of(drafter).items()}
-    gradients["fc.weight"] = ascending(gradients["fc.weight"], drafter.config.hidden_layers)
+    layers = drafter.config.hidden_layers
+    gradients["fc.weight"] = ascending(gradients["fc.weight"], layers)
+    if drafter.config.fc_norm:
+        norms = [gradients[f"fc_norm.{i}.weight"] for i in range(len(layers))]
+        gradients |= {f"fc_norm.{i}.weight": norms[layers.index(layer)] for i, layer in enumerate(sorted(layers))}
     return float(outcome.share.detach()), gradients, outcome.valid
 
 
@@ -171,6 +175,8 @@ EAGLE3_CASES = {
     "kl": ("kl", {}),
     "kl, reduced with a head of its own": ("kl", REDUCED),
     "kl, two layers with query norms": ("kl", {"qk_norm": True, "target_layers": [1, 4]}),
+    "kl, the residual after the norm": ("kl", {"norm_before_residual": True}),
+    "kl, EAGLE-3.1's norms": ("kl", {"fc_norm": True, "norm_output": True}),
     "reverse_kl": ("reverse_kl", {}),
     "ce, reduced, the target's rows": ("ce_greedy", {"draft_vocab": 500}),
     "tv": ("tv", {}),

@@ -208,7 +208,10 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
         return _speculators_claims(folder, fields, speculators, tensors)
     architectures = fields.get("architectures") or []
     kind = next((ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES), None)
-    kind = "peagle" if kind == "eagle3" and "mask_hidden" in tensors else kind
+    if kind is None and tensors.named_midlayer:  # some say LlamaForCausalLM, which servers told --method eagle3 read all the same
+        kind = "eagle3"
+    if kind == "eagle3" and "mask_hidden" in tensors:
+        kind = "peagle"
     refuse(
         folder,
         {

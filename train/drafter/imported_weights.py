@@ -101,8 +101,8 @@ def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
     refuse(
         folder,
         {
-            f"lacks {len(absent)} of its weights, such as {absent[:1]}": bool(absent),
-            f"has {len(foreign)} tensors that no drafter here has, such as {foreign[:1]}": bool(foreign),
+            f"lacks the tensor {absent and absent[0]} (in all {len(absent)})": bool(absent),
+            f"has a tensor that no drafter here has, {foreign and foreign[0]} (in all {len(foreign)})": bool(foreign),
         },
     )
     _check_vocabulary(folder, config, tensors)
