@@ -45,7 +45,7 @@ def names_of(drafter: Drafter) -> dict[str, str]:
     if drafter.config.reads_pairs:
         names["layers.0.token_norm.weight"] = "layers.0.input_layernorm.weight"
         names["layers.0.input_norm.weight"] = "layers.0.hidden_norm.weight"
-    assert held - names.keys() <= {"mask.weight"}  # a row of their table
+    assert held - names.keys() <= {"mask.weight", "sequential.up.weight", "sequential.down.weight"}  # tables of theirs
     return {mine: theirs for mine, theirs in names.items() if mine in held}
 
 
@@ -56,17 +56,21 @@ def ascending(fc: Tensor, layers: list[int]) -> Tensor:
 
 
 def model_of(drafter: Drafter, target: Target):
-    """speculators' Eagle3DraftModel, PEagleDraftModel or DFlashDraftModel with the drafter's weights and the target's own."""
+    """speculators' Eagle3DraftModel, PEagleDraftModel, DFlashDraftModel or DSparkDraftModel, with the drafter's weights and the
+    target's own."""
     from speculators import DFlashDraftModel, Eagle3DraftModel
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.dspark.config import DSparkSpeculatorConfig
+    from speculators.models.dspark.core import DSparkDraftModel
     from speculators.models.eagle3 import Eagle3SpeculatorConfig
     from speculators.models.peagle.config import PEagleSpeculatorConfig
     from speculators.models.peagle.core import PEagleDraftModel
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
     config, a = drafter.config, drafter.config.architecture
-    kind = "peagle" if config.pairs else {"ttt": "eagle3", "blockwise": "dflash"}[config.objective]
+    blockwise = "dspark" if config.sequential else "dflash"
+    kind = "peagle" if config.pairs else {"ttt": "eagle3", "blockwise": blockwise}[config.objective]
     layer = {
         "model_type": "qwen3" if config.normed else "llama",
         "vocab_size": a.vocab_size,
@@ -81,7 +85,7 @@ def model_of(drafter: Drafter, target: Target):
         "attention_bias": False,
         **target.rope_config,
     }
-    if config.causal and kind == "dflash":  # there a block is causal where attention is sliding; this window hides nothing
+    if config.causal and kind != "peagle":  # there a block is causal where attention is sliding; this window hides nothing
         layer |= {"use_sliding_window": True, "sliding_window": a.max_positions}
         layer |= {"layer_types": ["sliding_attention"] * config.depth}
     said = dict(
@@ -95,16 +99,19 @@ def model_of(drafter: Drafter, target: Target):
         ),
     )
     inputs = [i + 1 for i in sorted(config.hidden_layers)]  # the package counts a layer's input
-    if kind == "dflash":
+    if kind in ("dflash", "dspark"):
         said |= dict(block_size=config.slots, aux_hidden_state_layer_ids=inputs, sample_from_anchor=config.shifted)
     else:
         said |= dict(eagle_aux_hidden_state_layer_ids=inputs, fc_norm=config.fc_norm, norm_output=config.norm_output)
         said |= dict(norm_before_residual=config.norm_before_residual)
+    if kind == "dspark":
+        said |= dict(markov_rank=config.sequential_size, enable_confidence_head=False)
     if kind != "eagle3":
         said["mask_token_id"] = config.mask_token_id
     config_class, model_class = {
         "eagle3": (Eagle3SpeculatorConfig, Eagle3DraftModel),
         "peagle": (PEagleSpeculatorConfig, PEagleDraftModel),
+        "dspark": (DSparkSpeculatorConfig, DSparkDraftModel),
         "dflash": (DFlashSpeculatorConfig, DFlashDraftModel),
     }[kind]
     settings = config_class(**said)
@@ -126,6 +133,9 @@ def model_of(drafter: Drafter, target: Target):
     }
     if kind == "peagle":
         weights["mask_hidden"] = weights["mask_hidden"].view(model.mask_hidden.shape)
+    if kind == "dspark":  # its bias W2 W1[x] is what our correction adds to the logits
+        weights["markov_head.markov_w1.weight"] = head.embedding_VE @ drafter.sequential.down.weight.T
+        weights["markov_head.markov_w2.weight"] = weights["lm_head.weight"] @ drafter.sequential.up.weight
     if kind != "eagle3":  # a learned MASK is a row of the table
         weights["embed_tokens.weight"][config.mask_token_id] = drafter.mask.weight[0].detach()
     if config.draft_vocab:

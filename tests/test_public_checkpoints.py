@@ -298,7 +298,7 @@ def test_other_folders_are_refused_by_name(deep, tmp_path):
         ("none", {"architectures": ["LlamaForCausalLM"]}, {"fc.weight": ROW}, "is a LlamaForCausalLM; what is read:"),
         ("two", {"architectures": ["DFlash2DraftModel"]}, {"fc.weight": ROW}, "is a DFlash2DraftModel"),
         ("mtp", {"speculators_model_type": "mtp"}, {"fc.weight": ROW}, "is speculators' mtp"),
-        ("dspark", {"speculators_model_type": "dspark"}, {"markov_head.markov_w1.weight": ROW}, "has a Markov head"),
+        ("dspark", {"speculators_model_type": "dspark", "markov_head_type": "rnn"}, {"fc.weight": ROW}, "has a rnn Markov head"),
         (
             "domino",
             {"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}},

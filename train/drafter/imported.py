@@ -4,11 +4,10 @@
                   `midlayer.` or `layers.0.`
     P-EAGLE       PeagleLlamaForCausalLM or PeagleQwen3ForCausalLM, or EAGLE-3's with a tensor `mask_hidden`
     DFlash        architectures DFlashDraftModel, with dflash_config
-    speculators   speculators_model_type eagle3, peagle, dflash (or dspark without a Markov head); layers in
-                  transformer_layer_config
+    speculators   speculators_model_type eagle3, peagle, dflash or dspark; the layers in transformer_layer_config
 
 A checkpoint says nothing of its target's weights, so that it is taken beside whatever target is named, if the sizes fit. What it
-leaves to its target (MASK is a row of the target's embedding) is taken once the target is there: `bind`. All that would make
+leaves to its target (MASK is a row of the target's embedding) is taken once the target is there (`bind`). All that would make
 another function of the same weights is refused by name, and so is every tensor that has no place here.
 
 Each key counts layers in its own way. `eagle_aux_hidden_state_layer_ids` (vLLM's) and speculators' `aux_hidden_state_layer_ids`
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from data_prep.errors import UserError
 from data_prep.target import Architecture, Sizes, read_layers
 from train.drafter.config import DrafterConfig
-from train.drafter.imported_weights import Tensors, refuse
+from train.drafter.imported_weights import MARKOV, Tensors, refuse
 
 ARCHITECTURES = {
     "LlamaForCausalLMEagle3": "eagle3",
@@ -92,6 +91,7 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
         rope_scale=rotary.scale,
         max_positions=sizes.max_positions,
     )
+    markov = tensors.shape(MARKOV[0])
     knows = int(rotary.factor * layer.max_position_embeddings)
     return DrafterConfig(
         objective="ttt" if claims.kind == "eagle3" else "blockwise",
@@ -106,6 +106,8 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
         mask_token_id=claims.mask_token_id,
         architecture=architecture,
         target={"id": claims.verifier or "unknown", "weights_hash": None, "tokenizer_hash": None},
+        sequential=markov and "markov",
+        sequential_size=markov[1] if markov else 256,
         draft_vocab=draft_vocab,
         own_head="lm_head.weight" in tensors,
         rope_factor=rotary.factor,
@@ -173,7 +175,8 @@ def _check_depth(folder: Path, depth: int, layer, tensors: Tensors) -> None:
 
 def _draft_vocabulary(folder: Path, claims: Claims, sizes: Sizes | Architecture, tensors: Tensors) -> int | None:
     """How many tokens it can say; None: all."""
-    said, kept = claims.says("draft_vocab_size") or sizes.vocab_size, tensors.length("d2t")
+    said, kept = claims.says("draft_vocab_size") or sizes.vocab_size, tensors.shape("d2t")
+    kept = kept and kept[0]
     refuse(
         folder,
         {
@@ -245,15 +248,14 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
 
 
 def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors) -> Claims:
-    markov = any(name.startswith("markov_head.") for name in tensors.names)
+    markov = fields.get("markov_head_type", "vanilla") if kind == "dspark" else "vanilla"
     refuse(
         folder,
         {
-            f"is speculators' {kind}; what is read: eagle3, peagle, dflash, and dspark without a Markov head": (
+            f"is speculators' {kind}; what is read: eagle3, peagle, dflash, dspark": (
                 kind not in ("eagle3", "peagle", "dflash", "dspark")
             ),
-            "has a Markov head of two tables of the vocabulary's size; ours (drafter.sequential) goes through the target's own "
-            "embedding and LM head, of which such tables are no function": markov,
+            f"has a {markov} Markov head, and ours (drafter.sequential=markov) is vanilla": markov != "vanilla",
         },
     )
     config = fields.get("speculators_config") or {}
