@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -21,8 +22,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
 from data_prep.decoding.products import Product, as_they_stand, lay_out
@@ -477,6 +480,39 @@ def target_sizes(recipe: TargetRecipe) -> Sizes:
         return Sizes(config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim, positions, vocabulary)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({first_line(error)})") from error
+
+
+class Rotary(NamedTuple):
+    """A rotary embedding: angles per position of positions that are divided by `factor` first, and what cos and sin are
+    multiplied by."""
+
+    inv_freq: list[float]
+    scale: float
+    factor: float
+
+
+def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
+    """What a configuration of Llama's or Qwen3's layers says, with transformers' own defaults; their rotary embedding. Raises
+    UserError, which names `where`, for layers of another kind."""
+    kind = fields.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise UserError(f"{where} has layers of model_type={kind}; those of llama and qwen3 are read")
+    try:
+        config = AutoConfig.for_model(kind, **{name: value for name, value in fields.items() if name != "model_type"})
+        if not config.head_dim:
+            config.head_dim = config.hidden_size // config.num_attention_heads
+        factor, rope = 1.0, config.rope_parameters
+        if fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
+            raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
+        if rope["rope_type"] not in STATIC_ROPE:
+            raise UserError(f"{where}: rope type '{rope['rope_type']}' changes with the length; read: {', '.join(STATIC_ROPE)}")
+        if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
+            factor = float(rope["factor"])
+            config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        embedding = LlamaRotaryEmbedding(config)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
+    return config, Rotary(embedding.inv_freq.double().tolist(), float(embedding.attention_scaling), factor)
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from data_prep import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
-from data_prep.target import Target, load_target, pick_device  # noqa: E402
+from data_prep.target import Target, load_target, pick_device, target_sizes  # noqa: E402
 from eval import compare, measure, page, report  # noqa: E402
 from eval.chat import chat  # noqa: E402
 from eval.demo import PICTURE, demo  # noqa: E402
@@ -26,7 +26,9 @@ from eval.judge import judge  # noqa: E402
 from eval.recipe import EvalRecipe, check, check_target, named_view, view_of  # noqa: E402
 from eval.score import diagnose, score  # noqa: E402
 from train import diagnostics  # noqa: E402
+from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.export import save_export  # noqa: E402
+from train.drafter.imported_weights import bind  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
 from train.tracking import Tracker  # noqa: E402
 
@@ -34,8 +36,11 @@ from train.tracking import Tracker  # noqa: E402
 def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
     """The target and the drafter that was trained for it, or with `any_target` for one like it. Raises UserError when they do
     not belong together."""
-    drafter, target = Drafter.from_pretrained(recipe.drafter), load_target(recipe.target)
+    drafter = Drafter.from_pretrained(recipe.drafter, lambda: target_sizes(recipe.target))
+    target = load_target(recipe.target)
     check_target(recipe, drafter.config, target.architecture, target.weights_hash())
+    if not drafter.config.is_bound:
+        bind(drafter, folder_of(recipe.drafter), recipe.target.id, target)
     view = view_of(recipe, drafter.config)
     if drafter.config.lm and view and view.positions == "in_cache":
         drafter.check_in_cache()
@@ -57,7 +62,8 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             **{name: getattr(config, name) for name in said},
             "lm": config.lm and config.lm["path"],
             "trained_view": config.view,
-            "trained_for": config.target["weights_hash"],
+            "trained_for": "unknown (imported)" if config.imported else config.target["weights_hash"],
+            "imported": config.imported,
         },
         "target": judged_on,
         "view": named_view(recipe, config).model_dump() | {"budget": getattr(view_of(recipe, config), "budget", 0)},

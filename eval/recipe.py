@@ -12,7 +12,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.cli import CONF, in_sweep, refuse_file, validated
 from data_prep.errors import UserError
 from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
-from data_prep.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target import Architecture, load_tokenizer, pick_device, target_sizes, tokenizer_hashes
 from eval import compare
 from eval.asking import ChatRecipe, DemoRecipe, check_asking
 from eval.partial import PartialRecipe
@@ -234,7 +234,7 @@ def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Archit
     when a cache that is read with it is of another one."""
     if recipe.mode in ("score", "diagnose") and CacheReader(recipe.cache.dir).manifest.target["weights_hash"] != weights_hash:
         raise UserError(f"{recipe.cache.dir} is a cache of another target than {recipe.target.path}")
-    if weights_hash == config.target["weights_hash"]:
+    if not config.is_bound or weights_hash == config.target["weights_hash"]:
         return
     if not recipe.any_target:
         raise UserError(
@@ -261,8 +261,8 @@ def check(recipe: EvalRecipe) -> None:
         raise UserError(f"runs= is for mode=compare; mode={recipe.mode} judges one drafter")
     if recipe.drafter is None:
         raise UserError(f"mode={recipe.mode} judges a drafter: say which, drafter=RUN/checkpoints/best")
-    config = DrafterConfig.load(recipe.drafter)
-    if not (folder_of(recipe.drafter) / "model.safetensors").is_file():
+    config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
+    if not any(folder_of(recipe.drafter).glob("*.safetensors")):
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
     view = view_of(recipe, config)
     if view and recipe.mode in ("diagnose", "export"):
@@ -279,7 +279,7 @@ def check(recipe: EvalRecipe) -> None:
         if recipe.mode == "decode":
             _check_positions(recipe, config, [end + config.slots] * recipe.prompts.count, "prompts")
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
-    if tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
+    if config.is_bound and tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(
             f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
         )
@@ -303,7 +303,8 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.mode in ("score", "diagnose"):
         reader = CacheReader(recipe.cache.dir)
         manifest = reader.manifest
-        if manifest.target["weights_hash"] != config.target["weights_hash"] and not recipe.any_target:
+        other = manifest.target["weights_hash"] != config.target["weights_hash"]
+        if config.is_bound and other and not recipe.any_target:
             raise UserError(f"{recipe.cache.dir} is a cache of another target than the drafter's")
         for kind, needed, held in (
             ("hidden", config.hidden_layers, manifest.hidden_layers),

@@ -165,7 +165,7 @@ def test_hybrid_starts_from_a_hidden_checkpoint(target, tmp_path):
     hybrid = random_weights(drafter_of(target, "ttt", "hybrid"), seed=4)
     before = named(hybrid)
     exchange.check_warm_start(str(tmp_path), hybrid.config)
-    taken, left = exchange.warm_start(hybrid, str(tmp_path))
+    taken, left = exchange.warm_start(hybrid, str(tmp_path), target.frozen_head)
     assert set(taken) == set(named(hidden)) and {name.split(".")[2] for name in left} == {"branches", "fuse"}
     for name, tensor in named(hybrid).items():
         torch.testing.assert_close(tensor, named(hidden)[name] if name in taken else before[name])
@@ -177,13 +177,13 @@ def test_block_wise_and_ttt_start_from_each_other(target, tmp_path, reuse):
     block = random_weights(drafter_of(target, "blockwise", reuse))
     block.save_pretrained(tmp_path / "block")
     ttt = random_weights(drafter_of(target, "ttt", reuse), seed=4)
-    exchange.warm_start(ttt, str(tmp_path / "block"))
+    exchange.warm_start(ttt, str(tmp_path / "block"), target.frozen_head)
     q = [d.layers[0].branches[d.config.branches[0]].q.weight for d in (block, ttt)]
     if reuse != "kv":
         torch.testing.assert_close(q[1], torch.cat([q[0], q[0]], dim=1) / 2)
     ttt.save_pretrained(tmp_path / "ttt")
     again = random_weights(drafter_of(target, "blockwise", reuse), seed=5)
-    _, left = exchange.warm_start(again, str(tmp_path / "ttt"))
+    _, left = exchange.warm_start(again, str(tmp_path / "ttt"), target.frozen_head)
     assert set(left) <= {"mask.weight", "hidden_norm.weight"}  # what only blocks have
     for name, tensor in named(again).items():
         if name not in left:
@@ -243,7 +243,7 @@ def test_what_means_something_else_is_left(target, tmp_path):
     def taken(theirs, mine):
         folder = tmp_path / str(next(numbers))
         random_weights(drafter_of(target, *theirs)).save_pretrained(folder)
-        return exchange.warm_start(random_weights(drafter_of(target, *mine), seed=4), str(folder))[0]
+        return exchange.warm_start(random_weights(drafter_of(target, *mine), seed=4), str(folder), target.frozen_head)[0]
 
     assert not any("kv" in n for n in taken(("ttt", "kv+projected"), ("ttt", "kv+projected_rope")))
     assert not any("kv" in n for n in taken(("ttt", "kv+head_concat"), ("ttt", "kv")))
@@ -320,7 +320,7 @@ def test_an_exported_eagle3_checkpoint_gives_the_same_logits(target, tmp_path, w
     again = eagle3(target, hidden_layers=[0, 1, 2], draft_vocab=drafter.config.draft_vocab, own_head=not whole)
     random_weights(again, seed=9)
     exchange.check_warm_start(str(tmp_path), again.config)
-    _, left = exchange.warm_start(again, str(tmp_path))
+    _, left = exchange.warm_start(again, str(tmp_path), target.frozen_head)
     assert left == []
     found = logits(target, again)
     torch.testing.assert_close(found[found.isfinite()], mine[mine.isfinite()], rtol=1e-9, atol=1e-9)

@@ -1,7 +1,6 @@
 """What servers load: exports read by the speculators package, which computes the same logits from the target's own states."""
 
 import json
-import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.errors import UserError
-from data_prep.target import Target, load_tokenizer
-from tests.conftest import ROOT
+from data_prep.target import Target
 from tests.models import drafter_of, small_target
+from tests.speculators_models import LENGTH, TINY, package, real_text
 from tests.test_objectives import objective_of
 from train.batches import make_pack
 from train.drafter.config import DrafterConfig
@@ -21,19 +20,13 @@ from train.drafter.export import MASK_FILE, check_export, save_export
 from train.drafter.model import Drafter
 from train.losses import LossRecipe
 
-TINY = ROOT / "data_prep/targets/tiny"
-LENGTH = 129  # speculators' EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)
 KL = LossRecipe(kl=1)
 HIDDEN = [3, 0, 2]  # not in ascending order, in which servers read them
 
 
 @pytest.fixture(scope="module")
 def speculators():
-    """The package, told to be quiet. It caps transformers below what is installed: nothing but loading and forwards is used."""
-    speculators = pytest.importorskip("speculators", reason="pip install --no-deps speculators (make test does)")
-    __import__("loguru").logger.disable("speculators")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    return speculators
+    return package()
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +36,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def text(target):
-    """Tokens of real text [T] and the target's states of them."""
-    ids = load_tokenizer(str(TINY))((ROOT / "tests/models.py").read_text())["input_ids"][:LENGTH]
-    target.capture(range(6), [])
-    return torch.tensor(ids), target.forward(torch.tensor([ids])).map(lambda t: t[0])
+    return real_text(target)
 
 
 def drafter_for(target, objective, **changes):

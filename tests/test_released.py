@@ -57,7 +57,8 @@ def test_a_name_means_the_released_drafter_and_a_path_comes_first(shelf, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert released() == ["one", "two"]
     assert folder_of("one") == shelf / "one" and Drafter.from_pretrained("one").config == DrafterConfig.load(shelf / "two")
-    assert exchange._config("two")["objective"] == "ttt" and exchange._weights("two", DrafterConfig.load("two"))
+    config = DrafterConfig.load("two")
+    assert exchange._config("two", config).objective == "ttt" and exchange._weights("two", config, None)
     Path("one").mkdir()  # something of this name lies here
     assert folder_of("one") == Path("one") and folder_of("shelf/../shelf/two") == Path("shelf/../shelf/two")
     with pytest.raises(UserError, match="one holds no drafter"):

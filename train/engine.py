@@ -30,7 +30,7 @@ from data_prep.target import load_target, pick_device
 from train import acceptance, diagnostics
 from train.batches import Pack, PackStream, loaded, sample_ages, split
 from train.checkpoint import Checkpoints, latest
-from train.drafter.exchange import check_warm_start, warm_start
+from train.drafter.exchange import check_warm_start, other_positions, warm_start
 from train.drafter.model import Drafter
 from train.objectives import TERMS, Objective, Outcome
 from train.prepare import (
@@ -140,10 +140,12 @@ class _Run:
                 torch.nn.init.zeros_(fuse.delta.weight)
         if recipe.drafter.warm_start and latest(run_dir / "checkpoints") is None:
             check_warm_start(recipe.drafter.warm_start, config)
-            taken, left = warm_start(drafter, recipe.drafter.warm_start)
+            taken, left = warm_start(drafter, recipe.drafter.warm_start, target.frozen_head)
             self._say(
                 f"{recipe.drafter.warm_start}: {len(taken)} tensors taken, as drafter.start says: {', '.join(left) or 'none'}"
             )
+            if other_positions(recipe.drafter.warm_start, config):
+                self._say(f"{recipe.drafter.warm_start} knows another rotary embedding than the target's, which it gets")
         head = target.frozen_head.to(device, torch.bfloat16 if bf16 else torch.float32)
         del target
         weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)

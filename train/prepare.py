@@ -107,6 +107,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         sequential=recipe.drafter.sequential,
         sequential_size=recipe.drafter.sequential_size,
         rope_factor=recipe.drafter.rope_factor,
+        norm_before_residual=recipe.drafter.norm_before_residual,
         view=branches and recipe.view.model_dump(exclude={"budget"}),
         budgets=branches and (branches.smallest if branches.sampler == "fixed" else branches.sampler),
         positions=_positions(recipe, manifest, lm),

@@ -91,7 +91,7 @@ class DrafterRecipe(Section):
     layers: int = Field(ge=1)
     target_layers: Literal["auto"] | list[int]  # one a draft layer; auto: the cache's, first to last (one: the last)
     start: Literal["target", "random"]
-    warm_start: str | None = None  # a drafter, or an EAGLE-3 checkpoint: what fits of it replaces `start`
+    warm_start: str | None = None  # a drafter, or a checkpoint of EAGLE-3, DFlash, speculators: what fits replaces `start`
     attention: Literal["auto", "reference", "flex", "flash"]
     qk_norm: bool | None = None  # null: as the target
     vocabulary: int | None = Field(None, ge=1)  # keep so many of the most frequent tokens; null: all
@@ -99,6 +99,7 @@ class DrafterRecipe(Section):
     sequential: Literal["markov", "gru"] | None = None  # block-wise: correct each slot by the token before it
     sequential_size: int = Field(256, ge=1)
     rope_factor: float = Field(1.0, ge=1)  # positions are divided by it
+    norm_before_residual: bool = False  # ttt over hidden states: the residual stream begins as the normed feature
     lm: str | None = None  # a language model of its own instead of layers like the target's
     fc_norm: bool = False  # drafters that read pairs: norm each layer's hidden state before fc (EAGLE-3.1)
     norm_output: bool = False  # ttt that reads pairs: the next step reads the stream after the final norm (EAGLE-3.1)
@@ -211,6 +212,8 @@ class TrainRecipe(CaptureSections):
             raise ValueError("reuse.fusion=cross_only with objective=blockwise has no hidden memory left: that is reuse=kv")
         if self.drafter.sequential and not blockwise:
             raise ValueError("drafter.sequential is for objective=blockwise; every step of ttt reads the token before it")
+        if self.drafter.norm_before_residual and (blockwise or kind not in ("hidden", "hybrid")):
+            raise ValueError("drafter.norm_before_residual is for ttt over hidden states, where a row reads a feature")
         if (self.loss.kv_align or self.loss.query_align) and kind not in ("kv", "hybrid"):
             raise ValueError(
                 f"loss.kv_align and loss.query_align compare K/V and queries with the target's; reuse={kind} reads no K/V"

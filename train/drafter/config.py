@@ -1,13 +1,13 @@
 """What a drafter is: everything `config.json` beside its weights says."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.recipe import ROOT
-from data_prep.target import Architecture
+from data_prep.target import Architecture, Sizes
 
 RELEASED = ROOT / "eval/drafters"  # drafters that come with the repository, a folder each
 
@@ -63,10 +63,18 @@ class DrafterConfig:
     pairs: bool = False  # block-wise, hidden: memory is made of (token, feature) pairs, as under ttt (P-EAGLE)
     fc_norm: bool = False  # pairs: each layer's hidden state is normed before fc joins them (EAGLE-3.1)
     norm_output: bool = False  # ttt over pairs: the next step reads the stream after the final norm (EAGLE-3.1)
+    norm_before_residual: bool = False  # pairs: the first layer's residual stream begins as its normed feature
+    imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
 
     @property
     def depth(self) -> int:
         return len(self.target_layers) if self.lm is None else self.lm["layers"]
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether its target's weights are known. A checkpoint in another format does not say them, and is taken beside any
+        target of its sizes."""
+        return self.imported is None or self.target["weights_hash"] is not None
 
     @property
     def uses_hidden(self) -> bool:
@@ -159,18 +167,44 @@ class DrafterConfig:
         return json.dumps(asdict(self), indent=1)
 
     @staticmethod
-    def load(folder: str | Path) -> "DrafterConfig":
-        """Raises UserError when `folder`, a path or the name of a released drafter, holds none."""
-        path = folder_of(folder) / "config.json"
+    def load(folder: str | Path, beside: Callable[[], Sizes | Architecture] | None = None) -> "DrafterConfig":
+        """Raises UserError when `folder`, a path or the name of a released drafter, holds none.
+
+        Args:
+            beside: gives the sizes of the target, of which a checkpoint in another format (train/drafter/imported.py) does not
+                say all. Asked for such a one alone.
+        """
+        fields = read_fields(folder)
+        if is_foreign(fields):
+            from train.drafter.imported import imported_config
+
+            return imported_config(folder_of(folder), fields, beside)
         try:
-            fields = json.loads(path.read_text())
             return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter; {known_names()}"
-            ) from error
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is not the configuration of a drafter: {error}") from error
+            raise UserError(f"{folder}/config.json is not the configuration of a drafter: {error}") from error
+
+
+def read_fields(folder: str | Path) -> dict:
+    """What a drafter's config.json says, in whichever format. Raises UserError when there is none."""
+    path = folder_of(folder) / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter, or a checkpoint of "
+            f"EAGLE-3, DFlash or speculators; {known_names()}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not the configuration of a drafter: it is no object of keys")
+    return fields
+
+
+def is_foreign(fields: dict) -> bool:
+    """Whether a folder's config.json is of a format that is not ours."""
+    return "objective" not in fields and bool({"architectures", "speculators_model_type"} & fields.keys())
 
 
 def rope_types(fields: dict) -> Iterator[str]:

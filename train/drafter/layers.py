@@ -118,6 +118,7 @@ class DraftLayer(nn.Module):
         super().__init__()
         a = config.architecture
         self.pairs = first and config.reads_pairs
+        self.normed_residual = self.pairs and config.norm_before_residual
         inputs, names = a.hidden_size * (2 if self.pairs else 1), config.branches
         self.branches = nn.ModuleDict({n: Attention(config, inputs, config.head_copies if n == "kv" else 1) for n in names})
         self.fuse = GatedDelta(a.hidden_size, config.gate_floor) if len(names) == 2 else None
@@ -141,6 +142,8 @@ class DraftLayer(nn.Module):
         self, x_QE: Tensor, inputs_QI: Tensor, rope: Rope, keys: dict[str, KV], visibility: dict[str, Visibility], attend
     ) -> Tensor:
         """The residual stream after the layer, [Q, E]."""
+        if self.normed_residual:
+            x_QE = inputs_QI[..., x_QE.shape[-1] :]
         out = [branch(inputs_QI, rope, keys[name], visibility[name], attend) for name, branch in self.branches.items()]
         return self.after(x_QE, self.fuse(*out) if self.fuse else out[0])
 

@@ -3,6 +3,7 @@
 Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size, I input size of fc.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data_prep.cache.manifest import publish, write_text
 from data_prep.errors import UserError
 from data_prep.target import FrozenHead, States, Target
 from train.attention.visibility import Places, Rows, Visibility
-from train.drafter.config import DrafterConfig, folder_of
+from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.heads import DraftHead, SequentialHead
 from train.drafter.layers import Attention, DraftLayer, GatedDelta, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
@@ -260,15 +261,25 @@ class Drafter(nn.Module):
         return Standalone(config)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> "Drafter":
-        """`folder`: a path or the name of a released drafter. Raises UserError when it holds no drafter or its weights do not fit
-        its configuration."""
-        drafter = Drafter.of(DrafterConfig.load(folder))
+    def from_pretrained(folder: str | Path, beside: Callable | None = None) -> "Drafter":
+        """`folder`: a path or the name of a released drafter, or a checkpoint in another format (whose MASK is still to be taken
+        from the target: `imported_weights.mask_of`); `beside` as in `DrafterConfig.load`. Raises UserError when it holds no
+        drafter or its weights do not fit its configuration."""
+        drafter = Drafter.of(DrafterConfig.load(folder, beside))
         try:
-            weights = load_file(folder_of(folder) / "model.safetensors")
+            if is_foreign(read_fields(folder)):
+                from train.drafter.imported_weights import imported_weights
+
+                weights = imported_weights(folder_of(folder), drafter.config)
+                if drafter.config.objective == "blockwise":
+                    weights["mask.weight"] = torch.full_like(drafter.mask.weight, torch.nan)
+            else:
+                weights = load_file(folder_of(folder) / "model.safetensors")
             absent, foreign = drafter.load_state_dict(weights, strict=False)
             if wrong := [*foreign, *(name for name in absent if name in drafter.weights())]:
                 raise KeyError(f"{len(wrong)} weights, such as {wrong[0]}")
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"{folder}: the drafter's weights are missing or do not fit its config.json ({str(error).splitlines()[0]})"

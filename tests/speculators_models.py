@@ -1,0 +1,149 @@
+"""Our drafters as models of the `speculators` package (0.9.0), made in memory: its classes, our weights.
+
+Shapes: T tokens of a text, R rows of a model, V target vocabulary, D draft vocabulary, E hidden size.
+"""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.target import States, Target, load_tokenizer
+from tests.conftest import ROOT
+from train.drafter.export import DFLASH_LAYER
+from train.drafter.model import Drafter
+
+TINY = ROOT / "data_prep/targets/tiny"
+LENGTH = 129  # the package's EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)
+
+
+def package():
+    """The package, told to be quiet. It caps transformers below what is installed: nothing but loading, forwards and backwards is
+    used."""
+    speculators = pytest.importorskip("speculators", reason="pip install --no-deps speculators (make test does)")
+    __import__("loguru").logger.disable("speculators")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return speculators
+
+
+def real_text(target: Target) -> tuple[Tensor, States]:
+    """Tokens of real text [T] and the tiny target's states of them."""
+    ids = load_tokenizer(str(TINY))((ROOT / "tests/models.py").read_text())["input_ids"][:LENGTH]
+    target.capture(range(6), [])
+    return torch.tensor(ids), target.forward(torch.tensor([ids])).map(lambda t: t[0])
+
+
+def names_of(drafter: Drafter) -> dict[str, str]:
+    """Each weight of ours -> its name in speculators' model."""
+    held = {name for name, _ in drafter.named_parameters()}
+    names = {name: name for name in held if name.split(".")[0] in ("fc", "fc_norm", "hidden_norm", "norm")}
+    names |= {"head.weight": "lm_head.weight", "mask_hidden.weight": "mask_hidden"}
+    for i in range(drafter.config.depth):
+        for mine, theirs in DFLASH_LAYER.items():
+            names[f"layers.{i}.{mine}.weight"] = f"layers.{i}.{theirs}.weight"
+    if drafter.config.reads_pairs:
+        names["layers.0.token_norm.weight"] = "layers.0.input_layernorm.weight"
+        names["layers.0.input_norm.weight"] = "layers.0.hidden_norm.weight"
+    assert held - names.keys() <= {"mask.weight"}  # a row of their table
+    return {mine: theirs for mine, theirs in names.items() if mine in held}
+
+
+def ascending(fc: Tensor, layers: list[int]) -> Tensor:
+    """fc's columns in the order of their layers, as all others stack features."""
+    order = sorted(range(len(layers)), key=lambda i: layers[i])
+    return torch.cat([fc.chunk(len(layers), dim=1)[i] for i in order], dim=1)
+
+
+def model_of(drafter: Drafter, target: Target):
+    """speculators' Eagle3DraftModel, PEagleDraftModel or DFlashDraftModel with the drafter's weights and the target's own."""
+    from speculators import DFlashDraftModel, Eagle3DraftModel
+    from speculators.config import SpeculatorsConfig, VerifierConfig
+    from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.eagle3 import Eagle3SpeculatorConfig
+    from speculators.models.peagle.config import PEagleSpeculatorConfig
+    from speculators.models.peagle.core import PEagleDraftModel
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    config, a = drafter.config, drafter.config.architecture
+    kind = "peagle" if config.pairs else {"ttt": "eagle3", "blockwise": "dflash"}[config.objective]
+    layer = {
+        "model_type": "qwen3" if config.normed else "llama",
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.intermediate_size,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "rms_norm_eps": a.norm_eps,
+        "max_position_embeddings": a.max_positions,
+        "attention_bias": False,
+        **target.rope_config,
+    }
+    if config.causal and kind == "dflash":  # there a block is causal where attention is sliding; this window hides nothing
+        layer |= {"use_sliding_window": True, "sliding_window": a.max_positions}
+        layer |= {"layer_types": ["sliding_attention"] * config.depth}
+    said = dict(
+        transformer_layer_config=layer,
+        draft_vocab_size=config.draft_vocab or a.vocab_size,
+        speculators_config=SpeculatorsConfig(
+            algorithm=kind,
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=config.draft_length)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path=None, architectures=[]),
+        ),
+    )
+    inputs = [i + 1 for i in sorted(config.hidden_layers)]  # the package counts a layer's input
+    if kind == "dflash":
+        said |= dict(block_size=config.slots, aux_hidden_state_layer_ids=inputs, sample_from_anchor=config.shifted)
+    else:
+        said |= dict(eagle_aux_hidden_state_layer_ids=inputs, fc_norm=config.fc_norm, norm_output=config.norm_output)
+        said |= dict(norm_before_residual=config.norm_before_residual)
+    if kind != "eagle3":
+        said["mask_token_id"] = config.mask_token_id
+    config_class, model_class = {
+        "eagle3": (Eagle3SpeculatorConfig, Eagle3DraftModel),
+        "peagle": (PEagleSpeculatorConfig, PEagleDraftModel),
+        "dflash": (DFlashSpeculatorConfig, DFlashDraftModel),
+    }[kind]
+    settings = config_class(**said)
+    settings.transformer_layer_config._attn_implementation = "eager"  # whose backward a CPU can run
+    model = model_class(settings)
+    head = target.frozen_head
+    kept_D = torch.arange(a.vocab_size) if drafter.head.kept_D is None else drafter.head.kept_D
+    weights = {theirs: drafter.state_dict()[mine] for mine, theirs in names_of(drafter).items()}
+    weights["fc.weight"] = ascending(weights["fc.weight"], config.hidden_layers)
+    if config.fc_norm:
+        place = config.hidden_layers.index
+        norms = [drafter.fc_norm[place(layer)].weight for layer in sorted(config.hidden_layers)]
+        weights |= {f"fc_norm.{i}.weight": norm for i, norm in enumerate(norms)}
+    weights |= {
+        "embed_tokens.weight": head.embedding_VE.clone(),
+        "verifier_norm.weight": target.final_norm_weight,
+        "verifier_lm_head.weight": head.head_VE[kept_D],
+        "lm_head.weight": drafter.head.heads(head).draft_DE,
+    }
+    if kind == "peagle":
+        weights["mask_hidden"] = weights["mask_hidden"].view(model.mask_hidden.shape)
+    if kind != "eagle3":  # a learned MASK is a row of the table
+        weights["embed_tokens.weight"][config.mask_token_id] = drafter.mask.weight[0].detach()
+    if config.draft_vocab:
+        t2d = torch.zeros(a.vocab_size, dtype=torch.bool).index_fill_(0, kept_D, True)
+        weights |= {"d2t": drafter.head.d2t, "t2d": t2d}
+    absent, foreign = model.load_state_dict(weights, strict=False)
+    assert not absent and not foreign, (absent, foreign)
+    return model.train()
+
+
+def pairs_logits(model, text: tuple[Tensor, States], anchors: list[int], steps: int, layers: list[int]) -> Tensor:
+    """[N, J, D] of an EAGLE-3 model of the package over the outputs of `layers`. Row t is the pair (x_{t+1}, f_t): step 1 of
+    anchor t + 1."""
+    ids, states = text
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    features = torch.cat([states.hidden[i] for i in layers], dim=-1)[None, :-1]
+    with torch.no_grad():
+        model(features, ids[None, 1:], torch.zeros(1, len(ids) - 1, dtype=torch.long), ttt_steps=steps)
+    handle.remove()
+    return torch.stack(seen, dim=1)[torch.tensor(anchors) - 1]

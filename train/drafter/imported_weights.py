@@ -1,0 +1,173 @@
+"""The tensors of a checkpoint that others trained, under our names (train/drafter/imported.py reads its configuration).
+
+Shapes: E hidden size, V target vocabulary, D draft vocabulary.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data_prep.errors import UserError, first_line
+from data_prep.target import FrozenHead, Target, load_tokenizer, tokenizer_hashes
+from train.drafter.config import DrafterConfig
+from train.drafter.export import DFLASH_LAYER, MASK_FILE
+from train.drafter.model import Drafter
+
+FIRST_PAIR_LAYER = DFLASH_LAYER | {"token_norm": "input_layernorm", "input_norm": "hidden_norm"}
+LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding"}  # tensors that need no place of their own
+
+
+def refuse(folder: Path, reasons: dict[str, bool]) -> None:
+    """Raises UserError with the first reason that holds."""
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise UserError(f"{folder} {reason}")
+
+
+class Tensors:
+    """What the safetensors files of a folder hold; each is read when it is asked for. Raises UserError where there are none."""
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Path] = {}  # by the name of a tensor
+        paths, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+        if not paths and pickles:
+            raise UserError(
+                f"{folder} has its weights in {pickles[0].name}, a pickle, which is not read: convert it to model.safetensors "
+                "(safetensors.torch.save_file of what torch.load(..., weights_only=True) returns)"
+            )
+        refuse(folder, {"holds no weights (model.safetensors)": not paths})
+        for path in paths:
+            try:
+                with safe_open(path, "pt") as opened:
+                    self.files |= dict.fromkeys(opened.keys(), path)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: its weights cannot be read ({first_line(error)})") from error
+        # Servers take both names of EAGLE-3's one layer.
+        plain = {name: name.removeprefix("model.") for name in self.files}
+        self.named_midlayer = any(name.startswith("midlayer.") for name in plain.values())
+        self._theirs = {name.replace("midlayer.", "layers.0.", 1): theirs for theirs, name in plain.items()}
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._theirs)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._theirs
+
+    def __getitem__(self, name: str) -> Tensor:
+        theirs = self._theirs[name]
+        with safe_open(self.files[theirs], "pt") as opened:
+            return opened.get_tensor(theirs)
+
+    def length(self, name: str) -> int | None:
+        """Rows of a tensor; None: there is no such tensor."""
+        if name not in self:
+            return None
+        theirs = self._theirs[name]
+        with safe_open(self.files[theirs], "pt") as opened:
+            return opened.get_slice(theirs).get_shape()[0]
+
+
+def names_of(config: DrafterConfig) -> dict[str, str]:
+    """Each of our weights -> its name in public checkpoints. MASK has none."""
+    names = {"fc.weight": "fc.weight", "norm.weight": "norm.weight"}
+    if config.injects_hidden:
+        names["hidden_norm.weight"] = "hidden_norm.weight"
+    if config.pairs:
+        names["mask_hidden.weight"] = "mask_hidden"
+    if config.fc_norm:
+        names |= {f"fc_norm.{i}.weight": f"fc_norm.{i}.weight" for i in range(len(config.hidden_layers))}
+    for i in range(config.depth):
+        for mine, theirs in (FIRST_PAIR_LAYER if i == 0 and config.reads_pairs else DFLASH_LAYER).items():
+            if config.normed or not mine.endswith(("q_norm", "k_norm")):
+                names[f"layers.{i}.{mine}.weight"] = f"layers.{i}.{theirs}.weight"
+        for n in "qkv" if config.architecture.qkv_bias else "":
+            names[f"layers.{i}.branches.hidden.{n}.bias"] = f"layers.{i}.self_attn.{n}_proj.bias"
+    if config.own_head:
+        names["head.weight"] = "lm_head.weight"
+    if config.draft_vocab:
+        names["head.d2t"] = "d2t"
+    return names
+
+
+def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
+    """The checkpoint's weights under our names, but for MASK. Raises UserError for tensors that are missing or have no place."""
+    tensors, names = Tensors(folder), names_of(config)
+    absent = [theirs for theirs in names.values() if theirs not in tensors]
+    confidence = {name for name in tensors.names if name.startswith("confidence_head.")}
+    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence)
+    refuse(
+        folder,
+        {
+            f"lacks the tensor {absent and absent[0]} (in all {len(absent)})": bool(absent),
+            f"has a tensor that no drafter here has, {foreign and foreign[0]} (in all {len(foreign)})": bool(foreign),
+        },
+    )
+    _check_vocabulary(folder, config, tensors)
+    weights = {mine: tensors[theirs] for mine, theirs in names.items()}
+    if config.pairs:
+        weights["mask_hidden.weight"] = weights["mask_hidden.weight"].view(1, -1)
+    return weights
+
+
+def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> None:
+    """Raises UserError for a draft vocabulary that is none."""
+    if "d2t" not in tensors:
+        return
+    d2t_D = tensors["d2t"].long()
+    kept_D = torch.arange(len(d2t_D)) + d2t_D
+    inside = bool(((kept_D >= 0) & (kept_D < config.architecture.vocab_size)).all())
+    said = tensors["t2d"].bool().nonzero().flatten() if "t2d" in tensors else kept_D.sort().values
+    refuse(
+        folder,
+        {
+            "has d2t with tokens twice, or beyond the vocabulary": not inside or len(kept_D.unique()) < len(kept_D),
+            "has d2t and t2d that name other tokens": not torch.equal(said, kept_D.sort().values),
+            "has d2t that says the target's tokens in another order": config.draft_vocab is None and bool(d2t_D.any()),
+        },
+    )
+
+
+@torch.no_grad()
+def bind(drafter: Drafter, folder: Path, name: str, target: Target) -> None:
+    """Make an imported drafter this target's: MASK, and whose it is from now on. Raises UserError as `mask_of` does."""
+    mask_1E = mask_of(folder, drafter.config, target.frozen_head)
+    if mask_1E is not None:
+        drafter.mask.weight.copy_(mask_1E)
+    tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision))[0]
+    identity = {"id": name, "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hash}
+    drafter.config = replace(drafter.config, target=identity)
+
+
+def mask_of(folder: Path, config: DrafterConfig, head: FrozenHead) -> Tensor | None:
+    """What the checkpoint leaves to its target: the embedding of MASK, [1, E]; None under ttt. An embedding table of the
+    checkpoint's own has to be the target's, but for MASK's row. Raises UserError for another."""
+    tensors, token, table_VE = Tensors(folder), config.mask_token_id, head.embedding_VE
+    mask_1E = None if token is None else table_VE[token : token + 1].clone()
+    if "embed_tokens.weight" in tensors:
+        theirs_VE = tensors["embed_tokens.weight"]
+        off_V = _rows_that_differ(folder, theirs_VE, table_VE)
+        if token is not None and off_V[token]:
+            mask_1E = theirs_VE[token : token + 1].to(table_VE)
+            off_V[token] = False
+        if off_V.any():
+            raise UserError(
+                f"{folder} has an embedding of its own: {int(off_V.sum())} rows are not the target's, such as that of token "
+                f"{int(off_V.nonzero()[0])}; drafters here read their target's"
+            )
+    if token is not None and (folder / MASK_FILE).is_file():
+        found = torch.load(folder / MASK_FILE, weights_only=True)
+        mask_1E = (found["embedding"] if isinstance(found, dict) else found).view(1, -1).to(table_VE)
+    if token is not None and "mask_embedding" in tensors:
+        mask_1E = tensors["mask_embedding"].view(1, -1).to(table_VE)
+    return mask_1E
+
+
+def _rows_that_differ(folder: Path, theirs_VE: Tensor, mine_VE: Tensor) -> Tensor:
+    """bool [V]. Half precisions round otherwise; a row that was trained is further off than that."""
+    if theirs_VE.shape != mine_VE.shape:
+        raise UserError(f"{folder} has an embedding of its own, {list(theirs_VE.shape)}; the target's is {list(mine_VE.shape)}")
+    mine_VE = mine_VE.detach().cpu().float()
+    return ((theirs_VE.float() - mine_VE).abs() > 2**-7 * mine_VE.abs() + 1e-5).any(-1)
