@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.target import Target
+from tests.conftest import ROOT, SMALL, command
 from tests.speculators_models import TINY, model_of, package, real_text
 from tests.test_export import ANCHORS, assert_same, differ, drafter_for
 from tests.test_export import ours as logits_of
@@ -188,3 +189,44 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
         with pytest.raises(UserError, match=message):
             check_warm_start(str(tmp_path / folder), replace(fits, **changes))
     check_warm_start(str(tmp_path / "norm"), replace(fits, norm_before_residual=True))
+
+
+@pytest.mark.parametrize("kind,format", [("ttt", "eagle3"), ("blockwise", "dflash")])
+def test_the_commands_take_a_checkpoint(target, cache, tmp_path, kind, format):
+    """Judged, decoded with and trained on by the real commands, beside the target that they name."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    identity = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": manifest["tokenizer_hash"]}
+    layers = {"hidden_layers": [0, 2, 5], "target_layers": [5]}
+    drafter = drafter_for(target, kind, **layers)
+    drafter.config = replace(drafter.config, target=identity)
+    drafter.save_pretrained(tmp_path / "ours")
+    save_export(drafter, target, tmp_path / "served", format)
+
+    def said(*words):
+        done = command(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = {}
+    few = ["score.documents=4", "score.anchors=4", "score.pack_tokens=256", f"cache.dir={cache}"]
+    for name in ("ours", "served"):
+        said(ROOT / "eval/main.py", "mode=score", f"drafter={name}", f"out=score/{name}", *few)
+        found[name] = json.loads((tmp_path / f"score/{name}/score.json").read_text())
+    for ours, served in zip(found["ours"]["sampled"]["conditional"], found["served"]["sampled"]["conditional"]):
+        assert served == pytest.approx(ours, rel=1e-3) and 0 < ours < 1
+    assert found["served"]["drafter"]["trained_for"] == "unknown (imported)"
+    assert found["served"]["target"]["weights_hash"] == found["ours"]["target"]["weights_hash"]
+
+    short = ["prompts.count=2", "prompts.tokens=64", "prompts.max_new_tokens=8", "temperatures=[0]", "controls=false"]
+    assert "2 of 2 outputs equal" in said(
+        ROOT / "eval/main.py", "drafter=served", "out=decoded", "transformers=false", "batch=2", *short
+    )
+    words = [f"objective={kind}", "reuse=hidden", "drafter.layers=1", f"drafter.qk_norm={str(kind == 'blockwise').lower()}"]
+    words += [f"drafter.own_head={str(kind == 'ttt').lower()}", "drafter.warm_start=served", f"cache.dir={cache}", "run.dir=run"]
+    assert "tensors taken, as drafter.start says: none" in said(
+        ROOT / "train/main.py", *words, *SMALL, "train.max_steps=1", "train.batch=1"
+    )
+    refused = command(ROOT / "eval/main.py", "mode=export", "drafter=served", f"format={format}", "out=again", cwd=tmp_path)
+    assert refused.returncode == 2 and "came in" in refused.stderr and not (tmp_path / "again").exists()
+    other = command(ROOT / "eval/main.py", "drafter=served", "target=smollm2", "out=no", cwd=tmp_path)
+    assert other.returncode == 2 and len(other.stderr.strip().splitlines()) == 1

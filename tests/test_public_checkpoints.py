@@ -1,5 +1,5 @@
-"""Public checkpoints: their layouts, at a small size, compute what the speculators package computes; what no drafter here can be is
-refused by name.
+"""Public checkpoints: their layouts, at a small size, compute what the speculators package computes; what cannot be is refused by
+name.
 
 Configurations have the keys of EAGLE3-LLaMA3.1-Instruct-8B, of z-lab's DFlash drafters and of RedHatAI's speculators; weights are
 random.
