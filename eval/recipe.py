@@ -58,7 +58,7 @@ class EvalRecipe(Section):
     mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo"]
     drafter: str | None = None  # a folder, or the name of a released one
     any_target: bool = False
-    format: Literal["eagle3", "dflash", "drafter"]
+    format: Literal["eagle3", "dflash", "dspark", "speculators", "drafter"]
     runs: list[str] = []  # mode=compare: folders of reports
     out: str
     # Tokens before the first anchor; null: in mode=decode prompts.tokens or suite.prompt_tokens, in mode=score anywhere.

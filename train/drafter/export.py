@@ -1,20 +1,24 @@
-"""Drafters as checkpoints that servers load, `mode=export format=eagle3|dflash`, or as we release them, `format=drafter`: our own
-format in bf16, for any drafter.
+"""Drafters as checkpoints that servers load (`mode=export`), or as we release them (`format=drafter`: our own format, in bf16).
 
-The servers' formats hold a drafter over hidden states alone; embedding and LM head are the target's unless the drafter has its
-own.
+Servers' formats hold a drafter over hidden states alone; embedding and LM head are the target's unless the drafter has its
+own. `names.method_of` tells four kinds apart:
 
-    eagle3   ttt: one layer under `midlayer`, queries, keys and values over [token; feature], no norms on queries and keys
-    dflash   block-wise, same-slot: layers as Qwen3's, whose keys and values also project fc's normed output
+    eagle3   ttt over pairs (token, feature): layers as Llama's, or with norms of queries and keys as Qwen3's
+    peagle   the same layers filling a block at once (reuse.pairs=true)
+    dflash   same-slot blocks: layers as Qwen3's, whose keys and values also project fc's normed output
+    dspark   shifted blocks, or blocks with a Markov head; the head's correction stands as two tables of the vocabulary's size
+
+`format=eagle3|dflash|dspark` writes the configuration that vLLM and SGLang read beside the target's; `format=speculators` writes,
+for all four, the one of the speculators package, which names target and method, so that `vllm serve DRAFTER` needs nothing else.
 
 The features' layers are written in ascending order, as servers concatenate them. Each key of a configuration counts its own way:
 
-    eagle_aux_hidden_state_layer_ids                 vLLM: a layer's *input*, one more than the layer whose output is read
-    eagle_config.eagle_aux_hidden_state_layer_ids    SGLang: the layer's output
-    dflash_config.target_layer_ids                   both: the layer's output
+    eagle_aux_hidden_state_layer_ids, aux_hidden_state_layer_ids    vLLM, speculators: a layer's *input*, our number plus one
+    eagle_config.eagle_aux_hidden_state_layer_ids                   SGLang: the layer's output
+    dflash_config.target_layer_ids, target_layer_ids                both: the layer's output
 
-What vLLM and SGLang do was read in their sources (vLLM's main and SGLang's, autumn 2026) and not run. The tests load exports with
-speculators 0.9.0 and compare logits.
+What the tests run: eagle3, peagle and dflash in vLLM 0.32 on a CPU, and all four in speculators 0.9.0. SGLang 0.5.23 and vLLM's
+DSpark, which needs a GPU, were read and not run. docs/serving.md has the table.
 """
 
 import json
@@ -29,25 +33,11 @@ from data_prep.errors import UserError
 from data_prep.target import Architecture, Target
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
+from train.drafter.names import method_of, served_names
+from train.drafter.served_config import plain_config, speculators_config
 
-EAGLE3 = {
-    "fc.weight": "fc.weight",
-    "norm.weight": "norm.weight",
-    "head.weight": "lm_head.weight",
-    "head.d2t": "d2t",
-    "layers.0.token_norm.weight": "midlayer.input_layernorm.weight",
-    "layers.0.input_norm.weight": "midlayer.hidden_norm.weight",
-    "layers.0.post_norm.weight": "midlayer.post_attention_layernorm.weight",
-    **{f"layers.0.branches.hidden.{n}.weight": f"midlayer.self_attn.{n}_proj.weight" for n in "qkvo"},
-    **{f"layers.0.{n}.weight": f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-}
-DFLASH_LAYER = {
-    "input_norm": "input_layernorm",
-    "post_norm": "post_attention_layernorm",
-    **{f"branches.hidden.{n}": f"self_attn.{n}_proj" for n in "qkvo"},
-    **{f"branches.hidden.{n}": f"self_attn.{n}" for n in ("q_norm", "k_norm")},
-    **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")},
-}
+METHODS = ("eagle3", "peagle", "dflash", "dspark")
+FORMATS = {"eagle3": ("eagle3",), "dflash": ("dflash",), "dspark": ("dspark",), "speculators": METHODS}
 MASK_FILE = "mask_embedding.pt"  # the name that vLLM looks for
 
 
@@ -55,39 +45,40 @@ def check_export(config: DrafterConfig, format: str) -> None:
     """Raises UserError when no server could load the drafter as a checkpoint of this format."""
     if format == "drafter":
         return
-    a, suited = config.architecture, {"ttt": "eagle3", "blockwise": "dflash"}[config.objective]
-    kinds = {"eagle3": "ttt drafters", "dflash": "block-wise drafters"}
     reasons = {
         "it is a language model of its own (drafter.lm), and the format holds a head over the target's states": bool(config.lm),
         "reuse=none reads no hidden states, of which the format is made": config.reuse == "none",
-        f"reuse={config.reuse} reads state that no server hands out": config.uses_kv,
-        f"it is for {kinds[format]}, and this is {config.objective}: format={suited}": suited != format,
-        "its projections have biases": a.qkv_bias,
-        f"drafter.rope_factor={config.rope_factor:g} on top of the target's own scaling has no name in a configuration": (
-            config.rope_factor != 1 and not _plain(a)
-        ),
+        f"reuse={config.reuse} reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter": config.uses_kv,
     }
-    if format == "eagle3":
-        reasons |= {
-            f"it has {len(config.target_layers)} layers, EAGLE-3 has one": len(config.target_layers) != 1,
-            "its queries and keys are normed (train with drafter.qk_norm=false)": config.normed,
-            "EAGLE-3.1's norms (drafter.fc_norm, drafter.norm_output) have no place in it": config.fc_norm or config.norm_output,
-        }
-    else:
-        reasons |= {
-            f"no DFlash server runs a sequential head (drafter.sequential={config.sequential})": bool(config.sequential),
-            "it is an EAGLE-3 drafter that fills a block (reuse.pairs), not one of DFlash's": config.pairs,
-            "DFlash drafts from the slot behind the anchor's on (train with objective.shifted=false)": config.shifted,
-            "DFlash norms queries and keys (train with drafter.qk_norm=true)": not config.normed,
-            "servers embed MASK as a token, and target.mask_token_id was null": config.mask_token_id is None,
-        }
+    if not any(reasons.values()):
+        reasons = _unfit(config, format)
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise UserError(f"the drafter cannot be exported as format={format}: {reason}")
 
 
+def _unfit(config: DrafterConfig, format: str) -> dict[str, bool]:
+    """Why a drafter over hidden states does not fit the format."""
+    method, blocks = method_of(config), config.objective == "blockwise"
+    suited = " or ".join(f"format={name}" for name, methods in FORMATS.items() if method in methods)
+    return {
+        f"it is for {' and '.join(FORMATS[format])}, and this is {method}: {suited}": method not in FORMATS[format],
+        "its projections have biases": config.architecture.qkv_bias,
+        f"drafter.rope_factor={config.rope_factor:g} on top of the target's own scaling has no name in a configuration": (
+            config.rope_factor != 1 and not _plain(config.architecture)
+        ),
+        "vLLM 0.32 and SGLang 0.5.23 run no GRU that corrects what the LM head reads (drafter.sequential=gru)": (
+            config.sequential == "gru"
+        ),
+        "DFlash and DSpark norm queries and keys (train with drafter.qk_norm=true)": (
+            method in ("dflash", "dspark") and not config.normed
+        ),
+        "servers embed MASK as a token, and target.mask_token_id was null": blocks and config.mask_token_id is None,
+    }
+
+
 @torch.no_grad()
 def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> list[str]:
-    """`config.json` and `model.safetensors` as vLLM reads them (and a learned MASK beside them).
+    """`config.json` and `model.safetensors` as servers read them (and a learned MASK of DFlash beside them).
 
     Returns:
         what a server will do otherwise, a sentence each. Drafts then differ; what is verified, and so the output, does not.
@@ -100,125 +91,128 @@ def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> 
         drafter.to(torch.bfloat16).save_pretrained(folder)
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, config = (_eagle3 if format == "eagle3" else _dflash)(drafter, target)
-    notes = _limits(drafter, target, format)
+    described = speculators_config if format == "speculators" else plain_config
+    config = described(drafter.config, target, str(drafter.dtype).removeprefix("torch."))
+    tensors = _weights(drafter, target, format)
     (folder / "config.json").unlink(missing_ok=True)  # a folder without it is no checkpoint
     (folder / MASK_FILE).unlink(missing_ok=True)
-    if format == "dflash" and not _mask_is_a_token(drafter, target):
+    if _mask_goes_beside(drafter, target):
         mask = {"mask_token_id": drafter.config.mask_token_id, "embedding": drafter.mask.weight[0].detach().cpu().clone()}
         torch.save(mask, folder / f"{MASK_FILE}.tmp")
         publish(folder / f"{MASK_FILE}.tmp", folder / MASK_FILE)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
     write_text(folder / "config.json", json.dumps(config, indent=1))
-    return notes
+    return _notes(drafter, target, format)
 
 
-def _eagle3(drafter: Drafter, target: Target) -> tuple[dict[str, Tensor], dict]:
-    weights, outputs = _weights(drafter)
-    weights |= {f"head.{name}": tensor for name, tensor in _vocabulary(drafter, target).items()}
-    tensors = {name: weights[mine] for mine, name in EAGLE3.items()} | {"t2d": weights["head.t2d"]}
-    return tensors, {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        **_sizes(drafter, target),
-        "draft_vocab_size": len(weights["head.d2t"]),
-        "norm_before_residual": False,
-        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": outputs},
-    }
+def _weights(drafter: Drafter, target: Target, format: str) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint, under its servers' name."""
+    config, method = drafter.config, method_of(drafter.config)
+    ours = _ascending(drafter)
+    first_layer = "midlayer" if format == "eagle3" and config.depth == 1 else "layers.0"
+    tensors = {theirs: ours[name] for name, theirs in served_names(config, first_layer).items()}
+    if format == "eagle3":  # SGLang norms the stream of later layers under this name
+        for index in range(1, config.depth):
+            tensors[f"layers.{index}.hidden_norm.weight"] = ours[f"layers.{index}.input_norm.weight"].clone()
+    tensors |= _head(drafter, target)
+    if method == "dspark":
+        tensors |= _markov_head(drafter, target)
+    if method == "peagle":
+        tensors["mask_hidden"] = ours["mask_hidden.weight"][None]
+    if method in ("dspark", "peagle") and not _mask_is_a_token(drafter, target):
+        table_VE = target.frozen_head.embedding_VE.to(drafter.dtype).clone()
+        table_VE[config.mask_token_id] = drafter.mask.weight[0]
+        tensors["embed_tokens.weight"] = table_VE
+    return tensors
 
 
-def _dflash(drafter: Drafter, target: Target) -> tuple[dict[str, Tensor], dict]:
-    config = drafter.config
-    weights, outputs = _weights(drafter)
-    tensors = {f"{name}.weight": weights[f"{name}.weight"] for name in ("fc", "hidden_norm", "norm")}
-    for i in range(config.depth):
-        tensors |= {f"layers.{i}.{name}.weight": weights[f"layers.{i}.{mine}.weight"] for mine, name in DFLASH_LAYER.items()}
-    vocabulary = _vocabulary(drafter, target)
-    if config.own_head or config.draft_vocab:  # otherwise the target's own, which need not be stored
-        tensors["lm_head.weight"] = vocabulary["weight"]
-    if config.draft_vocab:
-        tensors |= {name: vocabulary[name] for name in ("d2t", "t2d")}
-    # Servers know causal blocks as sliding attention. This window hides nothing.
-    attention = "sliding_attention" if config.causal else "full_attention"
-    window = {"use_sliding_window": True, "sliding_window": int(config.rope_factor * config.architecture.max_positions)}
-    return tensors, {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "num_hidden_layers": config.depth,
-        **_sizes(drafter, target),
-        "draft_vocab_size": len(vocabulary["d2t"]),
-        "block_size": config.slots,
-        "num_target_layers": config.architecture.num_layers,
-        "layer_types": [attention] * config.depth,
-        **(window if config.causal else {}),
-        "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": outputs, "causal": config.causal},
-    }
-
-
-def _weights(drafter: Drafter) -> tuple[dict[str, Tensor], list[int]]:
-    """The drafter's weights under its own names, fc's columns by ascending layer; these layers."""
-    weights, layers = {name: tensor.cpu() for name, tensor in drafter.state_dict().items()}, drafter.config.hidden_layers
+def _ascending(drafter: Drafter) -> dict[str, Tensor]:
+    """The drafter's weights under its own names; what belongs to a layer of the target stands by ascending layer."""
+    weights, layers = dict(drafter.state_dict()), drafter.config.hidden_layers
     order = sorted(range(len(layers)), key=lambda i: layers[i])
-    weights["fc.weight"] = torch.cat([weights["fc.weight"].chunk(len(layers), dim=1)[i] for i in order], dim=1)
-    return weights, sorted(layers)
+    for name in {"fc.weight", "mask_hidden.weight"} & weights.keys():
+        chunks = weights[name].chunk(len(layers), dim=1)
+        weights[name] = torch.cat([chunks[i] for i in order], dim=1)
+    if drafter.config.fc_norm:
+        norms = [weights[f"fc_norm.{i}.weight"] for i in order]
+        weights |= {f"fc_norm.{place}.weight": norm for place, norm in enumerate(norms)}
+    return weights
 
 
-def _vocabulary(drafter: Drafter, target: Target) -> dict[str, Tensor]:
-    """The LM head (`weight`, [D, E]), `d2t` [D]: draft token i is target token i + d2t[i], and `t2d` [V]: what can be said."""
-    vocabulary, kept_D = drafter.config.architecture.vocab_size, drafter.head.kept_D
-    kept_D = torch.arange(vocabulary) if kept_D is None else kept_D.cpu()
-    return {
-        "weight": drafter.head.heads(target.frozen_head).draft_DE.detach().cpu(),
-        "d2t": kept_D - torch.arange(len(kept_D)),
-        "t2d": torch.zeros(vocabulary, dtype=torch.bool).index_fill_(0, kept_D, True),
+def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
+    """The LM head [D, E], unless it is the target's whole one. A reduced vocabulary has `d2t` [D], draft token i being target
+    token i + d2t[i], and `t2d` [V], what can be said; vLLM refuses the two beside a whole one."""
+    config, kept_D = drafter.config, drafter.head.kept_D
+    if not (config.own_head or config.draft_vocab):
+        return {}
+    tensors = {"lm_head.weight": drafter.head.heads(target.frozen_head).draft_DE}
+    if kept_D is not None:
+        tensors["d2t"] = kept_D - torch.arange(len(kept_D), device=kept_D.device)
+        sayable_V = torch.zeros(config.architecture.vocab_size, dtype=torch.bool, device=kept_D.device)
+        tensors["t2d"] = sayable_V.index_fill_(0, kept_D, True)
+    return tensors
+
+
+def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
+    """W1 [V, r] and W2 [D, r], so that W2 W1[x] is what our head adds to the logits: head up down e(x). Without one, zeros of
+    rank one: SGLang 0.5.23 refuses rank 0."""
+    head = target.frozen_head
+    draft_DE = drafter.head.heads(head).draft_DE.to(drafter.dtype)
+    embedding_VE = head.embedding_VE.to(drafter.dtype)
+    if drafter.sequential is None:
+        previous_VR, next_DR = embedding_VE.new_zeros(len(embedding_VE), 1), draft_DE.new_zeros(len(draft_DE), 1)
+    else:
+        previous_VR = embedding_VE @ drafter.sequential.down.weight.T
+        next_DR = draft_DE @ drafter.sequential.up.weight
+    return {"markov_head.markov_w1.weight": previous_VR, "markov_head.markov_w2.weight": next_DR}
+
+
+def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
+    """What servers do with it otherwise than we."""
+    config, method = drafter.config, method_of(drafter.config)
+    learned = config.objective == "blockwise" and not _mask_is_a_token(drafter, target)
+    beside = _mask_goes_beside(drafter, target)
+    table_mib = target.frozen_head.embedding_VE.numel() * drafter.norm.weight.itemsize / 2**20
+    notes = {
+        "vLLM 0.32 runs DSpark on GPUs only": method == "dspark",
+        "vLLM 0.32 on a CPU norms the keys of all DFlash layers with the first layer's weight, so that less is accepted there": (
+            method == "dflash" and config.depth > 1
+        ),
+        f"the learned MASK makes the checkpoint {table_mib:,.0f} MiB larger: it holds the target's embeddings with MASK's row": (
+            learned and not beside
+        ),
     }
-
-
-def _sizes(drafter: Drafter, target: Target) -> dict:
-    config, a, rope = drafter.config, drafter.config.architecture, target.rope_config
-    if config.rope_factor != 1:
-        linear = {"rope_type": "linear", "factor": config.rope_factor}
-        rope |= {"rope_scaling": linear, "rope_parameters": rope["rope_parameters"] | linear}
-    return {
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.intermediate_size,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": a.norm_eps,
-        "max_position_embeddings": a.max_positions,
-        **rope,
-        "vocab_size": a.vocab_size,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(drafter.dtype).removeprefix("torch."),
+    if format == "speculators":
+        notes["SGLang 0.5.23 does not read format=speculators"] = method != "peagle"
+        notes |= {f"the learned MASK is in {MASK_FILE}, which vLLM reads and the speculators package does not": beside}
+        return [note for note, holds in notes.items() if holds]
+    last = config.architecture.num_layers - 1
+    notes |= {
+        f"SGLang 0.5.23 hands out no hidden state of the target's last layer, {last}, which is read": (
+            max(config.hidden_layers) == last
+        ),
+        "SGLang 0.5.23 passes over EAGLE-3's norms of queries and keys, so that less is accepted there": (
+            method == "eagle3" and config.normed
+        ),
+        f"the learned MASK is in {MASK_FILE}: vLLM reads it, SGLang embeds token {config.mask_token_id} in its place": beside,
+        f"SGLang 0.5.23 passes over the learned MASK and embeds token {config.mask_token_id}": learned and not beside,
+        "SGLang 0.5.23 drafts with the target's LM head instead of the drafter's own": bool(
+            method != "eagle3" and (config.own_head or config.draft_vocab)
+        ),
     }
-
-
-def _limits(drafter: Drafter, target: Target, format: str) -> list[str]:
-    config = drafter.config
-    limits = {
-        f"SGLang hands out no hidden state of the target's last layer, {config.architecture.num_layers - 1}, which is read": (
-            max(config.hidden_layers) == config.architecture.num_layers - 1
-        )
-    }
-    if format == "dflash":
-        limits |= {
-            f"the learned MASK is in {MASK_FILE}: vLLM reads it, SGLang embeds token {config.mask_token_id} in its place": (
-                not _mask_is_a_token(drafter, target)
-            ),
-            "SGLang drafts with the target's LM head instead of the drafter's own": bool(config.own_head or config.draft_vocab),
-        }
-    return [limit for limit, holds in limits.items() if holds]
+    return [note for note, holds in notes.items() if holds]
 
 
 def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:
     """Whether MASK is what servers make of it: the target's embedding of `mask_token_id`."""
     return torch.equal(drafter.mask.weight[0], target.frozen_head.embedding_VE[drafter.config.mask_token_id])
+
+
+def _mask_goes_beside(drafter: Drafter, target: Target) -> bool:
+    """Whether the checkpoint needs vLLM's file of one embedding: DFlash's readers know no other small place for it."""
+    return method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
 
 
 def _plain(a: Architecture) -> bool:
