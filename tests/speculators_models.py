@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data_prep.target import States, Target, load_tokenizer
 from tests.conftest import ROOT
-from train.drafter.export import DFLASH_LAYER
 from train.drafter.model import Drafter
+from train.drafter.names import method_of, served_names
 
 TINY = ROOT / "data_prep/targets/tiny"
 LENGTH = 129  # the package's EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)
@@ -37,14 +37,7 @@ def real_text(target: Target) -> tuple[Tensor, States]:
 def names_of(drafter: Drafter) -> dict[str, str]:
     """Each weight of ours -> its name in speculators' model."""
     held = {name for name, _ in drafter.named_parameters()}
-    names = {name: name for name in held if name.split(".")[0] in ("fc", "fc_norm", "hidden_norm", "norm")}
-    names |= {"head.weight": "lm_head.weight", "mask_hidden.weight": "mask_hidden"}
-    for i in range(drafter.config.depth):
-        for mine, theirs in DFLASH_LAYER.items():
-            names[f"layers.{i}.{mine}.weight"] = f"layers.{i}.{theirs}.weight"
-    if drafter.config.reads_pairs:
-        names["layers.0.token_norm.weight"] = "layers.0.input_layernorm.weight"
-        names["layers.0.input_norm.weight"] = "layers.0.hidden_norm.weight"
+    names = served_names(drafter.config) | {"head.weight": "lm_head.weight", "mask_hidden.weight": "mask_hidden"}
     assert held - names.keys() <= {"mask.weight", "sequential.up.weight", "sequential.down.weight"}  # tables of theirs
     return {mine: theirs for mine, theirs in names.items() if mine in held}
 
@@ -69,8 +62,7 @@ def model_of(drafter: Drafter, target: Target):
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
     config, a = drafter.config, drafter.config.architecture
-    blockwise = "dspark" if config.sequential else "dflash"
-    kind = "peagle" if config.pairs else {"ttt": "eagle3", "blockwise": blockwise}[config.objective]
+    kind = method_of(config)
     layer = {
         "model_type": "qwen3" if config.normed else "llama",
         "vocab_size": a.vocab_size,
@@ -105,7 +97,8 @@ def model_of(drafter: Drafter, target: Target):
         said |= dict(eagle_aux_hidden_state_layer_ids=inputs, fc_norm=config.fc_norm, norm_output=config.norm_output)
         said |= dict(norm_before_residual=config.norm_before_residual)
     if kind == "dspark":
-        said |= dict(markov_rank=config.sequential_size, enable_confidence_head=False)
+        said |= dict(markov_rank=config.sequential_size if config.sequential else 0)
+        said |= dict(enable_confidence_head=False, confidence_head_with_markov=False)
     if kind != "eagle3":
         said["mask_token_id"] = config.mask_token_id
     config_class, model_class = {
@@ -133,7 +126,7 @@ def model_of(drafter: Drafter, target: Target):
     }
     if kind == "peagle":
         weights["mask_hidden"] = weights["mask_hidden"].view(model.mask_hidden.shape)
-    if kind == "dspark":  # its bias W2 W1[x] is what our correction adds to the logits
+    if config.sequential:  # its bias W2 W1[x] is what our correction adds to the logits
         weights["markov_head.markov_w1.weight"] = head.embedding_VE @ drafter.sequential.down.weight.T
         weights["markov_head.markov_w2.weight"] = weights["lm_head.weight"] @ drafter.sequential.up.weight
     if kind != "eagle3":  # a learned MASK is a row of the table
@@ -144,16 +137,3 @@ def model_of(drafter: Drafter, target: Target):
     absent, foreign = model.load_state_dict(weights, strict=False)
     assert not absent and not foreign, (absent, foreign)
     return model.train()
-
-
-def pairs_logits(model, text: tuple[Tensor, States], anchors: list[int], steps: int, layers: list[int]) -> Tensor:
-    """[N, J, D] of an EAGLE-3 model of the package over the outputs of `layers`. Row t is the pair (x_{t+1}, f_t): step 1 of
-    anchor t + 1."""
-    ids, states = text
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    features = torch.cat([states.hidden[i] for i in layers], dim=-1)[None, :-1]
-    with torch.no_grad():
-        model(features, ids[None, 1:], torch.zeros(1, len(ids) - 1, dtype=torch.long), ttt_steps=steps)
-    handle.remove()
-    return torch.stack(seen, dim=1)[torch.tensor(anchors) - 1]
