@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data_prep.target import States, Target, load_tokenizer
 from tests.conftest import ROOT
-from train.drafter.export import DFLASH_LAYER
 from train.drafter.model import Drafter
+from train.drafter.names import served_names
 
 TINY = ROOT / "data_prep/targets/tiny"
 LENGTH = 129  # the package's EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)
@@ -37,14 +37,7 @@ def real_text(target: Target) -> tuple[Tensor, States]:
 def names_of(drafter: Drafter) -> dict[str, str]:
     """Each weight of ours -> its name in speculators' model."""
     held = {name for name, _ in drafter.named_parameters()}
-    names = {name: name for name in held if name.split(".")[0] in ("fc", "fc_norm", "hidden_norm", "norm")}
-    names |= {"head.weight": "lm_head.weight", "mask_hidden.weight": "mask_hidden"}
-    for i in range(drafter.config.depth):
-        for mine, theirs in DFLASH_LAYER.items():
-            names[f"layers.{i}.{mine}.weight"] = f"layers.{i}.{theirs}.weight"
-    if drafter.config.reads_pairs:
-        names["layers.0.token_norm.weight"] = "layers.0.input_layernorm.weight"
-        names["layers.0.input_norm.weight"] = "layers.0.hidden_norm.weight"
+    names = served_names(drafter.config) | {"head.weight": "lm_head.weight", "mask_hidden.weight": "mask_hidden"}
     assert held - names.keys() <= {"mask.weight"}  # a row of their table
     return {mine: theirs for mine, theirs in names.items() if mine in held}
 

@@ -222,7 +222,7 @@ def test_the_commands_take_a_checkpoint(target, cache, tmp_path, kind, format):
         ROOT / "eval/main.py", "drafter=served", "out=decoded", "transformers=false", "batch=2", *short
     )
     words = [f"objective={kind}", "reuse=hidden", "drafter.layers=1", f"drafter.qk_norm={str(kind == 'blockwise').lower()}"]
-    words += [f"drafter.own_head={str(kind == 'ttt').lower()}", "drafter.warm_start=served", f"cache.dir={cache}", "run.dir=run"]
+    words += ["drafter.warm_start=served", f"cache.dir={cache}", "run.dir=run"]
     assert "tensors taken, as drafter.start says: none" in said(
         ROOT / "train/main.py", *words, *SMALL, "train.max_steps=1", "train.batch=1"
     )

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data_prep.target import Target, load_tokenizer
 from tests.conftest import ROOT
 from tests.speculators_models import LENGTH, TINY, package, pairs_logits
-from tests.test_export import ANCHORS, assert_same, dflash_logits
+from tests.test_export import ANCHORS, assert_same, block_logits
 from tests.test_export import ours as logits_of
 from tests.test_imported import imported, ours, refused
 from train.drafter.config import DrafterConfig
@@ -168,7 +168,7 @@ def test_a_published_dflash_checkpoint_is_read(deep, tmp_path):
     assert torch.equal(drafter.mask.weight[0], target.frozen_head.embedding_VE[5])
     model = SpeculatorModel.from_pretrained(str(tmp_path / "published"), verifier=target.path).float().eval()
     model.load_verifier_weights()
-    theirs = dflash_logits(tmp_path / "published", text, ANCHORS, model)
+    theirs = block_logits(model, text, ANCHORS)
     assert_same(theirs, logits_of(target, drafter, text, ANCHORS))
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from data_prep.errors import UserError, first_line
 from data_prep.target import FrozenHead, Target, load_tokenizer, tokenizer_hashes
 from train.drafter.config import DrafterConfig
-from train.drafter.export import DFLASH_LAYER, MASK_FILE
 from train.drafter.model import Drafter
+from train.drafter.names import MASK_FILE, served_names
 
-FIRST_PAIR_LAYER = DFLASH_LAYER | {"token_norm": "input_layernorm", "input_norm": "hidden_norm"}
 LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding"}  # tensors that need no place of their own
 
 
@@ -72,19 +71,9 @@ class Tensors:
 
 def names_of(config: DrafterConfig) -> dict[str, str]:
     """Each of our weights -> its name in public checkpoints. MASK has none."""
-    names = {"fc.weight": "fc.weight", "norm.weight": "norm.weight"}
-    if config.injects_hidden:
-        names["hidden_norm.weight"] = "hidden_norm.weight"
+    names = served_names(config)
     if config.pairs:
         names["mask_hidden.weight"] = "mask_hidden"
-    if config.fc_norm:
-        names |= {f"fc_norm.{i}.weight": f"fc_norm.{i}.weight" for i in range(len(config.hidden_layers))}
-    for i in range(config.depth):
-        for mine, theirs in (FIRST_PAIR_LAYER if i == 0 and config.reads_pairs else DFLASH_LAYER).items():
-            if config.normed or not mine.endswith(("q_norm", "k_norm")):
-                names[f"layers.{i}.{mine}.weight"] = f"layers.{i}.{theirs}.weight"
-        for n in "qkv" if config.architecture.qkv_bias else "":
-            names[f"layers.{i}.branches.hidden.{n}.bias"] = f"layers.{i}.self_attn.{n}_proj.bias"
     if config.own_head:
         names["head.weight"] = "lm_head.weight"
     if config.draft_vocab:
@@ -97,7 +86,8 @@ def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
     tensors, names = Tensors(folder), names_of(config)
     absent = [theirs for theirs in names.values() if theirs not in tensors]
     confidence = {name for name in tensors.names if name.startswith("confidence_head.")}
-    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence)
+    again = {f"layers.{i}.hidden_norm.weight" for i in range(1, config.depth)}  # SGLang's name of a later layer's input norm
+    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence - again)
     refuse(
         folder,
         {

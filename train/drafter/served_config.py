@@ -18,7 +18,7 @@ def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
         own = config.draft_vocab or (config.architecture.vocab_size if config.own_head else None)
         return found | {
             "draft_vocab_size": own,
-            "norm_before_residual": False,
+            "norm_before_residual": config.norm_before_residual,
             "fc_norm": config.fc_norm,
             "norm_output": config.norm_output,
             "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
@@ -60,7 +60,7 @@ def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dic
     }
     if config.reads_pairs:
         found |= {
-            "norm_before_residual": False,
+            "norm_before_residual": config.norm_before_residual,
             "fc_norm": config.fc_norm,
             "norm_output": config.norm_output,
             "eagle_aux_hidden_state_layer_ids": inputs,
