@@ -19,6 +19,7 @@ from train.views import FULL, View
 VIEW = View(kind="topk_chunk", sink=2, recent=2, chunk=2)
 IN_CACHE = View(kind="topk_chunk", sink=2, recent=2, chunk=2, positions="in_cache")
 CELLS = [("ttt", "none"), ("ttt", "hybrid"), ("blockwise", "kv"), ("blockwise_shifted", "hidden+vocab")]
+CELLS.append(("blockwise_pairs", "hidden"))
 LOSSES = {
     "kl": LossRecipe(kl=1),
     "ce_greedy": LossRecipe(ce_greedy=1),

@@ -184,6 +184,13 @@ def test_a_cache_that_is_yet_to_be_made_is_checked_as_far_as_it_is_known(tmp_pat
     assert not any(tmp_path.iterdir())
 
 
+def test_pairs_take_eagle31_s_norms_before_fc_and_views(cache):
+    compose = lambda *words: cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "reuse=hidden", "reuse.pairs=true", *words])
+    check_train(compose("experiment=peagle", "drafter.fc_norm=true"))
+    block = ["objective.kind=blockwise", "+objective.shifted=true", "+objective.causal=true", "objective.decay=4"]
+    check_train(compose("objective=budgetdraft", *block))
+
+
 def test_recipes_run_on_a_cache_of_three_layers(cache):
     """Every recipe passes the check, with as few changes as its own comments name."""
     changes = {"eagle3": ["drafter.vocabulary=null"], "blockwise_native": ["drafter.layers=3"]}

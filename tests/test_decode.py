@@ -17,6 +17,7 @@ CELLS = [
     for objective in ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal")
     for reuse in ("hidden", "kv", "hybrid")
 ]
+CELLS.append(("blockwise_pairs", "hidden"))
 REFERENCE = EXECUTORS["reference"]
 
 

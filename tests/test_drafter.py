@@ -196,13 +196,13 @@ def test_a_block_over_pairs_starts_from_eagle3_s_input_path_and_back(target, tmp
     ttt.save_pretrained(tmp_path / "ttt")
     block = random_weights(drafter_of(target, "blockwise_pairs", "hidden", layers=2), seed=4)
     exchange.check_warm_start(str(tmp_path / "ttt"), block.config)
-    taken, left = exchange.warm_start(block, str(tmp_path / "ttt"))
+    taken, left = exchange.warm_start(block, str(tmp_path / "ttt"), target.frozen_head)
     assert set(taken) == set(named(ttt)) and set(left) == {"mask.weight", "mask_hidden.weight"}
     pack = packed(target)
     torch.testing.assert_close(logits(target, block, pack)[:, 0], logits(target, ttt, pack)[:, 0])  # the anchor's own pair
     block.save_pretrained(tmp_path / "block")
     again = random_weights(drafter_of(target, "ttt", "hidden", layers=2), seed=5)
-    assert exchange.warm_start(again, str(tmp_path / "block"))[1] == []
+    assert exchange.warm_start(again, str(tmp_path / "block"), target.frozen_head)[1] == []
     torch.testing.assert_close(named(again), named(ttt))
 
 
@@ -291,8 +291,10 @@ def served(folder, target, pack, steps):
         return h + w["midlayer.mlp.down_proj.weight"] @ mlp, keys, values
 
     out = torch.full((len(pack.anchor_N), steps, config["vocab_size"]), -torch.inf, dtype=torch.float64)
-    said = torch.arange(config["draft_vocab_size"]) + w["d2t"]
-    assert w["t2d"].nonzero().flatten().tolist() == said.tolist()
+    whole = config["draft_vocab_size"] is None  # then the target's head, which can say every token
+    said = torch.arange(config["vocab_size"]) if whole else torch.arange(config["draft_vocab_size"]) + w["d2t"]
+    assert ("t2d" not in w and "d2t" not in w) if whole else w["t2d"].nonzero().flatten().tolist() == said.tolist()
+    head_DE = target.frozen_head.head_VE if whole else w["lm_head.weight"]
     for n, a in enumerate(pack.anchor_N.tolist()):
         keys, values = [], []
         start = a - int(pack.places.position[a])
@@ -303,7 +305,7 @@ def served(folder, target, pack, steps):
             if a + j >= len(pack.ids_P):
                 break
             hidden, keys, values = layer(embed(a + j), hidden, a - 1 - start + j, keys, values)
-            out[n, j, said] = w["lm_head.weight"] @ norm(hidden, "norm.weight")
+            out[n, j, said] = head_DE @ norm(hidden, "norm.weight")
     return out
 
 

@@ -16,8 +16,9 @@ from tests.speculators_models import LENGTH, TINY, package, real_text
 from tests.test_objectives import objective_of
 from train.batches import make_pack
 from train.drafter.config import DrafterConfig
-from train.drafter.export import MASK_FILE, check_export, save_export
+from train.drafter.export import check_export, save_export
 from train.drafter.model import Drafter
+from train.drafter.names import MASK_FILE
 from train.losses import LossRecipe
 
 KL = LossRecipe(kl=1)

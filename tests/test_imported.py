@@ -15,10 +15,10 @@ from tests.test_export import ANCHORS, assert_same, differ, drafter_for
 from tests.test_export import ours as logits_of
 from train.drafter.config import DrafterConfig
 from train.drafter.exchange import check_warm_start, warm_start
-from train.drafter.export import MASK_FILE, save_export
+from train.drafter.export import save_export
 from train.drafter.imported_weights import MARKOV, bind
 from train.drafter.model import Drafter
-from train.drafter.names import method_of
+from train.drafter.names import MASK_FILE, method_of
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_the_commands_take_a_checkpoint(target, cache, tmp_path, kind, format):
         ROOT / "eval/main.py", "drafter=served", "out=decoded", "transformers=false", "batch=2", *short
     )
     words = [f"objective={kind}", "reuse=hidden", "drafter.layers=1", f"drafter.qk_norm={str(kind == 'blockwise').lower()}"]
-    words += [f"drafter.own_head={str(kind == 'ttt').lower()}", "drafter.warm_start=served", f"cache.dir={cache}", "run.dir=run"]
+    words += ["drafter.warm_start=served", f"cache.dir={cache}", "run.dir=run"]
     assert "tensors taken, as drafter.start says: none" in said(
         ROOT / "train/main.py", *words, *SMALL, "train.max_steps=1", "train.batch=1"
     )

@@ -109,6 +109,25 @@ def test_two_ranks_equal_one_process_and_go_on_as_one_and_as_two(cache, alone, t
         assert taus == pytest.approx([v["sampled"]["tau"] for v in losses(alone, "validation")], abs=1e-4) and len(taus) == 3
 
 
+def test_p_eagle_under_zero3_equals_one_process_and_goes_on(cache, tmp_path):
+    """Its learned hidden state and its norms before fc are gathered as all other weights are."""
+    words = ["experiment=peagle", "drafter.layers=2", "drafter.fc_norm=true", f"cache.dir={cache}", *COMMON]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = command(TRAIN, *words, "deepspeed=zero0", f"run.dir={one}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command(TRAIN, *words, "deepspeed=zero3", f"run.dir={two}", launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) == 12
+    mine, theirs = (load_file(run / "checkpoints/last/model.safetensors") for run in (one, two))
+    assert {"mask.weight", "mask_hidden.weight", "fc_norm.0.weight"} <= mine.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+    again = stopped_after(8, one, tmp_path / "again")
+    done = command(TRAIN, *words, "deepspeed=zero0", f"run.dir={again}", cwd=tmp_path)
+    assert done.returncode == 0 and "after step 8" in done.stdout, done.stderr
+    assert_same_run(one, again)
+
+
 @pytest.mark.parametrize("zero,tolerance", [("zero0", 0.3), ("zero1", 0.05), ("zero2", 0.05), ("zero3", 0.05)])
 def test_bf16_follows_float32_and_resumes_as_it_was(cache, alone, tmp_path, zero, tolerance):
     """bf16 has 8 bits of mantissa: a few per mille of a loss of about 6. ZeRO-0 also adds up four packs' gradients in it."""

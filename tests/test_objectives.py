@@ -252,7 +252,13 @@ def share_and_gradients(target, drafter, pack, loss=LossRecipe(kl=1)):  # noqa: 
 
 
 @pytest.mark.parametrize(
-    "cell", [("ttt", "hybrid"), ("blockwise", "hidden"), pytest.param(("ttt", "hidden"), marks=pytest.mark.slow)]
+    "cell",
+    [
+        ("ttt", "hybrid"),
+        ("blockwise", "hidden"),
+        ("blockwise_pairs", "hidden"),
+        pytest.param(("ttt", "hidden"), marks=pytest.mark.slow),
+    ],
 )
 def test_recomputing_and_compiling_change_nothing(target, cell, request):
     """float64, two packs of other sizes; compiled only among the slow tests, for compilers take half a minute."""
@@ -283,7 +289,7 @@ def test_fp8_products_stay_near_the_others():
     assert 0.95 < torch.cosine_similarity(gradient, gradient_8, dim=0) < 0.99999
 
 
-@pytest.mark.parametrize("cell", [("ttt", "hidden"), ("blockwise", "hybrid")])
+@pytest.mark.parametrize("cell", [("ttt", "hidden"), ("blockwise", "hybrid"), ("blockwise_pairs", "hidden")])
 @pytest.mark.parametrize("start", [0, 11], ids=["whole", "cropped"])
 def test_a_pack_without_anchors_teaches_nothing(target, cell, start):
     """Its one filler stands at the first token, which has nothing before it, also where the document was cropped."""

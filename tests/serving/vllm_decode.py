@@ -26,7 +26,7 @@ from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model  # noqa: E4
 
 
 def own_key_norms(model: DFlashQwen3Model, key_LPGD: torch.Tensor) -> torch.Tensor:
-    """The keys of each layer's memory, normed with that layer's weight. vLLM 0.32 hands all layers to one call of `rms_norm`, whose
+    """Keys of memory, normed with the weight of their own layer. vLLM 0.32 hands all layers to one call of `rms_norm`, whose
     CPU version takes the first layer's weight for all of them."""
     normed = torch.empty_like(key_LPGD)
     for layer, key_PGD in enumerate(key_LPGD):

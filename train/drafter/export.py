@@ -33,12 +33,11 @@ from data_prep.errors import UserError
 from data_prep.target import Architecture, Target
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
-from train.drafter.names import method_of, served_names
+from train.drafter.names import MASK_FILE, method_of, served_names
 from train.drafter.served_config import plain_config, speculators_config
 
 METHODS = ("eagle3", "peagle", "dflash", "dspark")
 FORMATS = {"eagle3": ("eagle3",), "dflash": ("dflash",), "dspark": ("dspark",), "speculators": METHODS}
-MASK_FILE = "mask_embedding.pt"  # the name that vLLM looks for
 
 
 def check_export(config: DrafterConfig, format: str) -> None:

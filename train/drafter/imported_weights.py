@@ -13,9 +13,8 @@ from torch import Tensor
 from data_prep.errors import UserError, first_line
 from data_prep.target import FrozenHead, Target, load_tokenizer, tokenizer_hashes
 from train.drafter.config import DrafterConfig
-from train.drafter.export import MASK_FILE
 from train.drafter.model import Drafter
-from train.drafter.names import served_names
+from train.drafter.names import MASK_FILE, served_names
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")  # [V, R] and [D, R]
 LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding", *MARKOV}  # tensors that need no place of their own
@@ -76,9 +75,6 @@ def names_of(config: DrafterConfig) -> dict[str, str]:
     names = served_names(config)
     if config.pairs:
         names["mask_hidden.weight"] = "mask_hidden"
-    if config.architecture.qkv_bias:
-        for i in range(config.depth):
-            names |= {f"layers.{i}.branches.hidden.{n}.bias": f"layers.{i}.self_attn.{n}_proj.bias" for n in "qkv"}
     if config.own_head:
         names["head.weight"] = "lm_head.weight"
     if config.draft_vocab:

@@ -8,6 +8,7 @@ MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 FEED = {"post_norm": "post_attention_layernorm", **MLP}
 PAIR_NORMS = {"token_norm": "input_layernorm", "input_norm": "hidden_norm"}  # of the layer that reads [token; feature]
 STREAM_NORM = {"input_norm": "input_layernorm"}  # of all others
+MASK_FILE = "mask_embedding.pt"  # where vLLM looks for a learned MASK of DFlash
 
 
 def method_of(config: DrafterConfig) -> str:
@@ -34,4 +35,7 @@ def served_names(config: DrafterConfig, first_layer: str = "layers.0") -> dict[s
         parts |= PAIR_NORMS if config.reads_pairs and index == 0 else STREAM_NORM
         parts |= HEAD_NORMS if config.normed else {}
         names |= {f"layers.{index}.{ours}.weight": f"{theirs}.{part}.weight" for ours, part in parts.items()}
+        if config.architecture.qkv_bias:
+            biased = [ours for ours in PROJECTIONS if not ours.endswith(".o")]
+            names |= {f"layers.{index}.{ours}.bias": f"{theirs}.{PROJECTIONS[ours]}.bias" for ours in biased}
     return names
