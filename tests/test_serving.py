@@ -110,7 +110,7 @@ def swapped(folder, copy):
 @pytest.fixture(scope="module")
 def served(target, prompts, tmp_path_factory):
     """(what vLLM did with every export, what our loop did with its drafter); one process serves them one after the other."""
-    if not PYTHON.is_file():
+    if not (ROOT / ".venv-serving/installed").is_file():
         why = ROOT / ".venv-serving/why"
         pytest.skip(f"no vLLM here: {why.read_text().strip() if why.is_file() else '`make serving` installs it'}")
     folder = tmp_path_factory.mktemp("served")
