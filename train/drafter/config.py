@@ -32,7 +32,8 @@ def known_names() -> str:
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Sizes come from the target (`architecture`); a drafter of one target is of no use to another (`target`)."""
+    """Sizes come from the target (`architecture`; an imported drafter's layers have their own); a drafter of one target is of no
+    use to another (`target`)."""
 
     objective: str  # ttt | blockwise
     reuse: str  # none | hidden | kv | hybrid
