@@ -12,7 +12,7 @@ from torch import Tensor
 from data_prep.target import States, Target, load_tokenizer
 from tests.conftest import ROOT
 from train.drafter.model import Drafter
-from train.drafter.names import served_names
+from train.drafter.names import method_of, served_names
 
 TINY = ROOT / "data_prep/targets/tiny"
 LENGTH = 129  # the package's EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)
@@ -38,7 +38,7 @@ def names_of(drafter: Drafter) -> dict[str, str]:
     """Each weight of ours -> its name in speculators' model."""
     held = {name for name, _ in drafter.named_parameters()}
     names = served_names(drafter.config) | {"head.weight": "lm_head.weight", "mask_hidden.weight": "mask_hidden"}
-    assert held - names.keys() <= {"mask.weight"}  # a row of their table
+    assert held - names.keys() <= {"mask.weight", "sequential.up.weight", "sequential.down.weight"}  # tables of theirs
     return {mine: theirs for mine, theirs in names.items() if mine in held}
 
 
@@ -49,17 +49,20 @@ def ascending(fc: Tensor, layers: list[int]) -> Tensor:
 
 
 def model_of(drafter: Drafter, target: Target):
-    """speculators' Eagle3DraftModel, PEagleDraftModel or DFlashDraftModel with the drafter's weights and the target's own."""
+    """speculators' Eagle3DraftModel, PEagleDraftModel, DFlashDraftModel or DSparkDraftModel, with the drafter's weights and the
+    target's own."""
     from speculators import DFlashDraftModel, Eagle3DraftModel
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.dspark.config import DSparkSpeculatorConfig
+    from speculators.models.dspark.core import DSparkDraftModel
     from speculators.models.eagle3 import Eagle3SpeculatorConfig
     from speculators.models.peagle.config import PEagleSpeculatorConfig
     from speculators.models.peagle.core import PEagleDraftModel
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
     config, a = drafter.config, drafter.config.architecture
-    kind = "peagle" if config.pairs else {"ttt": "eagle3", "blockwise": "dflash"}[config.objective]
+    kind = method_of(config)
     layer = {
         "model_type": "qwen3" if config.normed else "llama",
         "vocab_size": a.vocab_size,
@@ -74,7 +77,7 @@ def model_of(drafter: Drafter, target: Target):
         "attention_bias": False,
         **target.rope_config,
     }
-    if config.causal and kind == "dflash":  # there a block is causal where attention is sliding; this window hides nothing
+    if config.causal and kind != "peagle":  # there a block is causal where attention is sliding; this window hides nothing
         layer |= {"use_sliding_window": True, "sliding_window": a.max_positions}
         layer |= {"layer_types": ["sliding_attention"] * config.depth}
     said = dict(
@@ -88,16 +91,20 @@ def model_of(drafter: Drafter, target: Target):
         ),
     )
     inputs = [i + 1 for i in sorted(config.hidden_layers)]  # the package counts a layer's input
-    if kind == "dflash":
+    if kind in ("dflash", "dspark"):
         said |= dict(block_size=config.slots, aux_hidden_state_layer_ids=inputs, sample_from_anchor=config.shifted)
     else:
         said |= dict(eagle_aux_hidden_state_layer_ids=inputs, fc_norm=config.fc_norm, norm_output=config.norm_output)
         said |= dict(norm_before_residual=config.norm_before_residual)
+    if kind == "dspark":
+        said |= dict(markov_rank=config.sequential_size if config.sequential else 0)
+        said |= dict(enable_confidence_head=False, confidence_head_with_markov=False)
     if kind != "eagle3":
         said["mask_token_id"] = config.mask_token_id
     config_class, model_class = {
         "eagle3": (Eagle3SpeculatorConfig, Eagle3DraftModel),
         "peagle": (PEagleSpeculatorConfig, PEagleDraftModel),
+        "dspark": (DSparkSpeculatorConfig, DSparkDraftModel),
         "dflash": (DFlashSpeculatorConfig, DFlashDraftModel),
     }[kind]
     settings = config_class(**said)
@@ -119,6 +126,9 @@ def model_of(drafter: Drafter, target: Target):
     }
     if kind == "peagle":
         weights["mask_hidden"] = weights["mask_hidden"].view(model.mask_hidden.shape)
+    if config.sequential:  # its bias W2 W1[x] is what our correction adds to the logits
+        weights["markov_head.markov_w1.weight"] = head.embedding_VE @ drafter.sequential.down.weight.T
+        weights["markov_head.markov_w2.weight"] = weights["lm_head.weight"] @ drafter.sequential.up.weight
     if kind != "eagle3":  # a learned MASK is a row of the table
         weights["embed_tokens.weight"][config.mask_token_id] = drafter.mask.weight[0].detach()
     if config.draft_vocab:
@@ -127,16 +137,3 @@ def model_of(drafter: Drafter, target: Target):
     absent, foreign = model.load_state_dict(weights, strict=False)
     assert not absent and not foreign, (absent, foreign)
     return model.train()
-
-
-def pairs_logits(model, text: tuple[Tensor, States], anchors: list[int], steps: int, layers: list[int]) -> Tensor:
-    """[N, J, D] of an EAGLE-3 model of the package over the outputs of `layers`. Row t is the pair (x_{t+1}, f_t): step 1 of
-    anchor t + 1."""
-    ids, states = text
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    features = torch.cat([states.hidden[i] for i in layers], dim=-1)[None, :-1]
-    with torch.no_grad():
-        model(features, ids[None, 1:], torch.zeros(1, len(ids) - 1, dtype=torch.long), ttt_steps=steps)
-    handle.remove()
-    return torch.stack(seen, dim=1)[torch.tensor(anchors) - 1]

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.target import Target, load_tokenizer
 from tests.conftest import ROOT
-from tests.speculators_models import LENGTH, TINY, package, pairs_logits
-from tests.test_export import ANCHORS, assert_same, block_logits
+from tests.speculators_models import LENGTH, TINY, package
+from tests.test_export import ANCHORS, assert_same, block_logits, eagle3_logits
 from tests.test_export import ours as logits_of
 from tests.test_imported import imported, ours, refused
 from train.drafter.config import DrafterConfig
@@ -119,7 +119,7 @@ def test_a_published_eagle3_checkpoint_is_read(deep, tmp_path):
     torch.nn.init.constant_(model.embed_tokens.weight, torch.nan)  # as tests/test_export.py says
     model.load_verifier_weights()
     assert model.config.eagle_aux_hidden_state_layer_ids == [2, 4, 5]
-    assert_same(pairs_logits(model, text, ANCHORS, 7, [1, 3, 4]), logits_of(target, drafter, text, ANCHORS))
+    assert_same(eagle3_logits(model, text, ANCHORS, 7), logits_of(target, drafter, text, ANCHORS))
     # The converted folder is a speculators checkpoint of three steps, with an embedding table of its own: the target's.
     assert_same(ours(target, imported(tmp_path / "converted", target), text), ours(target, drafter, text)[:, :3])
 
@@ -168,8 +168,7 @@ def test_a_published_dflash_checkpoint_is_read(deep, tmp_path):
     assert torch.equal(drafter.mask.weight[0], target.frozen_head.embedding_VE[5])
     model = SpeculatorModel.from_pretrained(str(tmp_path / "published"), verifier=target.path).float().eval()
     model.load_verifier_weights()
-    theirs = block_logits(model, text, ANCHORS)
-    assert_same(theirs, logits_of(target, drafter, text, ANCHORS))
+    assert_same(block_logits(model, text, ANCHORS), logits_of(target, drafter, text, ANCHORS))
 
 
 def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
@@ -228,7 +227,7 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
     model = Eagle3DraftModel.from_pretrained(str(tmp_path / "local")).float().eval()
     torch.nn.init.constant_(model.embed_tokens.weight, torch.nan)
     model.load_verifier_weights()
-    assert_same(pairs_logits(model, text, ANCHORS, 3, [1, 3, 4]), logits_of(target, drafter, text, ANCHORS))
+    assert_same(eagle3_logits(model, text, ANCHORS, 3), logits_of(target, drafter, text, ANCHORS))
 
 
 
@@ -293,12 +292,12 @@ def test_a_tensor_without_a_place_is_refused_by_name(deep, tmp_path, changes, me
 
 
 def test_other_folders_are_refused_by_name(deep, tmp_path):
-    target = deep[0]
+    target, layer = deep[0], {"layers.0.mlp.up_proj.weight": ROW}
     for name, config, tensors, message in (
         ("none", {"architectures": ["LlamaForCausalLM"]}, {"fc.weight": ROW}, "is a LlamaForCausalLM; what is read:"),
         ("two", {"architectures": ["DFlash2DraftModel"]}, {"fc.weight": ROW}, "is a DFlash2DraftModel"),
         ("mtp", {"speculators_model_type": "mtp"}, {"fc.weight": ROW}, "is speculators' mtp"),
-        ("dspark", {"speculators_model_type": "dspark"}, {"markov_head.markov_w1.weight": ROW}, "has a Markov head"),
+        ("dspark", EAGLE3_8B | {"architectures": ["Qwen3DSparkModel"], "markov_head_type": "rnn"}, layer, "has a rnn Markov"),
         (
             "domino",
             {"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}},

@@ -85,7 +85,7 @@ def step_of_ours(target, drafter, text, anchors, loss, weight_J, divisor):
 def step_of_theirs(model, loss_sum, own_head):
     """(loss, gradients): `loss_sum` is what the model's forward returned."""
     loss_sum.backward()
-    learned = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    learned = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "markov" not in name}
     assert ("lm_head.weight" in learned) == own_head
     return float(loss_sum.detach()), learned
 
@@ -128,11 +128,12 @@ def our_eagle3_step(target, drafter, text, loss):
 
 def dflash_step(target, drafter, text, loss, features=None):
     """One step of the package's, with every anchor that it can draw: a supervised token with a whole block behind it."""
-    from speculators.losses import resolve_loss_config
+    from speculators.losses import eager, resolve_loss_config
 
     model = model_of(drafter, target)
     model.lm_head.weight.requires_grad_(drafter.config.own_head)
     ids, slots = text[0], drafter.config.slots
+    metrics = {"tv_loss_fn": eager.tv_loss} if hasattr(model, "markov_head") else {}  # the other needs a GPU
     _, loss_sum, _ = model(
         aux(text, sorted(drafter.config.hidden_layers)) if features is None else features,
         ids[None],
@@ -142,6 +143,7 @@ def dflash_step(target, drafter, text, loss, features=None):
         loss_config=resolve_loss_config(LOSSES[loss], "eager"),
         gamma=GAMMA,
         max_anchors=len(ids) - slots - 1,
+        **metrics,
     )
     return step_of_theirs(model, loss_sum, drafter.config.own_head)
 
@@ -156,8 +158,8 @@ def our_dflash_step(target, drafter, text, loss):
 
 
 def errors(theirs, mine):
-    """The relative error of the loss and of the gradient of every weight, MASK aside: it is a row of the package's table, which
-    it does not train."""
+    """The relative error of the loss and of the gradient of every weight. MASK is a row of the package's table, which it
+    does not train, and its Markov head is two tables: ours (docs/design.md) is in the loss and in the others' gradients."""
     (their_loss, their_gradients), (my_loss, my_gradients) = theirs, mine
     assert their_gradients.keys() == my_gradients.keys() and len(my_gradients) > 10
     assert all(gradient.norm() > 0 for gradient in my_gradients.values())
@@ -197,6 +199,8 @@ DFLASH_CASES = {
     "kl, causal": ("kl", {"causal": True}),
     "kl, reduced, the target's rows": ("kl", {"draft_vocab": 500}),
     "kl, from the anchor on": ("kl", {"shifted": True}),
+    "kl, a Markov head (DSpark)": ("kl", {"shifted": True, "sequential": "markov", "sequential_size": 8}),
+    "kl, a Markov head behind the anchor": ("kl", {"sequential": "markov", "sequential_size": 8}),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.target import FrozenHead
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_names, read_fields
-from train.drafter.imported_weights import imported_weights, mask_of
+from train.drafter.imported_weights import imported_weights, left_to_target
 from train.drafter.model import Drafter
 
 
@@ -59,7 +59,7 @@ def warm_start(drafter: Drafter, folder: str, head: FrozenHead) -> tuple[list[st
     projection of the stream becomes half a projection of the token and half of the feature, and back their sum.
 
     Args:
-        head: the target's, of which a checkpoint in a server's format takes its MASK.
+        head: the target's, of which a checkpoint in another format takes its part.
 
     Raises:
         UserError: nothing fits.
@@ -103,9 +103,7 @@ def _weights(folder: str, config: DrafterConfig, head: FrozenHead) -> dict[str, 
     """The checkpoint's weights under our names, without those that mean something else here."""
     other = _config(folder, config)
     if is_foreign(read_fields(folder)):
-        theirs, mask_1E = imported_weights(folder_of(folder), other), mask_of(folder_of(folder), other, head)
-        if mask_1E is not None:
-            theirs["mask.weight"] = mask_1E
+        theirs = imported_weights(folder_of(folder), other) | left_to_target(folder_of(folder), other, head)
     else:
         try:
             theirs = load_file(folder_of(folder) / "model.safetensors")

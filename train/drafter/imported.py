@@ -4,11 +4,11 @@
                   `midlayer.` or `layers.0.`
     P-EAGLE       PeagleLlamaForCausalLM or PeagleQwen3ForCausalLM, or EAGLE-3's with a tensor `mask_hidden`
     DFlash        architectures DFlashDraftModel, with dflash_config
-    speculators   speculators_model_type eagle3, peagle, dflash (or dspark without a Markov head); layers in
-                  transformer_layer_config
+    DSpark        architectures Qwen3DSparkModel; with a Markov head whose tables factor through the target's, as our exports' do
+    speculators   speculators_model_type eagle3, peagle, dflash or dspark; the layers in transformer_layer_config
 
 A checkpoint says nothing of its target's weights, so that it is taken beside whatever target is named, if the sizes fit. What it
-leaves to its target (MASK is a row of the target's embedding) is taken once the target is there: `bind`. All that would make
+leaves to its target (MASK is a row of the target's embedding) is taken once the target is there (`bind`). All that would make
 another function of the same weights is refused by name, and so is every tensor that has no place here.
 
 Each key counts layers in its own way. `eagle_aux_hidden_state_layer_ids` (vLLM's) and speculators' `aux_hidden_state_layer_ids`
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from data_prep.errors import UserError
 from data_prep.target import Architecture, Sizes, read_layers
 from train.drafter.config import DrafterConfig
-from train.drafter.imported_weights import Tensors, refuse
+from train.drafter.imported_weights import MARKOV, Tensors, refuse
 
 ARCHITECTURES = {
     "LlamaForCausalLMEagle3": "eagle3",
@@ -32,8 +32,9 @@ ARCHITECTURES = {
     "PeagleLlamaForCausalLM": "peagle",
     "PeagleQwen3ForCausalLM": "peagle",
     "DFlashDraftModel": "dflash",
+    "Qwen3DSparkModel": "dspark",
 }
-NAMES = {"eagle3": "EAGLE-3", "peagle": "P-EAGLE", "dflash": "DFlash"}
+NAMES = {"eagle3": "EAGLE-3", "peagle": "P-EAGLE", "dflash": "DFlash", "dspark": "DSpark"}
 STEPS = {"eagle3": 7, "peagle": 8}  # of a checkpoint that names none: as published
 # What dflash_config may say; another key could change what is computed.
 DFLASH_KEYS = {"mask_token_id", "target_layer_ids", "causal", "block_size", "num_target_layers", "use_aux_hidden_state"}
@@ -45,7 +46,7 @@ Beside = Callable[[], Sizes | Architecture]  # the sizes of the target beside wh
 class Claims(NamedTuple):
     """What a configuration says, whichever format it has."""
 
-    kind: str  # eagle3 | peagle | dflash
+    kind: str  # eagle3 | peagle | dflash | dspark
     format: str
     said: dict  # where the format's own keys are
     layer: dict  # where those of the layers are
@@ -92,6 +93,9 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
         rope_scale=rotary.scale,
         max_positions=sizes.max_positions,
     )
+    markov = tensors.shape(MARKOV[0])
+    if markov and markov[1] == 1 and not tensors[MARKOV[0]].any():  # SGLang knows none without one
+        markov = None
     knows = int(rotary.factor * layer.max_position_embeddings)
     return DrafterConfig(
         objective="ttt" if claims.kind == "eagle3" else "blockwise",
@@ -106,6 +110,8 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
         mask_token_id=claims.mask_token_id,
         architecture=architecture,
         target={"id": claims.verifier or "unknown", "weights_hash": None, "tokenizer_hash": None},
+        sequential=markov and "markov",
+        sequential_size=markov[1] if markov else 256,
         draft_vocab=draft_vocab,
         own_head="lm_head.weight" in tensors,
         rope_factor=rotary.factor,
@@ -138,12 +144,14 @@ def _check_sizes(folder: Path, claims: Claims, layer, sizes: Sizes | Architectur
 
 def _check_meaning(folder: Path, claims: Claims, layer) -> None:
     """Raises UserError for a key under which the same weights are another function."""
-    says, dflash = claims.says, claims.kind == "dflash"
+    says, dflash = claims.says, claims.kind in ("dflash", "dspark")
+    markov = says("markov_head_type") or "vanilla"
     scale = claims.layer.get("logit_scale", 1)
     refuse(
         folder,
         {
             "has norm_before_fc: one norm over all features, which no drafter here has": bool(says("norm_before_fc")),
+            f"has a {markov} Markov head, and ours (drafter.sequential=markov) is vanilla": markov != "vanilla",
             "is DFlash's, and has EAGLE-3's norms (fc_norm, norm_before_residual)": (
                 dflash and bool(says("fc_norm") or says("norm_before_residual"))
             ),
@@ -173,7 +181,8 @@ def _check_depth(folder: Path, depth: int, layer, tensors: Tensors) -> None:
 
 def _draft_vocabulary(folder: Path, claims: Claims, sizes: Sizes | Architecture, tensors: Tensors) -> int | None:
     """How many tokens it can say; None: all."""
-    said, kept = claims.says("draft_vocab_size") or sizes.vocab_size, tensors.length("d2t")
+    said, kept = claims.says("draft_vocab_size") or sizes.vocab_size, tensors.shape("d2t")
+    kept = kept and kept[0]
     refuse(
         folder,
         {
@@ -227,33 +236,32 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
             ),
         },
     )
+    block, eagle = kind in ("dflash", "dspark"), fields.get("eagle_config") or {}
     causal, dflash_causal = fields.get("is_causal"), dflash.get("causal")
+    anchor = fields.get("sample_from_anchor", dflash.get("sample_from_anchor", kind == "dspark"))
     named = [fields.get(key, dflash.get(key)) for key in ("mask_token_id", "pard_token", "ptd_token_id")]
     return Claims(
         kind=kind,
         format=NAMES[kind],
         said=fields,
-        layer={"model_type": "qwen3" if kind == "dflash" else "llama"} | fields,
+        layer={"model_type": "llama" if kind in ("eagle3", "peagle") else "qwen3"} | fields,
         verifier=None,
         inputs=fields.get("eagle_aux_hidden_state_layer_ids"),
-        outputs=dflash.get("target_layer_ids") or (fields.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"),
-        slots=fields.get("block_size") or dflash.get("block_size") if kind == "dflash" else None,
-        shifted=kind == "peagle" or bool(dflash.get("sample_from_anchor")),
-        causal=(dflash_causal if causal is None else causal) if kind == "dflash" else kind == "peagle",
+        outputs=dflash.get("target_layer_ids") or fields.get("target_layer_ids") or eagle.get("eagle_aux_hidden_state_layer_ids"),
+        slots=(fields.get("block_size") or dflash.get("block_size")) if block else None,
+        shifted=kind == "peagle" or (block and bool(anchor)),
+        causal=(dflash_causal if causal is None else causal) if block else kind == "peagle",
         mask_token_id=None if kind == "eagle3" else next((token for token in named if token is not None), None),
     )
 
 
 def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors) -> Claims:
-    markov = any(name.startswith("markov_head.") for name in tensors.names)
     refuse(
         folder,
         {
-            f"is speculators' {kind}; what is read: eagle3, peagle, dflash, and dspark without a Markov head": (
+            f"is speculators' {kind}; what is read: eagle3, peagle, dflash, dspark": (
                 kind not in ("eagle3", "peagle", "dflash", "dspark")
             ),
-            "has a Markov head of two tables of the vocabulary's size; ours (drafter.sequential) goes through the target's own "
-            "embedding and LM head, of which such tables are no function": markov,
         },
     )
     config = fields.get("speculators_config") or {}
@@ -262,7 +270,7 @@ def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors)
     block = kind in ("dflash", "dspark")
     causal = None if block and not fields.get("sliding_window_non_causal", False) else kind == "peagle"
     return Claims(
-        kind="dflash" if block else kind,
+        kind=kind,
         format=f"speculators {kind}",
         said=fields,
         layer=fields.get("transformer_layer_config") or {},
@@ -283,7 +291,7 @@ def _hidden_layers(folder: Path, claims: Claims, sizes: Sizes | Architecture) ->
     if inputs and outputs and sorted(inputs) != sorted(i + 1 for i in outputs):
         raise UserError(f"{folder} names the layers that it reads twice: inputs {inputs}, outputs {outputs}")
     if not inputs and not outputs:
-        if claims.kind == "dflash":
+        if claims.kind in ("dflash", "dspark"):
             raise UserError(f"{folder} names no layers that it reads (target_layer_ids)")
         inputs = [2, count // 2, count - 3]
     layers = sorted(i - 1 for i in inputs) if inputs else sorted(outputs)

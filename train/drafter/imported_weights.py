@@ -1,6 +1,6 @@
 """The tensors of a checkpoint that others trained, under our names (train/drafter/imported.py reads its configuration).
 
-Shapes: E hidden size, V target vocabulary, D draft vocabulary.
+Shapes: E hidden size, V target vocabulary, D draft vocabulary, R rank of a Markov head, N rows of a table.
 """
 
 from dataclasses import replace
@@ -16,7 +16,8 @@ from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 from train.drafter.names import MASK_FILE, served_names
 
-LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding"}  # tensors that need no place of their own
+MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")  # [V, R] and [D, R]
+LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding", *MARKOV}  # tensors that need no place of their own
 
 
 def refuse(folder: Path, reasons: dict[str, bool]) -> None:
@@ -60,17 +61,17 @@ class Tensors:
         with safe_open(self.files[theirs], "pt") as opened:
             return opened.get_tensor(theirs)
 
-    def length(self, name: str) -> int | None:
-        """Rows of a tensor; None: there is no such tensor."""
+    def shape(self, name: str) -> list[int] | None:
+        """None: there is no such tensor."""
         if name not in self:
             return None
         theirs = self._theirs[name]
         with safe_open(self.files[theirs], "pt") as opened:
-            return opened.get_slice(theirs).get_shape()[0]
+            return opened.get_slice(theirs).get_shape()
 
 
 def names_of(config: DrafterConfig) -> dict[str, str]:
-    """Each of our weights -> its name in public checkpoints. MASK has none."""
+    """Each of our weights -> its name in public checkpoints. What comes from the target has none."""
     names = served_names(config)
     if config.pairs:
         names["mask_hidden.weight"] = "mask_hidden"
@@ -82,15 +83,21 @@ def names_of(config: DrafterConfig) -> dict[str, str]:
 
 
 def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
-    """The checkpoint's weights under our names, but for MASK. Raises UserError for tensors that are missing or have no place."""
+    """The checkpoint's weights under our names, but for what it leaves to its target. Raises UserError for tensors that are
+    missing or have no place."""
     tensors, names = Tensors(folder), names_of(config)
     absent = [theirs for theirs in names.values() if theirs not in tensors]
-    confidence = {name for name in tensors.names if name.startswith("confidence_head.")}
-    again = {f"layers.{i}.hidden_norm.weight" for i in range(1, config.depth)}  # SGLang's name of a later layer's input norm
-    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence - again)
+    confidence = {name for name in tensors.names if name.startswith("confidence_head.")}  # how much to verify: not what to draft
+    # SGLang calls the norm of later layers otherwise than vLLM, so that some hold it twice.
+    twice = {f"layers.{i}.hidden_norm.weight": f"layers.{i}.input_layernorm.weight" for i in range(1, config.depth)}
+    twice = {name: other for name, other in twice.items() if name in tensors and other in tensors}
+    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence - twice.keys())
     refuse(
         folder,
         {
+            "has norms of later layers for vLLM (input_layernorm) and for SGLang (hidden_norm) that differ": any(
+                not torch.equal(tensors[name], tensors[other]) for name, other in twice.items()
+            ),
             f"lacks the tensor {absent and absent[0]} (in all {len(absent)})": bool(absent),
             f"has a tensor that no drafter here has, {foreign and foreign[0]} (in all {len(foreign)})": bool(foreign),
         },
@@ -122,19 +129,33 @@ def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> 
 
 @torch.no_grad()
 def bind(drafter: Drafter, folder: Path, name: str, target: Target) -> None:
-    """Make an imported drafter this target's: MASK, and whose it is from now on. Raises UserError as `mask_of` does."""
-    mask_1E = mask_of(folder, drafter.config, target.frozen_head)
-    if mask_1E is not None:
-        drafter.mask.weight.copy_(mask_1E)
+    """Make an imported drafter this target's: what the checkpoint left to it, and whose it is from now on. Raises UserError as
+    `left_to_target` does."""
+    drafter.load_state_dict(left_to_target(folder, drafter.config, target.frozen_head), strict=False)
     tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision))[0]
     identity = {"id": name, "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hash}
     drafter.config = replace(drafter.config, target=identity)
 
 
-def mask_of(folder: Path, config: DrafterConfig, head: FrozenHead) -> Tensor | None:
-    """What the checkpoint leaves to its target: the embedding of MASK, [1, E]; None under ttt. An embedding table of the
-    checkpoint's own has to be the target's, but for MASK's row. Raises UserError for another."""
-    tensors, token, table_VE = Tensors(folder), config.mask_token_id, head.embedding_VE
+def left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead) -> dict[str, Tensor]:
+    """What a checkpoint says in terms of its target, under our names: MASK, a row of the embedding, and a Markov head's tables,
+    which ours factors through embedding and LM head. An embedding table of the checkpoint's own has to be the target's, but for
+    MASK's row. Raises UserError for another, and for tables that cannot be factored."""
+    tensors = Tensors(folder)
+    mask_1E = _mask(folder, config, head, tensors)
+    found = {} if mask_1E is None else {"mask.weight": mask_1E}
+    if config.sequential:
+        draft_DE = tensors["lm_head.weight"] if config.own_head else head.head_VE.cpu()
+        if config.draft_vocab and not config.own_head:
+            draft_DE = draft_DE[torch.arange(config.draft_vocab) + tensors["d2t"]]
+        found["sequential.down.weight"] = _factored(folder, tensors[MARKOV[0]], head.embedding_VE.cpu(), "embedding").T
+        found["sequential.up.weight"] = _factored(folder, tensors[MARKOV[1]], draft_DE, "LM head")
+    return found
+
+
+def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensors) -> Tensor | None:
+    """[1, E]; None under ttt."""
+    token, table_VE = config.mask_token_id, head.embedding_VE
     mask_1E = None if token is None else table_VE[token : token + 1].clone()
     if "embed_tokens.weight" in tensors:
         theirs_VE = tensors["embed_tokens.weight"]
@@ -148,11 +169,30 @@ def mask_of(folder: Path, config: DrafterConfig, head: FrozenHead) -> Tensor | N
                 f"{int(off_V.nonzero()[0])}; drafters here read their target's"
             )
     if token is not None and (folder / MASK_FILE).is_file():
-        found = torch.load(folder / MASK_FILE, weights_only=True)
-        mask_1E = (found["embedding"] if isinstance(found, dict) else found).view(1, -1).to(table_VE)
+        stored = torch.load(folder / MASK_FILE, weights_only=True)
+        mask_1E = (stored["embedding"] if isinstance(stored, dict) else stored).view(1, -1).to(table_VE)
     if token is not None and "mask_embedding" in tensors:
         mask_1E = tensors["mask_embedding"].view(1, -1).to(table_VE)
     return mask_1E
+
+
+def _factored(folder: Path, table_NR: Tensor, through_NE: Tensor, name: str) -> Tensor:
+    """x [E, R] with table = through @ x, by least squares. Raises UserError where the table is no such product."""
+    size = through_NE.shape[1]
+    gram_EE, right_ER = torch.zeros(size, size).double(), torch.zeros(size, table_NR.shape[1]).double()
+    parts = list(zip(through_NE.detach().split(8192), table_NR.split(8192)))  # a vocabulary in float64 would be large
+    for part_NE, part_NR in parts:
+        gram_EE += part_NE.double().T @ part_NE.double()
+        right_ER += part_NE.double().T @ part_NR.double()
+    gram_EE += 1e-12 * gram_EE.trace() * torch.eye(size).double()
+    x_ER = torch.linalg.solve(gram_EE, right_ER)
+    missed = sum((part_NE.double() @ x_ER - part_NR.double()).square().sum() for part_NE, part_NR in parts)
+    if missed > 1e-4 * table_NR.double().square().sum():  # bf16 alone gives a hundredth of this
+        raise UserError(
+            f"{folder} has a Markov head of two tables of the vocabulary's size; ours (drafter.sequential) goes through the "
+            f"target's embedding and LM head, and this one is no function of the {name}"
+        )
+    return x_ER.to(through_NE.dtype)
 
 
 def _rows_that_differ(folder: Path, theirs_VE: Tensor, mine_VE: Tensor) -> Tensor:

@@ -262,8 +262,8 @@ class Drafter(nn.Module):
 
     @staticmethod
     def from_pretrained(folder: str | Path, beside: Callable | None = None) -> "Drafter":
-        """`folder`: a path or the name of a released drafter, or a checkpoint in another format (whose MASK is still to be taken
-        from the target: `imported_weights.mask_of`); `beside` as in `DrafterConfig.load`. Raises UserError when it holds no
+        """`folder`: a path or the name of a released drafter, or a checkpoint in another format (to which the target still has to
+        give its part: `imported_weights.bind`); `beside` as in `DrafterConfig.load`. Raises UserError when it holds no
         drafter or its weights do not fit its configuration."""
         drafter = Drafter.of(DrafterConfig.load(folder, beside))
         try:
@@ -271,8 +271,9 @@ class Drafter(nn.Module):
                 from train.drafter.imported_weights import imported_weights
 
                 weights = imported_weights(folder_of(folder), drafter.config)
-                if drafter.config.objective == "blockwise":
-                    weights["mask.weight"] = torch.full_like(drafter.mask.weight, torch.nan)
+                for name, tensor in drafter.weights().items():
+                    if name.startswith(("mask.", "sequential.")):  # still to come from the target, and felt if it does not
+                        weights[name] = torch.full_like(tensor, torch.nan)
             else:
                 weights = load_file(folder_of(folder) / "model.safetensors")
             absent, foreign = drafter.load_state_dict(weights, strict=False)
