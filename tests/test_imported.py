@@ -200,6 +200,7 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
     check_warm_start(str(tmp_path / "norm"), replace(fits, norm_before_residual=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,format", [("ttt", "eagle3"), ("blockwise", "dflash")])
 def test_the_commands_take_a_checkpoint(target, cache, tmp_path, kind, format):
     """Judged, decoded with and trained on by the real commands, beside the target that they name."""
