@@ -299,8 +299,6 @@ def check(recipe: EvalRecipe) -> None:
             raise UserError(f"out={recipe.out} is the drafter's own folder; an export needs another")
         if recipe.any_target and recipe.format != "drafter":
             raise UserError(f"format={recipe.format} writes parts of the drafter's own target: leave out any_target=true")
-        if config.imported and recipe.format != "drafter":
-            raise UserError(f"{recipe.drafter} came in {config.imported}'s format: export it from there, or say format=drafter")
         check_export(config, recipe.format)
     if recipe.mode in ("score", "diagnose"):
         reader = CacheReader(recipe.cache.dir)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data_prep.errors import UserError
 from data_prep.target import Target, load_tokenizer
 from tests.conftest import ROOT
 from tests.speculators_models import LENGTH, TINY, package
@@ -20,6 +21,7 @@ from tests.test_export import ANCHORS, assert_same, block_logits, eagle3_logits
 from tests.test_export import ours as logits_of
 from tests.test_imported import imported, ours, refused
 from train.drafter.config import DrafterConfig
+from train.drafter.export import save_export
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,9 @@ def test_a_published_eagle3_checkpoint_is_read(deep, tmp_path):
     config = drafter.config
     assert (config.hidden_layers, config.slots, config.positions, config.draft_vocab) == ([1, 3, 4], 7, 512, 600)
     assert config.architecture.inv_freq != target.architecture.inv_freq  # theta is 10,000 where nothing says otherwise
+    with pytest.raises(UserError, match="format=eagle3 has the target's rotary embedding; this drafter"):
+        save_export(drafter, target, tmp_path / "again", "eagle3")
+    assert not (tmp_path / "again").exists()
     convert_model(str(tmp_path / "published"), target.path, "eagle3", str(tmp_path / "converted"))
     model = Eagle3DraftModel.from_pretrained(str(tmp_path / "converted")).float().eval()
     torch.nn.init.constant_(model.embed_tokens.weight, torch.nan)  # as tests/test_export.py says
@@ -260,6 +265,8 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
         ({"eagle_aux_hidden_state_layer_ids": [2, 5]}, "do not fit its config.json"),
         ({"head_dim": 32}, "do not fit its config.json"),
         ({"rms_norm_eps": "small"}, "configuration cannot be read"),
+        ({"eagle_config": 5}, "config.json is of no checkpoint that is known"),
+        ({"eagle_aux_hidden_state_layer_ids": ["first"]}, "config.json is of no checkpoint that is known"),
     ],
 )
 def test_a_configuration_that_no_drafter_can_be_is_refused_by_name(deep, tmp_path, changes, message):

@@ -179,7 +179,10 @@ class DrafterConfig:
         if is_foreign(fields):
             from train.drafter.imported import imported_config
 
-            return imported_config(folder_of(folder), fields, beside)
+            try:
+                return imported_config(folder_of(folder), fields, beside)
+            except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:  # a number where others have a list
+                raise UserError(f"{folder}/config.json is of no checkpoint that is known: {error}") from error
         try:
             return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
         except (ValueError, TypeError, KeyError) as error:

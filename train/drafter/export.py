@@ -89,6 +89,9 @@ def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> 
     if format == "drafter":
         drafter.to(torch.bfloat16).save_pretrained(folder)
         return []
+    mine, theirs = ([a.rope_scale, *a.inv_freq] for a in (drafter.config.architecture, target.architecture))
+    if not torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=0):
+        raise UserError(f"format={format} has the target's rotary embedding; this drafter, which was imported, has another")
     folder.mkdir(parents=True, exist_ok=True)
     described = speculators_config if format == "speculators" else plain_config
     config = described(drafter.config, target, str(drafter.dtype).removeprefix("torch."))

@@ -161,7 +161,8 @@ def _check_meaning(folder: Path, claims: Claims, layer) -> None:
             f"scales its logits (logit_scale={scale})": scale != 1,
             f"has MLPs of {layer.hidden_act}, and ours are of silu": layer.hidden_act != "silu",
             "names no MASK (mask_token_id)": claims.kind != "eagle3" and claims.mask_token_id is None,
-            "names no length of a block (block_size)": dflash and not claims.slots,
+            f"has MASK as token {claims.mask_token_id} of {layer.vocab_size}": (claims.mask_token_id or 0) >= layer.vocab_size,
+            f"drafts no token with block_size={claims.slots}": dflash and (claims.slots or 0) < (1 if claims.shifted else 2),
         },
     )
 
