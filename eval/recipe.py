@@ -191,7 +191,7 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
     if tree and tree.breadth > (config.draft_vocab or config.architecture.vocab_size):
         raise UserError(f"draft.breadth={tree.breadth} exceeds what the drafter can say")
     if recipe.mode == "served" and (tree or view or draft.length == "adaptive"):
-        raise UserError("mode=served compares chains of one length under the full view: leave out draft.breadth and, view.*")
+        raise UserError("mode=served compares chains of one length under the full view: leave out draft.* and view.*")
     if "" in recipe.stop:
         raise UserError('stop=[""]: an empty string ends nothing')
     if draft.nodes and not tree:

@@ -6,7 +6,7 @@ of whole rounds on both sides: joint_j, the share of rounds that accepted at lea
 Whether they differ is tested at concurrency 1, where the counts of each prompt are known on both sides. The drafts of one request
 depend on one another, so that a test of two binomials would find differences that are none. Here the two are exchanged within
 prompts at random: if the server runs this drafter, it is a matter of chance which of the two a prompt's counts came from. p is
-the share of exchanges after which joint_j lies apart at least as far, corrected for the number of positions after Holm.
+the share of exchanges after which the two lie apart at least as far, corrected for the number of positions.
 
 Shapes: P prompts, or conversations with all of their turns; R exchanges; J positions, C = 1 + J counts (`eval/servers.py`).
 """
@@ -30,26 +30,27 @@ from rich.table import Table
 from data_prep import cli
 from data_prep.cache.manifest import flatten, write_text
 from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.errors import UserError
-from data_prep.target import Target, load_tokenizer, target_sizes
-from eval import page
-from eval.drafting import OtherMemory
+from data_prep.target import Target, load_target, load_tokenizer, target_sizes
+from eval import measure, page
 from eval.engine import Engine, room_for
-from eval.judge import contenders
 from eval.lengths import lengths_of
 from eval.recipe import EvalRecipe, prompts_of, prompts_within
 from eval.request import Stops
 from eval.servers import Answer, Asked, Server, Vllm, find_server
 from eval.started import METHODS, interpreter, started, words
+from eval.static_drafting import Proposal, StaticTrained
 from eval.suites import Prompt
 from train.drafter.export import save_export
 from train.drafter.model import Drafter
 
 EXCHANGES = 20_000
 SURE = 0.01  # a corrected p below it is a difference beyond chance
-HEADS = ("T", "who", "tau", "accepted by position", "TTFT ms", "90% within", "tokens/s", "outputs equal ours")
-WORDS = [0, 1, 3]  # columns of words
+HONEST = 0.001  # sampled outputs that are less likely than this are no samples of the target (eval/lossless.py has the same)
+HEADS = ("T", "who", "tau", "accepted by position", "TTFT ms", "90% within", "tokens/s", "outputs")
+WORDS = [0, 1, 3, 7]  # columns of words
 OURS = "ours"
 
 
@@ -98,10 +99,11 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
             torch.cuda.empty_cache()
         else:
             prompts, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - server.slots, tokenizer)
-        starting = started(recipe.server, command, Path(folder) / "log") if command else nullcontext(server and server.url)
+        starting = started(recipe.server, command, Path(recipe.out) / "server.log") if command else nullcontext(server)
         with starting as url:
             server = server or find_server(url, recipe.target_names)
             theirs = asyncio.run(_ask_all(recipe, server, prompts, said, ends))
+        odds = _odds(recipe, theirs) if own else {}
     result |= {
         "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
         | ({"command": command} if command else {"url": server.url}),
@@ -115,7 +117,9 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         name = f"{temperature:g}"
         mine = own.get(temperature)
         runs = ({OURS: mine} if mine else {}) | {str(concurrency): run for concurrency, run in levels.items()}
-        result["temperatures"][name] = {who: figures(run, mine, temperature == 0) for who, run in runs.items()}
+        result["temperatures"][name] = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
+        for concurrency, p in odds.get(temperature, {}).items():
+            result["temperatures"][name][str(concurrency)]["sampling_p"] = p
         result["temperatures"][name]["positions"] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels else []
         result["said"][name] = conclusions(result, name, len(prompts))
     return result
@@ -136,6 +140,14 @@ def _start_of(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path
 # Ours.
 
 
+class Likeliest(StaticTrained):
+    """Drafts the likeliest tokens at any temperature, as vLLM and SGLang do unless they are told otherwise. They are accepted
+    with the target's own probability, and the output is a sample of the target's all the same."""
+
+    def propose(self, text_BL, anchor_B, length: int, sampling: Sampling, u_BJ) -> Proposal:
+        return super().propose(text_BL, anchor_B, length, sampling._replace(temperature=0.0), u_BJ)
+
+
 def ours(
     recipe: EvalRecipe, target: Target, drafter: Drafter, prompts: list[Prompt], said: dict, slots: int
 ) -> dict[float, Run]:
@@ -145,8 +157,9 @@ def ours(
     cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
     if recipe.compile:
         target.compile()
-    alone = recipe.model_copy(update={"controls": False, "batch": 1})
-    drafting = contenders(alone, target, drafter, OtherMemory(1, room))["trained"]
+    if target.frozen_head.product.is_laid_out:
+        lay_out(drafter)
+    drafting = Likeliest(drafter, target.frozen_head)
     stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision))
     found = {}
     for temperature in recipe.temperatures:
@@ -161,7 +174,8 @@ def ours(
                 one = engine.generate([prompt.tokens], limit, [recipe.seed + len(run.answers)], stops)[0]
                 kept = [r.kept for r in one.rounds]
                 count_C = np.array([len(kept), *(sum(k >= j for k in kept) for j in range(1, slots + 1))])
-                run.answers[prompt.id, turn] = Answer(one.tokens, one.prefill_s, one.prefill_s + one.decode_s, count_C)
+                seconds = one.prefill_s + one.decode_s
+                run.answers[prompt.id, turn] = Answer(prompt.tokens, one.tokens, one.prefill_s, seconds, count_C)
                 run.count_C += count_C
                 prompt, turn = prompt.after(one.tokens), turn + 1
         run.seconds = sum(answer.seconds for answer in run.answers.values())
@@ -222,11 +236,28 @@ async def _level(server: Server, client, prompts: list[Prompt], concurrency: int
     return run
 
 
+def _odds(recipe: EvalRecipe, theirs: dict[float, dict[int, Run]]) -> dict[float, dict[int, float]]:
+    """{temperature above 0: {concurrency: how likely outputs at least this odd are, if they are samples of the target}}. Reads
+    the target anew: it made room for the server."""
+    sampled = {temperature: levels for temperature, levels in theirs.items() if temperature > 0}
+    if not sampled:
+        return {}
+    target, found = load_target(recipe.target), {}
+    for temperature, levels in sampled.items():
+        sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+        for concurrency, run in levels.items():
+            answers = list(run.answers.values())
+            p = measure.sampling_p_value(target, [answer.prompt for answer in answers], answers, sampling)
+            found.setdefault(temperature, {})[concurrency] = p
+    return found
+
+
 # What it comes to.
 
 
-def figures(run: Run, own: Run | None, greedy: bool) -> dict:
-    """One row of the table. TTFT and seconds are what the client saw; ours are the engine's, without a network."""
+def figures(run: Run, own: Run | None) -> dict:
+    """One row of the table. TTFT and seconds are what the client saw; ours are the engine's, without a network. `own`: whose
+    outputs these should be, token for token."""
     answers = list(run.answers.values())
     first_ms = [1e3 * answer.first_s for answer in answers]
     tokens = sum(len(answer.tokens) for answer in answers)
@@ -241,21 +272,21 @@ def figures(run: Run, own: Run | None, greedy: bool) -> dict:
         "tokens_per_s": tokens / max(run.seconds, 1e-9),
         "per_prompt_count": {id: count_C.tolist() for id, count_C in run.by_prompt().items()},
     }
-    if own and own is not run and greedy:
+    if own and own is not run:
         same = (key in own.answers and own.answers[key].tokens == answer.tokens for key, answer in run.answers.items())
         found["equal"] = sum(same)
     return found
 
 
 def compared(own: Run, theirs: Run, seed: int) -> list[dict]:
-    """{"position" (from 1), "ours", "server", "p" (after Holm)} of every position that both draft."""
+    """{"position" (from 1), "ours", "server", "p"} of every position that both draft."""
     mine, other = own.by_prompt(), theirs.by_prompt()
     ids = [id for id in mine if id in other]
     if not ids:
         return []
     slots = min(len(own.count_C), len(theirs.count_C)) - 1
     ours_PC, server_PC = (np.array([counts[id][: 1 + slots] for id in ids]) for counts in (mine, other))
-    p_J = holm(exchanged(ours_PC, server_PC, seed))
+    p_J = exchanged(ours_PC, server_PC, seed)
     ours_J, server_J = (joint(count_PC.sum(0)) for count_PC in (ours_PC, server_PC))
     rows = zip(ours_J.tolist(), server_J.tolist(), p_J.tolist())
     return [{"position": j, "ours": a, "server": b, "p": p} for j, (a, b, p) in enumerate(rows, 1)]
@@ -267,23 +298,16 @@ def joint(count: np.ndarray) -> np.ndarray:
 
 
 def exchanged(a_PC: np.ndarray, b_PC: np.ndarray, seed: int) -> np.ndarray:
-    """[J] p-values of joint_j being equal: the share of random exchanges of a and b within prompts, what was seen among them,
-    after which the two lie apart at least as far. Certain below 1 / R only that it is small."""
+    """[J] p-values of joint_j being equal in a and b, over random exchanges of the two within prompts, what was seen among them:
+    the share of exchanges in which *any* position lies apart as far as j does, each measured in its own standard deviations. That
+    corrects for the number of positions (Westfall and Young)."""
     swap_RP = np.random.default_rng(seed).integers(0, 2, (EXCHANGES, len(a_PC)))
+    swap_RP[0] = 0
     both_C = (a_PC + b_PC).sum(0)
     first_RC = a_PC.sum(0) + swap_RP @ (b_PC - a_PC)
     apart_RJ = np.abs(joint(first_RC) - joint(both_C - first_RC))
-    seen_J = np.abs(joint(a_PC.sum(0)) - joint(b_PC.sum(0)))
-    return (1 + (apart_RJ >= seen_J - 1e-12).sum(0)) / (1 + EXCHANGES)
-
-
-def holm(p_J: np.ndarray) -> np.ndarray:
-    """p-values corrected for their number."""
-    order = np.argsort(p_J)
-    scaled_J = p_J[order] * np.arange(len(p_J), 0, -1)
-    corrected_J = np.empty(len(p_J))
-    corrected_J[order] = np.minimum(1, np.maximum.accumulate(scaled_J))
-    return corrected_J
+    apart_RJ /= np.maximum(np.sqrt((apart_RJ**2).mean(0)), 1e-12)  # nothing apart in any exchange stays nothing
+    return (apart_RJ.max(1, keepdims=True) >= apart_RJ[0] - 1e-9).mean(0)
 
 
 def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
@@ -302,17 +326,22 @@ def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
                 f"{row['equal']} of {row['requests']} outputs at concurrency {name} equal ours, token for token; the others part "
                 "where the two compute otherwise (another dtype, other kernels), or the server is at fault"
             )
+        if row.get("sampling_p", 1) < HONEST:
+            found.append(
+                f"the outputs at concurrency {name} are no samples of the target (p < {HONEST}): the server samples wrongly, "
+                "whoever drafts, and its acceptance at this temperature says nothing of the drafter"
+            )
     if not rows["positions"]:
         return [*found, "not tested: each prompt's counts are known at concurrency 1 alone (server.concurrency=[1,...])"]
     apart = [one for one in rows["positions"] if one["p"] < SURE]
     for one in apart:
         p = f"p = {one['p']:.3f}" if one["p"] >= 0.001 else "p < 0.001"
         found.append(f"position {one['position']}: server {one['server']:.2f}, ours {one['ours']:.2f} ({p})")
-    if apart:
+    if apart and rows["1"].get("sampling_p", 1) >= HONEST:
         found.append("the server does not run this drafter as it was trained")
-    else:
-        found.append(f"no position differs beyond chance (p >= {SURE} after Holm, exchanges within prompts)")
-    if not apart and len(rows["positions"]) * 2 / 2**prompts >= SURE:
+    elif not apart:
+        found.append(f"no position differs beyond chance (p >= {SURE}, exchanges within prompts)")
+    if not apart and 2 / 2**prompts >= SURE:
         found.append(f"{prompts} prompts are too few for this test to find any difference")
     return found
 
@@ -330,9 +359,17 @@ def rows(result: dict) -> list[list[str]]:
             name = "ours, one at a time" if who == OURS else f"{result['server']['kind']}, {who} at a time"
             cells = [temperature, name, f"{row['tau_micro']:.3f}", " ".join(f"{one:.3f}" for one in row["joint"])]
             cells += [f"{row['ttft_ms'][which]:,.0f}" for which in ("median", "p90")]
-            equal = f"{row['equal']} of {row['requests']}" if "equal" in row else ""
-            lines.append([*cells, f"{row['tokens_per_s']:,.0f}", equal])
+            lines.append([*cells, f"{row['tokens_per_s']:,.0f}", _outputs(row)])
     return lines
+
+
+def _outputs(row: dict) -> str:
+    """A row's outputs in a cell: against ours at temperature 0, against the target's distribution above it."""
+    if "equal" in row:
+        return f"{row['equal']} of {row['requests']} as ours"
+    if "sampling_p" in row:
+        return f"sampled, p = {row['sampling_p']:.3f}" if row["sampling_p"] >= HONEST else f"NO samples, p < {HONEST}"
+    return ""
 
 
 CAPTION = (
@@ -370,7 +407,7 @@ def write_page(out: Path, result: dict) -> None:
         + "".join(page.note(f"T = {t}: {one}") for t, said in result["said"].items() for one in said),
         "Acceptance by position": page.figure(_draw(temperatures, server["kind"]), "The share of rounds that accepted so many."),
         "Position by position": page.table(heads, tested)
-        + page.note(f"p: {EXCHANGES:,} exchanges of ours and the server's within prompts, corrected after Holm; concurrency 1.")
+        + page.note(f"p: {EXCHANGES:,} exchanges within prompts at concurrency 1, corrected for the number of positions.")
         if tested
         else "",
         "What was judged": page.facts(settings),

@@ -63,6 +63,7 @@ class Asked:
 class Answer:
     """Token ids; seconds until the first of them came, and in all. `count_C`: of this request's rounds; None: not known apart."""
 
+    prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     first_s: float = 0.0
     seconds: float = 0.0
@@ -117,7 +118,7 @@ class Server:
 
     async def ask(self, client: httpx.AsyncClient, prompt: list[int], asked: Asked, seed: int) -> Answer:
         """Raises UserError when the server refuses or stops answering."""
-        answer, started = Answer(), time.perf_counter()
+        answer, started = Answer(prompt), time.perf_counter()
         try:
             async for event in self._events(client, prompt, asked, seed):
                 self._take(answer, event)

@@ -62,6 +62,7 @@ def started(server: ServerRecipe, command: list[str], log: Path) -> Iterator[str
     Raises:
         UserError: it ends, also while it is asked, or is not healthy within `server.wait_s`.
     """
+    log.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of this process, not of vLLM's
@@ -91,11 +92,11 @@ def started(server: ServerRecipe, command: list[str], log: Path) -> Iterator[str
 
 
 def last_words(log: Path) -> str:
-    """What went wrong, in one line: the first error in the log, and its last line."""
+    """What went wrong, in one line: the first error in the log, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    first = next((found[0] for line in lines if (found := re.search(r"\b\w*(Error|Exception): .*", line))), "")
-    last = lines[-1] if lines else "it said nothing"
-    return " ... ".join(text[:300] for text in dict.fromkeys([first, last]) if text)
+    errors = (re.search(r"\b\w*(Error|Exception): .*", line) for line in lines if "WARNING" not in line)
+    said = next((found[0] for found in errors if found), lines[-1] if lines else "it said nothing")
+    return f"{said[:300]} ({log})"
 
 
 def _wait(process: subprocess.Popen, url: str, wait_s: float, log: Path) -> None:
