@@ -70,7 +70,7 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
 
 
 UNCHARTED = ("drafter", "target", "prompts", "verify", "engine", "software", "commit", "examples")  # no figures, nor are
-UNCHARTED += ("runs", "differ", "server", "said", "view", "context")
+UNCHARTED += ("runs", "differ", "server", "tested", "said", "view", "context")
 DRAWN = {
     "report.json": (report.draw, page.write_page),
     "compare.json": (compare.write_page,),

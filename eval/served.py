@@ -106,11 +106,13 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         odds = _odds(recipe, theirs) if own else {}
     result |= {
         "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
+        | {"positions": server.positions}
         | ({"command": command} if command else {"url": server.url}),
         "prompts": said | {"seed": recipe.seed},
         "software": result.get("software", {}),
         "commit": cli.git_revision(),
         "temperatures": {},
+        "tested": {},
         "said": {},
     }
     for temperature, levels in theirs.items():
@@ -120,7 +122,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         result["temperatures"][name] = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
         for concurrency, p in odds.get(temperature, {}).items():
             result["temperatures"][name][str(concurrency)]["sampling_p"] = p
-        result["temperatures"][name]["positions"] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels else []
+        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels else []
         result["said"][name] = conclusions(result, name, len(prompts))
     return result
 
@@ -128,13 +130,18 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
 def _start_of(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path, slots: int, positions: int) -> list[str]:
     """Export the drafter into `folder`; the command that serves it, without a port."""
     format = recipe.served_format(drafter.config)
-    for note in save_export(drafter, target, folder, format):
-        print(note)
+    save_export(drafter, target, folder, format)
     speculative = {"method": METHODS[format], "model": str(folder), "num_speculative_tokens": slots}
     dtype = str(target.dtype).removeprefix("torch.")
-    room = min(positions + slots + 1, target.architecture.max_positions)
+    room = min(positions + margin(slots), target.architecture.max_positions)
     cpu = target.device.type == "cpu"
     return words(recipe.server, interpreter(recipe.server), recipe.target.location, speculative, room, dtype, cpu)
+
+
+def margin(slots: int) -> int:
+    """Positions that vLLM needs behind a request's last: it plans rounds ahead, as if each kept its whole draft, and cuts drafts
+    short that would then go beyond its last position."""
+    return 8 * (slots + 1)
 
 
 # Ours.
@@ -312,11 +319,17 @@ def exchanged(a_PC: np.ndarray, b_PC: np.ndarray, seed: int) -> np.ndarray:
 
 def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
     """What the figures of one temperature say, a sentence each."""
-    rows, server = result["temperatures"][temperature], result["server"]
+    rows, tested, server = result["temperatures"][temperature], result["tested"][temperature], result["server"]
     levels = [int(name) for name in rows if name.isdigit()]
     found = [f"only {prompts} conversations: never more at a time, whatever the concurrency"] * (max(levels) > prompts)
     if OURS not in rows:
         return [*found, "no drafter= was named: the server's figures stand alone"]
+    needed = result["prompts"]["positions"] + margin(server["slots"])
+    if server["kind"] == Vllm.kind and server["positions"] and server["positions"] < needed:
+        found.append(
+            f"the server has {server['positions']} positions and cuts drafts short near them: with fewer than {needed} "
+            "(--max-model-len) it accepts less than the drafter is worth"
+        )
     mine = len(rows[OURS]["joint"])
     if mine < server["slots"]:
         found.append(f"the server drafts {server['slots']} tokens a round and this drafter {mine}: compare positions, not tau")
@@ -331,9 +344,9 @@ def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
                 f"the outputs at concurrency {name} are no samples of the target (p < {HONEST}): the server samples wrongly, "
                 "whoever drafts, and its acceptance at this temperature says nothing of the drafter"
             )
-    if not rows["positions"]:
+    if not tested:
         return [*found, "not tested: each prompt's counts are known at concurrency 1 alone (server.concurrency=[1,...])"]
-    apart = [one for one in rows["positions"] if one["p"] < SURE]
+    apart = [one for one in tested if one["p"] < SURE]
     for one in apart:
         p = f"p = {one['p']:.3f}" if one["p"] >= 0.001 else "p < 0.001"
         found.append(f"position {one['position']}: server {one['server']:.2f}, ours {one['ours']:.2f} ({p})")
@@ -354,8 +367,6 @@ def rows(result: dict) -> list[list[str]]:
     lines = []
     for temperature, found in result["temperatures"].items():
         for who, row in found.items():
-            if who == "positions":
-                continue
             name = "ours, one at a time" if who == OURS else f"{result['server']['kind']}, {who} at a time"
             cells = [temperature, name, f"{row['tau_micro']:.3f}", " ".join(f"{one:.3f}" for one in row["joint"])]
             cells += [f"{row['ttft_ms'][which]:,.0f}" for which in ("median", "p90")]
@@ -395,11 +406,11 @@ def write_page(out: Path, result: dict) -> None:
     server, temperatures = result["server"], result["temperatures"]
     tested = [
         [t, str(one["position"]), f"{one['ours']:.3f}", f"{one['server']:.3f}", f"{one['p']:.4f}"]
-        for t, found in temperatures.items()
-        for one in found["positions"]
+        for t, found in result["tested"].items()
+        for one in found
     ]
     heads = ("T", "position", "ours", "server", "p")
-    hidden = ("temperatures", "said")
+    hidden = ("temperatures", "tested", "said")
     settings = flatten({name: value for name, value in result.items() if name not in hidden})
     sections = {
         "Ours and the server's": page.table(HEADS, rows(result), strong=lambda row: row[1].startswith(OURS), text=WORDS)
@@ -420,8 +431,6 @@ def _draw(temperatures: dict, kind: str) -> str:
     def draw(axes) -> None:
         for axis, (temperature, found) in zip(axes, temperatures.items()):
             for who, row in found.items():
-                if who == "positions":
-                    continue
                 look = {"linewidth": 2.4} if who == OURS else {"linestyle": "--", "linewidth": 1.2}
                 label = OURS if who == OURS else f"{kind}, {who} at a time"
                 axis.plot(range(1, 1 + len(row["joint"])), row["joint"], marker="o", label=label, **look)
