@@ -21,7 +21,7 @@ from data_prep.recipe import ROOT
 from eval.servers import ServerRecipe
 
 OWN = ROOT / ".venv-serving/bin/python"  # where an environment for vLLM alone would be
-STOPS_S = 30.0  # from a polite end to SIGKILL
+STOPS_S = 10.0  # from asking the server to end until it is killed
 METHODS = {"eagle3": "eagle3", "dflash": "dflash"}  # format of an export -> what vLLM calls it
 
 
@@ -115,11 +115,9 @@ def _wait(process: subprocess.Popen, url: str, wait_s: float, log: Path) -> None
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the whole group, first politely. A group's number stays its own as long as any process of it is left."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-    except ProcessLookupError:
-        pass
+    """Ask the server to end, which ends its engine (it would wait long for one that ended by itself), then kill what is left of
+    the group. A group's number stays its own as long as any process of it is there."""
+    process.terminate()
     try:
         process.wait(STOPS_S)
     except subprocess.TimeoutExpired:
