@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from data_prep import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target import Target, load_target, pick_device  # noqa: E402
-from eval import compare, measure, page, report, served  # noqa: E402
+from eval import compare, measure, page, report, served, side_by_side  # noqa: E402
 from eval.chat import chat  # noqa: E402
 from eval.demo import PICTURE, demo  # noqa: E402
 from eval.judge import judge  # noqa: E402
@@ -74,7 +74,7 @@ UNCHARTED += ("runs", "differ", "server", "tested", "said", "view", "context")
 DRAWN = {
     "report.json": (report.draw, page.write_page),
     "compare.json": (compare.write_page,),
-    "served.json": (served.write_page,),
+    "served.json": (side_by_side.write_page,),
 }
 
 
@@ -105,7 +105,7 @@ def run(recipe: EvalRecipe) -> None:
     if recipe.mode == "served":
         found = served.served(recipe, load, described)
         publish(recipe, "served.json", found)
-        served.print_table(found)
+        side_by_side.print_table(found)
         print(f"served: {Path(recipe.out) / 'served.json'}, {Path(recipe.out) / 'served.html'}")
         return
     if pick_device(recipe.target.device).type == "cuda":

@@ -112,7 +112,7 @@ class EvalRecipe(Section):
         return self.mode in ("decode", "served")
 
     def served_format(self, config: DrafterConfig) -> str:
-        """What a server is given of the drafter."""
+        """What a server is given of the drafter; vLLM's method has the same name."""
         return {"ttt": "eagle3", "blockwise": "dflash"}[config.objective]
 
     @property

@@ -42,7 +42,7 @@ class ServerRecipe(Section):
     model: str | None = None
     concurrency: list[PositiveInt] = Field(min_length=1)
     wait_s: float = Field(gt=0)
-    args: list[str] = []
+    args: list[str | int | float] = []
     python: str | None = None
 
 
@@ -201,6 +201,12 @@ class Vllm(Server):
     def _take(self, answer: Answer, event: dict) -> None:
         for choice in event["choices"]:
             answer.tokens += choice["token_ids"]
+
+
+def margin(slots: int) -> int:
+    """Positions that vLLM needs behind a request's last: it plans rounds ahead, as if each kept its whole draft, and cuts drafts
+    short that would then go beyond its last position."""
+    return 8 * (slots + 1)
 
 
 class Sglang(Server):

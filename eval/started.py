@@ -22,7 +22,6 @@ from eval.servers import ServerRecipe
 
 OWN = ROOT / ".venv-serving/bin/python"  # where an environment for vLLM alone would be
 STOPS_S = 10.0  # from asking the server to end until it is killed
-METHODS = {"eagle3": "eagle3", "dflash": "dflash"}  # format of an export -> what vLLM calls it
 
 
 def interpreter(server: ServerRecipe) -> str:
@@ -51,7 +50,7 @@ def words(server: ServerRecipe, python: str, target: str, speculative: dict, pos
     command += ["--speculative-config", json.dumps(speculative)]
     if cpu:
         command.append("--enforce-eager")
-    return command + server.args
+    return [*command, *map(str, server.args)]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from data_prep import cli
 from data_prep.errors import UserError
 from data_prep.ranks import free_port
 from data_prep.target import Target
-from eval import served
+from eval import side_by_side
 from eval.recipe import EvalRecipe, check
 from eval.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
 from eval.started import OWN, interpreter, started, words
@@ -122,7 +122,7 @@ def test_the_exchange_test_against_all_exchanges():
     every = np.array([apart(swaps) for swaps in product([0, 1], repeat=6)])
     every /= np.sqrt((every**2).mean(0))
     expected = [(every.max(1) >= seen - 1e-9).mean() for seen in every[0]]
-    found = served.exchanged(a, b, seed=0)
+    found = side_by_side.exchanged(a, b, seed=0)
     assert 0.02 < min(expected) < 0.9  # something to tell apart
     assert np.abs(found - expected).max() < 0.02
 
@@ -134,7 +134,7 @@ def test_the_same_drafter_is_seldom_told_to_differ_where_binomials_would():
     ours, binomial, cases = 0, 0, 200
     for seed in range(cases):
         a, b = rounds_of(rng, [0.9]), rounds_of(rng, [0.9])
-        ours += served.exchanged(a, b, seed)[0] < 0.05
+        ours += side_by_side.exchanged(a, b, seed)[0] < 0.05
         (n, x), (m, y) = a.sum(0), b.sum(0)
         pooled = (x + y) / (n + m)
         z = (x / n - y / m) / math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
@@ -147,13 +147,13 @@ def test_another_drafter_is_told_to_differ_at_its_position():
     """Position 1 is as good as ever; position 2 is not."""
     rng = np.random.default_rng(1)
     ease = rng.beta(2, 2, 20)
-    p_J = served.exchanged(drawn(rng, ease, [0.8, 0.9]), drawn(rng, ease, [0.8, 0.1]), seed=0)
+    p_J = side_by_side.exchanged(drawn(rng, ease, [0.8, 0.9]), drawn(rng, ease, [0.8, 0.1]), seed=0)
     assert p_J[0] > 0.01 and p_J[1] < 0.001
 
 
 def test_equal_counts_are_no_difference():
     a = rounds_of(np.random.default_rng(2), [0.8, 0.5, 0.0])
-    assert served.exchanged(a, a, seed=0).tolist() == [1, 1, 1]
+    assert side_by_side.exchanged(a, a, seed=0).tolist() == [1, 1, 1]
 
 
 # Bad servers, played by one of the standard library's.
