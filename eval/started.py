@@ -83,7 +83,7 @@ def started(server: ServerRecipe, command: list[str], log: Path) -> Iterator[str
     except UserError as error:
         time.sleep(0.2)  # a process that was killed may take a moment to be seen
         if process.poll() is None:
-            raise
+            raise UserError(f"{error} ({log})") from error
         raise UserError(f"{error}; vLLM ended with code {process.returncode}: {last_words(log)}") from error
     finally:
         _stop(process)

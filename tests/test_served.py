@@ -20,14 +20,21 @@ import pytest
 import torch
 
 from data_prep import cli
+from data_prep.decoding.sampling import Sampling
 from data_prep.errors import UserError
 from data_prep.ranks import free_port
-from data_prep.target import Target
+from data_prep.target import Target, load_tokenizer
 from eval import side_by_side
-from eval.recipe import EvalRecipe, check
+from eval.decode import decode
+from eval.drafting import Trained
+from eval.measure import sampling_p_value
+from eval.recipe import EvalRecipe, check, prompts_within
+from eval.served import ours
 from eval.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
 from eval.started import OWN, interpreter, started, words
 from tests.conftest import ROOT, SMALL, command, deepspeed
+from tests.test_export import drafter_for
+from train.attention import executor
 from train.drafter.export import save_export
 from train.drafter.model import Drafter
 
@@ -154,6 +161,55 @@ def test_another_drafter_is_told_to_differ_at_its_position():
 def test_equal_counts_are_no_difference():
     a = rounds_of(np.random.default_rng(2), [0.8, 0.5, 0.0])
     assert side_by_side.exchanged(a, a, seed=0).tolist() == [1, 1, 1]
+
+
+def figures_of(joint, **more):
+    return {"joint": joint, "requests": 20, "per_prompt_count": {}, **more}
+
+
+def said_of(server, temperature="0", positions=1000, p=0.5, sampling_p=None):
+    sampled = {} if sampling_p is None else {"sampling_p": sampling_p}
+    result = {
+        "temperatures": {temperature: {"ours": figures_of([0.4, 0.2]), "1": figures_of(server, **sampled)}},
+        "tested": {temperature: [{"position": 2, "ours": 0.2, "server": server[1], "p": p}]},
+        "server": {"kind": "vLLM", "positions": positions, "slots": len(server)},
+        "prompts": {"positions": 300},
+    }
+    return side_by_side.conclusions(result, temperature, prompts=20)
+
+
+def test_what_is_said():
+    blame, none = "the server does not run this drafter as it was trained", "no position differs beyond chance"
+    assert [one for one in said_of([0.4, 0.2]) if none in one] and blame not in said_of([0.4, 0.2])
+    found = said_of([0.4, 0.02], p=0.0005)
+    assert found == ["position 2: server 0.02, ours 0.20 (p < 0.001)", blame]
+    wrong = said_of([0.1, 0.0], "1", p=0.0005, sampling_p=1e-9)  # the fault is not the drafter's
+    assert "no samples of the target" in wrong[0] and blame not in wrong
+    assert "cuts drafts short" in said_of([0.4, 0.2], positions=310)[0]
+    assert "compare positions, not tau" in said_of([0.4, 0.2, 0.1])[0]
+
+
+def test_our_side_is_plain_decoding_and_counts_as_the_oracle():
+    """Greedy: outputs and counts of `eval/decode.py`. At temperature 1 drafts are the likeliest tokens, and outputs samples."""
+    target = Target(TINY)
+    drafter = drafter_for(target, "ttt").start(target, target.frozen_head).eval()
+    target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
+    words = ["prompts.count=6", "prompts.tokens=40", "prompts.max_new_tokens=24", "temperatures=[0,1]", "compile=false"]
+    recipe = cli.compose("eval", EvalRecipe, ["mode=served", "server.url=http://here", f"target.path={TINY}", *words])
+    prompts, said = prompts_within(recipe, 400, load_tokenizer(TINY))
+    runs = ours(recipe, target, drafter, prompts, said, slots=3)
+    total_C, attend = np.zeros(4, int), executor("reference", target.device, training=False)
+    for prompt in prompts:
+        one = decode(target, Trained(drafter, target.frozen_head, attend), prompt.tokens, 24, 0.0, 0, target.end_tokens)
+        assert runs[0].answers[prompt.id, 0].tokens == one.tokens
+        counts = [len(one.rounds), *(sum(r.kept >= j for r in one.rounds) for j in (1, 2, 3))]
+        assert runs[0].by_prompt()[prompt.id].tolist() == counts
+        total_C += counts
+    assert runs[0].count_C.tolist() == total_C.tolist() and total_C[1] > 0
+    answers = list(runs[1].answers.values())
+    texts = [answer.prompt for answer in answers]
+    assert sampling_p_value(target, texts, answers, Sampling(1.0)) > 1e-3
+    assert sampling_p_value(target, texts, list(runs[0].answers.values()), Sampling(1.0)) < 1e-3  # the negative control
 
 
 # Bad servers, played by one of the standard library's.
