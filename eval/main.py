@@ -2,6 +2,8 @@
 
 python eval/main.py drafter=RUN/checkpoints/best mode=chat|demo
 
+python eval/main.py drafter=RUN/checkpoints/best mode=served server.start=vllm | server.url=http://HOST:PORT
+
 python eval/main.py mode=compare runs=[REPORT,REPORT] out=COMPARISON
 """
 
@@ -19,7 +21,7 @@ import torch  # noqa: E402
 from data_prep import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target import Target, load_target, pick_device, target_sizes  # noqa: E402
-from eval import compare, measure, page, report  # noqa: E402
+from eval import compare, measure, page, report, served, side_by_side  # noqa: E402
 from eval.chat import chat  # noqa: E402
 from eval.demo import PICTURE, demo  # noqa: E402
 from eval.judge import judge  # noqa: E402
@@ -73,8 +75,13 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     }
 
 
-UNCHARTED = ("drafter", "target", "prompts", "verify", "engine", "software", "commit", "examples", "runs", "differ")  # no figures
-DRAWN = {"report.json": (report.draw, page.write_page), "compare.json": (compare.write_page,)}
+UNCHARTED = ("drafter", "target", "prompts", "verify", "engine", "software", "commit", "examples")  # no figures, nor are
+UNCHARTED += ("runs", "differ", "server", "tested", "said", "view", "context")
+DRAWN = {
+    "report.json": (report.draw, page.write_page),
+    "compare.json": (compare.write_page,),
+    "served.json": (side_by_side.write_page,),
+}
 
 
 def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
@@ -100,6 +107,12 @@ def run(recipe: EvalRecipe) -> None:
         publish(recipe, "compare.json", found)
         compare.print_table(found)
         print(f"comparison: {Path(recipe.out) / 'compare.json'}, {Path(recipe.out) / 'compare.html'}")
+        return
+    if recipe.mode == "served":
+        found = served.served(recipe, load, described)
+        publish(recipe, "served.json", found)
+        side_by_side.print_table(found)
+        print(f"served: {Path(recipe.out) / 'served.json'}, {Path(recipe.out) / 'served.html'}")
         return
     if pick_device(recipe.target.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the point of a sweep that came before

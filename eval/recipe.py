@@ -16,6 +16,8 @@ from data_prep.target import Architecture, load_tokenizer, pick_device, target_s
 from eval import compare
 from eval.asking import ChatRecipe, DemoRecipe, check_asking
 from eval.partial import PartialRecipe
+from eval.servers import ServerRecipe, find_server
+from eval.started import interpreter
 from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
 from eval.tree import TreeShape
 from train.attention import executor
@@ -55,7 +57,7 @@ class DraftRecipe(Section):
 class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
-    mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo"]
+    mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo", "served"]
     drafter: str | None = None  # a folder, or the name of a released one
     any_target: bool = False
     format: Literal["eagle3", "dflash", "dspark", "speculators", "drafter"]
@@ -75,6 +77,7 @@ class EvalRecipe(Section):
     demo: DemoRecipe
     verify: VerifyRecipe
     draft: DraftRecipe
+    server: ServerRecipe
     batch: int = Field(ge=1)
     temperatures: list[float] = Field(min_length=1)
     top_p: float = Field(gt=0, le=1)
@@ -101,7 +104,18 @@ class EvalRecipe(Section):
     @property
     def asks_suite(self) -> bool:
         """Whether prompts come from a suite, not from held-out documents."""
-        return self.mode == "decode" and self.suite.kind != "heldout"
+        return self.decodes and self.suite.kind != "heldout"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it continues prompts, here or in a server."""
+        return self.mode in ("decode", "served")
+
+    @property
+    def target_names(self) -> list[str]:
+        """What a server may call the target."""
+        path = self.target.location
+        return [self.server.model] if self.server.model else [self.target.id, path, str(Path(path).resolve())]
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -109,7 +123,7 @@ class EvalRecipe(Section):
         if self.asks_suite:
             context = self.context or self.suite.prompt_tokens
             return context and (context, context + self.suite.new_tokens)
-        if self.context is None and self.mode != "decode":
+        if self.context is None and not self.decodes:
             return None
         context = self.context or self.prompts.tokens
         return context, context + self.prompts.max_new_tokens
@@ -137,6 +151,15 @@ def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
 
 def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
     """The prompts of mode=decode, as long as `context` wants them, and what a report says of them. Raises UserError."""
+    room = config.architecture.max_positions - config.slots  # the last round may draft beyond the last token
+    found, said = prompts_within(recipe, room, tokenizer)
+    if len(found) < 2 and recipe.controls and recipe.mode == "decode":
+        raise UserError(f"{said['source']} has one prompt, and one control shows a drafter another's memory: say controls=false")
+    return found, said
+
+
+def prompts_within(recipe: EvalRecipe, room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
+    """The same of any drafter: requests take at most `room` positions, their new tokens included."""
     suite, prompts, context = recipe.suite, recipe.prompts, recipe.span and recipe.span[0]
     if recipe.asks_suite and prompts != PromptsRecipe(**OmegaConf.load(f"{CONF}/eval.yaml").prompts):
         raise UserError(
@@ -146,11 +169,7 @@ def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedT
         suite = suite.model_copy(update={"prompt_tokens": context})
     else:
         prompts = prompts.model_copy(update={"tokens": context})
-    room = config.architecture.max_positions - config.slots  # the last round may draft beyond the last token
-    found, said = load_prompts(suite, recipe.data, prompts, tokenizer, room)
-    if len(found) < 2 and recipe.controls:
-        raise UserError(f"{said['source']} has one prompt, and one control shows a drafter another's memory: say controls=false")
-    return found, said
+    return load_prompts(suite, recipe.data, prompts, tokenizer, room)
 
 
 def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None) -> None:
@@ -167,6 +186,8 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
         raise UserError(f"draft.nodes={draft.nodes} is too few for trees {tree.depth} tokens deep (draft.length)")
     if tree and tree.breadth > (config.draft_vocab or config.architecture.vocab_size):
         raise UserError(f"draft.breadth={tree.breadth} exceeds what the drafter can say")
+    if recipe.mode == "served" and (tree or view or draft.length == "adaptive"):
+        raise UserError("mode=served compares chains of one length under the full view: leave out draft.* and view.*")
     if "" in recipe.stop:
         raise UserError('stop=[""]: an empty string ends nothing')
     if draft.nodes and not tree:
@@ -249,6 +270,29 @@ def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Archit
             raise UserError(f"{recipe.drafter} is for targets with {differs}")
 
 
+def _check_served(recipe: EvalRecipe) -> None:
+    """Raises UserError for a server that cannot be asked or started, and for prompts that it cannot be sent."""
+    server = recipe.server
+    if (server.url is None) == (server.start is None):
+        raise UserError("mode=served asks a server: say server.url=http://HOST:PORT, or server.start=vllm, which starts one")
+    if server.start:
+        if recipe.drafter is None:
+            raise UserError(f"server.start={server.start} serves a drafter: say which, drafter=RUN/checkpoints/best")
+        config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
+        if not config.imported:
+            check_export(config, "speculators")
+        interpreter(server)
+        return
+    found = find_server(server.url, recipe.target_names)
+    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    _, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - found.slots, tokenizer)
+    if found.positions and said["positions"] > found.positions:
+        raise UserError(
+            f"server.url={server.url} has {found.positions} positions for a request, and these take up to {said['positions']} "
+            "(start it with a greater --max-model-len, or ask for fewer tokens)"
+        )
+
+
 def check(recipe: EvalRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded."""
     if min(recipe.temperatures) < 0:
@@ -259,6 +303,10 @@ def check(recipe: EvalRecipe) -> None:
         return
     if recipe.runs:
         raise UserError(f"runs= is for mode=compare; mode={recipe.mode} judges one drafter")
+    if recipe.mode == "served":
+        _check_served(recipe)
+        if recipe.drafter is None:
+            return
     if recipe.drafter is None:
         raise UserError(f"mode={recipe.mode} judges a drafter: say which, drafter=RUN/checkpoints/best")
     config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
@@ -276,14 +324,14 @@ def check(recipe: EvalRecipe) -> None:
                 f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the "
                 f"target's {room} positions"
             )
-        if recipe.mode == "decode":
+        if recipe.decodes:
             _check_positions(recipe, config, [end + config.slots] * recipe.prompts.count, "prompts")
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if config.is_bound and tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(
             f"{recipe.drafter} was trained for target {config.target['id']}, whose tokenizer is not that of {recipe.target.path}"
         )
-    if recipe.mode in ("decode", "chat", "demo"):
+    if recipe.mode in ("decode", "chat", "demo", "served"):
         _check_decoding(recipe, config, view)
     if recipe.mode in ("chat", "demo"):
         if in_sweep():

@@ -1,0 +1,228 @@
+"""`mode=served`: what a drafter is worth in a server, beside what our own engine makes of it on the same prompts.
+
+Every temperature is decoded by our engine, one request at a time, and by the server at each concurrency; what comes of it is in
+`eval/side_by_side.py`. The server is sent our token ids, and a conversation goes on behind its own answers.
+
+Shapes: J positions of a draft, C = 1 + J counts (`eval/servers.py`).
+"""
+
+import asyncio
+import gc
+import secrets
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep import cli
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.products import lay_out
+from data_prep.decoding.sampling import Sampling
+from data_prep.errors import UserError
+from data_prep.target import Target, load_target, load_tokenizer, target_sizes
+from eval import measure
+from eval.engine import Engine, room_for
+from eval.lengths import lengths_of
+from eval.recipe import EvalRecipe, prompts_of, prompts_within
+from eval.request import Stops
+from eval.servers import Answer, Asked, Server, Vllm, find_server, margin
+from eval.side_by_side import OURS, Run, compared, conclusions, figures
+from eval.started import interpreter, started, words
+from eval.static_drafting import Proposal, StaticTrained
+from eval.suites import Prompt
+from train.drafter.config import folder_of
+from train.drafter.export import save_export
+from train.drafter.model import Drafter
+from train.drafter.names import method_of
+
+
+def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafter]], described: Callable[..., dict]) -> dict:
+    """The figures of served.json. `load` and `described`: of `eval/main.py`.
+
+    Raises:
+        UserError: the server refuses, ends or cannot be started.
+    """
+    server = find_server(recipe.server.url, recipe.target_names) if recipe.server.url else None
+    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    with tempfile.TemporaryDirectory() as folder:
+        own: dict[float, Run] = {}
+        result: dict = {}
+        ends, command = None, []
+        if recipe.drafter:
+            target, drafter = load(recipe)
+            config = drafter.config
+            slots = min(server.slots, config.draft_length) if server else recipe.longest(config)
+            result = described(recipe, target, drafter)
+            ends = target.end_tokens
+            prompts, said = prompts_of(recipe, config, tokenizer)
+            if not server:
+                command = _start_of(recipe, target, drafter, Path(folder) / "drafter", slots, said["positions"])
+            own = ours(recipe, target, drafter, prompts, said, slots)
+            del target, drafter  # the server needs the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+        else:
+            prompts, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - server.slots, tokenizer)
+        starting = started(recipe.server, command, Path(recipe.out) / "server.log") if command else nullcontext(server)
+        with starting as url:
+            server = server or find_server(url, recipe.target_names)
+            theirs = asyncio.run(_ask_all(recipe, server, prompts, said, ends))
+        odds = _odds(recipe, theirs) if own else {}
+    result |= {
+        "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
+        | {"positions": server.positions}
+        | ({"command": command} if command else {"url": server.url}),
+        "prompts": said | {"seed": recipe.seed},
+        "software": result.get("software", {}),
+        "commit": cli.git_revision(),
+        "temperatures": {},
+        "tested": {},
+        "said": {},
+    }
+    for temperature, levels in theirs.items():
+        name = f"{temperature:g}"
+        mine = own.get(temperature)
+        runs = ({OURS: mine} if mine else {}) | {str(concurrency): run for concurrency, run in levels.items()}
+        result["temperatures"][name] = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
+        for concurrency, p in odds.get(temperature, {}).items():
+            result["temperatures"][name][str(concurrency)]["sampling_p"] = p
+        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels else []
+        result["said"][name] = conclusions(result, name, len(prompts))
+    return result
+
+
+def _start_of(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path, slots: int, positions: int) -> list[str]:
+    """Export the drafter into `folder`, unless it came as a server's checkpoint; the command that serves it, without a port."""
+    if drafter.config.imported:
+        folder = folder_of(recipe.drafter)
+    else:
+        save_export(drafter, target, folder, "speculators")
+    method = method_of(drafter.config)
+    speculative = {"method": method, "model": str(folder), "num_speculative_tokens": slots}
+    if method == "peagle":  # vLLM's name of it
+        speculative |= {"method": "eagle3", "parallel_drafting": True}
+    dtype = str(target.dtype).removeprefix("torch.")
+    room = min(positions + margin(slots), target.architecture.max_positions)
+    cpu = target.device.type == "cpu"
+    return words(recipe.server, interpreter(recipe.server), recipe.target.location, speculative, room, dtype, cpu)
+
+
+# Ours.
+
+
+class Likeliest(StaticTrained):
+    """Drafts the likeliest tokens at any temperature, as vLLM and SGLang do unless they are told otherwise. They are accepted
+    with the target's own probability, and the output is a sample of the target's all the same."""
+
+    def propose(self, text_BL, anchor_B, length: int, sampling: Sampling, u_BJ) -> Proposal:
+        return super().propose(text_BL, anchor_B, length, sampling._replace(temperature=0.0), u_BJ)
+
+
+def ours(
+    recipe: EvalRecipe, target: Target, drafter: Drafter, prompts: list[Prompt], said: dict, slots: int
+) -> dict[float, Run]:
+    """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
+    limit, a = said["max_new_tokens"], target.architecture
+    room = room_for(said["positions"] - limit, limit, slots)
+    cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    if recipe.compile:
+        target.compile()
+    if target.frozen_head.product.is_laid_out:
+        lay_out(drafter)
+    drafting = Likeliest(drafter, target.frozen_head)
+    stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision))
+    found = {}
+    for temperature in recipe.temperatures:
+        sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+        engine = Engine(target, drafting, cache, sampling, lengths_of(None, slots), graphs=recipe.graphs)
+        run = found[temperature] = Run(count_C=np.zeros(1 + slots, int))
+        for _ in range(max(1, said["warmup"])):
+            engine.generate([prompts[0].tokens], limit, [recipe.seed], stops)
+        for first in prompts:
+            prompt, turn = first, 0
+            while prompt:
+                one = engine.generate([prompt.tokens], limit, [recipe.seed + len(run.answers)], stops)[0]
+                kept = [r.kept for r in one.rounds]
+                count_C = np.array([len(kept), *(sum(k >= j for k in kept) for j in range(1, slots + 1))])
+                seconds = one.prefill_s + one.decode_s
+                run.answers[prompt.id, turn] = Answer(prompt.tokens, one.tokens, one.prefill_s, seconds, count_C)
+                run.count_C += count_C
+                prompt, turn = prompt.after(one.tokens), turn + 1
+        run.seconds = sum(answer.seconds for answer in run.answers.values())
+    return found
+
+
+# The server's.
+
+
+async def _ask_all(
+    recipe: EvalRecipe, server: Server, prompts: list[Prompt], said: dict, ends: frozenset[int] | None
+) -> dict[float, dict[int, Run]]:
+    """{temperature: {concurrency: ...}}"""
+    found: dict[float, dict[int, Run]] = {}
+    async with server.client() as client:
+        for temperature in recipe.temperatures:
+            found[temperature] = {}
+            for concurrency in recipe.server.concurrency:
+                # Another salt each time: no prompt is read from what an earlier run left in the server's cache.
+                salt = secrets.token_hex(8)
+                limits = (said["max_new_tokens"], temperature, recipe.top_p, recipe.top_k, tuple(recipe.stop), ends)
+                for _ in range(max(1, said["warmup"])):
+                    await server.ask(client, prompts[0].tokens, Asked(*limits, salt=f"{salt} warm-up"), recipe.seed)
+                run = await _level(server, client, prompts, concurrency, Asked(*limits, salt=salt), recipe.seed)
+                if not run.count_C[0] and any(len(answer.tokens) > 1 for answer in run.answers.values()):
+                    raise UserError(f"{server.url} drafted nothing for {len(run.answers)} requests: its counters stand still")
+                found[temperature][concurrency] = run
+    return found
+
+
+async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int) -> Run:
+    """All prompts, `concurrency` conversations at a time, each behind the server's own answers."""
+    run, waiting, numbers = Run(count_C=np.zeros(1 + server.slots, int)), deque(prompts), count()
+    alone = isinstance(server, Vllm) and concurrency == 1
+    before_C, answered = await server.counted(client) if isinstance(server, Vllm) else (None, 0)
+
+    async def converse() -> None:
+        nonlocal before_C, answered
+        while waiting:
+            prompt, turn = waiting.popleft(), 0
+            while prompt:
+                answer = await server.ask(client, prompt.tokens, asked, seed + next(numbers))
+                run.answers[prompt.id, turn] = answer
+                if alone:
+                    after_C, answered = await server.counted(client, answered + 1)
+                    answer.count_C, before_C = after_C - before_C, after_C
+                prompt, turn = prompt.after(answer.tokens), turn + 1
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(converse() for _ in range(concurrency)))
+    run.seconds = time.perf_counter() - begun
+    if alone:  # without the time that looking at the counters took
+        run.seconds = sum(answer.seconds for answer in run.answers.values())
+    if isinstance(server, Vllm) and not alone:
+        run.count_C = (await server.counted(client, answered + len(run.answers)))[0] - before_C
+    else:
+        run.count_C = sum((answer.count_C for answer in run.answers.values()), run.count_C)
+    return run
+
+
+def _odds(recipe: EvalRecipe, theirs: dict[float, dict[int, Run]]) -> dict[float, dict[int, float]]:
+    """{temperature above 0: {concurrency: how likely outputs at least this odd are, if they are samples of the target}}. Reads
+    the target anew: it made room for the server."""
+    sampled = {temperature: levels for temperature, levels in theirs.items() if temperature > 0}
+    if not sampled:
+        return {}
+    target, found = load_target(recipe.target), {}
+    for temperature, levels in sampled.items():
+        sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+        for concurrency, run in levels.items():
+            answers = list(run.answers.values())
+            p = measure.sampling_p_value(target, [answer.prompt for answer in answers], answers, sampling)
+            found.setdefault(temperature, {})[concurrency] = p
+    return found
