@@ -109,7 +109,7 @@ def model_of(drafter: Drafter, target: Target):
     }[kind]
     settings = config_class(**said)
     settings.transformer_layer_config._attn_implementation = "eager"  # whose backward a CPU can run
-    model = model_class(settings)
+    model = model_class(settings).to(drafter.dtype)
     head = target.frozen_head
     kept_D = torch.arange(a.vocab_size) if drafter.head.kept_D is None else drafter.head.kept_D
     weights = {theirs: drafter.state_dict()[mine] for mine, theirs in names_of(drafter).items()}

@@ -3,13 +3,14 @@
 Shapes: N anchors, J drafted slots, V vocabulary.
 """
 
-import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.models import HIDDEN_LAYERS, drafter_of, small_target
+from tests.speculators_models import model_of, package
 from tests.test_drafter import random_weights
 from tests.test_objectives import document, objective_of
 from train.batches import make_pack
@@ -22,75 +23,13 @@ MASK_TOKEN = 0  # texts begin at token 3
 
 @pytest.fixture(scope="module", autouse=True)
 def speculators():
-    """The package, told to be quiet."""
-    speculators = pytest.importorskip("speculators", reason="pip install --no-deps speculators (make test does)")
-    __import__("loguru").logger.disable("speculators")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    return speculators
+    return package()
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def target(request):
     """llama has no norms of queries and keys, qwen3 has; in float64, where the order of sums is of no account."""
     return small_target(request.param, torch.float64)
-
-
-def theirs_of(drafter, model_class, config_class, **fields):
-    """Their model of the same sizes with the weights of `drafter`, layer by layer under their names."""
-    from transformers import LlamaConfig, Qwen3Config
-
-    config, a = drafter.config, drafter.config.architecture
-    sizes = dict(
-        vocab_size=a.vocab_size,
-        hidden_size=a.hidden_size,
-        intermediate_size=a.intermediate_size,
-        num_hidden_layers=config.depth,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.kv_heads,
-        head_dim=a.head_dim,
-        rms_norm_eps=a.norm_eps,
-        max_position_embeddings=a.max_positions,
-        attention_bias=False,
-        attn_implementation="eager",
-    )
-    layer_config = (Qwen3Config if config.normed else LlamaConfig)(**sizes)
-    made = config_class(
-        transformer_layer_config=layer_config,
-        draft_vocab_size=a.vocab_size,
-        eagle_aux_hidden_state_layer_ids=[i + 1 for i in config.hidden_layers],
-        fc_norm=config.fc_norm,
-        norm_output=config.norm_output,
-        **fields,
-    )
-    model = model_class(made).double().eval()
-    weights = {}
-    for name, tensor in drafter.state_dict().items():
-        if not name.startswith("layers."):
-            weights[name] = tensor
-            continue
-        _, layer, part = name.split(".", 2)
-        part = part.removeprefix("branches.hidden.").removesuffix(".weight")
-        if part in ("q", "k", "v", "o"):
-            part = f"self_attn.{part}_proj"
-        elif part in ("q_norm", "k_norm"):
-            part = f"self_attn.{part}"
-        elif part in ("gate", "up", "down"):
-            part = f"mlp.{part}_proj"
-        elif layer == "0":
-            part = {"token_norm": "input_layernorm", "input_norm": "hidden_norm"}.get(part, "post_attention_layernorm")
-        else:
-            part = {"input_norm": "input_layernorm"}.get(part, "post_attention_layernorm")
-        weights[f"layers.{layer}.{part}.weight"] = tensor
-    return model, weights
-
-
-def loaded(model, weights, target):
-    """`model` with these weights and the target's embedding and LM head; none is left over and none is missing."""
-    head = target.frozen_head
-    weights = weights | {"embed_tokens.weight": head.embedding_VE, "lm_head.weight": head.head_VE}
-    absent, foreign = model.load_state_dict(weights, strict=False)
-    assert not foreign and set(absent) <= {"verifier_norm.weight", "verifier_lm_head.weight"}
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +54,7 @@ def pairs(text):
 @torch.no_grad()
 def eagle3_logits(target, drafter, text, steps):
     """[N, J, V] of speculators' EAGLE-3 model."""
-    from speculators import Eagle3DraftModel
-    from speculators.models.eagle3 import Eagle3SpeculatorConfig
-
-    model = loaded(*theirs_of(drafter, Eagle3DraftModel, Eagle3SpeculatorConfig, norm_before_residual=False), target)
+    model = model_of(drafter, target).eval()
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     tokens, hidden = pairs(text)
@@ -148,18 +84,12 @@ def test_ttt_with_eagle31_norms_is_speculators(target, text, layers, norms):
 def peagle_logits(target, drafter, text, monkeypatch, tamper=None):
     """[N, J, V] of speculators' P-EAGLE model: whole blocks behind the anchors instead of those that its sampling keeps."""
     import speculators.models.peagle.core as core
-    from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig
 
     slots = drafter.config.slots
     tokens, hidden = pairs(text)
     length = tokens.shape[1]
     row_N = torch.tensor(ANCHORS) - 1  # row t is the pair at position t + 1
-    fields = dict(norm_before_residual=False, mask_token_id=MASK_TOKEN)
-    model, weights = theirs_of(drafter, PEagleDraftModel, PEagleSpeculatorConfig, **fields)
-    mask = weights.pop("mask.weight")
-    weights["mask_hidden"] = weights.pop("mask_hidden.weight")[None]
-    loaded(model, weights, target)
-    model.embed_tokens.weight[MASK_TOKEN] = mask[0]
+    model = model_of(drafter, target).eval()
     model.verifier_lm_head.weight.zero_()  # its loss is not looked at
 
     def whole_blocks(seq_length, **_):
@@ -180,7 +110,9 @@ def peagle_logits(target, drafter, text, monkeypatch, tamper=None):
 
 
 def pair_block(target, layers=1, **options):
-    return random_weights(drafter_of(target, "blockwise_pairs", "hidden", layers=layers, **options))
+    drafter = random_weights(drafter_of(target, "blockwise_pairs", "hidden", layers=layers, **options))
+    drafter.config = replace(drafter.config, mask_token_id=MASK_TOKEN)
+    return drafter
 
 
 @pytest.mark.parametrize("fc_norm", [False, True], ids=["", "fc_norm"])
