@@ -172,6 +172,7 @@ class Target:
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
             raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
         self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
+        self.folder = folder  # what transformers and servers load: of a GGUF file, what it was dequantised to
         if spread == "device_map":
             self.device = self.model.get_input_embeddings().weight.device
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists

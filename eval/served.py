@@ -110,7 +110,8 @@ def _start_of(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path
     dtype = str(target.dtype).removeprefix("torch.")
     room = min(positions + margin(slots), target.architecture.max_positions)
     cpu = target.device.type == "cpu"
-    return words(recipe.server, interpreter(recipe.server), recipe.target.location, speculative, room, dtype, cpu)
+    known_as = ["--served-model-name", recipe.target_names[0]]
+    return words(recipe.server, interpreter(recipe.server), target.folder, speculative, room, dtype, cpu) + known_as
 
 
 # Ours.

@@ -34,7 +34,11 @@ EXPORTS = {
     "eagle3, reduced vocabulary": ("eagle3", "ttt", {"draft_vocab": 500, "own_head": True}),
     "eagle3, three layers": ("eagle3", "ttt", {"target_layers": [1, 2, 4]}),
     "eagle3, norms of queries and keys": ("speculators", "ttt", {"target_layers": [1, 4], "qk_norm": True}),
-    "eagle3.1": ("speculators", "ttt", {"fc_norm": True, "norm_output": True}),
+    "eagle3.1, states of four layers": (
+        "speculators",
+        "ttt",
+        {"fc_norm": True, "norm_output": True, "hidden_layers": [3, 0, 2, 4]},
+    ),
     "peagle": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "qk_norm": False}),
     "peagle, norms": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "fc_norm": True}),
     "dflash, one layer": ("dflash", "blockwise", {"target_layers": [1]}),

@@ -39,9 +39,9 @@ def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
 def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
     """For `vllm serve DRAFTER` and the speculators package."""
     method, inputs = method_of(config), [i + 1 for i in sorted(config.hidden_layers)]
-    path = Path(target.path)
+    folder = Path(target.folder)
     verifier = {
-        "name_or_path": str(path.resolve()) if path.exists() else target.path,
+        "name_or_path": str(folder.resolve()) if folder.exists() else target.folder,
         "architectures": target.model.config.architectures or [type(target.model).__name__],
     }
     proposal = {"proposal_type": "greedy", "speculative_tokens": config.draft_length}
@@ -119,10 +119,12 @@ def _layers(config: DrafterConfig, target: Target, dtype: str) -> dict:
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
     }
-    if not config.reads_pairs and config.causal:
+    if config.reads_pairs:
+        found["num_aux_hidden_states"] = len(config.hidden_layers)  # vLLM's Llama class takes three unless told here
+    elif config.causal:
         # Servers know causal blocks as sliding attention. This window hides nothing.
         window = int(config.rope_factor * a.max_positions)
         found |= {"use_sliding_window": True, "sliding_window": window, "layer_types": ["sliding_attention"] * config.depth}
-    elif not config.reads_pairs:
+    else:
         found["layer_types"] = ["full_attention"] * config.depth
     return found
