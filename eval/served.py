@@ -32,8 +32,8 @@ from eval.lengths import lengths_of
 from eval.recipe import EvalRecipe, prompts_of, prompts_within
 from eval.request import Stops
 from eval.servers import Answer, Asked, Server, Vllm, find_server, margin
-from eval.side_by_side import OURS, Run, compared, conclusions, figures
-from eval.started import interpreter, started, words
+from eval.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
+from eval.started import interpreter, started, without_drafter, words
 from eval.static_drafting import Proposal, StaticTrained
 from eval.suites import Prompt
 from train.drafter.config import folder_of
@@ -53,7 +53,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
     with tempfile.TemporaryDirectory() as folder:
         own: dict[float, Run] = {}
         result: dict = {}
-        ends, command = None, []
+        ends, command, plain = None, [], {}
         if recipe.drafter:
             target, drafter = load(recipe)
             config = drafter.config
@@ -73,7 +73,13 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         with starting as url:
             server = server or find_server(url, recipe.target_names)
             theirs = asyncio.run(_ask_all(recipe, server, prompts, said, ends))
-        odds = _odds(recipe, theirs) if own else {}
+        if command:  # the same server once more, without the drafter
+            alone = without_drafter(command)
+            with started(recipe.server, alone, Path(recipe.out) / "server_plain.log") as url:
+                nobody = find_server(url, recipe.target_names, drafts=False)
+                plain = asyncio.run(_ask_all(recipe, nobody, prompts, said, ends))
+    # Read anew: it made room for the server.
+    judge = load_target(recipe.target) if own and max(recipe.temperatures) > 0 else None
     result |= {
         "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
         | {"positions": server.positions}
@@ -89,9 +95,11 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         name = f"{temperature:g}"
         mine = own.get(temperature)
         runs = ({OURS: mine} if mine else {}) | {str(concurrency): run for concurrency, run in levels.items()}
+        runs |= {f"{PLAIN}{concurrency}": run for concurrency, run in plain.get(temperature, {}).items()}
         result["temperatures"][name] = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
-        for concurrency, p in odds.get(temperature, {}).items():
-            result["temperatures"][name][str(concurrency)]["sampling_p"] = p
+        for who, run in runs.items():
+            if judge and temperature > 0 and who != OURS:
+                result["temperatures"][name][who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
         result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels else []
         result["said"][name] = conclusions(result, name, len(prompts))
     return result
@@ -177,7 +185,7 @@ async def _ask_all(
                 for _ in range(max(1, said["warmup"])):
                     await server.ask(client, prompts[0].tokens, Asked(*limits, salt=f"{salt} warm-up"), recipe.seed)
                 run = await _level(server, client, prompts, concurrency, Asked(*limits, salt=salt), recipe.seed)
-                if not run.count_C[0] and any(len(answer.tokens) > 1 for answer in run.answers.values()):
+                if server.slots and not run.count_C[0] and any(len(answer.tokens) > 1 for answer in run.answers.values()):
                     raise UserError(f"{server.url} drafted nothing for {len(run.answers)} requests: its counters stand still")
                 found[temperature][concurrency] = run
     return found
@@ -186,8 +194,9 @@ async def _ask_all(
 async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int) -> Run:
     """All prompts, `concurrency` conversations at a time, each behind the server's own answers."""
     run, waiting, numbers = Run(count_C=np.zeros(1 + server.slots, int)), deque(prompts), count()
-    alone = isinstance(server, Vllm) and concurrency == 1
-    before_C, answered = await server.counted(client) if isinstance(server, Vllm) else (None, 0)
+    counts = isinstance(server, Vllm) and server.slots > 0  # those of all requests together
+    alone = counts and concurrency == 1
+    before_C, answered = await server.counted(client) if counts else (None, 0)
 
     async def converse() -> None:
         nonlocal before_C, answered
@@ -206,24 +215,15 @@ async def _level(server: Server, client, prompts: list[Prompt], concurrency: int
     run.seconds = time.perf_counter() - begun
     if alone:  # without the time that looking at the counters took
         run.seconds = sum(answer.seconds for answer in run.answers.values())
-    if isinstance(server, Vllm) and not alone:
+    if counts and not alone:
         run.count_C = (await server.counted(client, answered + len(run.answers)))[0] - before_C
-    else:
+    elif server.slots:
         run.count_C = sum((answer.count_C for answer in run.answers.values()), run.count_C)
     return run
 
 
-def _odds(recipe: EvalRecipe, theirs: dict[float, dict[int, Run]]) -> dict[float, dict[int, float]]:
-    """{temperature above 0: {concurrency: how likely outputs at least this odd are, if they are samples of the target}}. Reads
-    the target anew: it made room for the server."""
-    sampled = {temperature: levels for temperature, levels in theirs.items() if temperature > 0}
-    if not sampled:
-        return {}
-    target, found = load_target(recipe.target), {}
-    for temperature, levels in sampled.items():
-        sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
-        for concurrency, run in levels.items():
-            answers = list(run.answers.values())
-            p = measure.sampling_p_value(target, [answer.prompt for answer in answers], answers, sampling)
-            found.setdefault(temperature, {})[concurrency] = p
-    return found
+def _sampling_p(recipe: EvalRecipe, target: Target, temperature: float, run: Run) -> float:
+    """How likely outputs at least this odd are, if they are samples of the target."""
+    answers = list(run.answers.values())
+    sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+    return measure.sampling_p_value(target, [answer.prompt for answer in answers], answers, sampling)

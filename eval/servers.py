@@ -106,7 +106,8 @@ def sglang_counts(meta: dict, slots: int) -> np.ndarray:
 
 
 class Server:
-    """One that answers at `url`. `slots`: how many tokens it drafts in a round; `positions`: of a request, None: not told."""
+    """One that answers at `url`. `slots`: how many tokens it drafts in a round, 0: it does not draft; `positions`: of a request,
+    None: not told."""
 
     kind: str
 
@@ -235,8 +236,8 @@ class Sglang(Server):
             answer.count_C = sglang_counts(meta, self.slots)
 
 
-def find_server(url: str, names: list[str]) -> Server:
-    """The server that answers at `url` and drafts. `names`: what its model may be called.
+def find_server(url: str, names: list[str], drafts: bool = True) -> Server:
+    """The server that answers at `url`. `names`: what its model may be called; `drafts`: whether it has to draft (False: it may).
 
     Raises:
         UserError: nobody is there, it serves another model, does not draft, or does not tell of it.
@@ -264,7 +265,8 @@ def find_server(url: str, names: list[str]) -> Server:
         told = client.get("/metrics")
         if not told.is_error and "vllm:" in told.text:
             version = client.get("/version")
-            return Vllm(*said, _vllm_slots(url, told.text), "" if version.is_error else version.json().get("version", ""))
+            slots = _vllm_slots(url, told.text) if drafts else 0
+            return Vllm(*said, slots, "" if version.is_error else version.json().get("version", ""))
         for path in ("/server_info", "/get_server_info"):
             info = client.get(path)
             if not info.is_error and "speculative_algorithm" in info.text:

@@ -26,9 +26,10 @@ from eval.servers import Answer, Vllm, margin
 EXCHANGES = 20_000
 SURE = 0.01  # a corrected p below it is a difference beyond chance
 HONEST = 0.001  # sampled outputs that are less likely than this are no samples of the target (eval/lossless.py has the same)
-HEADS = ("T", "who", "tau", "accepted by position", "TTFT ms", "90% within", "tokens/s", "outputs")
-WORDS = [0, 1, 3, 7]  # columns of words
+HEADS = ("T", "who", "tau", "accepted by position", "TTFT ms", "90% within", "tokens/s", "speedup", "outputs")
+WORDS = [0, 1, 3, 8]  # columns of words
 OURS = "ours"
+PLAIN = "plain, "  # before the concurrency at which a server was asked that does not draft
 
 
 @dataclass
@@ -123,12 +124,12 @@ def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
     for name, row in rows.items():
         if "equal" in row and row["equal"] < row["requests"]:
             found.append(
-                f"{row['equal']} of {row['requests']} outputs at concurrency {name} equal ours, token for token; the others part "
+                f"{row['equal']} of {row['requests']} outputs ({name} at a time) equal ours, token for token; the others part "
                 "where the two compute otherwise (another dtype, other kernels), or the server is at fault"
             )
         if row.get("sampling_p", 1) < HONEST:
             found.append(
-                f"the outputs at concurrency {name} are no samples of the target (p < {HONEST}): the server samples wrongly, "
+                f"the outputs ({name} at a time) are no samples of the target (p < {HONEST}): the server samples wrongly, "
                 "whoever drafts, and its acceptance at this temperature says nothing of the drafter"
             )
     if not tested:
@@ -169,9 +170,11 @@ def rows(result: dict) -> list[list[str]]:
     for temperature, found in result["temperatures"].items():
         for who, row in found.items():
             name = "ours, one at a time" if who == OURS else f"{result['server']['kind']}, {who} at a time"
+            plain = found.get(PLAIN + who)
             cells = [temperature, name, f"{row['tau_micro']:.3f}", " ".join(f"{one:.3f}" for one in row["joint"])]
             cells += [f"{row['ttft_ms'][which]:,.0f}" for which in ("median", "p90")]
-            lines.append([*cells, f"{row['tokens_per_s']:,.0f}", _outputs(row)])
+            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['tokens_per_s'] / plain['tokens_per_s']:.2f}x" if plain else ""]
+            lines.append([*cells, _outputs(row)])
     return lines
 
 
@@ -186,7 +189,8 @@ def _outputs(row: dict) -> str:
 
 CAPTION = (
     "tau: tokens per verify step; by position: the share of rounds that accepted at least so many tokens. TTFT: until the first "
-    "token, in our engine without a network, in the server with it."
+    "token, in our engine without a network, in the server with it. Speedup: against the same server without a drafter, as many "
+    "at a time."
 )
 
 
@@ -232,6 +236,8 @@ def _draw(temperatures: dict, kind: str) -> str:
     def draw(axes) -> None:
         for axis, (temperature, found) in zip(axes, temperatures.items()):
             for who, row in found.items():
+                if who.startswith(PLAIN):
+                    continue
                 look = {"linewidth": 2.4} if who == OURS else {"linestyle": "--", "linewidth": 1.2}
                 label = OURS if who == OURS else f"{kind}, {who} at a time"
                 axis.plot(range(1, 1 + len(row["joint"])), row["joint"], marker="o", label=label, **look)

@@ -53,6 +53,12 @@ def words(server: ServerRecipe, python: str, target: str, speculative: dict, pos
     return [*command, *map(str, server.args)]
 
 
+def without_drafter(command: list[str]) -> list[str]:
+    """The same command for a server that does not draft."""
+    flag = command.index("--speculative-config")
+    return command[:flag] + command[flag + 2 :]
+
+
 @contextmanager
 def started(server: ServerRecipe, command: list[str], log: Path) -> Iterator[str]:
     """The URL of the server that `command` starts, healthy; it and all of its processes are gone afterwards, however that comes.
