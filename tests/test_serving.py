@@ -10,11 +10,12 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_prep.target import Target, load_tokenizer
 from eval.decode import decode
 from eval.drafting import Trained
-from tests.conftest import ROOT
+from tests.conftest import ROOT, without_vllm
 from tests.test_export import drafter_for
 from train.attention import EXECUTORS
 from train.batches import make_pack
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.slow
 TINY = ROOT / "data_prep/targets/tiny"
 PYTHON = ROOT / ".venv-serving/bin/python"
 TEXTS = ("eval/judge.py", "eval/main.py", "train/views.py", "train/engine.py")
-PROMPT, NEW = 150, 60
+PROMPT, NEW = 150, 60  # tokens
+STEPS = 25  # of training
 
 # name -> (format, objective, what else the drafter is)
 EXPORTS = {
@@ -83,9 +85,6 @@ def taught(target, drafter, prompts):
     return drafter.eval()
 
 
-STEPS = 25
-
-
 def accepted(target, drafter, prompts):
     """(outputs, drafts, how many drafts were accepted up to each position) of our own decode loop, the oracle."""
     outputs, rounds = [], []
@@ -100,8 +99,6 @@ def accepted(target, drafter, prompts):
 
 def swapped(folder, copy):
     """The export with the columns of fc that belong to two layers in each other's place: the fault that nobody notices."""
-    from safetensors.torch import load_file, save_file
-
     copy.mkdir()
     (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
     weights = load_file(folder / "model.safetensors")
@@ -114,9 +111,8 @@ def swapped(folder, copy):
 @pytest.fixture(scope="module")
 def served(target, prompts, tmp_path_factory):
     """(what vLLM did with every export, what our loop did with its drafter); one process serves them one after the other."""
-    if not (ROOT / ".venv-serving/installed").is_file():
-        why = ROOT / ".venv-serving/why"
-        pytest.skip(f"no vLLM here: {why.read_text().strip() if why.is_file() else '`make serving` installs it'}")
+    if why := without_vllm():
+        pytest.skip(why)
     folder = tmp_path_factory.mktemp("served")
     runs, ours = {"nobody": {"drafter": None}}, {}
     for name, (format, objective, changes) in EXPORTS.items():
