@@ -125,7 +125,7 @@ def model_of(drafter: Drafter, target: Target):
         "lm_head.weight": drafter.head.heads(head).draft_DE,
     }
     if kind == "peagle":
-        weights["mask_hidden"] = weights["mask_hidden"].view(model.mask_hidden.shape)
+        weights["mask_hidden"] = ascending(weights["mask_hidden"], config.hidden_layers).view(model.mask_hidden.shape)
     if config.sequential:  # its bias W2 W1[x] is what our correction adds to the logits
         weights["markov_head.markov_w1.weight"] = head.embedding_VE @ drafter.sequential.down.weight.T
         weights["markov_head.markov_w2.weight"] = weights["lm_head.weight"] @ drafter.sequential.up.weight

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from data_prep.errors import UserError
 from data_prep.target import Target
 from tests.models import drafter_of, small_target
-from tests.speculators_models import LENGTH, TINY, package, real_text
+from tests.speculators_models import LENGTH, TINY, model_of, package, real_text
 from tests.test_objectives import objective_of
 from train.batches import make_pack
 from train.drafter.config import DrafterConfig
@@ -205,6 +205,17 @@ def test_speculators_computes_the_logits_of_a_blocks_export(speculators, target,
     assert_same(block_logits(speculators_model(tmp_path), text, ANCHORS), ours(target, drafter, text, ANCHORS))
 
 
+def test_speculators_loads_a_peagle_export(speculators, target, tmp_path):
+    """As the model that tests/test_newer_eagles.py shows to compute our logits."""
+    drafter = drafter_for(target, "blockwise", pairs=True, shifted=True, causal=True, fc_norm=True, qk_norm=False)
+    with torch.no_grad():
+        drafter.mask.weight += 0.1
+    save_export(drafter, target, tmp_path, "speculators")
+    loaded, shown = speculators_model(tmp_path).state_dict(), model_of(drafter, target).state_dict()
+    assert loaded.keys() == shown.keys() and loaded["mask_hidden"].std() > 0
+    assert [name for name in shown if not torch.equal(loaded[name], shown[name])] == []
+
+
 GOLDEN = {
     "eagle3": ("ttt", {}, "LlamaForCausalLMEagle3", "llama"),
     "eagle3, norms": ("ttt", {"target_layers": [1, 4], "qk_norm": True}, "Eagle3Qwen3ForCausalLM", "qwen3"),
@@ -245,6 +256,7 @@ def test_the_servers_own_formats_hold_the_same_weights(target, tmp_path, name):
         assert written["dflash_config"] == {"mask_token_id": 2, "target_layer_ids": [0, 2, 3], "causal": False}
         assert written["draft_vocab_size"] == 8192
     if format == "dspark":
+        assert written["block_size"] == drafter.config.draft_length  # there it counts what is drafted
         assert (written["target_layer_ids"], written["mask_token_id"]) == ([0, 2, 3], 2)
         assert (written["sample_from_anchor"], written["dspark_bonus_anchor"], written["markov_rank"]) == (True, False, 1)
 
@@ -269,7 +281,7 @@ def test_a_learned_mask_is_exported_beside_the_weights(speculators, target, text
     """And three negative controls: features in another order, off by one, and the token in MASK's place."""
     drafter = learned_mask(target)
     notes = save_export(drafter, target, tmp_path / "plain", "dflash")
-    assert any(MASK_FILE in note and "SGLang" in note for note in notes)
+    assert "SGLang 0.5.23 writes the learned MASK over the target's own embedding of token 2, which no text should hold" in notes
     assert (tmp_path / "plain" / MASK_FILE).is_file()
     save_export(drafter, target, tmp_path, "speculators")
     mine, model = ours(target, drafter, text, ANCHORS), speculators_model(tmp_path)
@@ -301,8 +313,22 @@ def test_an_export_says_what_sglang_cannot_do(target, tmp_path):
     for objective, format in (("ttt", "eagle3"), ("blockwise", "dflash")):
         notes = save_export(drafter_for(target, objective, **layers), target, tmp_path / format, format)
         assert "SGLang 0.5.23 hands out no hidden state of the target's last layer, 5, which is read" in notes
-    normed = drafter_for(target, "ttt", qk_norm=True)
-    assert any("passes over EAGLE-3's norms" in note for note in save_export(normed, target, tmp_path / "normed", "eagle3"))
+
+
+@pytest.mark.parametrize(
+    "objective,changes,format,said",
+    [
+        ("ttt", {"qk_norm": True}, "eagle3", "has no class for EAGLE-3 with norms of queries and keys, and refuses it"),
+        ("ttt", {"norm_before_residual": True}, "eagle3", "does not know drafter.norm_before_residual"),
+        ("ttt", {"hidden_layers": [2]}, "eagle3", "leaves out fc where one hidden state alone is read"),
+        ("blockwise", {"shifted": True, "draft_vocab": 500}, "dspark", "does not load DSpark with a reduced vocabulary"),
+        ("blockwise", {"draft_vocab": 500}, "dflash", "drafts with the target's LM head instead of the drafter's own"),
+        ("ttt", {}, "eagle3", None),
+    ],
+)
+def test_an_export_says_what_sglang_does_otherwise(target, tmp_path, objective, changes, format, said):
+    notes = [n for n in save_export(drafter_for(target, objective, **changes), target, tmp_path, format) if "SGLang" in n]
+    assert [said in note for note in notes] == [True] if said else notes == []
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from data_prep.errors import UserError
 from data_prep.target import Target, load_tokenizer
 from tests.conftest import ROOT
 from tests.speculators_models import LENGTH, TINY, package
-from tests.test_export import ANCHORS, assert_same, block_logits, eagle3_logits
+from tests.test_export import ANCHORS, assert_same, block_logits, drafter_for, eagle3_logits
 from tests.test_export import ours as logits_of
 from tests.test_imported import imported, ours, refused
 from train.drafter.config import DrafterConfig
 from train.drafter.export import save_export
+from train.drafter.names import MASK_FILE, method_of
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,10 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
         ({"eagle_config": {"use_aux_hidden_state": False}}, "as EAGLE-1"),
         ({"logit_scale": 0.5}, "scales its logits .logit_scale=0.5"),
         ({"hidden_act": "gelu"}, "has MLPs of gelu"),
+        ({"is_neox_style": False}, "rotates interleaved pairs of a head"),
+        ({"rope_is_neox_style": False}, "rotates interleaved pairs of a head"),
+        ({"use_gemma_norm": True}, "has Gemma's norms"),
+        ({"num_aux_hidden_states": 5, "eagle_aux_hidden_state_layer_ids": [2, 4, 5]}, "says that it reads 5 hidden states"),
         ({"draft_vocab_size": 500}, "has draft_vocab_size=500, and d2t of 600 tokens"),
         ({"model_type": "gemma2"}, "has layers of model_type=gemma2; those of llama and qwen3 are read"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with the length"),
@@ -282,6 +287,7 @@ ROW = torch.ones(64)
     [
         ({"d2t": None}, "says 600 tokens .draft_vocab_size., and not which"),
         ({"d2t": torch.zeros(600, dtype=torch.long)}, "has d2t and t2d that name other tokens"),
+        ({"d2t": torch.zeros(600)}, "has d2t of torch.float32, which holds no offsets"),
         ({"d2t": torch.full((600,), 9999)}, "has d2t with tokens twice, or beyond the vocabulary"),
         ({"norm.weight": None}, "lacks the tensor norm.weight"),
         ({"midlayer.self_attn.o_proj.bias": ROW}, "no drafter here has, layers.0.self_attn.o_proj.bias"),
@@ -328,3 +334,50 @@ def test_other_folders_are_refused_by_name(deep, tmp_path):
     refused(tmp_path / "pickle", target, "holds no weights")
     (tmp_path / "pickle/model.safetensors").write_bytes(b"cut")
     refused(tmp_path / "pickle", target, "its weights cannot be read")
+
+
+def block_for(target, **changes):
+    return drafter_for(target, "blockwise", hidden_layers=[1, 3, 5], target_layers=[1], mask_token_id=5, **changes)
+
+
+@pytest.mark.parametrize(
+    "stored,message",
+    [
+        (b"garbage", "its MASK or its Markov head cannot be read"),
+        ({"mask_token_id": 3, "embedding": torch.ones(64)}, "has a mask_embedding.pt for token 3, and mask_token_id=5"),
+        ({"mask_token_id": 5}, "its MASK or its Markov head cannot be read"),
+        (torch.ones(63), "has a MASK that is no embedding of size 64"),
+    ],
+    ids=["no pickle", "another token", "no embedding", "another size"],
+)
+def test_a_mask_that_is_none_is_refused(deep, tmp_path, stored, message):
+    target = deep[0]
+    save_export(block_for(target), target, tmp_path, "dflash")
+    if isinstance(stored, bytes):
+        (tmp_path / MASK_FILE).write_bytes(stored)
+    else:
+        torch.save(stored, tmp_path / MASK_FILE)
+    refused(tmp_path, target, message)
+
+
+@pytest.mark.parametrize(
+    "changes,message", [({"mask_token_id": -1}, "has mask_token_id=-1"), ({"block_size": -4}, "drafts -4 tokens")]
+)
+def test_numbers_that_mean_nothing_are_refused(deep, tmp_path, changes, message):
+    target = deep[0]
+    save_export(block_for(target), target, tmp_path, "dflash")
+    written = json.loads((tmp_path / "config.json").read_text())
+    nested = {name: value for name, value in changes.items() if name in written["dflash_config"]}
+    written |= changes | {"dflash_config": written["dflash_config"] | nested}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    refused(tmp_path, target, message)
+
+
+def test_blocks_are_as_long_as_their_servers_count(deep, tmp_path):
+    """DFlash's block_size counts the anchor's slot; DSpark's counts what is drafted."""
+    target = deep[0]
+    for changes in ({}, {"sequential": "markov", "sequential_size": 8}, {"shifted": True}):
+        drafter = block_for(target, **changes)
+        for format in (method_of(drafter.config), "speculators"):
+            save_export(drafter, target, tmp_path / format, format)
+            assert imported(tmp_path / format, target).config.draft_length == drafter.config.draft_length

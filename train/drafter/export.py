@@ -61,7 +61,9 @@ def _unfit(config: DrafterConfig, format: str) -> dict[str, bool]:
     suited = " or ".join(f"format={name}" for name, methods in FORMATS.items() if method in methods)
     return {
         f"it is for {' and '.join(FORMATS[format])}, and this is {method}: {suited}": method not in FORMATS[format],
-        "its projections have biases": config.architecture.qkv_bias,
+        "its projections have biases, and the layers of vLLM 0.32 and SGLang 0.5.23 have others or none": (
+            config.architecture.qkv_bias
+        ),
         f"drafter.rope_factor={config.rope_factor:g} on top of the target's own scaling has no name in a configuration": (
             config.rope_factor != 1 and not _plain(config.architecture)
         ),
@@ -189,22 +191,35 @@ def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
     if format == "speculators":
         notes["SGLang 0.5.23 does not read format=speculators"] = method != "peagle"
         notes |= {f"the learned MASK is in {MASK_FILE}, which vLLM reads and the speculators package does not": beside}
-        return [note for note, holds in notes.items() if holds]
-    last = config.architecture.num_layers - 1
-    notes |= {
+    else:
+        notes |= _sglang_notes(config, learned)
+    return [note for note, holds in notes.items() if holds]
+
+
+def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
+    """What SGLang 0.5.23 does with a checkpoint of a format that it reads."""
+    method, last, token = method_of(config), config.architecture.num_layers - 1, config.mask_token_id
+    reduced, dspark = bool(config.draft_vocab), method == "dspark"
+    return {
         f"SGLang 0.5.23 hands out no hidden state of the target's last layer, {last}, which is read": (
             max(config.hidden_layers) == last
         ),
-        "SGLang 0.5.23 passes over EAGLE-3's norms of queries and keys, so that less is accepted there": (
+        "SGLang 0.5.23 has no class for EAGLE-3 with norms of queries and keys, and refuses it": (
             method == "eagle3" and config.normed
         ),
-        f"the learned MASK is in {MASK_FILE}: vLLM reads it, SGLang embeds token {config.mask_token_id} in its place": beside,
-        f"SGLang 0.5.23 passes over the learned MASK and embeds token {config.mask_token_id}": learned and not beside,
-        "SGLang 0.5.23 drafts with the target's LM head instead of the drafter's own": bool(
-            method != "eagle3" and (config.own_head or config.draft_vocab)
+        "SGLang 0.5.23 does not know drafter.norm_before_residual, so that less is accepted there": config.norm_before_residual,
+        "SGLang 0.5.23 leaves out fc where one hidden state alone is read, so that less is accepted there": (
+            method == "eagle3" and len(config.hidden_layers) == 1
         ),
+        "SGLang 0.5.23 does not load DSpark with a reduced vocabulary": dspark and reduced,
+        "SGLang 0.5.23 drafts with the target's LM head instead of the drafter's own": (
+            (method == "dflash" and (reduced or config.own_head)) or (dspark and config.own_head and not reduced)
+        ),
+        f"SGLang 0.5.23 writes the learned MASK over the target's own embedding of token {token}, which no text should hold": (
+            method == "dflash" and learned
+        ),
+        f"SGLang 0.5.23 passes over the learned MASK and embeds token {token}": dspark and learned,
     }
-    return [note for note, holds in notes.items() if holds]
 
 
 def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:

@@ -147,6 +147,10 @@ def _check_meaning(folder: Path, claims: Claims, layer) -> None:
     says, dflash = claims.says, claims.kind in ("dflash", "dspark")
     markov = says("markov_head_type") or "vanilla"
     scale = claims.layer.get("logit_scale", 1)
+    token = claims.mask_token_id
+    states = claims.layer.get("num_aux_hidden_states")
+    neox = {claims.layer.get("is_neox_style", True), claims.layer.get("rope_is_neox_style", True)}
+    named = claims.inputs or claims.outputs
     refuse(
         folder,
         {
@@ -159,6 +163,13 @@ def _check_meaning(folder: Path, claims: Claims, layer) -> None:
                 says("use_aux_hidden_state") is False
             ),
             f"scales its logits (logit_scale={scale})": scale != 1,
+            "rotates interleaved pairs of a head (is_neox_style=false), and ours rotate halves": neox != {True},
+            "has Gemma's norms (use_gemma_norm)": bool(claims.layer.get("use_gemma_norm")),
+            f"says that it reads {states} hidden states (num_aux_hidden_states), and names {named and len(named)}": (
+                states is not None and named is not None and states != len(named)
+            ),
+            f"has mask_token_id={token}, and {layer.vocab_size} tokens": token is not None and not 0 <= token < layer.vocab_size,
+            f"drafts {claims.slots} tokens a round": claims.slots is not None and claims.slots < 1,
             f"has MLPs of {layer.hidden_act}, and ours are of silu": layer.hidden_act != "silu",
             "names no MASK (mask_token_id)": claims.kind != "eagle3" and claims.mask_token_id is None,
             f"has MASK as token {claims.mask_token_id} of {layer.vocab_size}": (claims.mask_token_id or 0) >= layer.vocab_size,
@@ -239,8 +250,11 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
     )
     block, eagle = kind in ("dflash", "dspark"), fields.get("eagle_config") or {}
     causal, dflash_causal = fields.get("is_causal"), dflash.get("causal")
-    anchor = fields.get("sample_from_anchor", dflash.get("sample_from_anchor", kind == "dspark"))
-    named = [fields.get(key, dflash.get(key)) for key in ("mask_token_id", "pard_token", "ptd_token_id")]
+    anchor = bool(fields.get("sample_from_anchor", dflash.get("sample_from_anchor", kind == "dspark")))
+    slots = (fields.get("block_size") or dflash.get("block_size")) if block else None
+    if kind == "dspark" and slots and not anchor:
+        slots += 1  # DSpark's block_size counts what is drafted, DFlash's the anchor's slot too
+    named = [dflash.get(key, fields.get(key)) for key in ("mask_token_id", "pard_token", "ptd_token_id")]
     return Claims(
         kind=kind,
         format=NAMES[kind],
@@ -249,8 +263,8 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
         verifier=None,
         inputs=fields.get("eagle_aux_hidden_state_layer_ids"),
         outputs=dflash.get("target_layer_ids") or fields.get("target_layer_ids") or eagle.get("eagle_aux_hidden_state_layer_ids"),
-        slots=(fields.get("block_size") or dflash.get("block_size")) if block else None,
-        shifted=kind == "peagle" or (block and bool(anchor)),
+        slots=slots,
+        shifted=kind == "peagle" or (block and anchor),
         causal=(dflash_causal if causal is None else causal) if block else kind == "peagle",
         mask_token_id=None if kind == "eagle3" else next((token for token in named if token is not None), None),
     )

@@ -5,6 +5,7 @@ Shapes: E hidden size, V target vocabulary, D draft vocabulary, R rank of a Mark
 
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,6 +88,7 @@ def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
     missing or have no place."""
     tensors, names = Tensors(folder), names_of(config)
     absent = [theirs for theirs in names.values() if theirs not in tensors]
+    absent += [name for name in MARKOV if config.sequential and name not in tensors]
     confidence = {name for name in tensors.names if name.startswith("confidence_head.")}  # how much to verify: not what to draft
     # SGLang calls the norm of later layers otherwise than vLLM, so that some hold it twice.
     twice = {f"layers.{i}.hidden_norm.weight": f"layers.{i}.input_layernorm.weight" for i in range(1, config.depth)}
@@ -113,7 +115,9 @@ def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> 
     """Raises UserError for a draft vocabulary that is none."""
     if "d2t" not in tensors:
         return
-    d2t_D = tensors["d2t"].long()
+    d2t_D = tensors["d2t"]
+    refuse(folder, {f"has d2t of {d2t_D.dtype}, which holds no offsets": d2t_D.is_floating_point()})
+    d2t_D = d2t_D.long()
     kept_D = torch.arange(len(d2t_D)) + d2t_D
     inside = bool(((kept_D >= 0) & (kept_D < config.architecture.vocab_size)).all())
     said = tensors["t2d"].bool().nonzero().flatten() if "t2d" in tensors else kept_D.sort().values
@@ -141,7 +145,13 @@ def left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead) -> dic
     """What a checkpoint says in terms of its target, under our names: MASK, a row of the embedding, and a Markov head's tables,
     which ours factors through embedding and LM head. An embedding table of the checkpoint's own has to be the target's, but for
     MASK's row. Raises UserError for another, and for tables that cannot be factored."""
-    tensors = Tensors(folder)
+    try:
+        return _left_to_target(folder, config, head, Tensors(folder))
+    except (RuntimeError, KeyError, TypeError, AttributeError, UnpicklingError) as error:  # shapes and files of any kind
+        raise UserError(f"{folder}: its MASK or its Markov head cannot be read ({first_line(error)})") from error
+
+
+def _left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensors) -> dict[str, Tensor]:
     mask_1E = _mask(folder, config, head, tensors)
     found = {} if mask_1E is None else {"mask.weight": mask_1E}
     if config.sequential:
@@ -170,9 +180,13 @@ def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensor
             )
     if token is not None and (folder / MASK_FILE).is_file():
         stored = torch.load(folder / MASK_FILE, weights_only=True)
+        said = stored.get("mask_token_id", token) if isinstance(stored, dict) else token
+        refuse(folder, {f"has a {MASK_FILE} for token {said}, and mask_token_id={token}": said != token})
         mask_1E = (stored["embedding"] if isinstance(stored, dict) else stored).view(1, -1).to(table_VE)
     if token is not None and "mask_embedding" in tensors:
         mask_1E = tensors["mask_embedding"].view(1, -1).to(table_VE)
+    size = table_VE.shape[1]
+    refuse(folder, {f"has a MASK that is no embedding of size {size}": mask_1E is not None and mask_1E.shape[1] != size})
     return mask_1E
 
 

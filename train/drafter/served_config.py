@@ -31,6 +31,7 @@ def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
         "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": outputs, "causal": config.causal},
     }
     if method_of(config) == "dspark":
+        found["block_size"] = config.draft_length  # here, and not in DFlash, it counts what is drafted
         found |= {"mask_token_id": config.mask_token_id, "target_layer_ids": outputs, **_markov(config)}
         found["dspark_bonus_anchor"] = not config.shifted  # vLLM's word for the other value of sample_from_anchor
     return found
