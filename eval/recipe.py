@@ -21,7 +21,7 @@ from eval.started import interpreter
 from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
 from eval.tree import TreeShape
 from train.attention import executor
-from train.drafter.config import DrafterConfig, folder_of
+from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.export import check_export
 from train.recipe import TrackingRecipe
 from train.views import View
@@ -279,8 +279,13 @@ def _check_served(recipe: EvalRecipe) -> None:
         if recipe.drafter is None:
             raise UserError(f"server.start={server.start} serves a drafter: say which, drafter=RUN/checkpoints/best")
         config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
-        if not config.imported:
+        if not is_foreign(read_fields(recipe.drafter)):
             check_export(config, "speculators")
+        if recipe.draft.length and config.objective == "blockwise" and not config.causal:
+            raise UserError(
+                f"draft.length={recipe.draft.length}: slots of {recipe.drafter}'s blocks see each other, so that a server that "
+                "fills shorter ones would run another function; leave it out"
+            )
         interpreter(server)
         return
     found = find_server(server.url, recipe.target_names)

@@ -36,10 +36,10 @@ from eval.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
 from eval.started import interpreter, started, without_drafter, words
 from eval.static_drafting import Proposal, StaticTrained
 from eval.suites import Prompt
-from train.drafter.config import folder_of
+from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.export import save_export
 from train.drafter.model import Drafter
-from train.drafter.names import method_of
+from train.drafter.names import MASK_FILE, method_of
 
 
 def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafter]], described: Callable[..., dict]) -> dict:
@@ -53,7 +53,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
     with tempfile.TemporaryDirectory() as folder:
         own: dict[float, Run] = {}
         result: dict = {}
-        ends, command, plain = None, [], {}
+        ends, command, notes, plain = None, [], [], {}
         if recipe.drafter:
             target, drafter = load(recipe)
             config = drafter.config
@@ -62,7 +62,8 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
             ends = target.end_tokens
             prompts, said = prompts_of(recipe, config, tokenizer)
             if not server:
-                command = _start_of(recipe, target, drafter, Path(folder) / "drafter", slots, said["positions"])
+                place, notes = _checkpoint(recipe, target, drafter, Path(folder) / "drafter")
+                command = _start_of(recipe, target, config, place, slots, said["positions"])
             own = ours(recipe, target, drafter, prompts, said, slots)
             del target, drafter  # the server needs the memory
             gc.collect()
@@ -83,7 +84,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
     result |= {
         "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
         | {"positions": server.positions}
-        | ({"command": command} if command else {"url": server.url}),
+        | ({"command": command, "notes": notes} if command else {"url": server.url}),
         "prompts": said | {"seed": recipe.seed},
         "software": result.get("software", {}),
         "commit": cli.git_revision(),
@@ -100,18 +101,37 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         for who, run in runs.items():
             if judge and temperature > 0 and who != OURS:
                 result["temperatures"][name][who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
-        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels else []
-        result["said"][name] = conclusions(result, name, len(prompts))
+        why_not = _incomparable(server, config, temperature) if mine else None
+        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
+        result["said"][name] = conclusions(result, name, len(prompts), why_not)
     return result
 
 
-def _start_of(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path, slots: int, positions: int) -> list[str]:
-    """Export the drafter into `folder`, unless it came as a server's checkpoint; the command that serves it, without a port."""
-    if drafter.config.imported:
-        folder = folder_of(recipe.drafter)
-    else:
-        save_export(drafter, target, folder, "speculators")
-    method = method_of(drafter.config)
+def _incomparable(server: Server, config: DrafterConfig, temperature: float) -> str | None:
+    """Why acceptance in this server says nothing of ours; None: it does."""
+    if config.objective == "blockwise" and not config.causal and server.slots != config.draft_length:
+        return (
+            f"not tested: the server fills blocks of {server.slots} drafted tokens and this drafter learned blocks of "
+            f"{config.draft_length}; its slots see each other, so that it is another function there"
+        )
+    if temperature > 0 and server.samples_drafts:
+        return "not tested: this server samples its drafts, and ours are the likeliest tokens"
+    return None
+
+
+def _checkpoint(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path) -> tuple[Path, list[str]]:
+    """What a server loads, and what vLLM does with it otherwise than we: an export into `folder`, unless the drafter stands in a
+    server's format already."""
+    own = folder_of(recipe.drafter)
+    if is_foreign(read_fields(own)):
+        return own, []
+    notes = save_export(drafter, target, folder, "speculators")
+    return folder, [note for note in notes if "vLLM" in note and MASK_FILE not in note]
+
+
+def _start_of(recipe: EvalRecipe, target: Target, config: DrafterConfig, folder: Path, slots: int, positions: int) -> list[str]:
+    """The command that serves the checkpoint in `folder`, without a port."""
+    method = method_of(config)
     speculative = {"method": method, "model": str(folder), "num_speculative_tokens": slots}
     if method == "peagle":  # vLLM's name of it
         speculative |= {"method": "eagle3", "parallel_drafting": True}
@@ -126,8 +146,9 @@ def _start_of(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path
 
 
 class Likeliest(StaticTrained):
-    """Drafts the likeliest tokens at any temperature, as vLLM and SGLang do unless they are told otherwise. They are accepted
-    with the target's own probability, and the output is a sample of the target's all the same."""
+    """Drafts the likeliest tokens at any temperature, as servers do unless they are told otherwise (`Server.samples_drafts`: as
+    all but one do). They are accepted with the target's own probability, and the output is a sample of the target's all the
+    same."""
 
     def propose(self, text_BL, anchor_B, length: int, sampling: Sampling, u_BJ) -> Proposal:
         return super().propose(text_BL, anchor_B, length, sampling._replace(temperature=0.0), u_BJ)

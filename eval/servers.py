@@ -110,6 +110,7 @@ class Server:
     None: not told."""
 
     kind: str
+    samples_drafts = False  # above temperature 0; all but SGLang's DSpark draft the likeliest tokens
 
     def __init__(self, url: str, model: str, positions: int | None, slots: int, version: str):
         self.url, self.model, self.positions, self.slots, self.version = url, model, positions, slots, version
@@ -243,34 +244,39 @@ def find_server(url: str, names: list[str], drafts: bool = True) -> Server:
         UserError: nobody is there, it serves another model, does not draft, or does not tell of it.
     """
     url = url.rstrip("/").removesuffix("/v1")
-    with httpx.Client(base_url=url, headers=_key(), timeout=30) as client:
-        try:
-            answer = client.get("/v1/models")
-            answer.raise_for_status()
-            served = answer.json()["data"]
-            known = {one[name]: one for one in served for name in ("root", "id") if one.get(name)}
-        except httpx.HTTPStatusError as error:
-            raise UserError(f"server.url={url}: /v1/models answers {error.response.status_code}") from error
-        except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise UserError(f"server.url={url}: no server answers there ({_what(error)})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"server.url={url} does not answer as an OpenAI-compatible server would") from error
-        model = next((known[name] for name in names if name in known), None)
-        if model is None:
-            raise UserError(
-                f"server.url={url} serves {', '.join(one['id'] for one in served) or 'nothing'}, and the target is {names[0]} "
-                "(server.model=NAME, if it goes by another name there)"
-            )
-        said = (url, model["id"], model.get("max_model_len"))
-        told = client.get("/metrics")
-        if not told.is_error and "vllm:" in told.text:
-            version = client.get("/version")
-            slots = _vllm_slots(url, told.text) if drafts else 0
-            return Vllm(*said, slots, "" if version.is_error else version.json().get("version", ""))
-        for path in ("/server_info", "/get_server_info"):
-            info = client.get(path)
-            if not info.is_error and "speculative_algorithm" in info.text:
-                return Sglang(*said, _sglang_slots(url, info.json()), str(info.json().get("version", "")))
+    try:
+        with httpx.Client(base_url=url, headers=_key(), timeout=30) as client:
+            return _found(client, url, names, drafts)
+    except httpx.HTTPStatusError as error:
+        raise UserError(f"server.url={url}: {error.request.url.path} answers {error.response.status_code}") from error
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise UserError(f"server.url={url}: no server answers there ({_what(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"server.url={url} does not answer as vLLM or SGLang would ({_what(error)})") from error
+
+
+def _found(client: httpx.Client, url: str, names: list[str], drafts: bool) -> Server:
+    served = client.get("/v1/models").raise_for_status().json()["data"]
+    known = {one[name]: one for one in served for name in ("root", "id") if one.get(name)}
+    model = next((known[name] for name in names if name in known), None)
+    if model is None:
+        raise UserError(
+            f"server.url={url} serves {', '.join(one['id'] for one in served) or 'nothing'}, and the target is {names[0]} "
+            "(server.model=NAME, if it goes by another name there)"
+        )
+    said = (url, model["id"], model.get("max_model_len"))
+    told = client.get("/metrics")
+    if not told.is_error and "vllm:" in told.text:
+        slots = _vllm_slots(url, told.text) if drafts else 0
+        version = client.get("/version")
+        return Vllm(*said, slots, "" if version.is_error else str(version.json().get("version", "")))
+    for path in ("/server_info", "/get_server_info"):
+        answer = client.get(path)
+        info = {} if answer.is_error else answer.json()
+        if "speculative_algorithm" in info:
+            server = Sglang(*said, _sglang_slots(url, info), str(info.get("version", "")))
+            server.samples_drafts = str(info["speculative_algorithm"]).upper() == "DSPARK"
+            return server
     raise UserError(
         f"server.url={url} tells nothing of its drafts: neither /metrics with vLLM's counters (start vLLM without "
         "--disable-log-stats) nor SGLang's /server_info"

@@ -105,8 +105,8 @@ def exchanged(a_PC: np.ndarray, b_PC: np.ndarray, seed: int) -> np.ndarray:
     return (apart_RJ.max(1, keepdims=True) >= apart_RJ[0] - 1e-9).mean(0)
 
 
-def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
-    """What the figures of one temperature say, a sentence each."""
+def conclusions(result: dict, temperature: str, prompts: int, why_not: str | None = None) -> list[str]:
+    """What the figures of one temperature say, a sentence each. `why_not`: why acceptance was not compared."""
     rows, tested, server = result["temperatures"][temperature], result["tested"][temperature], result["server"]
     levels = [int(name) for name in rows if name.isdigit()]
     found = [f"only {prompts} conversations: never more at a time, whatever the concurrency"] * (max(levels) > prompts)
@@ -133,7 +133,8 @@ def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
                 "whoever drafts, and its acceptance at this temperature says nothing of the drafter"
             )
     if not tested:
-        return [*found, "not tested: each prompt's counts are known at concurrency 1 alone (server.concurrency=[1,...])"]
+        alone = "not tested: each prompt's counts are known at concurrency 1 alone (server.concurrency=[1,...])"
+        return [*found, why_not or alone]
     if "equal" in rows["1"]:
         found += _counts(rows["1"], rows[OURS])
     apart = [one for one in tested if one["p"] < SURE]
@@ -142,6 +143,7 @@ def conclusions(result: dict, temperature: str, prompts: int) -> list[str]:
         found.append(f"position {one['position']}: server {one['server']:.2f}, ours {one['ours']:.2f} ({p})")
     if apart and rows["1"].get("sampling_p", 1) >= HONEST:
         found.append("the server does not run this drafter as it was trained")
+        found += [f"known of it: {note}" for note in server.get("notes", [])]
     elif not apart:
         found.append(f"no position differs beyond chance (p >= {SURE}, exchanges within prompts)")
     if not apart and 2 / 2**prompts >= SURE:

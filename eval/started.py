@@ -99,8 +99,13 @@ def started(server: ServerRecipe, command: list[str], log: Path) -> Iterator[str
 def last_words(log: Path) -> str:
     """What went wrong, in one line: the first error in the log, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = (re.search(r"\b\w*(Error|Exception): .*", line) for line in lines if "WARNING" not in line)
-    said = next((found[0] for found in errors if found), lines[-1] if lines else "it said nothing")
+    said = lines[-1] if lines else "it said nothing"
+    for number, line in enumerate(lines):
+        error = re.search(r"\b\w*(Error|Exception): .*", line)
+        if error and "WARNING" not in line:
+            after = lines[number + 1 : number + 2] if "validation error" in line else []  # pydantic's reason stands below
+            said = " ".join([error[0], *after])
+            break
     return f"{said[:300]} ({log})"
 
 

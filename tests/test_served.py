@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,7 @@ from eval.decode import decode
 from eval.drafting import Trained
 from eval.measure import sampling_p_value
 from eval.recipe import EvalRecipe, check, prompts_within
-from eval.served import ours
+from eval.served import _incomparable, ours
 from eval.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
 from eval.started import interpreter, started, words
 from tests.conftest import ROOT, SMALL, command, deepspeed, without_vllm
@@ -275,7 +276,39 @@ def test_an_address_that_is_none():
 
 def test_a_server_of_another_kind(play):
     assert "/v1/models answers 404" in refusal(play({}))
-    assert "does not answer as an OpenAI-compatible server" in refusal(play({"/v1/models": (200, "<html>")}))
+    assert "does not answer as vLLM or SGLang would" in refusal(play({"/v1/models": (200, "<html>")}))
+    assert "no server answers there" in refusal("'http://[::1'")
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        {"/v1/models": (200, json.dumps({"data": [{"root": "x"}]}))},
+        models() | {"/metrics": (200, METRICS), "/version": (200, "0.32")},
+        models() | {"/metrics": (200, METRICS.replace("position", "place"))},
+        models() | {"/metrics": (200, "vllm:spec_decode_num_drafts_total NaN")},
+        models() | {"/server_info": (200, "speculative_algorithm")},
+        models() | {"/server_info": (200, json.dumps({"speculative_algorithm": "EAGLE3", "speculative_num_draft_tokens": None}))},
+    ],
+    ids=["a model without a name", "no version", "no positions", "no numbers", "no JSON", "no length of a draft"],
+)
+def test_a_server_that_tells_nonsense_is_refused_in_one_line(play, pages):
+    said = refusal(play(pages))
+    assert "does not answer as vLLM or SGLang would" in said and "\n" not in said
+
+
+def test_blocks_of_another_length_are_not_compared():
+    """Slots of a bidirectional block see each other: at another length they are another function, and no fault of the server."""
+    block = drafter_for(Target(TINY), "blockwise").config
+    server = Vllm("x", TINY, None, block.draft_length, "")
+    assert _incomparable(server, block, 0) is None
+    server.slots += 1
+    assert "another function" in _incomparable(server, block, 0)
+    assert _incomparable(server, replace(block, causal=True), 0) is None
+    assert _incomparable(server, replace(block, objective="ttt"), 0) is None
+    sglang = Sglang("x", TINY, None, block.draft_length, "")
+    sglang.samples_drafts = True
+    assert _incomparable(sglang, block, 0) is None and "samples its drafts" in _incomparable(sglang, block, 1)
 
 
 def test_a_server_of_another_model(play):

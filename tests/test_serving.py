@@ -26,15 +26,24 @@ from train.objectives import Objective
 pytestmark = pytest.mark.slow
 TINY = ROOT / "data_prep/targets/tiny"
 PYTHON = ROOT / ".venv-serving/bin/python"
-TEXTS = ("eval/judge.py", "eval/main.py", "train/views.py", "train/engine.py")
-PROMPT, NEW = 150, 60  # tokens
+TEXTS = (
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items.append(",
+    "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n\n\ndef main():\n",
+    "import os\nimport sys\n\n\ndef find(name, path=None):\n    if path is None:\n        path = os.environ['PATH']\n    for",
+    "class Error(Exception):\n    pass\n\n\nclass ParseError(Error):\n    def __init__(self, message, line):\n        super()",
+)
+NEW = 60  # tokens behind each
 STEPS = 25  # of training
 
 # name -> (format, objective, what else the drafter is)
 EXPORTS = {
     "eagle3": ("eagle3", "ttt", {}),
     "eagle3, reduced vocabulary": ("eagle3", "ttt", {"draft_vocab": 500, "own_head": True}),
-    "eagle3, three layers": ("eagle3", "ttt", {"target_layers": [1, 2, 4]}),
+    "eagle3, three layers, a head of its own": (
+        "eagle3",
+        "ttt",
+        {"target_layers": [1, 2, 4], "hidden_layers": [0, 2, 5], "norm_before_residual": True, "own_head": True},
+    ),
     "eagle3, norms of queries and keys": ("speculators", "ttt", {"target_layers": [1, 4], "qk_norm": True}),
     "eagle3.1, states of four layers": (
         "speculators",
@@ -43,7 +52,7 @@ EXPORTS = {
     ),
     "peagle": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "qk_norm": False}),
     "peagle, norms": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "fc_norm": True}),
-    "dflash, one layer": ("dflash", "blockwise", {"target_layers": [1]}),
+    "dflash, one layer": ("dflash", "blockwise", {"target_layers": [1], "rope_factor": 2.0}),
     "dflash": ("dflash", "blockwise", {}),
     "dflash, causal, reduced": ("speculators", "blockwise", {"causal": True, "draft_vocab": 500, "own_head": True}),
 }
@@ -57,7 +66,7 @@ def target():
 @pytest.fixture(scope="module")
 def prompts():
     tokenizer = load_tokenizer(str(TINY))
-    return [tokenizer((ROOT / path).read_text())["input_ids"][:PROMPT] for path in TEXTS]
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 def taught(target, drafter, prompts):
@@ -77,8 +86,9 @@ def taught(target, drafter, prompts):
     objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, EXECUTORS["reference"], chunk=4096)
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
     generator = np.random.default_rng(0)
+    behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
     for _ in range(STEPS):
-        anchors = [np.sort(generator.choice(np.arange(PROMPT, PROMPT + NEW - 4), 16, replace=False)) for _ in documents]
+        anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
         objective(make_pack(names, documents, anchors)).share.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -86,15 +96,18 @@ def taught(target, drafter, prompts):
 
 
 def accepted(target, drafter, prompts):
-    """(outputs, drafts, how many drafts were accepted up to each position) of our own decode loop, the oracle."""
+    """(outputs, drafts, how many drafts were accepted up to each position, ties) of our own decode loop, the oracle. `ties`:
+    drafted tokens that another one was as good as, but for float32's rounding."""
     outputs, rounds = [], []
     target.capture(drafter.config.hidden_layers, [])
     for prompt in prompts:
         who = Trained(drafter, target.frozen_head, EXECUTORS["reference"], None)
-        generation = decode(target, who, prompt, NEW, 0, 0)
+        generation = decode(target, who, prompt, NEW, 0, 0, keep_drafts=True)
         outputs.append(generation.tokens)
         rounds += generation.rounds
-    return outputs, len(rounds), [sum(r.kept > j for r in rounds) for j in range(drafter.config.draft_length)]
+    best_R2 = torch.cat([r.draft.logits_JV for r in rounds]).topk(2).values
+    ties = int(((best_R2[:, 0] - best_R2[:, 1]) < 1e-5 * best_R2[:, 0].abs()).sum())
+    return outputs, len(rounds), [sum(r.kept > j for r in rounds) for j in range(drafter.config.draft_length)], ties
 
 
 def swapped(folder, copy):
@@ -137,26 +150,28 @@ def served(target, prompts, tmp_path_factory):
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_vllm_accepts_what_we_accept(served, name):
-    """In float32 token for token: what it says, how often it drafts, and what it accepts at every position."""
+    """In float32 token for token: what it says, how often it drafts, and what it accepts at every position. Where two tokens tie
+    in a draft, either server may take the other one, which moves the few rounds behind it."""
     answer, ours = served
-    outputs, drafts, counts = ours[name]
+    outputs, drafts, counts, ties = ours[name]
     assert answer[name]["outputs"] == answer["nobody"]["outputs"] == outputs
-    assert (answer[name]["drafts"], answer[name]["accepted"]) == (drafts, counts)
-    assert 0 < counts[1] <= counts[0] < drafts  # the comparison has something to compare
+    apart = np.abs(np.array([drafts, *counts]) - [answer[name]["drafts"], *answer[name]["accepted"]])
+    assert apart.max() <= 4 * ties, (answer[name], drafts, counts)
+    assert 0 < counts[1] <= counts[0] < drafts and ties < 3  # the comparison has something to compare
 
 
 def test_a_fault_in_an_export_is_seen(served):
     """Negative control: two layers' columns of fc in each other's place leave the output as it is, and less is accepted."""
     answer, ours = served
-    faulty, (outputs, drafts, counts) = answer["eagle3, fc swapped"], ours["eagle3"]
+    faulty, (outputs, drafts, counts, _) = answer["eagle3, fc swapped"], ours["eagle3"]
     assert faulty["outputs"] == outputs
-    assert faulty["drafts"] > drafts and faulty["accepted"][0] / faulty["drafts"] < counts[0] / drafts
+    assert faulty["drafts"] > drafts + 5 and faulty["accepted"][0] / faulty["drafts"] < counts[0] / drafts
 
 
 def test_vllm_on_a_cpu_norms_all_keys_with_the_first_layers_weight(served):
     """The fault of vLLM 0.32 that `own_key_norms` repairs; an export of several DFlash layers says so. When this fails, vLLM has
     mended it: the repair, this test and the note in train/drafter/export.py can go."""
     answer, ours = served
-    faulty, (outputs, drafts, counts) = answer["dflash, as vLLM is"], ours["dflash"]
+    faulty, (outputs, drafts, counts, _) = answer["dflash, as vLLM is"], ours["dflash"]
     assert faulty["outputs"] == outputs
     assert (faulty["drafts"], faulty["accepted"]) != (drafts, counts)
