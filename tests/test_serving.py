@@ -33,7 +33,7 @@ TEXTS = (
     "class Error(Exception):\n    pass\n\n\nclass ParseError(Error):\n    def __init__(self, message, line):\n        super()",
 )
 NEW = 60  # tokens behind each
-STEPS = 25  # of training
+STEPS = {"ttt": 25, "blockwise": 80}  # of training
 
 # name -> (format, objective, what else the drafter is)
 EXPORTS = {
@@ -87,7 +87,7 @@ def taught(target, drafter, prompts):
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
     generator = np.random.default_rng(0)
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
-    for _ in range(STEPS):
+    for _ in range(STEPS[config.objective]):
         anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
         objective(make_pack(names, documents, anchors)).share.backward()
         optimizer.step()
