@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 from data_prep.errors import UserError
 from data_prep.ranks import PR_SET_PDEATHSIG, free_port
@@ -126,7 +127,9 @@ def _wait(process: subprocess.Popen, url: str, wait_s: float, log: Path) -> None
 
 def _stop(process: subprocess.Popen) -> None:
     """Ask the server to end, which ends its engine (it would wait long for one that ended by itself), then kill what is left of
-    the group. A group's number stays its own as long as any process of it is there."""
+    the group. A group's number stays its own as long as any process of it is there. Shared memory of one that had to be killed
+    goes too: nobody else would remove it."""
+    shared = _shared_memory(process)
     process.terminate()
     try:
         process.wait(STOPS_S)
@@ -137,6 +140,20 @@ def _stop(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         pass
     process.wait()
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared_memory(process: subprocess.Popen) -> set[Path]:
+    """Files of shared memory that the server and its children have mapped: Python's, `multiprocessing.shared_memory`."""
+    found = set()
+    try:
+        server = psutil.Process(process.pid)
+        for one in [server, *server.children(recursive=True)]:
+            found |= {Path(each.path) for each in one.memory_maps() if each.path.startswith("/dev/shm/psm_")}
+    except (psutil.Error, OSError):
+        pass  # it ended meanwhile
+    return found
 
 
 def _ends_with_us() -> None:

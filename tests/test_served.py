@@ -400,17 +400,26 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
             pass
 
 
-# A server and a child of it that does not listen to a polite end.
+# A server and a child of it that does not listen to a polite end. "sharing": with shared memory, as an engine of vLLM has it.
 STUBBORN = """
-import signal, subprocess, sys
+import os, signal, subprocess, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Healthy(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-if sys.argv[1] == "healthy":
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    subprocess.Popen([sys.executable, "-c", deaf])
+share = '''
+import mmap, os
+file = open(f"/dev/shm/psm_{os.getpid()}", "w+b")
+file.truncate(4096)
+memory = mmap.mmap(file.fileno(), 4096)
+'''
+if sys.argv[1] != "never":
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    words = (share if sys.argv[1] == "sharing" else "") + deaf
+    child = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    print(f"/dev/shm/psm_{child.pid}", flush=True)
     HTTPServer(("127.0.0.1", int(sys.argv[3])), Healthy).serve_forever()
 import time
 time.sleep(600)
@@ -440,10 +449,12 @@ def test_nothing_is_left_of_a_server(tmp_path, monkeypatch):
     mark = uuid.uuid4().hex
     monkeypatch.setenv("MARK", mark)
     with pytest.raises(RuntimeError, match="in the middle"):
-        with started(recipe_of_server(), [sys.executable, "-c", STUBBORN, "healthy"], tmp_path / "log") as url:
+        with started(recipe_of_server(), [sys.executable, "-c", STUBBORN, "sharing"], tmp_path / "log") as url:
             assert url.startswith("http://127.0.0.1:") and len(marked(mark)) == 2
+            shared = Path((tmp_path / "log").read_text().split()[0])
+            assert shared.exists()
             raise RuntimeError("in the middle")
-    assert not left_of(mark)
+    assert not left_of(mark) and not shared.exists()
     with pytest.raises(UserError, match="not healthy within server.wait_s=1"):
         with started(recipe_of_server(wait_s=1), [sys.executable, "-c", STUBBORN, "never"], tmp_path / "log"):
             pass
