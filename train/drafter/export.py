@@ -97,7 +97,7 @@ def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> 
     folder.mkdir(parents=True, exist_ok=True)
     described = speculators_config if format == "speculators" else plain_config
     config = described(drafter.config, target, str(drafter.dtype).removeprefix("torch."))
-    tensors = _weights(drafter, target, format)
+    tensors = exported_weights(drafter, target, format)
     (folder / "config.json").unlink(missing_ok=True)  # a folder without it is no checkpoint
     (folder / MASK_FILE).unlink(missing_ok=True)
     if _mask_goes_beside(drafter, target):
@@ -111,7 +111,7 @@ def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> 
     return _notes(drafter, target, format)
 
 
-def _weights(drafter: Drafter, target: Target, format: str) -> dict[str, Tensor]:
+def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, under its servers' name."""
     config, method = drafter.config, method_of(drafter.config)
     ours = _ascending(drafter)
