@@ -76,7 +76,7 @@ def test_an_unknown_name_is_answered_with_those_that_there_are(shelf):
 
 
 def test_what_is_released():
-    assert released() == ["smollm2-block", "smollm2-ttt"]
+    assert released() == ["smollm2-block", "smollm2-eagle3", "smollm2-ttt"]
 
 
 @pytest.mark.parametrize("name", released())

@@ -466,8 +466,9 @@ def test_a_server_goes_with_a_command_that_is_killed(tmp_path):
     mark, ready = uuid.uuid4().hex, tmp_path / "ready"
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     script = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {str(ROOT)!r})
 from eval.servers import ServerRecipe
 from eval.started import started
