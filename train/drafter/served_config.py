@@ -11,21 +11,19 @@ CLASSES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator", "dflash":
 
 def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
     """For vLLM (`--speculative-config`) and SGLang (`--speculative-draft-model-path`)."""
-    outputs, reduced = sorted(config.hidden_layers), bool(config.draft_vocab)
+    outputs = sorted(config.hidden_layers)
     found = _layers(config, target, dtype) | {"architectures": [_architecture(config)]}
     if method_of(config) == "eagle3":
         # Without a number SGLang takes the target's LM head; a number promises a head in the checkpoint.
         own = config.draft_vocab or (config.architecture.vocab_size if config.own_head else None)
         return found | {
+            **_norms(config),
             "draft_vocab_size": own,
-            "norm_before_residual": config.norm_before_residual,
-            "fc_norm": config.fc_norm,
-            "norm_output": config.norm_output,
             "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
             "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": outputs},
         }
     found |= {
-        "draft_vocab_size": config.draft_vocab if reduced else config.architecture.vocab_size,
+        "draft_vocab_size": config.draft_vocab or config.architecture.vocab_size,
         "block_size": config.slots,
         "num_target_layers": config.architecture.num_layers,
         "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": outputs, "causal": config.causal},
@@ -60,12 +58,7 @@ def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dic
         "dtype": dtype,
     }
     if config.reads_pairs:
-        found |= {
-            "norm_before_residual": config.norm_before_residual,
-            "fc_norm": config.fc_norm,
-            "norm_output": config.norm_output,
-            "eagle_aux_hidden_state_layer_ids": inputs,
-        }
+        found |= _norms(config) | {"eagle_aux_hidden_state_layer_ids": inputs}
         if method == "peagle":
             found["mask_token_id"] = config.mask_token_id
             found["transformer_layer_config"]["fc_norm"] = config.fc_norm  # where vLLM 0.32 looks for it
@@ -85,6 +78,11 @@ def _architecture(config: DrafterConfig) -> str:
     if method == "eagle3":
         return "Eagle3Qwen3ForCausalLM" if config.normed else "LlamaForCausalLMEagle3"
     return {"dflash": "DFlashDraftModel", "dspark": "Qwen3DSparkModel"}[method]
+
+
+def _norms(config: DrafterConfig) -> dict:
+    """EAGLE-3's kinds of norms."""
+    return {name: getattr(config, name) for name in ("norm_before_residual", "fc_norm", "norm_output")}
 
 
 def _markov(config: DrafterConfig) -> dict:
