@@ -7,9 +7,9 @@ DRAFTER := smollm2-block
 export DS_ACCELERATOR ?= cpu
 # Two tests at a time: most of them wait for one process that starts up.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
-# Reads exports in tests/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
+# Reads exports in tests/train/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
 READER := speculators hs-connectors loguru pydantic-settings
-# vLLM for CPUs, in an environment of its own: it pins transformers below ours. tests/test_serving.py runs exports in it.
+# vLLM for CPUs, in an environment of its own: it pins transformers below ours. tests/eval/test_serving.py runs exports in it.
 SERVING := .venv-serving
 
 .PHONY: quickstart demo test test-all serving clean

@@ -7,22 +7,23 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
-from data_prep import ranks  # noqa: E402
+from common import ranks  # noqa: E402
 
 ranks.wait_without_spinning()
 ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this process with it
 
 import torch  # noqa: E402
 
-from data_prep import cli, prepare  # noqa: E402
+from common import cli
+from common.errors import UserError  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
 from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
-from data_prep.errors import UserError  # noqa: E402
+from data_prep.capture import build as prepare  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
-from data_prep.regenerate import check as check_regenerate  # noqa: E402
-from data_prep.regenerate import regenerate  # noqa: E402
-from data_prep.synthesize import check as check_synthesize  # noqa: E402
-from data_prep.synthesize import synthesize  # noqa: E402
+from data_prep.synthesis.regenerate import check as check_regenerate  # noqa: E402
+from data_prep.synthesis.regenerate import regenerate  # noqa: E402
+from data_prep.synthesis.synthesize import check as check_synthesize  # noqa: E402
+from data_prep.synthesis.synthesize import synthesize  # noqa: E402
 
 
 def check(recipe: DataPrepRecipe) -> None:

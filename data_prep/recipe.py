@@ -4,18 +4,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from data_prep.errors import UserError
+from common.errors import UserError
+from common.recipe import ROOT, Section
 
-ROOT = Path(__file__).resolve().parents[1]
 STDLIB_TOKENS = 600_000
-
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys are refused; nothing changes after composition."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TargetRecipe(Section):

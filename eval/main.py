@@ -12,27 +12,29 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
-from data_prep import ranks  # noqa: E402
+from common import ranks  # noqa: E402
 
 ranks.wait_without_spinning()
 
 import torch  # noqa: E402
 
-from data_prep import cli  # noqa: E402
+from common import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
-from data_prep.target import Target, load_target, pick_device, target_sizes  # noqa: E402
-from eval import compare, measure, page, report, served, side_by_side  # noqa: E402
-from eval.chat import chat  # noqa: E402
-from eval.demo import PICTURE, demo  # noqa: E402
-from eval.judge import judge  # noqa: E402
+from data_prep.target.target import Target, load_target, pick_device, target_sizes  # noqa: E402
+from eval.judging import measure
+from eval.judging.judge import judge  # noqa: E402
+from eval.judging.score import diagnose, score  # noqa: E402
+from eval.live.chat import chat  # noqa: E402
+from eval.live.demo import PICTURE, demo  # noqa: E402
 from eval.recipe import EvalRecipe, check, check_target, named_view, view_of  # noqa: E402
-from eval.score import diagnose, score  # noqa: E402
-from train import diagnostics  # noqa: E402
+from eval.reports import compare, page, report
+from eval.serving import served, side_by_side  # noqa: E402
 from train.drafter.config import folder_of  # noqa: E402
-from train.drafter.export import save_export  # noqa: E402
-from train.drafter.imported_weights import bind  # noqa: E402
+from train.drafter.formats.export import save_export  # noqa: E402
+from train.drafter.formats.imported_weights import bind  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
-from train.tracking import Tracker  # noqa: E402
+from train.measure import diagnostics  # noqa: E402
+from train.run.tracking import Tracker  # noqa: E402
 
 
 def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:

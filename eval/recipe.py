@@ -8,23 +8,24 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from common.cli import CONF, in_sweep, refuse_file, validated
+from common.errors import UserError
+from common.recipe import Section
 from data_prep.cache.reader import CacheReader
-from data_prep.cli import CONF, in_sweep, refuse_file, validated
-from data_prep.errors import UserError
-from data_prep.recipe import DataRecipe, FinishedCache, Section, TargetRecipe
-from data_prep.target import Architecture, load_tokenizer, pick_device, target_sizes, tokenizer_hashes
-from eval import compare
-from eval.asking import ChatRecipe, DemoRecipe, check_asking
-from eval.partial import PartialRecipe
-from eval.servers import ServerRecipe, find_server
-from eval.started import interpreter
-from eval.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
-from eval.tree import TreeShape
-from train.attention import executor
+from data_prep.recipe import DataRecipe, FinishedCache, TargetRecipe
+from data_prep.target.target import Architecture, load_tokenizer, pick_device, target_sizes, tokenizer_hashes
+from eval.caches.partial import PartialRecipe
+from eval.engine.tree import TreeShape
+from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
+from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
+from eval.reports import compare
+from eval.serving.servers import ServerRecipe, find_server
+from eval.serving.started import interpreter
+from train.attention.choose import executor
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
-from train.drafter.export import check_export
+from train.drafter.formats.export import check_export
 from train.recipe import TrackingRecipe
-from train.views import View
+from train.views.plan import View
 
 
 class ScoreRecipe(Section):

@@ -60,9 +60,9 @@ def judge(o) -> None:
 
 
 def table(o) -> None:
-    from data_prep.cli import fail
-    from data_prep.errors import UserError
-    from eval import report
+    from common.cli import fail
+    from common.errors import UserError
+    from eval.reports import report
 
     try:
         report.gather([o.runs / arm for arm in o.arms], o.runs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder: no module here may hide another
 
-from data_prep import ranks  # noqa: E402
+from common import ranks  # noqa: E402
 
 ranks.wait_without_spinning()
 ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this rank with it
@@ -17,12 +17,12 @@ import hydra  # noqa: E402
 import torch  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
-from data_prep import cli  # noqa: E402
-from data_prep.errors import UserError  # noqa: E402
-from data_prep.target import pick_device  # noqa: E402
-from train.prepare import check  # noqa: E402
-from train.ranks import Sweep, loss_of_a_rank  # noqa: E402
+from common import cli  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from data_prep.target.target import pick_device  # noqa: E402
+from train.build import check  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
+from train.run.ranks import Sweep, loss_of_a_rank  # noqa: E402
 from train.sizes import spoken  # noqa: E402
 
 UNNAMED = ("run.dir", "cache.dir", "cache.on_missing", "tracking", "run.group")  # keys that do not make another run
@@ -54,7 +54,7 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    from train.engine import train
+    from train.run.loop import train
 
     try:
         train(recipe, Path(run_dir))

@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from data_prep.recipe import CaptureSections, Section
-from train.losses import LossRecipe
-from train.objectives.budgetdraft import Branches
+from common.recipe import Section
+from data_prep.recipe import CaptureSections
+from train.losses.recipe import LossRecipe
 from train.sizes import sized
-from train.views import View
+from train.views.budgets import Branches
+from train.views.plan import View
 
 
 class ObjectiveRecipe(Section):
@@ -137,7 +138,7 @@ class TrainSection(Section):
     keep_last: int = Field(ge=1)
     validation_documents: int = Field(ge=1)
     validation_anchors: int = Field(ge=1)  # a document
-    diagnose: bool  # at every checkpoint: train/diagnostics.py, on one validation pack
+    diagnose: bool  # at every checkpoint: train/measure/diagnostics.py, on one validation pack
     timeout_s: int = Field(600, ge=1)  # a rank that does not answer for so long ends the run; one's saving must fit into it
 
 

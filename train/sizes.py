@@ -1,10 +1,10 @@
 """Sizes that nobody named (`auto` in conf/): today's usual ones on a GPU, and on a machine without one those that a CPU is done
 with in minutes. A key that the line or an experiment names is never touched."""
 
-from data_prep.live import missing
-from data_prep.ranks import world_size
+from common.ranks import world_size
+from data_prep.capture.live import missing
 from data_prep.recipe import STDLIB_TOKENS, CaptureSections
-from data_prep.target import pick_device
+from data_prep.target.target import pick_device
 
 AUTO = "auto"
 GPU = {

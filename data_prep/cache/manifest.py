@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, model_serializer
 
+from common.errors import UserError
 from data_prep.cache.codec import SCALE, stored
-from data_prep.errors import UserError
 
 FORMAT_VERSION = 2
 MANIFEST, INDEX, FILES = "manifest.json", "index.parquet", "files.json"
@@ -136,25 +135,6 @@ def flatten(value, prefix: str = "") -> dict:
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
     return {name: leaf for key, inner in value.items() for name, leaf in flatten(inner, f"{prefix}{key}.").items()}
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Make a finished file appear under its name, durably: fsync, rename, fsync the folder."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    publish(temporary, path)
 
 
 def file_hash(path: Path) -> str:

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.errors import UserError
 from data_prep.cache.codec import SCALE
 from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, file_hash, is_teacher, read_manifest
 from data_prep.cache.writer import document_hash
-from data_prep.documents import Digest
-from data_prep.errors import UserError
-from data_prep.tokens import TokenDocument
+from data_prep.sources.documents import Digest
+from data_prep.sources.tokens import TokenDocument
 
 
 class Shard(NamedTuple):

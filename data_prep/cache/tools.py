@@ -12,14 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import UserError
+from common.files import write_text
 from data_prep.cache.codec import decode, paired
-from data_prep.cache.manifest import MANIFEST, write_text
+from data_prep.cache.manifest import MANIFEST
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import read_seal, seal, write_seal
-from data_prep.documents import Digest
-from data_prep.errors import UserError
 from data_prep.recipe import DataPrepRecipe, TargetRecipe, location
-from data_prep.target import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.sources.documents import Digest
+from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
 
 SAMPLE = 256  # documents whose states are looked at for norms
 

@@ -18,6 +18,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import publish, write_text
 from data_prep.cache.manifest import (
     DOCUMENTS,
     FILES,
@@ -27,11 +29,8 @@ from data_prep.cache.manifest import (
     canonical,
     each_document,
     file_hash,
-    publish,
     read_manifest,
-    write_text,
 )
-from data_prep.errors import UserError
 
 SCHEMA = pa.schema(
     [

@@ -1,8 +1,8 @@
 """Many conversations at once: requests take places of a batch, and a place is taken again as soon as its request has ended.
 
 A step of the device is a function of tensors that stay where they are, so that a GPU replays it as a CUDA graph, and the host
-looks only every few steps at who has ended. `eval/engine.py` is the engine with drafters; both stand on the same caches and
-attention.
+looks only every few steps at who has ended. `eval/engine/engine.py` is the engine with drafters; both use the same caches
+and attention.
 
 Shapes: P places, N requests that begin together, T rows, L tokens of a text, U random numbers, V vocabulary, G key/value heads, D
 head size.
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from data_prep.decoding.attention import among_rows
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.graphs import Graphed
 from data_prep.decoding.sampling import drawn, nucleus
-from data_prep.errors import UserError
-from data_prep.target import Target
+from data_prep.target.target import Target
 
 STEPS_UNSEEN = 8  # on a GPU, between two looks at who has ended
 MOST_PLACES = 512  # on a GPU, unless told otherwise

@@ -20,7 +20,7 @@ def visible_gpus() -> list[str]:
     """The GPUs that may be used, as `deepspeed --include` names them; none on a CPU."""
     import torch
 
-    from data_prep.ranks import on_gpu
+    from common.ranks import on_gpu
 
     if not on_gpu():
         return []
@@ -34,7 +34,7 @@ def places(jobs: int, gpus_per_job: int | None, gpus: list[str]) -> list[list[st
     Raises:
         UserError: there are too few GPUs.
     """
-    from data_prep.errors import UserError
+    from common.errors import UserError
 
     if jobs < 1:
         raise UserError(f"hydra.launcher.jobs={jobs} must be 1 or more")
@@ -61,8 +61,8 @@ class DeepSpeedLauncher(Launcher):
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from data_prep import cli
-        from data_prep.errors import UserError
+        from common import cli
+        from common.errors import UserError
 
         setup_globals()
         try:
@@ -102,7 +102,7 @@ class DeepSpeedLauncher(Launcher):
         )
 
     def _started(self, job: JobReturn, place: list[str], ports: set[int]) -> subprocess.Popen:
-        from data_prep import ranks
+        from common import ranks
 
         while (port := ranks.free_port()) in ports:  # a job that has just begun does not listen yet
             pass

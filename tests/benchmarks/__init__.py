@@ -14,9 +14,10 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from data_prep.cli import without_local_rank
-from data_prep.recipe import ROOT, CaptureRecipe, TargetRecipe
-from data_prep.target import Target, load_target, pick_device
+from common.cli import without_local_rank
+from common.recipe import ROOT
+from data_prep.recipe import CaptureRecipe, TargetRecipe
+from data_prep.target.target import Target, load_target, pick_device
 
 QWEN3_8B = dict(
     vocab_size=151936,

@@ -15,13 +15,13 @@ import torch
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling
-from data_prep.target import Target
-from eval.engine import Engine, room_for
-from eval.lengths import Lengths
-from eval.partial import PartialCache, PartialRecipe
-from eval.request import Stops
-from eval.static_drafting import StaticLookup, StaticNobody, StaticTrained
-from eval.tree import TreeShape
+from data_prep.target.target import Target
+from eval.caches.partial import PartialCache, PartialRecipe
+from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
+from eval.engine.engine import Engine, room_for
+from eval.engine.lengths import Lengths
+from eval.engine.request import Stops
+from eval.engine.tree import TreeShape
 from tests.benchmarks import line, options, target_of
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter

@@ -14,11 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import GenerationConfig
 
+from common.hashing import stable_hash
+from common.recipe import ROOT
 from data_prep.decoding.generate import Ask, BatchGenerator
-from data_prep.recipe import ROOT, DataRecipe, TargetRecipe
-from data_prep.sources import records, stable_hash
-from data_prep.target import Target, load_target, load_tokenizer
-from data_prep.turns import Turns
+from data_prep.recipe import DataRecipe, TargetRecipe
+from data_prep.sources.records import records
+from data_prep.synthesis.turns import Turns
+from data_prep.target.target import Target, load_target, load_tokenizer
 from tests.benchmarks import line, options
 
 QUESTIONS = ("What does this code do?", "Explain this code to a beginner.", "Which mistakes are in this code?")

@@ -20,9 +20,9 @@ from data_prep.cache.codec import encode
 from data_prep.cache.manifest import FORMAT_VERSION, Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import CacheWriter
-from data_prep.target import pick_device
+from data_prep.target.target import pick_device
 from tests.benchmarks import architecture_of, line, options
-from train.batches import PackStream, loaded
+from train.data.packs import PackStream, loaded
 
 
 def write_random(folder: Path, manifest: Manifest, size: int, shard_bytes: int) -> None:

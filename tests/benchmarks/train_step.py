@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.ranks import single_process_defaults
-from data_prep.target import Architecture, FrozenHead, pick_device, pick_dtype
+from common.ranks import single_process_defaults
+from data_prep.target.target import Architecture, FrozenHead, pick_device, pick_dtype
 from tests.benchmarks import QWEN3_8B, line, options
-from train.attention import executor
-from train.batches import Pack, make_pack
+from train.attention.choose import executor
+from train.data.packs import Pack, make_pack
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
-from train.losses import LossRecipe
-from train.objectives import Objective
-from train.objectives.budgetdraft import Branches
-from train.ranks import connect
-from train.views import View
+from train.losses.recipe import LossRecipe
+from train.objectives.objective import Objective
+from train.run.ranks import connect
+from train.views.budgets import Branches
+from train.views.plan import View
 
 TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768}

@@ -2,7 +2,7 @@
 
 A draft row (a query) belongs to one anchor. It attends two kinds of keys:
 
-- memory: one key a verified position, from the target's states; a view may hide some of them (`train/views.py`);
+- memory: one key a verified position, from the target's states; a view may hide some of them (`train/views/plan.py`);
 - draft: the keys of draft rows, its own included.
 
 Shapes: Q draft rows (queries), P memory positions, R draft rows (keys), K = P + R keys, H query heads, G key/value

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_prep.errors import UserError
-from data_prep.recipe import ROOT
-from data_prep.target import Architecture, Sizes
+from common.errors import UserError
+from common.recipe import ROOT
+from data_prep.target.target import Architecture, Sizes
 
 RELEASED = ROOT / "eval/drafters"  # drafters that come with the repository, a folder each
 
@@ -57,7 +57,7 @@ class DrafterConfig:
     sequential: str | None = None  # block-wise: markov | gru
     sequential_size: int = 256
     rope_factor: float = 1.0  # positions are divided by it
-    view: dict | None = None  # under which it was trained (train/views.py), budgets aside; null: everything
+    view: dict | None = None  # under which it was trained (train/views/plan.py), budgets aside; null: everything
     budgets: str | int | None = None  # paper | sandwich | the one budget that it was trained with
     positions: int | None = None  # it knows positions below this; null: all of its target's
     lm: dict | None = None  # a language model of its own: its path, depth and Hugging Face configuration
@@ -172,12 +172,12 @@ class DrafterConfig:
         """Raises UserError when `folder`, a path or the name of a released drafter, holds none.
 
         Args:
-            beside: gives the sizes of the target, of which a checkpoint in another format (train/drafter/imported.py) does not
+            beside: gives the sizes of the target, of which a checkpoint in another format (formats/imported.py) does not
                 say all. Asked for such a one alone.
         """
         fields = read_fields(folder)
         if is_foreign(fields):
-            from train.drafter.imported import imported_config
+            from train.drafter.formats.imported import imported_config
 
             try:
                 return imported_config(folder_of(folder), fields, beside)

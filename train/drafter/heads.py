@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.decoding.products import Product
-from data_prep.target import FrozenHead
-from train import fp8
+from data_prep.target.target import FrozenHead
 from train.drafter.config import DrafterConfig
 from train.losses.chunked import Heads, Rows, RowStatistics, chunked_loss
+from train.precision import fp8
 
 
 class DraftHead(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train import fp8
 from train.attention.visibility import Visibility
 from train.drafter.config import DrafterConfig
+from train.precision import fp8
 
 
 class KV(NamedTuple):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_prep.cache.manifest import publish, write_text
-from data_prep.errors import UserError
-from data_prep.target import FrozenHead, States, Target
+from common.errors import UserError
+from common.files import publish, write_text
+from data_prep.target.target import FrozenHead, States, Target
 from train.attention.visibility import Places, Rows, Visibility
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.heads import DraftHead, SequentialHead
@@ -268,7 +268,7 @@ class Drafter(nn.Module):
         drafter = Drafter.of(DrafterConfig.load(folder, beside))
         try:
             if is_foreign(read_fields(folder)):
-                from train.drafter.imported_weights import imported_weights
+                from train.drafter.formats.imported_weights import imported_weights
 
                 weights = imported_weights(folder_of(folder), drafter.config)
                 for name, tensor in drafter.weights().items():

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data_prep.errors import UserError, first_line
-from data_prep.target import STATIC_ROPE, FrozenHead, States, Target
+from common.errors import UserError, first_line
+from data_prep.target.target import STATIC_ROPE, FrozenHead, States, Target
 from train.attention.reference import reference
 from train.attention.visibility import Places, Rows
 from train.drafter.config import DrafterConfig, rope_types

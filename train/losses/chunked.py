@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.fp8 import Frozen
 from train.losses.divergences import mixture, overlap
+from train.precision.fp8 import Frozen
 
 
 class Heads(NamedTuple):

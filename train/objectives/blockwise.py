@@ -10,9 +10,9 @@ Shapes: N anchors, S = B slots, J drafted slots (B - 1 or B), E hidden size.
 import torch
 from torch import Tensor
 
-from data_prep.target import FrozenHead
+from data_prep.target.target import FrozenHead
 from train.attention.visibility import Anchors, Rows
-from train.batches import Pack
+from train.data.packs import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 

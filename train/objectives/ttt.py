@@ -9,9 +9,9 @@ Shapes: N anchors, K steps, E hidden size.
 import torch
 from torch import Tensor
 
-from data_prep.target import FrozenHead
+from data_prep.target.target import FrozenHead
 from train.attention.visibility import Anchors, Rows
-from train.batches import Pack
+from train.data.packs import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 

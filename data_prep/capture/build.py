@@ -1,0 +1,280 @@
+"""A recipe -> a finished cache: the checks that need no GPU, the plan with its size, and the capture itself."""
+
+import gc
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cli
+from common.errors import UserError
+from common.progress import counted
+from common.ranks import rank, world_size
+from data_prep.cache.manifest import DOCUMENTS, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
+from data_prep.cache.writer import CacheWriter, another_cache, claim
+from data_prep.capture.capture import Batch, batches, capture
+from data_prep.recipe import CacheRecipe, CaptureSections
+from data_prep.sources import records as sources
+from data_prep.sources.documents import Documents, tokenized, write_documents
+from data_prep.sources.sides import refuse_one_side
+from data_prep.target.target import Sizes, Target, load_target, load_tokenizer, target_sizes, tokenizer_hashes
+
+
+def auto_layers(num_layers: int, count: int = 3) -> list[int]:
+    """`count` layers spaced uniformly (KVShot), the first and the last among them: a drafter that starts as the target
+    with its middle layers left out is the best start measured (docs/log.md)."""
+    return sorted(set(torch.linspace(0, num_layers - 1, count).round().long().tolist()))
+
+
+def chosen_layers(cache: CacheRecipe, sizes: Sizes) -> list[int]:
+    """Raises UserError for a layer that the target does not have."""
+    layers = auto_layers(sizes.num_layers) if cache.layers == "auto" else sorted(set(cache.layers))
+    if wrong := [layer for layer in layers if not 0 <= layer < sizes.num_layers]:
+        raise UserError(f"cache.layers: the target has layers 0 to {sizes.num_layers - 1}; there is no layer {wrong[0]}")
+    return layers
+
+
+def check(recipe: CaptureSections) -> None:
+    """Raises UserError for everything that can be known before a document is read or a GPU is touched."""
+    cli.refuse_file("cache.dir", recipe.cache.dir)
+    sources.check(recipe.data)
+    if recipe.capture.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError(
+            "capture.attention=flash_attention_2, but flash-attn is not installed; capture.attention=auto does without"
+        )
+    if recipe.capture.spread == "device_map" and find_spec("accelerate") is None:
+        raise UserError("capture.spread=device_map, but accelerate is not installed: pip install accelerate")
+    sizes = target_sizes(recipe.target)
+    if (Path(recipe.cache.dir) / MANIFEST).exists():
+        if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
+            raise another_cache(Path(recipe.cache.dir), fields)
+    chosen_layers(recipe.cache, sizes)
+    if recipe.data.max_length > sizes.max_positions:
+        raise UserError(f"data.max_length={recipe.data.max_length} exceeds the target's {sizes.max_positions} positions")
+    if recipe.capture.spread == "tp" and (sizes.kv_heads % world_size() or world_size() == 1):
+        raise UserError(
+            f"capture.spread=tp needs a launcher with several processes that share {sizes.kv_heads} K/V heads evenly, "
+            f"not {world_size()}: deepspeed --num_gpus 2 data_prep/main.py ..."
+        )
+    if recipe.capture.spread == "device_map" and world_size() > 1:
+        raise UserError("capture.spread=device_map is one process that uses all GPUs: run it with python, not with a launcher")
+
+
+def plan(recipe: CaptureSections, source: dict) -> Manifest:
+    """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
+    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.target.location, recipe.target.revision))
+    sizes = target_sizes(recipe.target)
+    layers = chosen_layers(recipe.cache, sizes)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        target={
+            "id": recipe.target.id,
+            "revision": recipe.target.revision,
+            "weights_hash": "",
+            "architecture": sizes._asdict(),
+            "mask_token_id": recipe.target.mask_token_id,
+        },
+        tokenizer_hash=tokenizer_hash,
+        chat_template_hash=template_hash,
+        hidden_layers=layers if "hidden" in recipe.cache.kinds else [],
+        kv_layers=layers if "kv" in recipe.cache.kinds else [],
+        query_layers=layers if "query" in recipe.cache.kinds else [],
+        codec=recipe.cache.codec,
+        last_hidden=recipe.cache.last_hidden,
+        max_length=recipe.data.max_length,
+        source={"name": recipe.data.source, "recipe": recipe.data.model_dump(), **source},
+        software=software_versions(),
+    )
+
+
+def differences(planned: Manifest, manifest: Manifest) -> list[str]:
+    """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
+    later = ("source.", "target.weights_hash", "target.architecture.")
+    return [f for f in planned.differs(manifest) if not f.startswith(later)]
+
+
+def completed(manifest: Manifest, target) -> Manifest:
+    """A plan with what the loaded target says of itself."""
+    known = {"weights_hash": target.weights_hash(), "architecture": asdict(target.architecture)}
+    return manifest.model_copy(update={"target": manifest.target | known})
+
+
+def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
+    """Write the tokenised source to `path`, as one of `processes` that do so at once; returns the manifest's word on it and
+    says what was left out."""
+    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    left_out: Counter = Counter()
+    workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
+    documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)
+    if rank() == 0:
+        documents = counted(documents, lambda number: f"tokenise: {number:,} documents")
+    source = write_documents(path, documents, left_out)
+    if rank() == 0:
+        say(left_out)
+    return source
+
+
+def say(left_out: Counter) -> None:
+    """Print what was left out of a source, or kept with a loss, and why."""
+    for reason, count in left_out.most_common():
+        print(f"{'' if reason.startswith('kept') else 'left out: '}{count:,} x {reason}", flush=True)
+
+
+def describe(manifest: Manifest) -> int:
+    """Print what will be stored; returns its bytes."""
+    source = manifest.source
+    size = manifest.bytes_of(source["tokens"], source["supervised"])
+    layers = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers, "query": manifest.query_layers}
+    kinds = [kind for kind in layers if layers[kind]]
+    print(
+        f"{source['documents']:,} documents, {source['tokens']:,} tokens, {source['supervised']:,} supervised; "
+        f"layers {layers[kinds[0]]}, {'+'.join(kinds)}, {manifest.codec}: "
+        f"{size / 2**30:.2f} GiB, {size / source['tokens']:,.0f} bytes a token",
+        flush=True,
+    )
+    return size
+
+
+def advice(recipe: CaptureSections, source: dict) -> str:
+    """What gives a capture more source documents. `source`: what `tokenise` returned."""
+    data = recipe.data
+    if data.max_tokens is not None and source["tokens"] >= data.max_tokens:
+        return (
+            f"data.max_tokens={data.max_tokens} ends within the first; make it larger, or take of each text only the first "
+            f"data.max_length={data.max_length} tokens (data.long=cut)"
+        )
+    if data.long == "join":
+        return f"data.long=join made few pieces of all texts; give it more, or a data.max_length below {data.max_length}"
+    if data.long == "drop" and any(reason.startswith("longer than") for reason in source["left_out"]):
+        return "data.long=split keeps the texts that were left out as too long"
+    return "give it more texts, or cut this one into several records"
+
+
+def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bool = False) -> None:
+    """Tokenise, capture and seal `recipe.cache.dir`; a capture that was interrupted goes on. Called by all processes. Documents
+    that training could not divide into two sides are refused `for_training`, and told of before the target is loaded in any
+    case (caches can be merged).
+
+    Raises:
+        UserError: the folder holds another cache, the source gives nothing or too little, or the disk cannot hold the cache.
+    """
+    folder, claimed, manifest = Path(recipe.cache.dir), None, None
+    try:
+        if rank() == 0:
+            claimed = claim(folder)
+            manifest = plan(recipe, tokenise(recipe, folder / DOCUMENTS))
+            _say_or_refuse_one_side(recipe, manifest.source, Documents(folder / DOCUMENTS), for_training)
+            _refuse_small_disk(folder, describe(manifest))
+        barrier()
+        target = load_target(recipe.target, recipe.capture)
+        if rank() == 0:
+            say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
+        together = recipe.capture.spread == "tp"
+        if together and rank() != 0:
+            target.weights_hash()  # gathering the shards takes all processes
+        if manifest:
+            manifest = completed(manifest, target)
+        writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
+        for name in writer.removed:
+            print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
+        if rank() == 0 and len(writer.done):
+            print(f"{len(writer.done):,} documents are there already", flush=True)
+        capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
+    except BaseException:
+        if claimed is not None:
+            _leave(folder)
+        raise
+    if rank() == 0:
+        print(f"cache: {folder} (manifest {writer.manifest.hash()})", flush=True)
+    del target  # its hooks refer to it: without a collection it would stay on the GPU beside what is trained next
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def estimate(recipe: CaptureSections) -> None:
+    """Bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches."""
+    with tempfile.TemporaryDirectory(dir=_existing(Path(recipe.cache.dir).absolute().parent)) as folder:  # /tmp may be small
+        path = Path(folder) / DOCUMENTS
+        manifest = plan(recipe, tokenise(recipe, path))
+        size = describe(manifest)
+        documents = Documents(path)
+        target = load_target(recipe.target, recipe.capture)
+        target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
+        every = batches(documents.by_length(), documents.lengths, recipe.capture.batch_tokens, target.packs)
+        tokens = seconds = 0
+        for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
+            batch = Batch([documents[index] for index in every[i]])
+            began = time.perf_counter()
+            stored = batch.tensors(batch.forward(target), manifest)
+            {name: tensor.cpu() for name, tensor in stored.items()}
+            if number:  # the first one warms up
+                tokens, seconds = tokens + len(batch.ids_P), seconds + time.perf_counter() - began
+    rate = tokens / seconds
+    hours = manifest.source["tokens"] / rate / 3600
+    free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
+    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {hours:.2g} hours on one process, {hours / 8:.2g} on eight")
+    print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
+
+
+def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:
+    try:
+        refuse_one_side(documents.ids, f"data={recipe.data.source} gives", advice(recipe, source))
+    except UserError as error:
+        if refuse:
+            raise
+        print(f"WARNING: {error}", flush=True)
+
+
+def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
+    """Print about how long the forwards of a capture will take, before the first of them: two operations a weight and token, at
+    the rate of one product of the target's own sizes, timed for a moment. Attention, copies and the disk come on top."""
+    weights = sum(p.numel() for p in target.model.parameters()) - target.model.get_input_embeddings().weight.numel()
+    shape = target.architecture
+    a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
+    b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)
+    operations, count, spent = 2 * a.shape[0] * b.numel(), 0, 0.0
+    a @ b  # the first one warms up
+    while spent < 0.3:
+        began = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for the device
+        spent += time.perf_counter() - began
+        count += 1
+    seconds = 2 * weights * tokens / (operations * count / spent) / world_size()
+    print(f"the target's forwards will take about {_rounded(seconds)} or more on {target.device.type}", flush=True)
+
+
+def _rounded(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _refuse_small_disk(folder: Path, size: int) -> None:
+    there = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if size - there > free:
+        raise UserError(
+            f"{folder}: the cache takes {size / 2**30:.2f} GiB, of which {there / 2**30:.2f} are there, and "
+            f"{free / 2**30:.2f} GiB are free; make room, or store less: cache=fp8, cache.layers, cache.kinds, data.max_tokens"
+        )
+
+
+def _leave(folder: Path) -> None:
+    """After a refusal: nothing half-written stays, and no folder that was made for nothing."""
+    for name in (DOCUMENTS, DOCUMENTS + ".tmp"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.absolute().parent)

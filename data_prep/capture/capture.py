@@ -1,0 +1,145 @@
+"""The target's forward over documents, and its states on their way to the disk.
+
+Shapes: P tokens of a batch, documents back to back without padding; B documents, T the longest; E hidden size.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.progress import Progress
+from data_prep.cache.codec import encode
+from data_prep.cache.manifest import Manifest, is_teacher
+from data_prep.cache.writer import CacheWriter
+from data_prep.sources.documents import Documents
+from data_prep.sources.tokens import TokenDocument
+from data_prep.target.target import States, Target
+
+UNDERWAY = 2  # batches whose states exist beside those that are being computed
+
+
+class Batch:
+    """Documents of one forward. `ids_P` int32 and `mask_P` uint8, back to back; `teacher_P` bool: the position's
+    prediction is supervised, so that its last hidden state is a teacher (and its queries are the teacher's)."""
+
+    def __init__(self, documents: Sequence[TokenDocument]):
+        self.names = [document.id for document in documents]
+        self.lengths = [len(document.input_ids) for document in documents]
+        self.ids_P = torch.from_numpy(np.concatenate([d.input_ids for d in documents]))
+        self.mask_P = torch.from_numpy(np.concatenate([d.loss_mask for d in documents]))
+        self.teacher_P = self.mask_P.roll(-1).bool()  # position 0 of a document is never supervised: none wraps into another
+
+    def forward(self, target: Target) -> States:
+        """States [P, ...] of every token, on the target's device."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        if target.packs:
+            ids_P, lengths = self.ids_P.long().to(target.device), lengths.to(target.device)
+            return target.forward_packed(ids_P, lengths).map(lambda t: t[0])
+        ids_BT = torch.zeros(len(lengths), max(self.lengths), dtype=torch.long)
+        real_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
+        ids_BT[real_BT] = self.ids_P.long()
+        states = target.forward(ids_BT.to(target.device))
+        if real_BT.all():
+            return states.map(lambda t: t.flatten(0, 1))
+        real = real_BT.flatten().nonzero().squeeze(1)
+        return states.map(lambda t: t.flatten(0, 1)[real.to(t.device)])
+
+    def tensors(self, states: States, manifest: Manifest) -> dict[str, Tensor]:
+        """What the cache stores of this batch, on the devices where the states are."""
+        named = {
+            "last_hidden": states.last_hidden,
+            **{f"{kind}.{i}": t for kind in ("hidden", "key", "value", "query") for i, t in getattr(states, kind).items()},
+        }
+        out, teachers = {"input_ids": self.ids_P, "loss_mask": self.mask_P}, self.teacher_P.nonzero().squeeze(1)
+        for name in manifest.states:
+            state = named[name]
+            if is_teacher(name) and manifest.last_hidden == "supervised":
+                state = state[teachers.to(state.device)]
+            out |= encode(name, state, manifest.codec)
+        return out
+
+
+def batches(indices: np.ndarray, lengths: np.ndarray, batch_tokens: int, packed: bool) -> list[np.ndarray]:
+    """`indices`, longest first, cut into batches of at most `batch_tokens`, padding included (or one document alone)."""
+    cuts, longest, tokens = [], 0, 0
+    for place, index in enumerate(indices):
+        length = int(lengths[index])
+        size = tokens + length if packed else longest * (place - (cuts[-1] if cuts else 0) + 1)
+        if not cuts or size > batch_tokens:
+            cuts.append(place)
+            longest = tokens = length
+        else:
+            tokens += length
+    return np.split(indices, cuts[1:]) if len(indices) else []
+
+
+class Outbox:
+    """Brings states to the host and to the writer while the next forward runs: copies on a stream of their own, checksums
+    and writes on a thread. At most `UNDERWAY` batches wait; the shard being collected aside, that
+    bounds the memory."""
+
+    def __init__(self, writer: CacheWriter):
+        self.writer, self._thread, self._pending = writer, ThreadPoolExecutor(1), deque[Future]()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def put(self, batch: Batch, states: States) -> None:
+        """Raises whatever the writing of an earlier batch raised."""
+        while len(self._pending) >= UNDERWAY:
+            self._pending.popleft().result()
+        on_gpu = states.last_hidden.device.type == "cuda"
+        tensors, arrived = self._to_host(batch, states) if on_gpu else (batch.tensors(states, self.writer.manifest), None)
+        self._pending.append(self._thread.submit(self._write, batch, tensors, arrived))
+
+    def close(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+        self._thread.shutdown()
+
+    def _write(self, batch: Batch, tensors: dict[str, Tensor], arrived: Callable[[], None] | None) -> None:
+        if arrived:
+            arrived()
+        self.writer.add_batch(batch.names, batch.lengths, tensors)
+
+    def _to_host(self, batch: Batch, states: States) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """Pinned tensors that are being filled, and a function that returns once they are."""
+        devices = {t.device for kind in (states.hidden, states.key, states.value, states.query) for t in kind.values()}
+        host: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for device in {states.last_hidden.device, *devices}:
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)
+                self._streams[device].wait_stream(torch.cuda.current_stream(device))
+                stack.enter_context(torch.cuda.stream(self._streams[device]))
+            states.map(lambda t: t.record_stream(self._streams[t.device]) or t)  # not reused before it is copied
+            for name, tensor in batch.tensors(states, self.writer.manifest).items():
+                if tensor.device.type == "cuda":
+                    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                    tensor = pinned.copy_(tensor, non_blocking=True)
+                host[name] = tensor
+            events = [side.record_event() for side in self._streams.values()]
+        return host, lambda: [event.synchronize() for event in events]
+
+
+def capture(target: Target, documents: Documents, writer: CacheWriter, batch_tokens: int, share: bool = True) -> None:
+    """Run the target over this process's share of the documents that the cache does not hold yet, then seal the cache.
+    `share=False`: every process runs every document (tensor parallelism) and rank 0 alone writes."""
+    target.capture(writer.manifest.hidden_layers, writer.manifest.kv_layers, writer.manifest.query_layers)
+    todo = batches(documents.missing(writer.done), documents.lengths, batch_tokens, target.packs)
+    mine = todo[writer.rank :: writer.world] if share else todo
+    outbox = Outbox(writer)
+    alike = writer.world if share else 1  # rank 0 counts for all: their shares are about as long
+    with Progress("tokens", silent=writer.rank != 0) as progress:
+        task = progress.add_task("capture", total=alike * sum(int(documents.lengths[batch].sum()) for batch in mine))
+        for indices in mine:
+            batch = Batch([documents[i] for i in indices])
+            states = batch.forward(target)
+            if share or writer.rank == 0:
+                outbox.put(batch, states)
+            progress.advance(task, alike * sum(batch.lengths))
+    outbox.close()
+    writer.finish()

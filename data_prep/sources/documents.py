@@ -1,0 +1,182 @@
+"""A whole source tokenised, by all cores, into a memory-mapped Arrow file: no process ever holds it."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import UserError
+from common.ranks import PR_SET_PDEATHSIG
+from data_prep.recipe import DataRecipe
+from data_prep.sources.records import Record
+from data_prep.sources.tokens import LeftOut, TokenDocument, encode, joined, pieces
+
+CHUNK = 64  # records that a worker takes at a time
+SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))])
+
+
+def tokenized(
+    source: Iterable[Record], tokenizer: PreTrainedTokenizerBase, data: DataRecipe, left_out: Counter, workers: int = 1
+) -> Iterator[TokenDocument]:
+    """Every document of `source`, in its order, until there are `data.max_tokens` tokens (the last one is cut there). What
+    is left out is counted by reason in `left_out`."""
+    left = float("inf") if data.max_tokens is None else data.max_tokens
+    every = _encoded(iter(source), tokenizer, data, workers)
+    if data.long == "join":
+        every = joined(every, data.max_length, tokenizer.eos_token_id)
+    for record, encoded in every:
+        if isinstance(encoded, str):
+            left_out[encoded] += 1
+            continue
+        for document in pieces(record, *encoded, data, left_out):
+            if len(document.input_ids) > left:
+                document = TokenDocument(document.id, *(part[: int(left)] for part in document[1:]))
+                if document.loss_mask.any():
+                    left_out["kept, but cut at data.max_tokens"] += 1
+                    yield document
+                return
+            left -= len(document.input_ids)
+            yield document
+
+
+def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
+    chunks = iter(lambda: list(islice(source, CHUNK)), [])
+    if workers == 1:
+        for chunk in chunks:
+            yield from zip(chunk, _encode_chunk(chunk, tokenizer, data))
+        return
+    arguments = (tokenizer, data, os.getpid())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
+    window, others, started = deque(), set(multiprocessing.active_children()), None
+    try:
+        with pool:
+            for chunk in chunks:
+                window.append((chunk, pool.submit(_worker, chunk)))
+                started = started or set(multiprocessing.active_children()) - others
+                if len(window) > 4 * workers:  # what is read ahead is bounded
+                    yield from _result(window, started)
+            while window:
+                yield from _result(window, started)
+    except BrokenProcessPool as error:
+        raise UserError("a process that tokenises was killed (too little memory?); run the same command again") from error
+
+
+def _result(window: deque, started: set):
+    """The pool itself does not always notice: one killed while it holds the results' lock leaves the others waiting for that."""
+    chunk, future = window.popleft()
+    while True:
+        try:
+            return zip(chunk, future.result(timeout=2))
+        except TimeoutError:
+            if not all(process.is_alive() for process in started):
+                for process in started:
+                    process.kill()
+                raise BrokenProcessPool("a process is gone") from None
+
+
+def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int]] | str]:
+    """(ids, mask), or why there are none."""
+
+    def one(record: Record):
+        try:
+            return encode(record, tokenizer, data)
+        except LeftOut as reason:
+            return str(reason)
+
+    return [one(record) for record in chunk]
+
+
+def _start_worker(tokenizer, data, parent: int) -> None:
+    global _worker_state
+    _worker_state = tokenizer, data
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _worker(chunk: list[Record]):
+    return _encode_chunk(chunk, *_worker_state)
+
+
+class Digest:
+    """A hash of documents that does not depend on their order: the sum of their xxh3 hashes. Digests of disjoint sets
+    add up to the digest of both."""
+
+    def __init__(self):
+        self.total = 0
+
+    def add(self, document: TokenDocument) -> None:
+        one = xxhash.xxh3_128()
+        for part in (document.id.encode(), document.input_ids.tobytes(), document.loss_mask.tobytes()):
+            one.update(len(part).to_bytes(8, "little") + part)
+        self.total += one.intdigest()
+
+    def hex(self) -> str:
+        return f"{self.total % 2**128:032x}"
+
+    @staticmethod
+    def joined(digests: Iterable[str]) -> str:
+        return f"{sum(int(d, 16) for d in digests) % 2**128:032x}"
+
+
+def write_documents(path: Path, documents: Iterable[TokenDocument], left_out: Counter) -> dict:
+    """Write the Arrow file at `path`. Returns what a manifest says of its source: hash, counts, what was left out.
+
+    Raises:
+        UserError: not one document is left.
+    """
+    documents, digest = iter(documents), Digest()
+    counts = Counter(documents=0, tokens=0, supervised=0)
+    temporary = path.with_name(path.name + ".tmp")
+    with pa.ipc.new_file(temporary, SCHEMA) as file:
+        while some := list(islice(documents, 1024)):
+            for document in some:
+                digest.add(document)
+                counts.update(documents=1, tokens=len(document.input_ids), supervised=int(np.count_nonzero(document.loss_mask)))
+            file.write_batch(pa.record_batch([pa.array(list(c), t) for c, t in zip(zip(*some), SCHEMA.types)], schema=SCHEMA))
+    if not counts["documents"]:
+        temporary.unlink()
+        why = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common()) or "the source is empty"
+        raise UserError(f"the data source gives no document to capture: {why}")
+    os.replace(temporary, path)
+    return {"hash": digest.hex(), **counts, "left_out": dict(left_out)}
+
+
+class Documents:
+    """What `write_documents` wrote: `ids`, `lengths` [N], `supervised` [N], and a `TokenDocument` by index."""
+
+    def __init__(self, path: Path):
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.ids = self._table["id"]
+        self.lengths = pc.list_value_length(self._table["input_ids"]).to_numpy().astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> TokenDocument:
+        row = [self._table[name][int(index)] for name in SCHEMA.names]
+        return TokenDocument(row[0].as_py(), *(np.array(column.values) for column in row[1:]))
+
+    def by_length(self, among: np.ndarray | None = None) -> np.ndarray:
+        """Indices (of `among`, or all), longest first; ties in the order of ids."""
+        among = np.arange(len(self)) if among is None else among
+        keys = pa.table({"length": self.lengths[among], "id": self.ids.take(pa.array(among))})
+        return among[pc.sort_indices(keys, [("length", "descending"), ("id", "ascending")]).to_numpy()]
+
+    def missing(self, done: pa.Array) -> np.ndarray:
+        """Indices of the documents whose ids are not in `done`, longest first."""
+        return self.by_length(np.flatnonzero(~pc.is_in(self.ids, value_set=done).to_numpy()))

@@ -1,0 +1,295 @@
+"""`mode=regenerate`: the target answers the prompts of a chat source itself, so that a drafter learns from what it will see.
+
+One JSON line a conversation is appended to `regenerate.out` within a second of its end; the same command goes on by id.
+"""
+
+import asyncio
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.hashing import stable_hash
+from common.progress import Progress
+from common.ranks import rank, world_size
+from data_prep.capture.build import say
+from data_prep.decoding.generate import Ask, BatchGenerator, Dialogue
+from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
+from data_prep.sources import records as sources
+from data_prep.sources.tokens import LeftOut, messages_of
+from data_prep.synthesis.journal import Journal
+from data_prep.synthesis.turns import Turns
+from data_prep.target.target import load_target, load_tokenizer
+
+TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
+THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
+BEGINS = b'{"id": '  # every line of ours
+
+
+class Conversation(NamedTuple):
+    """What stands before each reply: system and user messages, once a reply."""
+
+    id: str
+    prompts: list[list[dict]]
+
+    @property
+    def hash(self) -> str:
+        return f"{stable_hash(json.dumps(self.prompts, ensure_ascii=False)):016x}"
+
+
+class Reply(NamedTuple):
+    message: dict
+    finish: str  # "stop", or "length" when max_tokens cut it
+
+
+def check(recipe: DataPrepRecipe) -> None:
+    """What can be refused before the target is loaded or the server asked."""
+    if not recipe.regenerate.out:
+        raise UserError("mode=regenerate needs regenerate.out=FILE.jsonl, the file to write")
+    if recipe.data.format not in ("chat", "auto"):
+        raise UserError(f"mode=regenerate answers conversations; data of format '{recipe.data.format}' has none. Try data=chat")
+    sources.check(recipe.data)
+    if recipe.capture.spread != "none":
+        raise UserError(
+            f"mode=regenerate with capture.spread={recipe.capture.spread}: serve the target and give its "
+            "regenerate.base_url instead"
+        )
+    if recipe.data.path and Path(recipe.data.path).resolve() == Path(recipe.regenerate.out).resolve():
+        raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
+    if Path(recipe.regenerate.out).is_dir():
+        raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
+    if not recipe.regenerate.base_url and not load_tokenizer(recipe.target.location, recipe.target.revision).chat_template:
+        raise UserError(f"the tokenizer of target {recipe.target.path} has no chat template")
+
+
+def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
+    """Answer every conversation that `regenerate.out` does not hold yet; processes share them by id.
+
+    Raises:
+        UserError: the file was written with other settings, or the server does not answer. What is done is kept.
+    """
+    settings = {
+        "model": recipe.regenerate.model or recipe.target.id,
+        "revision": recipe.target.revision,
+        "template": recipe.data.template,
+        **{key: getattr(recipe.regenerate, key) for key in ("temperature", "top_p", "max_tokens", "thinking", "seed")},
+    }
+    out = Path(recipe.regenerate.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out)
+    try:
+        if rank() == 0:
+            journal.lock()
+            _refuse_foreign(journal, out, settings)
+            journal.repair()
+        barrier()
+        journal.share()
+        done = _done(journal, out, settings)
+        barrier()  # all have read the same file before one of them appends to it
+        try:
+            left_out = _answer(recipe, settings, done, journal)
+        finally:
+            journal.flush()
+        barrier()
+        say(left_out)
+        if rank() == 0:
+            if not (done := _done(journal, out, settings)):
+                raise UserError(f"not one conversation could be answered: {'; '.join(left_out) or 'the source is empty'}")
+            print(f"{out}: {len(done):,} conversations; use them with data=chat data.path={out}", flush=True)
+    finally:
+        journal.close()
+
+
+def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journal: Journal) -> Counter:
+    """Answer what is not `done`; returns what could not be answered, by reason."""
+    left_out: Counter = Counter()
+    with Progress("conversations", silent=rank() != 0) as progress:
+        task = progress.add_task("regenerate", total=None)
+
+        def write(asked: Conversation, messages: list[dict], finish: str) -> None:
+            answered = {"id": asked.id, "messages": messages, "finish": finish}
+            journal.append({**answered, "prompts": asked.hash, "regenerated": settings})
+            if finish == "length":
+                left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
+            progress.advance(task)
+
+        todo = _conversations(recipe, done, left_out)
+        if recipe.regenerate.base_url:
+            asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
+        else:
+            _answer_here(recipe, todo, write, left_out)
+    return left_out
+
+
+def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Counter) -> Iterator[Conversation]:
+    """This process's share of what is to be answered. Raises UserError when an answer that is there had other prompts."""
+    for record in sources.records(recipe.data, heldout=None):
+        if (key := stable_hash(record.id)) % world_size() != rank():
+            continue
+        try:
+            messages = messages_of(record.fields)
+            if any(m["role"] in ("tool", "function") for m in messages):
+                raise LeftOut("it holds results of tools, which the target may not call")
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
+        prompts: list[list[dict]] = [[]]
+        for message in messages:
+            if message["role"] != "assistant":
+                prompts[-1].append(message)
+            elif prompts[-1]:
+                prompts.append([])
+        prompts = [p for p in prompts if any(m["role"] == "user" for m in p)]
+        conversation = Conversation(record.id, prompts)
+        if not prompts:
+            left_out["no message of a user"] += 1
+        elif key not in done:
+            yield conversation
+        elif done[key] != conversation.hash:
+            raise UserError(
+                f"{recipe.regenerate.out} holds an answer to other prompts of conversation '{record.id}'; choose another file"
+            )
+
+
+def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, left_out: Counter) -> None:
+    """The target in this process, `batch` conversations at a time, each turn by turn."""
+    ask, target = recipe.regenerate, load_target(recipe.target)
+    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
+    turns = Turns(tokenizer, recipe.target.id, recipe.data.template | thinking)
+
+    def prompt(history: list[dict]) -> list[int]:
+        """Raises LeftOut when the template refuses it or there is no room for a reply."""
+        ids = turns.before_reply(history)
+        if len(ids) + ask.max_tokens > target.architecture.max_positions:
+            raise LeftOut("prompt and regenerate.max_tokens exceed the target's positions")
+        return ids
+
+    def dialogue(conversation: Conversation) -> Dialogue:
+        history: list[dict] = []
+        finish = "stop"
+        try:
+            for turn, messages in enumerate(conversation.prompts):
+                history += messages
+                seed = stable_hash(f"regenerate/{ask.seed}/{turn}/{conversation.id}") % 2**63
+                answer = yield Ask(prompt(history), ask.max_tokens, ask.temperature, ask.top_p, seed)
+                history.append({"role": "assistant", "content": tokenizer.decode(answer.tokens, skip_special_tokens=True)})
+                if not answer.ended:
+                    finish = "length"
+                    break
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            return
+        write(conversation, history, finish)
+
+    BatchGenerator(target, target.end_tokens | {turns.reply_end} - {None}, ask.batch).run(map(dialogue, todo))
+
+
+async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conversation], write, left_out: Counter) -> None:
+    """An OpenAI-compatible server (vLLM, SGLang), at most `concurrency` conversations at a time."""
+    import httpx
+    import tenacity
+
+    def transient(error: BaseException) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code in TRANSIENT or error.response.status_code >= 500
+        return isinstance(error, httpx.TransportError)
+
+    async def reply(client: httpx.AsyncClient, history: list[dict]) -> Reply:
+        body = {key: settings[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")} | {"messages": history}
+        if ask.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": ask.thinking}
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(ask.attempts),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            retry=tenacity.retry_if_exception(transient),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    answer = await client.post("chat/completions", json=body)
+                    answer.raise_for_status()
+            choice = answer.json()["choices"][0]
+            kept = {k: v for k, v in choice["message"].items() if k in ("content", "reasoning_content") and v is not None}
+            return Reply({"role": "assistant", "content": "", **kept}, choice.get("finish_reason") or "stop")
+        except httpx.HTTPStatusError as error:
+            said = " ".join(error.response.text.split())[:200]
+            if error.response.status_code in THIS_EXAMPLE:
+                what = re.sub(r"\d+", "N", said)[:100]  # numbers differ from example to example
+                raise LeftOut(f"the server refuses it ({error.response.status_code}: {what})") from error
+            raise UserError(f"{ask.base_url} answers {error.response.status_code}: {said}; what is done is kept") from error
+        except httpx.ReadTimeout as error:
+            raise LeftOut(f"no answer within regenerate.timeout_s={ask.timeout_s:g}") from error
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            what = f"{type(error).__name__} {error}".strip()
+            raise UserError(
+                f"{ask.base_url} cannot be reached ({what}); what is done is kept, run the same command again"
+            ) from error
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"{ask.base_url} does not answer as an OpenAI-compatible server would") from error
+
+    async def converse(client: httpx.AsyncClient, conversation: Conversation) -> None:
+        history, finish = [], "stop"
+        try:
+            for prompt in conversation.prompts:
+                history += prompt
+                message, finish = await reply(client, history)
+                history.append(message)
+                if finish == "length":
+                    break
+            write(conversation, history, finish)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+
+    key = os.environ.get("OPENAI_API_KEY")
+    async with httpx.AsyncClient(
+        base_url=ask.base_url.rstrip("/") + "/",
+        timeout=ask.timeout_s,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        limits=httpx.Limits(max_connections=ask.concurrency),
+    ) as client:
+        running: set[asyncio.Task] = set()
+        try:
+            for conversation in todo:
+                running.add(asyncio.create_task(converse(client, conversation)))
+                if len(running) == ask.concurrency:
+                    finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    [task.result() for task in finished]
+            while running:
+                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                [task.result() for task in finished]
+        finally:
+            for task in running:
+                task.cancel()
+
+
+def _refuse_foreign(journal: Journal, out: Path, settings: dict) -> None:
+    """Raises UserError for a file that is not ours, also one that has no whole line."""
+    with open(out, "rb") as file:
+        begins = file.read(len(BEGINS))
+    if not _done(journal, out, settings) and not BEGINS.startswith(begins):
+        raise UserError(f"{out} was not written by mode=regenerate; choose another regenerate.out")
+
+
+def _done(journal: Journal, out: Path, settings: dict) -> dict[int, str]:
+    """Hashed ids of the conversations that are there, and the hash of their prompts.
+
+    Raises:
+        UserError: a line is not ours, or was made with other settings.
+    """
+    done = {}
+    for number, (_, line) in enumerate(journal.lines(), 1):
+        try:
+            record = json.loads(line)
+            earlier = record["regenerated"]
+            done[stable_hash(record["id"])] = record["prompts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{out}, line {number} was not written by mode=regenerate; choose another regenerate.out") from error
+        if fields := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
+            raise UserError(f"{out} was written with other settings; these differ: {', '.join(fields)}. Choose another file")
+    return done

@@ -1,0 +1,171 @@
+"""SpecPV: verification over a part of the target's KV cache, made good every few tokens by a full step.
+
+The part holds, of each request, one behind the other:
+
+    sinks | blocks that the last full step's queries like best, for each layer and KV head | tail | buffer
+
+The tail begins at a block's edge, at least a window before the anchor, so that every position before the window is a sink's or
+in a whole block that can be chosen. The buffer is what was verified since, and holds the rows of the step under way.
+
+Shapes: B requests, T rows, K rows of drafts (the anchor's first), N layers, L places of the full cache, P places of the part, C
+blocks, S positions of a block (or query heads of a KV head), H query heads, G key/value heads, D head size.
+"""
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from common.recipe import Section
+from data_prep.decoding.cache import StaticCache
+
+
+class PartialRecipe(Section):
+    """conf/verify/_keys.yaml says what each of these is."""
+
+    sink: int = Field(32, ge=0)
+    retrieval: int = Field(4096, ge=1)
+    window: int = Field(128, ge=1)
+    block: int = Field(16, ge=1)
+    partial_tokens: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.retrieval % self.block:
+            raise ValueError(f"verify.retrieval={self.retrieval} is not whole blocks of verify.block={self.block}")
+        if self.window < self.partial_tokens:  # an audit may go back as far
+            raise ValueError(f"verify.window={self.window} is less than verify.partial_tokens={self.partial_tokens}")
+        return self
+
+    @property
+    def chosen(self) -> int:
+        """Blocks that are chosen."""
+        return self.retrieval // self.block
+
+
+def block_scores(q_BKHD: Tensor, low_BCGD: Tensor, high_BCGD: Tensor) -> Tensor:
+    """How much the queries like each block, [B, G, C]: max(q·max k, q·min k), averaged over rows and over the heads that share
+    a KV head (SpecPV). Not a bound of the attention: Quest's, which takes the maximum in each channel, is."""
+    q_BKGSD = q_BKHD.unflatten(2, (low_BCGD.shape[2], -1)).float()
+    one, other = (torch.einsum("bkgsd,bcgd->bgksc", q_BKGSD, t.float()) for t in (low_BCGD, high_BCGD))
+    return torch.maximum(one, other).mean((2, 3))
+
+
+class PartialCache:
+    """The part, beside the full cache that it is taken from."""
+
+    def __init__(self, full: StaticCache, recipe: PartialRecipe, draft_rows: int):
+        self.full, self.recipe = full, recipe
+        layers, batch, room, heads, size = full.key.shape
+        self.rows = recipe.partial_tokens + draft_rows  # of a full step
+        tail = recipe.window + recipe.block + self.rows
+        self.part = StaticCache(
+            layers,
+            batch,
+            recipe.sink + recipe.chosen * recipe.block + tail + recipe.partial_tokens + 2 * draft_rows,
+            heads,
+            size,
+            full.key.dtype,
+            full.row_B1.device,
+        )
+        blocks = max(1, (room - recipe.sink) // recipe.block)
+        self._low, self._high = torch.zeros(
+            2, layers, batch, blocks, heads, size, dtype=full.key.dtype, device=full.row_B1.device
+        )
+        self.tail_B, self.filled_B = torch.zeros(2, batch, dtype=torch.long, device=full.row_B1.device)
+        self._block_C = torch.arange(blocks, device=full.row_B1.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the part and of what its blocks are chosen by."""
+        return self.part.nbytes + self._low.nbytes + self._high.nbytes
+
+    def begin(self, length_B: Tensor) -> None:
+        """After the prompts: look at all of their blocks once."""
+        self.tail_B.copy_(self._tail(length_B))
+        for layer in range(len(self._low)):
+            self._summarise(layer, torch.zeros_like(length_B), len(self._block_C))
+
+    def partially(self, anchor_B: Tensor, rows: int, seen_BTT: Tensor | None):
+        """The attention of a partial step (`StaticCache.attention`). The full cache keeps the rows' keys too, as they are, until
+        a full step makes them exact: drafters that read the target's own keys find them there."""
+        attend = self.part.attention(self.filled_B, rows, seen_BTT)
+        place_BT = anchor_B[:, None] + torch.arange(rows, device=anchor_B.device)
+
+        def both(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+            if self.full.on_device:
+                self.full.write(layer, place_BT, k_BTGD, v_BTGD)
+            return attend(layer, q_BTHD, k_BTGD, v_BTGD)
+
+        return both
+
+    def fully(self, base_B: Tensor, anchor_B: Tensor, rows: int, seen_BTT: Tensor | None):
+        """The attention of a full step over rows that begin at `base_B`; every layer's part is taken anew, by the queries of the
+        rows from the anchor's on."""
+        attend, recipe = self.full.attention(base_B, rows, seen_BTT), self.recipe
+        draft_rows = rows - recipe.partial_tokens
+        row_BK = (anchor_B - base_B)[:, None] + torch.arange(draft_rows, device=base_B.device)
+        old_B, new_B = self.tail_B.clone(), self._tail(anchor_B)
+        self.tail_B.copy_(new_B)
+        first_B = (old_B - recipe.sink) // recipe.block
+
+        def and_choose(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+            output = attend(layer, q_BTHD, k_BTGD, v_BTGD)
+            self._summarise(layer, first_B, self.rows // recipe.block + 2)  # of the longest draft, the last step's
+            q_BKHD = q_BTHD[self.full.row_B1, row_BK]
+            self._take(layer, self._choose(layer, q_BKHD, new_B), new_B)
+            return output
+
+        return and_choose
+
+    def settle(self, length_B: Tensor) -> None:
+        """After a full step: so much of the text is verified now."""
+        recipe = self.recipe
+        taken_B = self._whole(self.tail_B).clamp(max=recipe.chosen) * recipe.block
+        self.filled_B.copy_(length_B - self.tail_B + recipe.sink + taken_B)
+
+    def _tail(self, length_B: Tensor) -> Tensor:
+        """Where the tail begins: at a block's edge, a window before the end or a little more."""
+        recipe = self.recipe
+        return recipe.sink + (length_B - recipe.window - recipe.sink).clamp(min=0) // recipe.block * recipe.block
+
+    def _whole(self, tail_B: Tensor) -> Tensor:
+        """Blocks between the sinks and the tail."""
+        return (tail_B - self.recipe.sink) // self.recipe.block
+
+    def _summarise(self, layer: int, first_B: Tensor, count: int) -> None:
+        """Least and greatest of each channel, of `count` blocks from `first_B` on."""
+        recipe, blocks = self.recipe, len(self._block_C)
+        block_BC = (first_B[:, None] + torch.arange(count, device=first_B.device)).clamp(max=blocks - 1)
+        within_S = torch.arange(recipe.block, device=first_B.device)
+        place_BCS = (recipe.sink + block_BC[..., None] * recipe.block + within_S).clamp(max=self.full.room - 1)
+        key_BCSGD = self.full.layer(layer)[0][self.full.row_B1[..., None], place_BCS]
+        self._low[layer].index_put_((self.full.row_B1, block_BC), key_BCSGD.amin(2))
+        self._high[layer].index_put_((self.full.row_B1, block_BC), key_BCSGD.amax(2))
+
+    def _choose(self, layer: int, q_BKHD: Tensor, tail_B: Tensor) -> Tensor:
+        """The best blocks before the tail, [B, G, chosen], in the text's order; where there are fewer, what follows them is not
+        looked at."""
+        scores_BGC = block_scores(q_BKHD, self._low[layer], self._high[layer])
+        hidden_BC = self._block_C >= self._whole(tail_B)[:, None]
+        scores_BGC = scores_BGC.masked_fill(hidden_BC[:, None], -torch.inf)
+        count = min(self.recipe.chosen, len(self._block_C))
+        best_BGC = scores_BGC.topk(count, dim=-1).indices
+        none_BG = hidden_BC[:, None].expand_as(scores_BGC).gather(2, best_BGC)
+        return best_BGC.masked_fill(none_BG, len(self._block_C)).sort(dim=-1).values
+
+    def _take(self, layer: int, block_BGC: Tensor, tail_B: Tensor) -> None:
+        """Copy sinks, blocks and tail into the part."""
+        recipe, heads = self.recipe, block_BGC.shape[1]
+        taken_B = self._whole(tail_B).clamp(max=recipe.chosen) * recipe.block
+        place_P = torch.arange(self.part.room, device=tail_B.device)
+        behind_BP = place_P - recipe.sink
+        block_BGP = block_BGC.gather(
+            2, (behind_BP // recipe.block).clamp(0, block_BGC.shape[2] - 1).expand(len(tail_B), heads, -1)
+        )
+        chosen_BGP = recipe.sink + block_BGP * recipe.block + behind_BP % recipe.block
+        tail_BP = tail_B[:, None] + behind_BP - taken_B[:, None]
+        source_BGP = torch.where((behind_BP < taken_B[:, None])[:, None], chosen_BGP, tail_BP[:, None])
+        source_BGP = torch.where(place_P < recipe.sink, place_P, source_BGP).clamp(max=self.full.room - 1)
+        index_BPGD = source_BGP.transpose(1, 2)[..., None].expand(-1, -1, -1, self.part.key.shape[-1])
+        for part, whole in zip((self.part.key, self.part.value), self.full.layer(layer)):
+            torch.gather(whole, 1, index_BPGD, out=part[layer])

@@ -1,0 +1,189 @@
+"""A drafter's memory of one request, and what its view leaves of it, really taken out: the `gather` executor.
+
+Shapes: R rows of known tokens, P memory positions, K keys that are visible, C chunks, G key/value heads, H query heads, D head
+size.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from data_prep.target.target import States
+from train.attention.visibility import Places
+from train.drafter.layers import KV
+from train.drafter.memory import Memory
+from train.drafter.model import Drafter
+from train.views import plan as views
+from train.views.plan import View
+
+
+@dataclass
+class Picked:
+    """One layer and branch at a selection: the best chunks' keys, best first, and which keys of the request they are [K, G]."""
+
+    kv: KV
+    index_KG: Tensor
+
+
+class SparseCache:
+    """Grows with what is verified; `visible` gives the drafter its memory for a round.
+
+    Memory that no later selection can ask for is dropped, if the drafter makes memory without attention: a drafter whose deeper
+    layers read its own memory to make more of it keeps all of it, and drafts from what is taken out.
+    """
+
+    def __init__(self, drafter: Drafter, attend, view: View | None):
+        hides = view is not None and view.kind != "full" and view.budget
+        self.drafter, self._attend, self._view = drafter, attend, view if hides else None
+        settled = bool(hides) and (view.kind == "sink_recent" or view.refresh == "never")
+        self._forgets = settled and not drafter.config.memory_attends
+        self.memory: Memory | None = None
+        self._first: dict[str, int] = {}  # position of each branch's first key
+        self._dropped: dict[str, int] = {}  # keys that are gone, behind the sinks
+        self._chosen_at: int | None = None
+        self._picked: list[dict[str, Picked]] = []
+        self._votes: list[dict[str, Tensor]] = []  # h2o: attention that each key has got, [G, P]
+        self._rows: tuple | None = None  # known tokens whose queries the next selection may look at (`Drafter.observe`)
+        # The most bytes of keys and values: that the rows of a round read, that a selection looked at to choose them, that were
+        # kept between rounds, and that there ever were (those of the whole prompt, before some of them were dropped).
+        self.bytes = {"read": 0, "searched": 0, "kept": 0, "peak": 0}
+
+    @torch.no_grad()
+    def extend(self, states: States, places: Places, token_RE: Tensor, rows: Places) -> None:
+        """Remember more verified positions, as `Drafter.remember` does."""
+        self.memory = self.drafter.remember(states, places, token_RE, rows, self._attend, self.memory)
+        for branch, held in self.memory.places.items():
+            self._first.setdefault(branch, int(held.position[0]))
+            self._dropped.setdefault(branch, 0)
+        self._most("peak", self._held())
+        view = self._view
+        if view and view.window != 0 and (self._chosen_at is None or view.refresh != "never"):
+            feature_RE = token_RE if self.memory.feature is None else self.memory.feature
+            new = (token_RE, feature_RE, rows.document, rows.position)
+            last = slice(None) if view.window is None else slice(-view.window, None)
+            old = self._rows or tuple(t[:0] for t in new)
+            self._rows = tuple(torch.cat(pair)[last] for pair in zip(old, new))
+
+    @torch.no_grad()
+    def visible(self, anchor: int) -> tuple[Memory, int]:
+        """(what the rows of a round may read, the anchor's position for them)."""
+        view, count = self._view, {branch: anchor - first for branch, first in self._first.items()}
+        fits = not view or max(count.values()) <= view.budget
+        if view and self._due(anchor) and not (fits and view.refresh == "verify"):  # else it may serve a round that does not fit
+            self._chosen_at, self._picked = anchor, [{} for _ in self.memory.layers]
+            self._select(count)
+        found = (self.memory, anchor) if fits else self._taken_out(anchor, count)
+        self._most("read", found[0].nbytes())
+        self._most("kept", self._held())
+        return found
+
+    def _most(self, what: str, nbytes: int) -> None:
+        self.bytes[what] = max(self.bytes[what], nbytes)
+
+    def _held(self) -> int:
+        return self.memory.nbytes() + sum(p.kv.nbytes for layer in self._picked for p in layer.values())
+
+    def _due(self, anchor: int) -> bool:
+        refresh = self._view.refresh
+        if self._chosen_at is None or refresh == "verify":
+            return True
+        return refresh != "never" and anchor - self._chosen_at >= refresh
+
+    def _select(self, count: dict[str, int]) -> None:
+        """Rank the chunks as they are now, and take out as many of the best as a round can want."""
+        view, wanted = self._view, {b: views.reserve(self._view, self._view.budget, n) for b, n in count.items()}
+        if not any(most for _, most in wanted.values()):
+            return  # nothing to choose, now or later
+        queries, seats, searched = [None] * len(self.memory.layers), None, 0
+        if self._rows:
+            token_RE, feature_RE, *seats = self._rows
+            seats = Places(*seats)
+            queries = self.drafter.observe(token_RE, feature_RE, seats, self.memory, self._attend)
+            searched = sum(kv.nbytes for kinds in self.memory.layers[:-1] for kv in kinds.values())
+        if view.window is None:
+            self._vote(queries, seats)
+        for branch, (tail, most) in wanted.items():
+            places = self.memory.places[branch]
+            chunks, one = views.chunking(places, view.chunk), lambda value, at=places.position: at.new_tensor([value])
+            for layer, kinds in enumerate(self.memory.layers):
+                if view.window is None:
+                    scores_1GC = self._votes[layer][branch][None]
+                else:
+                    observed = queries[layer] and self._observed(queries[layer][branch], seats, branch)
+                    key_PGD = kinds[branch].key
+                    ((_, scores_1GC),) = views.scores(view, key_PGD, chunks, one(0), one(count[branch]), observed)
+                searched += kinds[branch].key.nbytes
+                chunk_GC = views.ranked(scores_1GC, chunks, one(0), view, one(tail), most)[0]
+                within = torch.arange(view.chunk, device=chunk_GC.device)[:, None]
+                index_KG = (chunk_GC.T[:, None] * view.chunk + within).flatten(0, 1)
+                head_G = torch.arange(index_KG.shape[1], device=index_KG.device)
+                self._picked[layer][branch] = Picked(KV(*(t[index_KG, head_G] for t in kinds[branch])), index_KG)
+        self._most("searched", searched)
+
+    def _observed(self, query_RHD: Tensor, seats: Places, branch: str) -> views.Observed:
+        return views.Observed(query_RHD, seats.document, seats.position - self._first[branch])
+
+    def _vote(self, queries: list[dict[str, Tensor]], seats: Places) -> None:
+        """Add the attention of the tokens that became known since the last selection."""
+        self._votes, old = [{} for _ in queries], self._votes
+        for layer, kinds in enumerate(queries):
+            for branch, query_RHD in kinds.items():
+                chunks = views.chunking(self.memory.places[branch], 1)
+                key_PGD = self.memory.layers[layer][branch].key.float()
+                total_GP = views.votes(self._observed(query_RHD, seats, branch), key_PGD, chunks)
+                if old:
+                    total_GP[:, : old[layer][branch].shape[1]] += old[layer][branch]
+                self._votes[layer][branch] = total_GP
+        self._rows = None
+
+    def _taken_out(self, anchor: int, count: dict[str, int]) -> tuple[Memory, int]:
+        """Sinks, the best chunks and the tail of every layer and branch, one behind the other."""
+        view, age, sizes = self._view, anchor - self._chosen_at, {}
+        for branch, before in count.items():
+            layout = views.layout(view, *(torch.tensor(n) for n in (view.budget, before, before - age)))
+            tail, chunks = map(int, layout)
+            if self._forgets:
+                self._forget(branch, tail)
+            sizes[branch] = (view.sink if tail else 0, chunks * view.chunk, tail, before)
+        visible = {branch: lead + picks + before - tail for branch, (lead, picks, tail, before) in sizes.items()}
+        room = max(n + self._first[branch] for branch, n in visible.items())
+        in_cache = view.positions == "in_cache"
+        layers: list[dict[str, KV]] = [{} for _ in self.memory.layers]
+        for branch, (lead, picks, tail, before) in sizes.items():
+            gone = self._dropped[branch] if tail else 0
+            for layer, kinds in enumerate(self.memory.layers):
+                parts = [KV(*(t[:lead] for t in kinds[branch])), KV(*(t[tail - gone : before - gone] for t in kinds[branch]))]
+                index_KG = None
+                if picks:
+                    picked = self._picked[layer][branch]
+                    parts.insert(1, KV(*(t[:picks] for t in picked.kv)))
+                    index_KG = picked.index_KG[:picks]
+                key, value = (torch.cat(part) for part in zip(*parts))
+                if in_cache:
+                    key = self.drafter.rotate(key, self._moved(key, sizes[branch], index_KG, room, self._first[branch]))
+                layers[layer][branch] = KV(key, value)
+        # A place before every anchor: all that was taken out is visible.
+        device = key.device
+        nowhere = {branch: Places(*torch.tensor([[0], [-1]], device=device).expand(2, n)) for branch, n in visible.items()}
+        return Memory(layers, nowhere, self.memory.feature), room if in_cache else anchor
+
+    def _moved(self, key_KGD: Tensor, sizes: tuple[int, int, int, int], index_KG: Tensor | None, room: int, first: int) -> Tensor:
+        """By how many positions each key moves when visible keys stand one behind the other, the last before `room`, [K, G]."""
+        lead, picks, tail, before = sizes
+        span = lambda *ends: torch.arange(*ends, device=key_KGD.device)[:, None].expand(-1, key_KGD.shape[1])
+        index = torch.cat([span(lead), *([] if index_KG is None else [index_KG]), span(tail, before)])
+        slot_KG = index.argsort(dim=0).argsort(dim=0)
+        return (room - len(index) + slot_KG) - (first + index)
+
+    def _forget(self, branch: str, tail: int) -> None:
+        """Drop what lies between the sinks and the tail."""
+        sink, gone = self._view.sink, self._dropped[branch]
+        if tail <= sink + gone:
+            return
+        cut = lambda t: torch.cat([t[:sink], t[tail - gone :]])
+        for kinds in self.memory.layers:
+            kinds[branch] = KV(*map(cut, kinds[branch]))
+        held = self.memory.places[branch]
+        places = self.memory.places | {branch: Places(cut(held.document), cut(held.position))}
+        self.memory, self._dropped[branch] = replace(self.memory, places=places), tail - sink

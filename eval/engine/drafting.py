@@ -1,0 +1,202 @@
+"""Who drafts for a batch: the drafters of `eval/oracle/drafting.py` without the host. Every size is fixed.
+
+Shapes: B requests, T rows of each, J drafted tokens, V target vocabulary, D draft vocabulary, E hidden size, L places of a text.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling, distribution, drawn
+from data_prep.target.target import FrozenHead, States
+from eval.caches.static import StaticMemory, executor
+from eval.engine.tree import Tree, TreeShape, grow
+from train.attention.visibility import Places, Rows
+from train.drafter.heads import over_targets
+from train.drafter.layers import KV
+from train.drafter.model import Drafter
+from train.objectives.blockwise import block_rows
+
+
+class Proposal(NamedTuple):
+    """`q_BJV` is what the tokens were drawn from (None: certain guesses), `count_B` how many of the J count (None: all). With a
+    tree, the tokens are its nodes."""
+
+    tokens_BJ: Tensor
+    q_BJV: Tensor | None = None
+    count_B: Tensor | None = None
+    tree: Tree | None = None
+
+
+class StaticDrafting(Protocol):
+    graphs: bool  # whether a CUDA graph can hold what it does
+    deepest: int | None  # tokens that a round keeps at most, of a tree; None: all that are drafted
+
+    def begin(self, cache: StaticCache) -> None:
+        """New requests, in these places."""
+
+    def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
+        """The target has processed T more positions, from `base_B` on, of which those up to row `last_B` count (before any, -1):
+        the anchor is the token behind that row."""
+
+    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        """Guess `length` tokens behind the anchor."""
+
+    def kv_bytes(self, longest: int) -> dict[str, int]:
+        """Bytes of keys and values of one request of so many tokens (`eval/caches/sparse.py`)."""
+
+
+class StaticNobody:
+    """Plain decoding."""
+
+    graphs, deepest = True, None
+
+    def begin(self, cache: StaticCache) -> None:
+        pass
+
+    def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
+        pass
+
+    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        return Proposal(text_BL.new_empty(len(text_BL), 0))
+
+    def kv_bytes(self, longest: int) -> dict[str, int]:
+        return {}
+
+
+class StaticLookup(StaticNobody):
+    """`PromptLookup` by comparing all places of the text at once."""
+
+    def __init__(self, longest: int = 3):
+        self._longest = longest
+
+    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        place_L = torch.arange(text_BL.shape[1], device=text_BL.device)
+        follows_B, run_BL = torch.zeros_like(anchor_B), torch.ones_like(text_BL, dtype=torch.bool)
+        for n in range(1, self._longest + 1):  # run: the n tokens that end here are the text's last n
+            known_B1 = text_BL.gather(1, (anchor_B - n + 1).clamp(min=0)[:, None])
+            shifted_BL = F.pad(text_BL, (n - 1, 0), value=-1)[:, : text_BL.shape[1]]
+            run_BL = run_BL & (shifted_BL == known_B1) & (anchor_B >= n)[:, None]
+            last_B = torch.where(run_BL & (place_L < anchor_B[:, None]), place_L + 1, 0).amax(1)
+            follows_B = torch.where(last_B > 0, last_B, follows_B)
+        index_BJ = follows_B[:, None] + torch.arange(length, device=text_BL.device)
+        count_B = torch.where(follows_B > 0, (anchor_B + 1 - follows_B).clamp(max=length), 0)
+        return Proposal(text_BL.gather(1, index_BJ.clamp(max=text_BL.shape[1] - 1)), None, count_B)
+
+
+class StaticTrained:
+    """A drafter over `StaticMemory`. With native K/V its memory is the target's own cache, and it keeps nothing of its own.
+
+    Args:
+        change: what it is shown instead of the target's states (the controls); gets states [B, T, ...] and positions [B, T].
+        tree: drafts are trees of this shape (ttt only).
+    """
+
+    graphs = True
+
+    def __init__(self, drafter: Drafter, head: FrozenHead, change: Callable | None = None, tree: TreeShape | None = None):
+        self.drafter, self._head, self._change, self._tree = drafter.eval(), head, change, tree
+        self.deepest, self._cache = tree.depth if tree else None, None
+        self._product = drafter.head.product(head)  # once: rows of a reduced vocabulary are copies
+        self._kept_D = drafter.head.kept_D
+
+    def begin(self, cache: StaticCache) -> None:
+        config, borrowed = self.drafter.config, {}
+        alike = config.rope_factor == 1 and self.drafter.dtype == cache.key.dtype and self._change is None
+        if config.uses_kv and config.source == "native" and alike and cache.on_device:
+            borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
+        batch, room = cache.key.shape[1:3]
+        if self._cache is not cache:
+            self._cache = cache
+            self.memory = StaticMemory(config, batch, room + 1, self._head.head_VE.device, borrowed)
+            self.feature_BE = self._head.head_VE.new_zeros(batch, config.architecture.hidden_size, dtype=self.drafter.dtype)
+        self._fresh = True
+
+    def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
+        batch, rows = states.last_hidden.shape[:2]
+        position_BT = base_B[:, None] + torch.arange(rows, device=base_B.device)
+        if self._change is not None:
+            states = self._change(states, position_BT)
+        if self._fresh and self.drafter.config.own_memory and not self.drafter.config.reads_pairs:  # x_0 came with nothing
+            self._remember(None, position_BT[:, :1] - 1, text_BL)
+        self._fresh = False
+        feature_QE = self._remember(states.map(lambda t: t.flatten(0, 1)), position_BT, text_BL)
+        if feature_QE is not None:
+            row_B = torch.arange(batch, device=base_B.device)
+            self.feature_BE.copy_(feature_QE.unflatten(0, (batch, rows))[row_B, last_B.clamp(min=0)])
+
+    def _remember(self, states: States | None, position_BT: Tensor, text_BL: Tensor) -> Tensor | None:
+        document = torch.arange(len(position_BT), device=position_BT.device).repeat_interleave(position_BT.shape[1])
+        token_RE = self._embed(text_BL.gather(1, position_BT + 1).flatten())
+        places, known = (Places(document, (position_BT + ahead).flatten()) for ahead in (0, 1))
+        return self.drafter.remember(states, places, token_RE, known, executor(making_memory=True), self.memory).feature
+
+    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        token_B = text_BL.gather(1, anchor_B[:, None])[:, 0]
+        if self._tree:
+            known = (self.memory, self.feature_BE, token_B, anchor_B)
+            tree = grow(self.drafter, *known, self._tree, length, self._embed, self._log_probabilities)
+            return Proposal(tree.token_BN, tree=tree)
+        if self.drafter.config.objective == "ttt":
+            return self._steps(token_B, anchor_B, length, sampling, u_BJ)
+        request_B = torch.arange(len(anchor_B), device=anchor_B.device)
+        rows = block_rows(request_B, anchor_B, self.drafter.config.slots)
+        token_B1E = self._embed(token_B)[:, None]
+        output_BJE = self.drafter.block(token_B1E, rows, self.memory, executor(), feature_NE=self.feature_BE)[:, :length]
+        if self.drafter.sequential is None:
+            logits_BJD = self._logits(output_BJE)
+            return self._drawn(logits_BJD, sampling, u_BJ)
+        drafts, state = [], None
+        for j in range(length):
+            output_BE, state = self.drafter.sequential.step(output_BJE[:, j], self._embed(token_B), state)
+            drafts.append(self._drawn(self._logits(output_BE)[:, None], sampling, u_BJ[:, j : j + 1]))
+            token_B = drafts[-1].tokens_BJ[:, 0]
+        return _joined(drafts)
+
+    def kv_bytes(self, longest: int) -> dict[str, int]:
+        """Preallocated places that a request does not fill count for its `peak` alone."""
+        of_a_place = lambda kv: sum(t[0, 0].nbytes for t in (kv.key, kv.value))
+        read = sum(of_a_place(part) for kinds in self.memory.layers for part in kinds.values()) * longest
+        peak = self.memory.nbytes() // self.memory.batch
+        return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
+
+    def _steps(self, token_B: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        request_B, drafts, earlier, past = torch.arange(len(anchor_B), device=anchor_B.device), [], None, None
+        feature_BE = self.feature_BE
+        for j in range(length):
+            rows = Rows(request_B, anchor_B, request_B, torch.full_like(request_B, j + 1), anchor_B + j)
+            output_BE, feature_BE, past = self.drafter.step(
+                self._embed(token_B), feature_BE, rows, earlier, self.memory, past, executor()
+            )
+            earlier = rows if earlier is None else earlier + rows
+            drafts.append(self._drawn(self._logits(output_BE)[:, None], sampling, u_BJ[:, j : j + 1]))
+            token_B = drafts[-1].tokens_BJ[:, 0]
+        return _joined(drafts)
+
+    def _drawn(self, logits_BJD: Tensor, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        kept_D = self._kept_D
+        if sampling.temperature == 0:
+            token_BJ = logits_BJD.argmax(-1)
+            return Proposal(token_BJ if kept_D is None else kept_D[token_BJ])
+        q_BJV = over_targets(distribution(logits_BJD, *sampling), self._kept_D, len(self._head.head_VE), 0.0)
+        return Proposal(drawn(q_BJV.flatten(0, 1), u_BJ.flatten()).view_as(u_BJ), q_BJV)
+
+    def _log_probabilities(self, output_RE: Tensor) -> Tensor:
+        """Over the target's vocabulary, [R, V]."""
+        return over_targets(self._logits(output_RE).log_softmax(-1), self._kept_D, len(self._head.head_VE), -torch.inf)
+
+    def _embed(self, token: Tensor) -> Tensor:
+        return self.drafter.embed(token, self._head)
+
+    def _logits(self, output: Tensor) -> Tensor:
+        logits = self._product(output)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _joined(drafts: list[Proposal]) -> Proposal:
+    q = None if drafts[0].q_BJV is None else torch.cat([d.q_BJV for d in drafts], dim=1)
+    return Proposal(torch.cat([d.tokens_BJ for d in drafts], dim=1), q)

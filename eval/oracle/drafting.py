@@ -1,0 +1,234 @@
+"""Who drafts: a trained drafter, prompt lookup, or nobody. One small interface, called once a round.
+
+Shapes: P verified positions, J drafted tokens, V vocabulary, E hidden size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from data_prep.decoding.sampling import Sampling, distribution, sample
+from data_prep.target.target import FrozenHead, States
+from eval.caches.sparse import SparseCache
+from eval.engine.drafting import Proposal
+from train.attention.visibility import Places, Rows
+from train.drafter.memory import Memory
+from train.drafter.model import Drafter
+from train.objectives.blockwise import block_rows
+from train.views.plan import View
+
+
+class Draft(NamedTuple):
+    """`q_JV` is what the tokens were drawn from (None: a certain guess); `logits_JV` for those who look inside."""
+
+    tokens: list[int]
+    q_JV: Tensor | None = None
+    logits_JV: Tensor | None = None
+
+
+class Drafting(Protocol):
+    def begin(self) -> None:
+        """A new request."""
+
+    def observe(self, states: States, known: list[int]) -> None:
+        """The target has processed P more positions; `known` are the tokens that were not known before, the anchor's being last:
+        P + 1 in the first call, P in later ones."""
+
+    def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
+        """Guess what follows `tokens`, the last of which is the anchor."""
+
+    def kv_bytes(self) -> dict[str, int]:
+        """The most bytes of keys and values in this request, by what became of them (`SparseCache`)."""
+
+
+class Nobody:
+    """Plain decoding: the same loop with no drafter."""
+
+    def begin(self) -> None:
+        pass
+
+    def observe(self, states: States, known: list[int]) -> None:
+        pass
+
+    def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
+        return Draft([])
+
+    def kv_bytes(self) -> dict[str, int]:
+        return {}
+
+
+class PromptLookup(Nobody):
+    """What followed the last occurrence of the newest n-gram, longest n first (n = 3, 2, 1). The control that any
+    trained drafter has to beat."""
+
+    def __init__(self, draft_length: int, longest: int = 3):
+        self._length, self._longest = draft_length, longest
+
+    def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
+        for n in range(self._longest, 0, -1):
+            tail = tokens[-n:]
+            for start in range(len(tokens) - n - 1, -1, -1):
+                if tokens[start : start + n] == tail:
+                    return Draft(tokens[start + n : start + n + self._length])
+        return Draft([])
+
+
+class Trained:
+    """A drafter with its memory as a KV cache: every verified position is remembered once.
+
+    Args:
+        view: what of the memory the drafter may read; None: all of it.
+        change: what the drafter is shown instead of the target's states (the controls); gets the states and their positions.
+    """
+
+    def __init__(self, drafter: Drafter, head: FrozenHead, attend, view: View | None = None, change=None):
+        self.drafter, self._head, self._attend, self._view, self._change = drafter.eval(), head, attend, view, change
+        self._product = drafter.head.product(head)
+        self.device = head.head_VE.device
+        self.begin()
+
+    def begin(self) -> None:
+        self.cache, self._length = SparseCache(self.drafter, self._attend, self._view), 0
+
+    @torch.no_grad()
+    def observe(self, states: States, known: list[int]) -> None:
+        if self._change is not None:
+            position_P = torch.arange(self._length, self._length + len(states.last_hidden), device=self.device)
+            states = self._change(states, position_P)
+        before, self._length = self._length, self._length + len(states.last_hidden)
+        rows = known if before == 0 and not self.drafter.config.reads_pairs else known[-(self._length - before) :]
+        places = self._places(before, self._length)
+        self.cache.extend(states, places, self._embed(rows), self._places(self._length + 1 - len(rows), self._length + 1))
+
+    @torch.no_grad()
+    def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
+        memory, position = self.cache.visible(len(tokens) - 1)
+        anchor = torch.tensor([position], device=self.device)
+        if self.drafter.config.objective == "ttt":
+            return self._steps(tokens[-1], memory, anchor, temperature, generator)
+        rows = block_rows(torch.zeros_like(anchor), anchor, self.drafter.config.slots)
+        token_1TE = self._embed(tokens[-1:])[None]
+        output_JE = self.drafter.block(token_1TE, rows, memory, self._attend, feature_NE=_newest(memory))[0]
+        if self.drafter.sequential is not None:
+            return self._corrected(output_JE, tokens[-1], temperature, generator)
+        logits = self._logits(output_JE)
+        q_JV = distribution(logits, temperature)
+        return Draft([sample(q, generator) for q in q_JV], q_JV, logits)
+
+    def kv_bytes(self) -> dict[str, int]:
+        return self.cache.bytes
+
+    def _corrected(self, output_JE: Tensor, token: int, temperature: float, generator: torch.Generator) -> Draft:
+        """A block's outputs, each corrected by the token drafted before it."""
+        tokens, logits, qs, state = [], [], [], None
+        for output_E in output_JE:
+            output_1E, state = self.drafter.sequential.step(output_E[None], self._embed([token]), state)
+            logits.append(self._logits(output_1E))
+            qs.append(distribution(logits[-1], temperature))
+            token = sample(qs[-1][0], generator)
+            tokens.append(token)
+        return Draft(tokens, torch.cat(qs), torch.cat(logits))
+
+    def _steps(self, token: int, memory: Memory, anchor: Tensor, temperature: float, generator: torch.Generator) -> Draft:
+        feature = _newest(memory)
+        tokens, logits, qs, earlier, past, zero = [], [], [], None, None, torch.zeros_like(anchor)
+        for j in range(1, self.drafter.config.slots + 1):
+            rows = Rows(zero, anchor, zero, zero + j, anchor + j - 1)
+            output, feature, past = self.drafter.step(self._embed([token]), feature, rows, earlier, memory, past, self._attend)
+            earlier = rows if earlier is None else earlier + rows
+            logits.append(self._logits(output))
+            qs.append(distribution(logits[-1], temperature))
+            token = sample(qs[-1][0], generator)
+            tokens.append(token)
+        return Draft(tokens, torch.cat(qs), torch.cat(logits))
+
+    def _places(self, start: int, end: int) -> Places:
+        position = torch.arange(start, end, device=self.device)
+        return Places(torch.zeros_like(position), position)
+
+    def _embed(self, tokens: list[int]) -> Tensor:
+        return self.drafter.embed(torch.tensor(tokens, device=self.device), self._head)
+
+    def _logits(self, output_JE: Tensor) -> Tensor:
+        return self.drafter.head.logits(output_JE, self._head, self._product)
+
+
+def _newest(memory: Memory) -> Tensor | None:
+    """fc(f_{a-1}) of the one anchor [1, E], where the drafter reads pairs."""
+    return None if memory.feature is None else memory.feature[-1:]
+
+
+class OneByOne:
+    """For `eval/engine/engine.py`, drafters that keep a memory of each request by itself and meet the host on the way: views.
+
+    Args:
+        make: `Trained` for the request at a place of the batch.
+    """
+
+    graphs, deepest = False, None
+
+    def __init__(self, batch: int, make: Callable[[int], Trained]):
+        self._drafting = [make(b) for b in range(batch)]
+
+    def begin(self, cache) -> None:
+        self._seen = [0] * len(self._drafting)
+        for drafting in self._drafting:
+            drafting.begin()
+
+    def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
+        for b, (base, last) in enumerate(zip(base_B.tolist(), last_B.tolist())):
+            seen, count = self._seen[b], base + last + 1
+            if last >= 0 and count > seen:  # a prompt that ended in an earlier chunk has nothing new
+                known = text_BL[b, seen + (seen > 0) : count + 1].tolist()
+                self._drafting[b].observe(states.map(lambda t: t[b, seen - base : last + 1]), known)
+                self._seen[b] = count
+
+    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+        drafts = []
+        for b, anchor in enumerate(anchor_B.tolist()):
+            seed = int(u_BJ[b, 0] * 2**53) if length else 0
+            generator = torch.Generator(device=text_BL.device).manual_seed(seed)
+            drafts.append(self._drafting[b].draft(text_BL[b, : anchor + 1].tolist(), sampling.temperature, generator))
+        tokens_BJ = torch.tensor([d.tokens[:length] for d in drafts], device=text_BL.device)
+        return Proposal(tokens_BJ, torch.stack([d.q_JV[:length] for d in drafts]) if sampling.temperature else None)
+
+    def kv_bytes(self, longest: int) -> dict[str, int]:
+        every = [drafting.kv_bytes() for drafting in self._drafting]
+        return {what: max(one[what] for one in every) for what in every[0]}
+
+
+def zero_memory(states: States, position: Tensor) -> States:
+    """Control: the drafter learns nothing from the target."""
+    return states.map(torch.zeros_like)
+
+
+class OtherMemory:
+    """Control: each request of a batch is shown another one's states at the same positions (repeated where it is shorter)."""
+
+    def __init__(self, batch: int, room: int):
+        self._batch, self._room, self._held = batch, room, None
+
+    def fill(self, b: int, other: States) -> None:
+        """Whose states, [P, ...], the request at place b is shown."""
+        self._reserve(other)
+        self._length_B[b] = len(other.last_hidden)
+        for held, new in zip(self._held.tensors(), other.tensors()):
+            held[b, : len(new)] = new
+
+    def _reserve(self, like: States) -> None:
+        """Once, and in good time: CUDA graphs are recorded before the first request is there."""
+        if self._held is None:
+            self._held = like.map(lambda t: t.new_zeros(self._batch, self._room, *t.shape[1:]))
+            self._length_B = torch.ones(self._batch, dtype=torch.long, device=like.last_hidden.device)
+
+    def __call__(self, states: States, position_BT: Tensor) -> States:
+        self._reserve(states.map(lambda t: t[0]))
+        place_BT = position_BT % self._length_B[:, None]
+        row_B1 = torch.arange(self._batch, device=place_BT.device)[:, None]
+        return self._held.map(lambda t: t[row_B1, place_BT])
+
+    def of(self, b: int):
+        """The change of the request at place b alone: states and positions [P, ...]."""
+        return lambda states, position_P: self._held.map(lambda t: t[b, position_P % self._length_B[b]])

@@ -1,0 +1,250 @@
+"""`mode=served`: what a drafter is worth in a server, beside what our own engine makes of it on the same prompts.
+
+Every temperature is decoded by our engine, one request at a time, and by the server at each concurrency; what comes of it is in
+`eval/serving/side_by_side.py`. The server is sent our token ids, and a conversation goes on behind its own answers.
+
+Shapes: J positions of a draft, C = 1 + J counts (`eval/serving/servers.py`).
+"""
+
+import asyncio
+import gc
+import secrets
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cli
+from common.errors import UserError
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.products import lay_out
+from data_prep.decoding.sampling import Sampling
+from data_prep.target.target import Target, load_target, load_tokenizer, target_sizes
+from eval.engine.drafting import Proposal, StaticTrained
+from eval.engine.engine import Engine, room_for
+from eval.engine.lengths import lengths_of
+from eval.engine.request import Stops
+from eval.judging import measure
+from eval.prompts.suites import Prompt
+from eval.recipe import EvalRecipe, prompts_of, prompts_within
+from eval.serving.servers import Answer, Asked, Server, Vllm, find_server, margin
+from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
+from eval.serving.started import interpreter, started, without_drafter, words
+from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
+from train.drafter.formats.export import save_export
+from train.drafter.formats.names import MASK_FILE, method_of
+from train.drafter.model import Drafter
+
+
+def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafter]], described: Callable[..., dict]) -> dict:
+    """The figures of served.json. `load` and `described`: of `eval/main.py`.
+
+    Raises:
+        UserError: the server refuses, ends or cannot be started.
+    """
+    server = find_server(recipe.server.url, recipe.target_names) if recipe.server.url else None
+    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    with tempfile.TemporaryDirectory() as folder:
+        own: dict[float, Run] = {}
+        result: dict = {}
+        ends, command, notes, plain = None, [], [], {}
+        if recipe.drafter:
+            target, drafter = load(recipe)
+            config = drafter.config
+            slots = min(server.slots, config.draft_length) if server else recipe.longest(config)
+            result = described(recipe, target, drafter)
+            ends = target.end_tokens
+            prompts, said = prompts_of(recipe, config, tokenizer)
+            if not server:
+                place, notes = _checkpoint(recipe, target, drafter, Path(folder) / "drafter")
+                command = _start_of(recipe, target, config, place, slots, said["positions"])
+            own = ours(recipe, target, drafter, prompts, said, slots)
+            del target, drafter  # the server needs the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+        else:
+            prompts, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - server.slots, tokenizer)
+        starting = started(recipe.server, command, Path(recipe.out) / "server.log") if command else nullcontext(server)
+        with starting as url:
+            server = server or find_server(url, recipe.target_names)
+            theirs = asyncio.run(_ask_all(recipe, server, prompts, said, ends))
+        if command:  # the same server once more, without the drafter
+            alone = without_drafter(command)
+            with started(recipe.server, alone, Path(recipe.out) / "server_plain.log") as url:
+                nobody = find_server(url, recipe.target_names, drafts=False)
+                plain = asyncio.run(_ask_all(recipe, nobody, prompts, said, ends))
+    # Read anew: it made room for the server.
+    judge = load_target(recipe.target) if own and max(recipe.temperatures) > 0 else None
+    result |= {
+        "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
+        | {"positions": server.positions}
+        | ({"command": command, "notes": notes} if command else {"url": server.url}),
+        "prompts": said | {"seed": recipe.seed},
+        "software": result.get("software", {}),
+        "commit": cli.git_revision(),
+        "temperatures": {},
+        "tested": {},
+        "said": {},
+    }
+    for temperature, levels in theirs.items():
+        name = f"{temperature:g}"
+        mine = own.get(temperature)
+        runs = ({OURS: mine} if mine else {}) | {str(concurrency): run for concurrency, run in levels.items()}
+        runs |= {f"{PLAIN}{concurrency}": run for concurrency, run in plain.get(temperature, {}).items()}
+        result["temperatures"][name] = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
+        for who, run in runs.items():
+            if judge and temperature > 0 and who != OURS:
+                result["temperatures"][name][who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
+        why_not = _incomparable(server, config, temperature) if mine else None
+        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
+        result["said"][name] = conclusions(result, name, len(prompts), why_not)
+    return result
+
+
+def _incomparable(server: Server, config: DrafterConfig, temperature: float) -> str | None:
+    """Why acceptance in this server says nothing of ours; None: it does."""
+    if config.objective == "blockwise" and not config.causal and server.slots != config.draft_length:
+        return (
+            f"not tested: the server fills blocks of {server.slots} drafted tokens and this drafter learned blocks of "
+            f"{config.draft_length}; its slots see each other, so that it is another function there"
+        )
+    if temperature > 0 and server.samples_drafts:
+        return "not tested: this server samples its drafts, and ours are the likeliest tokens"
+    return None
+
+
+def _checkpoint(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Path) -> tuple[Path, list[str]]:
+    """What a server loads, and what vLLM does with it otherwise than we: an export into `folder`, unless the drafter stands in a
+    server's format already."""
+    own = folder_of(recipe.drafter)
+    if is_foreign(read_fields(own)):
+        return own, []
+    notes = save_export(drafter, target, folder, "speculators")
+    return folder, [note for note in notes if "vLLM" in note and MASK_FILE not in note]
+
+
+def _start_of(recipe: EvalRecipe, target: Target, config: DrafterConfig, folder: Path, slots: int, positions: int) -> list[str]:
+    """The command that serves the checkpoint in `folder`, without a port."""
+    method = method_of(config)
+    speculative = {"method": method, "model": str(folder), "num_speculative_tokens": slots}
+    if method == "peagle":  # vLLM's name of it
+        speculative |= {"method": "eagle3", "parallel_drafting": True}
+    dtype = str(target.dtype).removeprefix("torch.")
+    room = min(positions + margin(slots), target.architecture.max_positions)
+    cpu = target.device.type == "cpu"
+    known_as = ["--served-model-name", recipe.target_names[0]]
+    return words(recipe.server, interpreter(recipe.server), target.folder, speculative, room, dtype, cpu) + known_as
+
+
+# Ours.
+
+
+class Likeliest(StaticTrained):
+    """Drafts the likeliest tokens at any temperature, as servers do unless they are told otherwise (`Server.samples_drafts`: as
+    all but one do). They are accepted with the target's own probability, and the output is a sample of the target's all the
+    same."""
+
+    def propose(self, text_BL, anchor_B, length: int, sampling: Sampling, u_BJ) -> Proposal:
+        return super().propose(text_BL, anchor_B, length, sampling._replace(temperature=0.0), u_BJ)
+
+
+def ours(
+    recipe: EvalRecipe, target: Target, drafter: Drafter, prompts: list[Prompt], said: dict, slots: int
+) -> dict[float, Run]:
+    """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
+    limit, a = said["max_new_tokens"], target.architecture
+    room = room_for(said["positions"] - limit, limit, slots)
+    cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    if recipe.compile:
+        target.compile()
+    if target.frozen_head.product.is_laid_out:
+        lay_out(drafter)
+    drafting = Likeliest(drafter, target.frozen_head)
+    stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision))
+    found = {}
+    for temperature in recipe.temperatures:
+        sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+        engine = Engine(target, drafting, cache, sampling, lengths_of(None, slots), graphs=recipe.graphs)
+        run = found[temperature] = Run(count_C=np.zeros(1 + slots, int))
+        for _ in range(max(1, said["warmup"])):
+            engine.generate([prompts[0].tokens], limit, [recipe.seed], stops)
+        for first in prompts:
+            prompt, turn = first, 0
+            while prompt:
+                one = engine.generate([prompt.tokens], limit, [recipe.seed + len(run.answers)], stops)[0]
+                kept = [r.kept for r in one.rounds]
+                count_C = np.array([len(kept), *(sum(k >= j for k in kept) for j in range(1, slots + 1))])
+                seconds = one.prefill_s + one.decode_s
+                run.answers[prompt.id, turn] = Answer(prompt.tokens, one.tokens, one.prefill_s, seconds, count_C)
+                run.count_C += count_C
+                prompt, turn = prompt.after(one.tokens), turn + 1
+        run.seconds = sum(answer.seconds for answer in run.answers.values())
+    return found
+
+
+# The server's.
+
+
+async def _ask_all(
+    recipe: EvalRecipe, server: Server, prompts: list[Prompt], said: dict, ends: frozenset[int] | None
+) -> dict[float, dict[int, Run]]:
+    """{temperature: {concurrency: ...}}"""
+    found: dict[float, dict[int, Run]] = {}
+    async with server.client() as client:
+        for temperature in recipe.temperatures:
+            found[temperature] = {}
+            for concurrency in recipe.server.concurrency:
+                # Another salt each time: no prompt is read from what an earlier run left in the server's cache.
+                salt = secrets.token_hex(8)
+                limits = (said["max_new_tokens"], temperature, recipe.top_p, recipe.top_k, tuple(recipe.stop), ends)
+                for _ in range(max(1, said["warmup"])):
+                    await server.ask(client, prompts[0].tokens, Asked(*limits, salt=f"{salt} warm-up"), recipe.seed)
+                run = await _level(server, client, prompts, concurrency, Asked(*limits, salt=salt), recipe.seed)
+                if server.slots and not run.count_C[0] and any(len(answer.tokens) > 1 for answer in run.answers.values()):
+                    raise UserError(f"{server.url} drafted nothing for {len(run.answers)} requests: its counters stand still")
+                found[temperature][concurrency] = run
+    return found
+
+
+async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int) -> Run:
+    """All prompts, `concurrency` conversations at a time, each behind the server's own answers."""
+    run, waiting, numbers = Run(count_C=np.zeros(1 + server.slots, int)), deque(prompts), count()
+    counts = isinstance(server, Vllm) and server.slots > 0  # those of all requests together
+    alone = counts and concurrency == 1
+    before_C, answered = await server.counted(client) if counts else (None, 0)
+
+    async def converse() -> None:
+        nonlocal before_C, answered
+        while waiting:
+            prompt, turn = waiting.popleft(), 0
+            while prompt:
+                answer = await server.ask(client, prompt.tokens, asked, seed + next(numbers))
+                run.answers[prompt.id, turn] = answer
+                if alone:
+                    after_C, answered = await server.counted(client, answered + 1)
+                    answer.count_C, before_C = after_C - before_C, after_C
+                prompt, turn = prompt.after(answer.tokens), turn + 1
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(converse() for _ in range(concurrency)))
+    run.seconds = time.perf_counter() - begun
+    if alone:  # without the time that looking at the counters took
+        run.seconds = sum(answer.seconds for answer in run.answers.values())
+    if counts and not alone:
+        run.count_C = (await server.counted(client, answered + len(run.answers)))[0] - before_C
+    elif server.slots:
+        run.count_C = sum((answer.count_C for answer in run.answers.values()), run.count_C)
+    return run
+
+
+def _sampling_p(recipe: EvalRecipe, target: Target, temperature: float, run: Run) -> float:
+    """How likely outputs at least this odd are, if they are samples of the target."""
+    answers = list(run.answers.values())
+    sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
+    return measure.sampling_p_value(target, [answer.prompt for answer in answers], answers, sampling)

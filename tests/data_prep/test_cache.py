@@ -1,0 +1,446 @@
+"""What was captured is what is read, bit for bit; anything else - damage, a kill, another manifest - is noticed or mended."""
+
+import json
+import os
+import resource
+import shutil
+import threading
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from data_prep.cache.codec import Scaled, decode, encode, paired
+from data_prep.cache.manifest import FORMAT_VERSION, INDEX, MANIFEST, Manifest, read_manifest
+from data_prep.cache.reader import CacheReader, crop
+from data_prep.cache.writer import CacheWriter, claim, read_seal
+from data_prep.capture.capture import Batch, batches, capture
+from data_prep.sources.documents import Documents, write_documents
+from data_prep.sources.tokens import TokenDocument
+from tests.support.models import small_target
+
+TINY = {"hidden_size": 4, "heads": 4, "kv_heads": 2, "head_dim": 3}
+
+TEACHERS = ("last_hidden", "query.")  # what has a row a supervised token
+
+
+def manifest_of(architecture=TINY, **changed):
+    fields = dict(
+        format_version=FORMAT_VERSION,
+        target={"architecture": architecture},
+        tokenizer_hash="k",
+        chat_template_hash="c",
+        hidden_layers=[0, 2],
+        kv_layers=[1],
+        codec="fp32",
+        last_hidden="supervised",
+        max_length=40,
+        source={"name": "s"},
+        software={},
+    )
+    return Manifest(**fields | changed)
+
+
+def document(manifest, mask, seed=0):
+    """Random tensors of one document whose supervised tokens are `mask`."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "input_ids": torch.randint(0, 1000, (len(mask),), generator=generator, dtype=torch.int32),
+        "loss_mask": torch.tensor(mask, dtype=torch.uint8),
+    }
+    for name, row in manifest.states.items():
+        rows = sum(mask) if name.startswith(TEACHERS) and manifest.last_hidden == "supervised" else len(mask)
+        tensors |= encode(name, torch.randn(rows, *row, generator=generator), manifest.codec)
+    return tensors
+
+
+def write(folder, manifest, documents, shard_bytes):
+    writer = CacheWriter(folder, manifest, shard_bytes)
+    for id, tensors in documents.items():
+        writer.add(id, tensors)
+    writer.finish()
+
+
+def bits(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def assert_holds(folder, manifest, documents):
+    """The cache holds exactly these documents, each once, with the same bits."""
+    reader = CacheReader(folder)
+    assert list(reader.problems()) == [] and reader.ids.to_pylist() == sorted(documents)
+    for index, id in enumerate(reader.ids.to_pylist()):
+        names = ["input_ids", "loss_mask", *manifest.states]
+        stored, given = reader.read(index, names), dict(documents[id])
+        third = len(stored["input_ids"]) // 3
+        for span in ((third, len(stored["input_ids"])), (0, third + 1), (third, 2 * third + 1)):
+            part, expected = reader.read(index, names, span), crop(stored, *span)
+            assert part.keys() == expected.keys() and all(torch.equal(bits(part[n]), bits(expected[n])) for n in part)
+        mask = given["loss_mask"].bool()
+        assert (reader.lengths[index], reader.supervised[index]) == (len(mask), mask.sum())
+        if manifest.last_hidden == "all":  # stored for every token, handed out for the teachers
+            teachers = mask[1:].nonzero().squeeze(1)
+            given |= {name: given[name][teachers] for name in given if name.startswith(TEACHERS)}
+        assert stored.keys() == given.keys()
+        for name, tensor in given.items():
+            assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(bits(stored[name]), bits(tensor))
+
+
+MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=39).map(lambda rest: [0, *rest])
+
+
+@given(
+    st.sampled_from(["fp32", "bf16", "fp8"]),
+    st.sampled_from(["supervised", "all"]),
+    st.sampled_from([[], [0, 2]]),
+    st.lists(st.tuples(MASKS, st.integers(0, 99)), min_size=1, max_size=6),
+    st.integers(1, 6000),
+    st.permutations(range(6)),
+)
+@settings(max_examples=40, deadline=None)
+def test_documents_in_are_documents_out(tmp_path_factory, codec, last_hidden, queries, contents, shard_bytes, order):
+    manifest = manifest_of(codec=codec, last_hidden=last_hidden, query_layers=queries)
+    folder = tmp_path_factory.mktemp("cache")
+    documents = {f"doc/{i}": document(manifest, *contents[i]) for i in order if i < len(contents)}
+    write(folder, manifest, documents, shard_bytes)
+    assert_holds(folder, manifest, documents)
+
+
+FINISHED = {str(i): ([0, 1, 0, 1, 1, 0][: 2 + i], i) for i in range(5)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished cache of three shards, to be left as it was found."""
+    folder, manifest = tmp_path_factory.mktemp("finished"), manifest_of(source={"name": "s", "documents": 5})
+    write(folder, manifest, {id: document(manifest, *content) for id, content in FINISHED.items()}, 450)
+    assert len(list(folder.glob("shard-*.safetensors"))) == 3
+    return folder
+
+
+@pytest.mark.parametrize("other", [None, b"", "shorter", "of the same size"])
+def test_a_shard_that_is_no_longer_what_was_opened(finished, tmp_path, other):
+    """Removed, cut or replaced: what was read stays whole, and the next read says what happened. A mapped file that is cut ends
+    the process with SIGBUS, and another file's bytes at the old places would pass for states."""
+    folder = tmp_path / "cache"
+    shutil.copytree(finished, folder)
+    reader, names = CacheReader(folder), ["input_ids", "hidden.0"]
+    before, expected = reader.read(0, names), CacheReader(finished).read(0, names)
+    for path in folder.glob("shard-*.safetensors"):
+        whole = path.read_bytes()
+        path.unlink()
+        if other is not None:
+            path.write_bytes({"shorter": whole[:300], "of the same size": whole[::-1]}.get(other, other))
+    assert all(torch.equal(before[name], expected[name]) for name in names)
+    with pytest.raises(UserError, match=r"shard-0000\d.safetensors was removed, cut or replaced since it was opened; run data_"):
+        reader.read(0, names)
+
+
+def test_a_shard_that_cannot_be_read_says_why(finished):
+    reader, limits = CacheReader(finished), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"shard-0000\d.safetensors cannot be read: Too many open files"):
+            reader.read(0, ["input_ids"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def noticed(path, content):
+    """What the reader says when `path` holds other bytes (None: is gone). The file is mended afterwards."""
+    whole = path.read_bytes()
+    path.unlink()
+    try:
+        if content is not None:
+            path.write_bytes(content)
+        return list(CacheReader(path.parent).problems())
+    except UserError as error:
+        return [str(error)]
+    finally:
+        path.write_bytes(whole)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_damage_is_noticed(finished, data):
+    path = data.draw(st.sampled_from(sorted(finished.iterdir())))
+    whole = path.read_bytes()
+    at, other = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(1, 255))
+    flipped = whole[:at] + bytes([whole[at] ^ other]) + whole[at + 1 :]
+    damaged = data.draw(st.sampled_from([flipped, whole[:at], None]))
+    said = noticed(path, damaged)
+    assert said
+    begins = 8 + int.from_bytes(whole[:8], "little")
+    if path.suffix == ".safetensors" and damaged == flipped and at >= begins:  # a state or a mask: every check goes on to its end
+        assert f"{path.name}: checksum differs" in said
+    assert not noticed(path, whole)
+
+
+def test_a_damaged_mask_is_a_finding_like_any_other(finished, tmp_path):
+    """It says which rows are a document's: a look at it must not end the search."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in sorted(tmp_path.glob("shard-*.safetensors")):
+        whole = path.read_bytes()
+        begins = 8 + int.from_bytes(whole[:8], "little")
+        start, stop = (begins + at for at in json.loads(whole[8:begins])["loss_mask"]["data_offsets"])
+        for at in range(start, stop):
+            for other in (0x01, 0x80):
+                said = noticed(path, whole[:at] + bytes([whole[at] ^ other]) + whole[at + 1 :])
+                assert f"{path.name}: checksum differs" in said and any("its length or loss mask" in one for one in said)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, data):
+    """Any file but the manifest, flipped, cut or gone: a writer finds out, and asks for what it no longer holds."""
+    folder = tmp_path_factory.mktemp("mended")
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    manifest = CacheReader(folder).manifest
+    path = data.draw(st.sampled_from(sorted(p for p in folder.iterdir() if p.name != MANIFEST)))
+    whole = path.read_bytes()
+    at, other = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(1, 255))
+    damaged = data.draw(st.sampled_from([whole[:at] + bytes([whole[at] ^ other]) + whole[at + 1 :], whole[:at], None]))
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    writer = CacheWriter(folder, manifest, 450)
+    missing = FINISHED.keys() - set(writer.done.to_pylist())
+    # Only what was damaged is asked for again (a seal has bytes that mean nothing).
+    assert path.name.startswith("shard-") if missing else path.suffix != ".safetensors"
+    for id in sorted(missing):
+        writer.add(id, document(manifest, *FINISHED[id]))
+    writer.finish()
+    assert_holds(folder, manifest, {id: document(manifest, *content) for id, content in FINISHED.items()})
+
+
+def test_a_seal_is_damaged_or_it_names_a_checksum(finished, tmp_path):
+    """Every bit that may turn the text of a checksum into none: those of the metadata that Arrow wraps in base 64."""
+    whole, path = (finished / "shard-00000.parquet").read_bytes(), tmp_path / "shard-00000.parquet"
+    begins, refused = whole.index(b"ARROW:schema"), 0
+    for at in range(begins, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert len(read_seal(path).schema.metadata[b"xxh3"].decode()) == 32
+        except UserError:
+            refused += 1
+    assert 0 < refused < len(whole) - begins
+
+
+def test_a_gap_or_a_duplicate_is_never_sealed(tmp_path):
+    manifest = manifest_of(source={"name": "s", "documents": 2})
+    for name, ids in (("gap", ["a"]), ("duplicate", ["a", "a"]), ("both", ["a", "a", "b"])):
+        writer = CacheWriter(tmp_path / name, manifest, 1)
+        for id in ids:
+            writer.add(id, document(manifest, [0, 1]))
+        with pytest.raises(UserError, match="of a source of 2"):
+            writer.finish()
+        with pytest.raises(UserError, match="has not finished"):
+            CacheReader(tmp_path / name)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_of_one_capture_share_a_folder(tmp_path, world):
+    """Each with a writer and shards of its own; afterwards it cannot be told how many there were."""
+    manifest = manifest_of()
+    documents = {f"d{i:02d}": document(manifest, [0, 1, 1], i) for i in range(20)}
+    barrier, removed = threading.Barrier(world), []
+
+    def process(rank):
+        writer = CacheWriter(tmp_path, manifest if rank == 0 else None, 500, rank, world, barrier.wait)
+        removed.extend(writer.removed)
+        for number, (id, tensors) in enumerate(documents.items()):
+            if number % world == rank and id not in writer.done.to_pylist():
+                writer.add(id, tensors)
+        writer.finish()
+
+    def run():
+        threads = [threading.Thread(target=process, args=(rank,)) for rank in range(world)]
+        [t.start() for t in threads]
+        [t.join(60) for t in threads]
+        assert_holds(tmp_path, manifest, documents)
+
+    run()
+    assert not removed
+    index = (tmp_path / INDEX).read_bytes()
+    damaged = sorted(tmp_path.glob("shard-*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run()  # only that shard is written again
+    assert removed == [damaged.name] and (tmp_path / INDEX).read_bytes() != index
+
+
+@pytest.mark.parametrize("left", [0, 7, 200, -1])
+def test_reader_names_a_shard_that_was_cut(finished, tmp_path, left):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UserError, match="shard-00001.safetensors"):
+        CacheReader(tmp_path)
+
+
+@pytest.mark.parametrize("added", range(6))
+def test_a_killed_capture_goes_on(tmp_path, added):
+    manifest = manifest_of()
+    documents = {str(i): document(manifest, [0, 1, 1], i) for i in range(6)}
+    two_documents = 2 * sum(t.nbytes for t in documents["0"].values())
+    killed = CacheWriter(tmp_path, manifest, two_documents)
+    for id in list(documents)[:added]:
+        killed.add(id, documents[id])
+    killed._wait()
+    os.close(killed._lock)  # as the kernel does for a process that dies
+    (tmp_path / "shard-00007.safetensors.tmp").write_bytes(b"half a shard")
+    (tmp_path / f"shard-{added // 2:05d}.safetensors").write_bytes(b"tensors without their seal")
+    writer = CacheWriter(tmp_path, manifest, two_documents)
+    assert not list(tmp_path.glob("*.tmp")) and writer.done.to_pylist() == list(documents)[: added - added % 2]
+    for id in sorted(documents.keys() - set(writer.done.to_pylist())):
+        writer.add(id, documents[id])
+    with pytest.raises(UserError, match="has not finished"):
+        CacheReader(tmp_path)
+    writer.finish()
+    assert_holds(tmp_path, manifest, documents)
+
+
+@pytest.mark.parametrize(
+    "changed,fields",
+    [
+        (dict(codec="bf16"), "codec"),
+        (dict(codec="bf16", hidden_layers=[0, 1]), "codec, hidden_layers"),
+        (dict(query_layers=[1]), "query_layers"),
+        (dict(architecture=TINY | {"head_dim": 2}), "target.architecture.head_dim"),
+    ],
+)
+def test_another_manifest_is_refused_by_its_fields(finished, changed, fields):
+    with pytest.raises(UserError, match=f"these differ: {fields}\\."):
+        CacheWriter(finished, manifest_of(source={"name": "s", "documents": 5}, **changed), 1)
+
+
+def test_a_cache_without_queries_is_what_it_was_before_there_were_any(tmp_path):
+    manifest = manifest_of()
+    fields = json.loads(manifest.model_dump_json())
+    assert "query_layers" not in fields  # and so releases from before read it too
+    assert manifest.hash() == "993239c63c693acc29ae59ec29b8c9bc"  # as bdf9824 computed it
+    (tmp_path / MANIFEST).write_text(json.dumps(fields))
+    assert read_manifest(tmp_path) == manifest
+    queries = manifest_of(query_layers=[1])
+    assert Manifest.model_validate_json(queries.model_dump_json()) == queries and queries.hash() != manifest.hash()
+
+
+def test_one_writer_at_a_time_and_only_in_a_cache(tmp_path):
+    manifest = manifest_of()
+    first = CacheWriter(tmp_path / "cache", manifest, 1)
+    with pytest.raises(UserError, match="is being written"):
+        CacheWriter(tmp_path / "cache", manifest, 1)
+    first.add("a", document(manifest, [0, 1]))
+    first.finish()
+    assert CacheWriter(tmp_path / "cache", manifest_of(software={"torch": "2"}), 1).done.to_pylist() == ["a"]  # free again
+    with pytest.raises(UserError, match="holds no cache"):
+        claim(tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("last_hidden", ["supervised", "all"])
+def test_the_size_that_is_announced_is_the_size(tmp_path, codec, last_hidden):
+    manifest = manifest_of(codec=codec, last_hidden=last_hidden, query_layers=[1])
+    write(tmp_path, manifest, {"a": document(manifest, [0, 1, 0]), "b": document(manifest, [0, 1, 1, 1])}, 1)
+    real = sum(t.nbytes for path in tmp_path.glob("*.safetensors") for t in load_file(path).values())
+    assert manifest.bytes_of(tokens=7, supervised=4) == real
+
+
+@pytest.mark.parametrize("last_hidden", ["supervised", "all"])
+def test_padding_and_batching_leave_no_trace(tmp_path, last_hidden):
+    # In float64 the order of sums does not show, so 1e-5 is there for a real leak (and for storing float32).
+    target, random = small_target(dtype=torch.float64), np.random.default_rng(0)
+    pieces = []
+    for length in (40, 3, 29, 17, 2):
+        mask = np.array([0, 1, *random.integers(0, 2, length - 2)], dtype=np.uint8)
+        pieces.append(TokenDocument(str(length), random.integers(0, 11, length, dtype=np.int32), mask))
+    source = write_documents(tmp_path / "documents.arrow", pieces, Counter())
+    sizes = asdict(target.architecture)
+    manifest = manifest_of(architecture=sizes, source=source, last_hidden=last_hidden, query_layers=[0, 2])
+    documents = Documents(tmp_path / "documents.arrow")
+    batched = batches(documents.by_length(), documents.lengths, 120, packed=False)
+    assert [[pieces[i].id for i in batch] for batch in batched] == [["40", "29", "17"], ["3", "2"]]
+    capture(target, documents, CacheWriter(tmp_path / "cache", manifest, 4000), batch_tokens=120)
+    reader = CacheReader(tmp_path / "cache")
+    assert list(reader.problems()) == []
+    for id, ids, mask in pieces:
+        alone = target.forward(torch.from_numpy(ids).long()[None]).map(lambda t: t[0])
+        teachers = [i for i in range(len(ids) - 1) if mask[i + 1]]
+        expected = {
+            "input_ids": torch.from_numpy(ids),
+            "loss_mask": torch.from_numpy(mask),
+            "key.1": alone.key[1],
+            "value.1": alone.value[1],
+            "hidden.0": alone.hidden[0],
+            "hidden.2": alone.hidden[2],
+            "last_hidden": alone.last_hidden[teachers],
+            "query.0": alone.query[0][teachers],
+            "query.2": alone.query[2][teachers],
+        }
+        for name, tensor in reader.read(reader.ids.to_pylist().index(id), list(expected)).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, check_dtype=False)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120), st.booleans())
+def test_batches_hold_every_document_once_within_their_tokens(lengths, batch_tokens, packed):
+    lengths = np.array(sorted(lengths, reverse=True), dtype=np.int64)
+    made = batches(np.arange(len(lengths)), lengths, batch_tokens, packed)
+    assert [i for batch in made for i in batch] == list(range(len(lengths)))
+    sizes = [lengths[b].sum() if packed else lengths[b].max() * len(b) for b in made]
+    assert all(size <= batch_tokens or len(batch) == 1 for size, batch in zip(sizes, made))
+    for size, batch, after in zip(sizes, made, made[1:]):  # none is cut short
+        more = lengths[after[0]] if packed else lengths[batch[0]]
+        assert size + more > batch_tokens
+
+
+def test_teachers_of_a_batch_never_reach_into_the_next_document():
+    batch = Batch([TokenDocument("a", *2 * [np.array([0, 1, 1], dtype=np.uint8)])] * 2)
+    assert batch.teacher_P.tolist() == [True, True, False, True, True, False]
+
+
+@given(st.integers(0, 9), st.sampled_from([1e-3, 1.0, 1e4]), st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_fp8_keeps_every_value_to_a_sixteenth(seed, spread, width):
+    """e4m3: half a unit of 3 bits of mantissa, 2^-4; below 2^-6 of the scale's unit, half of 2^-9 of it; then bf16, 2^-9."""
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randn(7, 2, width, generator=generator) * torch.logspace(0, -6, width) * spread
+    state[3] = 0
+    (stored,) = paired(encode("key.0", state, "fp8")).values()
+    assert isinstance(stored, Scaled) and (stored.values.itemsize, stored.scale.shape) == (1, (7, 2))
+    error = (decode(stored).float() - state).abs()
+    assert (error <= state.abs() * (2**-4 + 2**-8) + stored.scale[..., None] * 2**-10).all()
+    assert decode(stored)[3].eq(0).all()
+    top = state.abs().amax(-1, keepdim=True)
+    assert (error[state.abs() == top] <= (state.abs() * 2**-8)[state.abs() == top]).all()  # the scale fits the largest
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
+def test_verify_names_what_is_not_a_number(tmp_path, codec, bad):
+    manifest = manifest_of(codec=codec)
+    tensors, state = document(manifest, [0, 1, 1]), torch.ones(3, 2, 3)
+    state[1, 0, 2] = bad
+    write(tmp_path, manifest, {"fine": document(manifest, [0, 1]), "ill": tensors | encode("key.1", state, codec)}, 1)
+    (problem,) = CacheReader(tmp_path).problems()
+    assert "document ill: NaN or Inf in key.1" in problem
+
+
+@given(MASKS, st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_crop_keeps_each_teacher_with_its_token(mask, data):
+    """Values are their own positions, so that a shift by one shows."""
+    start = data.draw(st.integers(0, len(mask) - 1))
+    stop = data.draw(st.integers(start + 1, len(mask)))
+    place, teachers = torch.arange(len(mask)), [i - 1 for i, m in enumerate(mask) if m]
+    whole = {"input_ids": place, "loss_mask": torch.tensor(mask, dtype=torch.uint8)}
+    rows = dict.fromkeys(("last_hidden", "last_hidden.scale", "query.0", "query.0.scale"), torch.tensor(teachers))
+    part = crop(whole | rows, start, stop)
+    assert part["input_ids"].tolist() == list(range(start, stop)) and part["loss_mask"][0] == 0
+    supervised = [start + i for i, m in enumerate(part["loss_mask"].tolist()) if m]
+    assert supervised == [i for i in range(start + 1, stop) if mask[i]]
+    assert all(part[name].tolist() == [i - 1 for i in supervised] for name in rows)
+    assert whole["loss_mask"].tolist() == mask

@@ -1,0 +1,416 @@
+"""From a source to token ids and a loss mask: nothing is lost in silence, and the mask marks what the assistant wrote."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import PurePosixPath
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.hashing import stable_hash
+from common.recipe import ROOT
+from data_prep.recipe import DataRecipe
+from data_prep.sources.documents import Digest, Documents, tokenized, write_documents
+from data_prep.sources.records import Record, is_validation, records
+from data_prep.sources.tokens import LeftOut, TokenDocument, encode
+from data_prep.target.target import load_tokenizer
+
+PLAIN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+MARKED = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+MARKED += "<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+# As Qwen3: the thinking of a turn is dropped once a user speaks again.
+FORGETS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last %}{{ m['content'] }}{% else %}"
+FORGETS += "{{ m['content'].split('</think>')[-1] }}{% endif %}<|im_end|>\n{% endfor %}"
+FORGETS += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def data(**changed):
+    return DataRecipe(**{"source": "jsonl", "max_length": 64} | changed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(ROOT / "data_prep/targets/tiny"))
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """Put another chat template into the tokenizer for one test."""
+    kept = tokenizer.chat_template
+    yield lambda template: setattr(tokenizer, "chat_template", template) or tokenizer
+    tokenizer.chat_template = kept
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def everything(source, tokenizer, recipe, workers=1):
+    left_out = Counter()
+    return list(tokenized(source, tokenizer, recipe, left_out, workers)), left_out
+
+
+# Sources
+
+
+def test_heldout_modules_are_never_captured():
+    recipe = DataRecipe(source="stdlib", max_length=64)
+    sides = {heldout: {r.id for r in records(recipe, heldout)} for heldout in (True, False)}
+    for heldout, ids in sides.items():
+        names = {PurePosixPath(id).name for id in ids}
+        assert len(names) > 50
+        assert all((int(hashlib.md5(name.encode()).hexdigest(), 16) % 8 == 0) == heldout for name in names)
+    assert not sides[True] & sides[False]
+    assert "json/decoder.py" in sides[int(hashlib.md5(b"decoder.py").hexdigest(), 16) % 8 == 0]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "hub", "stream"])
+def test_every_record_is_on_one_side_once(tmp_path, source):
+    """The same file through our reader, through `datasets`, and streamed."""
+    rows = [{"id": f"doc{i}", "text": f"text {i}"} for i in range(300)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    recipe = data(path=path) if source == "jsonl" else data(source="hub", name="json", files=path, streaming=source == "stream")
+    sides = {heldout: list(records(recipe, heldout)) for heldout in (True, False, None)}
+    assert {r.id for r in sides[True]} == {r["id"] for r in rows if stable_hash(r["id"]) % 50 == 0} != set()
+    assert sorted(r.id for r in sides[True] + sides[False]) == sorted(r.id for r in sides[None]) == sorted(r["id"] for r in rows)
+    assert all(r.fields["text"] == f"text {r.id.removeprefix('doc')}" for r in sides[None])
+
+
+def test_a_limit_takes_a_sample_not_the_first_lines(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "rows.jsonl", [{"id": f"d{i}", "text": "word " * 5} for i in range(200)])
+    documents, _ = everything(records(data(path=path, max_tokens=60), False), tokenizer, data(path=path, max_tokens=60))
+    numbers = [int(d.id[1:].split("#")[0]) for d in documents]
+    assert len(numbers) >= 5 and max(numbers) > 100
+
+
+def test_records_without_an_id_are_numbered(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert {r.id: r.fields["text"] for r in records(data(path=str(tmp_path / "rows.jsonl")), None)} == {"0": "a", "1": "b"}
+
+
+@pytest.mark.parametrize(
+    "lines,message",
+    [
+        ('{"id": 1, "text": "a"}\nnot json\n', "line 2: not a JSON object"),
+        ('{"id": 1, "text": "a"}\n[1]\n', "line 2: not a JSON object"),
+        ('{"id": "\\ud800", "text": "a"}\n', "line 1: not a JSON object in valid Unicode"),
+        ('{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}\n', "the id '1' stands twice"),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path, lines, message):
+    (tmp_path / "rows.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=message):
+        list(records(data(path=str(tmp_path / "rows.jsonl")), False))
+
+
+def test_a_missing_data_set_is_one_line():
+    with pytest.raises(UserError, match="datasets cannot load it"):
+        list(records(data(source="hub", name="/no/such/folder"), False))
+
+
+# Text and stored tokens
+
+
+@given(st.lists(st.text(max_size=60), max_size=4), st.integers(8, 20), st.integers(2, 80))
+@settings(max_examples=100, deadline=None)
+def test_pieces_restore_their_document(tokenizer, texts, max_length, max_tokens):
+    texts = ["def f(x): return x + 1", *texts]
+    source = [Record(str(i), {"text": text}) for i, text in enumerate(texts)]
+    documents, left_out = everything(source, tokenizer, data(max_length=max_length))
+    assert all(2 <= len(d.input_ids) <= max_length for d in documents)
+    assert all(d.loss_mask.tolist() == [0] + [1] * (len(d.input_ids) - 1) for d in documents)
+    lost = empty = 0
+    for i, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        joined = [id for d in documents if d.id.split("#")[0] == str(i) for id in d.input_ids.tolist()]
+        lone = len(ids) % max_length == 1  # a last piece of one token supervises nothing
+        assert joined == ids[: len(ids) - lone]
+        lost, empty = lost + lone, empty + (not ids)
+    assert left_out == Counter({"fewer than two tokens": lost + empty})
+
+    whole = np.concatenate([d.input_ids for d in documents])
+    limited, _ = everything(source, tokenizer, data(max_length=max_length, max_tokens=max_tokens))
+    limited = np.concatenate([d.input_ids for d in limited])
+    # The limit counts tokens read; lone last tokens, and one that the limit itself leaves alone, are left out.
+    assert min(max_tokens, len(whole)) - lost - 1 <= len(limited) <= max_tokens
+    assert np.array_equal(limited, whole[: len(limited)])
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=40), st.integers(8, 32))
+@settings(max_examples=100, deadline=None)
+def test_joined_documents_are_the_records_end_to_end(tokenizer, lengths, max_length):
+    """Cut every max_length tokens, an end token behind each record; a piece is named after the place where it begins. Records
+    that training is judged on are joined by themselves."""
+    rows = [[4 + (i + j) % 50 for j in range(n)] for i, n in enumerate(lengths)]
+    source = [Record(f"r{i}", {"input_ids": row, "loss_mask": [j % 2 for j in range(len(row))]}) for i, row in enumerate(rows)]
+    documents, left_out = everything(source, tokenizer, data(max_length=max_length, long="join"))
+    expected, cut = [], 0
+    for judged in (False, True):
+        mine = [(i, row) for i, row in enumerate(rows) if is_validation(f"r{i}") == judged]
+        stream = [(id, j % 2, f"r{i}" + (f"@{j}" if j else "")) for i, row in mine for j, id in enumerate([*row, 0])]
+        stream = [(id, 1 if id == 0 else mask, "validation/" * judged + name) for id, mask, name in stream]
+        pieces = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+        expected += [piece for piece in pieces if any(mask for _, mask, _ in piece[1:])]
+        cut += len(pieces)
+    found = {d.id: (d.input_ids.tolist(), d.loss_mask.tolist()) for d in documents}
+    assert len(found) == len(documents)
+    assert found == {
+        piece[0][2] + "#0": ([id for id, *_ in piece], [0, *(mask for _, mask, _ in piece[1:])]) for piece in expected
+    }
+    assert sum(left_out.values()) == cut - len(expected)
+
+
+@pytest.mark.parametrize(
+    "long,lengths,reason",
+    [
+        ("split", [8, 8, 4], None),
+        ("cut", [8], "kept, but cut to data.max_length=8 tokens"),
+        ("drop", [], "longer than data.max_length=8 tokens"),
+    ],
+)
+def test_what_is_too_long_is_split_cut_or_dropped_and_counted(tokenizer, long, lengths, reason):
+    source = [Record("a", {"input_ids": list(range(20)), "loss_mask": [0, 1] * 10})]
+    documents, left_out = everything(source, tokenizer, data(max_length=8, long=long))
+    assert [len(d.input_ids) for d in documents] == lengths
+    assert dict(left_out) == ({reason: 1} if reason else {})
+    assert all(d.loss_mask.tolist() == ([0, 1] * 4)[: len(d.loss_mask)] for d in documents)
+
+
+@pytest.mark.parametrize(
+    "fields,reason",
+    [
+        ({"input_ids": [1, 2, 3], "loss_mask": [0, 1]}, "not lists of one length"),
+        ({"input_ids": [1, 9999999]}, "outside the vocabulary"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "not of 0 and 1"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [1, 0, 0]}, "no supervised token"),
+        ({"input_ids": [1]}, "fewer than two tokens"),
+        ({"txt": "a b"}, "no 'text'"),
+        ({"text": "half a character \ud800"}, "not valid Unicode"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
+        ({"messages": ["x"]}, "not an object"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "a message of it is not text"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}, {"role": "assistant", "content": "x"}]}, "is not text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}, "not valid Unicode"),
+        ({"input_ids": [1, 2], "loss_mask": [[0], 1]}, "not of 0 and 1"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no reply of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "x"}]}, "no reply of the assistant"),
+    ],
+)
+def test_what_cannot_be_used_is_counted_by_reason(tokenizer, fields, reason):
+    documents, left_out = everything([Record("a", fields), Record("b", {"text": "import os"})], tokenizer, data())
+    assert [d.id for d in documents] == ["b#0"] and sum(left_out.values()) == 1
+    assert reason in next(iter(left_out))
+
+
+def test_a_limit_is_spent_on_what_is_kept(tokenizer):
+    """A document that is dropped costs nothing, and none is cut to fit what would have dropped it."""
+    source = [Record(str(i), {"input_ids": list(range(3, 3 + n))}) for i, n in enumerate((50, 6, 50, 7, 6))]
+    documents, left_out = everything(source, tokenizer, data(max_length=8, long="drop", max_tokens=16))
+    assert [len(d.input_ids) for d in documents] == [6, 7, 3]
+    assert dict(left_out) == {"longer than data.max_length=8 tokens": 2, "kept, but cut at data.max_tokens": 1}
+
+
+def test_rows_without_an_id_are_numbered_and_a_broken_set_is_one_line(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"id": None, "text": "a"}, {"id": "x", "text": "b"}, {"id": None, "text": "c"}])
+    for streaming in (False, True):
+        recipe = data(source="hub", name="json", files=path, streaming=streaming)
+        assert {r.id: r.fields["text"] for r in records(recipe, None)} == {"0": "a", "x": "b", "2": "c"}
+    (tmp_path / "rows.jsonl").write_text('{"id": "x", "text": "a"}\n' * 3 + "{broken\n")
+    with pytest.raises(UserError, match="cannot be read to its end|cannot load it|stands twice"):
+        list(records(data(source="hub", name="json", files=path, streaming=True), None))
+
+
+def test_a_source_that_gives_nothing_is_refused_with_the_reasons(tmp_path, tokenizer):
+    left_out = Counter()
+    source = tokenized([Record("a", {"text": ""}), Record("b", {"x": 1})], tokenizer, data(), left_out)
+    with pytest.raises(UserError, match="no document to capture: 1 x fewer than two tokens; 1 x it has no 'text'"):
+        write_documents(tmp_path / "d.arrow", source, left_out)
+    assert not list(tmp_path.iterdir())
+
+
+# Chat
+
+WORDS = st.text("abc (\n:=", min_size=1, max_size=12).filter(lambda t: t == t.strip())
+TURNS = st.lists(WORDS, min_size=2, max_size=8)
+
+
+def conversation(turns, system=None):
+    roles = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return ([{"role": "system", "content": system}] if system else []) + roles
+
+
+def oracle(tokenizer, messages, which):
+    """ids and mask put together by hand: special tokens part the text, so that its parts are tokenised alone."""
+    text = lambda t: tokenizer(t, add_special_tokens=False)["input_ids"]
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    ids, mask = [], []
+    for i, message in enumerate(messages):
+        header = [*(text("\n") if i else []), start, *text(f"{message['role']}\n")]
+        body = [*text(f"{message['role']}\n{message['content']}")[len(header) - 1 - (i > 0) :], end]
+        supervised = which == "none" or (message["role"] == "assistant" and (which == "all_turns" or i == last))
+        ids += header + body
+        mask += [int(which == "none")] * len(header) + [int(supervised)] * len(body)
+    return ids + text("\n"), mask + [int(which == "none")]
+
+
+@given(TURNS, st.sampled_from(["all_turns", "last_turn", "none"]), st.sampled_from([None, "be brief"]))
+@settings(max_examples=100, deadline=None)
+def test_prefix_differences_mark_what_the_assistant_wrote(tokenizer, turns, which, system):
+    messages = conversation(turns, system)
+    assert encode(Record("a", {"messages": messages}), tokenizer, data(loss_mask=which)) == oracle(tokenizer, messages, which)
+
+
+@given(TURNS, st.sampled_from(["all_turns", "last_turn"]))
+@settings(max_examples=50, deadline=None)
+def test_generation_marks_and_prefix_differences_agree(tokenizer, turns, which):
+    record, kept = Record("a", {"messages": conversation(turns)}), tokenizer.chat_template
+    by_prefix = encode(record, tokenizer, data(loss_mask=which))
+    try:
+        tokenizer.chat_template = MARKED
+        assert encode(record, tokenizer, data(loss_mask=which)) == by_prefix
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_sharegpt_is_messages_by_another_name(tokenizer):
+    messages = conversation(["hi", "hello", "how", "so"], "be brief")
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    sharegpt = {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in messages]}
+    assert encode(Record("a", sharegpt), tokenizer, data()) == encode(Record("a", {"messages": messages}), tokenizer, data())
+
+
+def test_a_template_that_breaks_its_prefixes_is_noticed(with_template):
+    tokenizer = with_template(FORGETS)
+    two = Record("two", {"messages": conversation(["q", "<think>x</think>a", "q", "<think>y</think>b"])})
+    one = Record("one", {"messages": conversation(["q", "<think>x</think>a"])})
+    documents, left_out = everything([two, one], tokenizer, data())
+    assert [d.id for d in documents] == ["one#0"]
+    assert len(left_out) == 1 and "writes a turn differently" in next(iter(left_out)) and "all_turns" in next(iter(left_out))
+    ids, mask = encode(two, tokenizer, data(loss_mask="last_turn"))
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "<think>y</think>b<|im_end|>"
+
+
+def test_an_end_that_the_target_never_wrote_is_not_supervised(tokenizer):
+    fields = {"messages": conversation(["q", "a", "q", "cut off"])}
+    (ids, whole), (_, cut) = (encode(Record("a", fields | {"finish": how}), tokenizer, data()) for how in ("stop", "length"))
+    (changed,) = [i for i, (a, b) in enumerate(zip(whole, cut)) if a != b]
+    assert (whole[changed], cut[changed], tokenizer.decode(ids[changed])) == (1, 0, "<|im_end|>")
+    assert changed == max(i for i, m in enumerate(whole) if m)
+
+
+def test_last_turn_is_all_of_the_last_turn(with_template):
+    """A template that marks thinking and answer apart: both belong to the turn."""
+    twice = MARKED.replace(
+        "{{ m['content'] }}<|im_end|>{% endgen",
+        "{{ m['t'] }}{% endgeneration %}|{% generation %}{{ m['content'] }}<|im_end|>{% endgen",
+    )
+    tokenizer = with_template(twice + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    messages = [m | {"t": f"why{i}"} for i, m in enumerate(conversation(["q", "no", "q", "yes"]))]
+    ids, mask = encode(Record("a", {"messages": messages}), tokenizer, data(loss_mask="last_turn"))
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "why3yes<|im_end|>"
+
+
+def test_parts_of_text_are_text_and_tools_reach_the_template(with_template):
+    tokenizer = with_template("{% if tools %}tools: {{ tools[0]['name'] }}{% endif %}" + PLAIN)
+    plain = conversation(["q", "two parts"])
+    parts = [plain[0], {"role": "assistant", "content": [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]}]
+    assert encode(Record("a", {"messages": parts}), tokenizer, data()) == encode(
+        Record("a", {"messages": plain}), tokenizer, data()
+    )
+    ids, _ = encode(Record("a", {"messages": plain, "tools": [{"name": "calculator"}]}), tokenizer, data())
+    assert tokenizer.decode(ids).startswith("tools: calculator<|im_start|>")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_tomorrow(with_template):
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + PLAIN)
+    ids, _ = encode(Record("a", {"messages": conversation(["q", "a"])}), tokenizer, data())
+    assert tokenizer.decode(ids).startswith("01 Jan 2026<|im_start|>")
+
+
+def test_a_reply_that_melts_into_its_header_is_noticed(tokenizer):
+    """A newline that begins the reply joins the header's into one token: no mask could be right."""
+    with pytest.raises(LeftOut, match="writes a turn differently"):
+        encode(Record("a", {"messages": conversation(["q", "\n\nfoo"])}), tokenizer, data())
+
+
+def test_a_template_without_marks_for_this_conversation_is_counted(with_template):
+    tokenizer = with_template(PLAIN + "{% if false %}{% generation %}{% endgeneration %}{% endif %}")
+    documents, left_out = everything([Record("a", {"messages": conversation(["q", "a"])})], tokenizer, data())
+    assert not documents and dict(left_out) == {"no supervised token": 1}
+
+
+def test_what_the_template_refuses_is_counted_and_its_options_reach_it(with_template):
+    tokenizer = with_template("{{ raise_exception('roles must alternate') }}")
+    _, left_out = everything([Record("a", {"messages": conversation(["q", "a"])})], tokenizer, data())
+    assert "roles must alternate" in next(iter(left_out))
+    tokenizer = with_template("{{ note }}" + PLAIN)
+    ids, _ = encode(Record("a", {"messages": conversation(["q", "a"])}), tokenizer, data(template={"note": "attention"}))
+    assert tokenizer.decode(ids).startswith("attention<|im_start|>")
+
+
+def test_a_tokenizer_without_a_template_cannot_chat(with_template):
+    with pytest.raises(UserError, match="no chat template"):
+        encode(Record("a", {"messages": conversation(["q", "a"])}), with_template(None), data())
+
+
+# A whole source
+
+
+def test_workers_change_nothing(tokenizer):
+    source = [Record(str(i), {"text": "x = 1\n" * (i % 7)}) for i in range(500)]
+    source += [Record(f"c{i}", {"messages": conversation(["q", "a"] * (i % 3))}) for i in range(100)]
+    for recipe in (data(), data(max_tokens=2000)):
+        (one, counted), (many, counted_too) = (everything(source, tokenizer, recipe, workers) for workers in (1, 3))
+        assert counted == counted_too and len(one) == len(many) > 50
+        assert all(
+            a.id == b.id and np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.loss_mask, b.loss_mask)
+            for a, b in zip(one, many)
+        )
+
+
+def test_a_worker_that_is_killed_ends_the_work_with_one_line(tokenizer):
+    documents = tokenized(
+        (Record(str(i), {"text": "x = 1\n" * 50}) for i in range(10**6)), tokenizer, data(), Counter(), workers=2
+    )
+    next(documents)
+    psutil.Process().children()[-1].kill()
+    with pytest.raises(UserError, match="a process that tokenises was killed"):
+        list(documents)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_documents_on_disk_are_documents(tmp_path_factory, lengths, random):
+    documents = [
+        TokenDocument(f"d{i}", np.arange(n, dtype=np.int32) + i, (np.arange(n) % 2).astype(np.uint8))
+        for i, n in enumerate(lengths)
+    ]
+    random.shuffle(documents)
+    path = tmp_path_factory.mktemp("documents") / "d.arrow"
+    source = write_documents(path, documents, Counter(why=3))
+    stored = Documents(path)
+    assert (source["documents"], source["tokens"], source["left_out"]) == (len(lengths), sum(lengths), {"why": 3})
+    assert source["supervised"] == sum(n // 2 for n in lengths) and stored.lengths.tolist() == [
+        len(d.input_ids) for d in documents
+    ]
+    for index, given_ in enumerate(documents):
+        assert all(np.array_equal(a, b) for a, b in zip(stored[index], given_))
+    half, rest, whole = Digest(), Digest(), Digest()
+    for i, document in enumerate(sorted(documents)):
+        (half if i % 2 else rest).add(document)
+        whole.add(document)
+    assert whole.hex() == source["hash"] == Digest.joined([half.hex(), rest.hex()])
+    changed = Digest()
+    for document in documents:
+        changed.add(document._replace(loss_mask=np.ones_like(document.loss_mask)))
+    assert changed.hex() != source["hash"]
+    assert [len(documents[i].input_ids) for i in stored.by_length()] == sorted(lengths, reverse=True)

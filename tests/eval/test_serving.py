@@ -1,0 +1,177 @@
+"""Exports in a server: vLLM on this machine's CPU drafts with them, and accepts what our own decode loop accepts.
+
+vLLM needs an environment of its own, `.venv-serving` (`make serving` makes it): it pins transformers below ours.
+"""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.target.target import Target, load_tokenizer
+from eval.oracle.decode import decode
+from eval.oracle.drafting import Trained
+from tests.conftest import ROOT, without_vllm
+from tests.train.test_export import drafter_for
+from train.attention.choose import EXECUTORS
+from train.data.packs import make_pack
+from train.drafter.formats.export import save_export
+from train.losses.recipe import LossRecipe
+from train.objectives.objective import Objective
+
+pytestmark = pytest.mark.slow
+TINY = ROOT / "data_prep/targets/tiny"
+PYTHON = ROOT / ".venv-serving/bin/python"
+TEXTS = (
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items.append(",
+    "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n\n\ndef main():\n",
+    "import os\nimport sys\n\n\ndef find(name, path=None):\n    if path is None:\n        path = os.environ['PATH']\n    for",
+    "class Error(Exception):\n    pass\n\n\nclass ParseError(Error):\n    def __init__(self, message, line):\n        super()",
+)
+NEW = 60  # tokens behind each
+STEPS = {"ttt": 25, "blockwise": 80}  # of training
+
+# name -> (format, objective, what else the drafter is)
+EXPORTS = {
+    "eagle3": ("eagle3", "ttt", {}),
+    "eagle3, reduced vocabulary": ("eagle3", "ttt", {"draft_vocab": 500, "own_head": True}),
+    "eagle3, three layers, a head of its own": (
+        "eagle3",
+        "ttt",
+        {"target_layers": [1, 2, 4], "hidden_layers": [0, 2, 5], "norm_before_residual": True, "own_head": True},
+    ),
+    "eagle3, norms of queries and keys": ("speculators", "ttt", {"target_layers": [1, 4], "qk_norm": True}),
+    "eagle3.1, states of four layers": (
+        "speculators",
+        "ttt",
+        {"fc_norm": True, "norm_output": True, "hidden_layers": [3, 0, 2, 4]},
+    ),
+    "peagle": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "qk_norm": False}),
+    "peagle, norms": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "fc_norm": True}),
+    "dflash, one layer": ("dflash", "blockwise", {"target_layers": [1], "rope_factor": 2.0}),
+    "dflash": ("dflash", "blockwise", {}),
+    "dflash, causal, reduced": ("speculators", "blockwise", {"causal": True, "draft_vocab": 500, "own_head": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(str(TINY))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = load_tokenizer(str(TINY))
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def taught(target, drafter, prompts):
+    """The drafter after some steps on the target's own continuations of the prompts, so that much of what it drafts is accepted
+    and much is not."""
+    config, names, documents = drafter.config, [], []
+    target.capture(config.hidden_layers, [])
+    for prompt in prompts:
+        nobody = decode(target, Trained(drafter, target.frozen_head, EXECUTORS["reference"], None), prompt, NEW, 0, 0)
+        ids = torch.tensor(prompt + nobody.tokens)
+        states = target.forward(ids[None]).map(lambda t: t[0])
+        hidden = {f"hidden.{layer}": t for layer, t in states.hidden.items()}
+        mask = (torch.arange(len(ids)) > 0).to(torch.uint8)
+        documents.append({"input_ids": ids, "loss_mask": mask, "last_hidden": states.last_hidden[:-1], **hidden})
+        names.append(str(len(names)))
+    weight_J = 0.8 ** torch.arange(config.draft_length)
+    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, EXECUTORS["reference"], chunk=4096)
+    optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
+    generator = np.random.default_rng(0)
+    behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
+    for _ in range(STEPS[config.objective]):
+        anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
+        objective(make_pack(names, documents, anchors)).share.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return drafter.eval()
+
+
+def accepted(target, drafter, prompts):
+    """(outputs, drafts, how many drafts were accepted up to each position, ties) of our own decode loop, the oracle. `ties`:
+    drafted tokens that another one was as good as, but for float32's rounding."""
+    outputs, rounds = [], []
+    target.capture(drafter.config.hidden_layers, [])
+    for prompt in prompts:
+        who = Trained(drafter, target.frozen_head, EXECUTORS["reference"], None)
+        generation = decode(target, who, prompt, NEW, 0, 0, keep_drafts=True)
+        outputs.append(generation.tokens)
+        rounds += generation.rounds
+    best_R2 = torch.cat([r.draft.logits_JV for r in rounds]).topk(2).values
+    ties = int(((best_R2[:, 0] - best_R2[:, 1]) < 1e-5 * best_R2[:, 0].abs()).sum())
+    return outputs, len(rounds), [sum(r.kept > j for r in rounds) for j in range(drafter.config.draft_length)], ties
+
+
+def swapped(folder, copy):
+    """The export with the columns of fc that belong to two layers in each other's place: the fault that nobody notices."""
+    copy.mkdir()
+    (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    first, second, third = weights["fc.weight"].chunk(3, dim=1)
+    weights["fc.weight"] = torch.cat([second, first, third], dim=1)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.fixture(scope="module")
+def served(target, prompts, tmp_path_factory):
+    """(what vLLM did with every export, what our loop did with its drafter); one process serves them one after the other."""
+    if why := without_vllm():
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("served")
+    runs, ours = {"nobody": {"drafter": None}}, {}
+    for name, (format, objective, changes) in EXPORTS.items():
+        drafter = taught(target, drafter_for(target, objective, **changes), prompts)
+        out = folder / name.replace(" ", "_")
+        save_export(drafter, target, out, format)
+        plain = {"method": format, "model": str(out), "num_speculative_tokens": drafter.config.draft_length}
+        run = {"drafter": str(out) if format == "speculators" else plain}
+        runs[name] = run | {"own_key_norms": True}
+        if name == "dflash":
+            runs["dflash, as vLLM is"] = run
+        if name == "eagle3":
+            runs["eagle3, fc swapped"] = {"drafter": plain | {"model": str(swapped(out, folder / "swapped"))}}
+        ours[name] = accepted(target, drafter, prompts)
+    asked = {"target": str(TINY), "prompts": prompts, "new_tokens": NEW, "runs": runs}
+    (folder / "asked.json").write_text(json.dumps(asked))
+    script = [str(PYTHON), str(ROOT / "tests/support/vllm_decode.py"), str(folder / "asked.json"), str(folder / "answer.json")]
+    done = subprocess.run(script, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "answer.json").read_text()), ours
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_vllm_accepts_what_we_accept(served, name):
+    """In float32 token for token: what it says, how often it drafts, and what it accepts at every position. Where two tokens tie
+    in a draft, either server may take the other one, which moves the few rounds behind it."""
+    answer, ours = served
+    outputs, drafts, counts, ties = ours[name]
+    assert answer[name]["outputs"] == answer["nobody"]["outputs"] == outputs
+    apart = np.abs(np.array([drafts, *counts]) - [answer[name]["drafts"], *answer[name]["accepted"]])
+    assert apart.max() <= 4 * ties, (answer[name], drafts, counts)
+    assert 0 < counts[1] <= counts[0] < drafts and ties < 3  # the comparison has something to compare
+
+
+def test_a_fault_in_an_export_is_seen(served):
+    """Negative control: two layers' columns of fc in each other's place leave the output as it is, and less is accepted."""
+    answer, ours = served
+    faulty, (outputs, drafts, counts, _) = answer["eagle3, fc swapped"], ours["eagle3"]
+    assert faulty["outputs"] == outputs
+    assert faulty["drafts"] > drafts + 5 and faulty["accepted"][0] / faulty["drafts"] < counts[0] / drafts
+
+
+def test_vllm_on_a_cpu_norms_all_keys_with_the_first_layers_weight(served):
+    """The fault of vLLM 0.32 that `own_key_norms` repairs; an export of several DFlash layers says so. When this fails, vLLM has
+    mended it: the repair, this test and the note in train/drafter/formats/export.py can go."""
+    answer, ours = served
+    faulty, (outputs, drafts, counts, _) = answer["dflash, as vLLM is"], ours["dflash"]
+    assert faulty["outputs"] == outputs
+    assert (faulty["drafts"], faulty["accepted"]) != (drafts, counts)

@@ -1,0 +1,385 @@
+"""Suites: every one makes its official prompt of its official record, long prompts are cut where they say, conversations keep
+their history, and what is wrong with a file is one line before the target is loaded."""
+
+import copy
+import dataclasses
+import json
+import random
+import re
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from common import cli
+from common.errors import UserError
+from data_prep.recipe import TargetRecipe
+from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
+from eval.prompts.suites import SuiteRecipe, cut, load_prompts
+from eval.recipe import EvalRecipe
+from eval.recipe import check as check_eval
+from eval.reports.report import gather
+from tests.conftest import ROOT
+from train.drafter.config import DrafterConfig
+from train.drafter.model import Drafter
+
+LONGBENCH = {"input": "Who?", "context": "Long ago.", "answers": ["x"], "length": 2, "dataset": "d", "language": "en"}
+LONGBENCH |= {"all_classes": None, "_id": "3f2a"}
+STEP = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+QUESTION = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite {it}."], "reference": ["x"]}
+MATH = {"problem": "$x$?", "solution": "s", "answer": "2", "subject": "Algebra", "level": 1, "unique_id": "t/1"}
+CODE = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "", "test": "", "entry_point": "f"}
+BOOK = {"short_book_title": "T", "publication_date": 1880, "url": "gutenberg.org/1", "text": "He went. She stayed! And so on"}
+
+# A record as the suite's source has it, and (its id, the first turn that it becomes).
+OFFICIAL = {
+    "jsonl": ({"id": "a", "prompt": "Say {this}."}, "a", "Say {this}."),
+    "spec_bench": (QUESTION, "81", "Write."),
+    "mt_bench": ({"prompt": ["Write.", "Again."], "prompt_id": 7, "category": "math", "reference": []}, "7", "Write."),
+    "gsm8k": ({"question": "1 + {1}?", "answer": "#### 2"}, "0", "1 + {1}?" + STEP),
+    "math500": (MATH, "t/1", "$x$?" + STEP),
+    "humaneval": (CODE, "HumanEval/0", "Write a solution to the following problem and make sure that it passes the tests:\n"
+                  "```python\ndef f():\n\n```"),
+    "gov_report": (LONGBENCH, "3f2a", "You are given a report by a government agency. Write a one-page summary of the report.\n\n"
+                   "Report:\nLong ago.\n\nNow, write a one-page summary of the report.\n\nSummary:"),
+    "qmsum": (LONGBENCH, "3f2a", "You are given a meeting transcript and a query containing a question or instruction. Answer "
+              "the query in one or more sentences.\n\nTranscript:\nLong ago.\n\nNow, answer the query based on the above meeting "
+              "transcript in one or more sentences.\n\nQuery: Who?\nAnswer:"),
+    "narrativeqa": (LONGBENCH, "3f2a", "You are given a story, which can be either a novel or a movie script, and a question. "
+                    "Answer the question as concisely as you can, using a single phrase if possible. Do not provide any "
+                    "explanation.\n\nStory: Long ago.\n\nNow, answer the question based on the story as concisely as you can, "
+                    "using a single phrase if possible. Do not provide any explanation.\n\nQuestion: Who?\n\nAnswer:"),
+    "pg19": (BOOK, "gutenberg.org/1", BOOK["text"]),
+}  # fmt: skip
+SETTINGS = {  # new tokens, truncated side, thinking, prompts, warm-ups
+    "jsonl": (256, "left", None, None, 1),
+    "spec_bench": (1024, "right", None, None, 3),
+    "mt_bench": (2048, "right", False, None, 1),
+    "gsm8k": (2048, "right", False, 128, 1),
+    "math500": (2048, "right", False, 128, 1),
+    "humaneval": (2048, "right", False, 128, 1),
+    "gov_report": (512, "middle", None, None, 1),
+    "qmsum": (512, "middle", None, None, 1),
+    "narrativeqa": (128, "middle", None, None, 1),
+    "pg19": (1024, "right", None, None, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TargetRecipe(path="data_prep/targets/tiny").location)
+
+
+def composed(name, *words) -> SuiteRecipe:
+    return cli.compose("eval", EvalRecipe, ["drafter=x", f"suite={name}", *words]).suite
+
+
+def written(folder, *records, name="suite.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def load(recipe: SuiteRecipe, tokenizer, room=32000):
+    return load_prompts(recipe, None, None, tokenizer, room)
+
+
+def chat(*turns):
+    """The embedded target's own format, written by hand: the user speaks first."""
+    said = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(["user", "assistant"] * len(turns), turns)]
+    return "".join(said) + "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf/suite").glob("*.yaml") if path.stem[0] != "_"])
+def test_every_suite_makes_its_official_prompt(tokenizer, tmp_path, name):
+    head = [line for line in (ROOT / f"conf/suite/{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    assert len(head) >= 2
+    if name == "heldout":
+        return
+    assert name == "jsonl" or any(line.startswith("# Departs: ") for line in head)
+    record, id, text = OFFICIAL[name]
+    recipe = composed(name, f"suite.path={written(tmp_path, record)}", *["suite.short=keep"] * (name == "pg19"))
+    (prompt,), said = load(recipe, tokenizer)
+    system = f"<|im_start|>system\n{recipe.system}<|im_end|>\n" if recipe.system else ""
+    assert prompt.id == id and tokenizer.decode(prompt.tokens) == system + chat(text)
+    assert (said["max_new_tokens"], said["truncate"], said["thinking"], recipe.count, said["warmup"]) == SETTINGS[name]
+    assert said["suite"] == name and said["format"] == "chat template" and said["ids"] == [id] and said["truncated"] == 0
+    assert said["count"] == 1 and said["tokens"] == said["least_tokens"] == said["most_tokens"] == len(prompt.tokens)
+    with pytest.raises(UserError, match="suite.jsonl, line 2: no field '.*', which suite=.* needs; it has other"):
+        load(recipe.model_copy(update={"path": str(written(tmp_path, record, {"other": 1}, name="x.suite.jsonl"))}), tokenizer)
+
+
+def test_spec_bench_is_counted_by_category_and_by_turn(tokenizer, tmp_path):
+    records = [QUESTION, {"question_id": 161, "category": "rag", "turns": ["Why?"]}, QUESTION | {"question_id": 82}]
+    prompts, said = load(composed("spec_bench", f"suite.path={written(tmp_path, *records)}"), tokenizer)
+    assert said["categories"] == {"writing": 2, "rag": 1} and said["conversation_turns"] == 5 and said["count"] == 3
+    assert said["positions"] == max(len(tokenizer(chat("Write.", "", "Rewrite {it}."))["input_ids"]) + 2 * 1024,
+                                    len(prompts[1].tokens) + 1024)  # fmt: skip
+    assert "split" not in said and said["source"].endswith("suite.jsonl")
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_a_cut_keeps_what_it_says(side):
+    for length in range(9):
+        for limit in range(2, 10):
+            tokens = list(range(length))
+            kept = {
+                "left": [i for i in tokens if length - i <= limit],
+                "right": [i for i in tokens if i < limit],
+                "middle": [i for i in tokens if length <= limit or i < limit // 2 or length - i <= limit // 2],
+            }
+            assert cut(tokens, limit, side) == kept[side]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+@pytest.mark.parametrize("format", ["chat", "plain"])
+def test_a_long_prompt_loses_text_and_keeps_its_format(tokenizer, tmp_path, side, format):
+    """Exactly as many tokens as asked for; the chat template's own are all there, and of the text what `cut` keeps."""
+    text = " ".join(f"word{i}" for i in range(99))
+    words = [f"suite.path={written(tmp_path, {'prompt': 'short'}, {'prompt': text})}", f"suite.truncate={side}"]
+    words += ["suite.prompt_tokens=40", f"suite.chat={format == 'chat'}"]
+    (short, long), said = load(composed("jsonl", *words), tokenizer)
+    assert said["truncated"] == 1 and said["most_tokens"] == len(long.tokens) == 40 and said["prompt_tokens"] == 40
+    assert said["format"].startswith("chat" if format == "chat" else "plain text")
+    before, behind = chat("@").split("@") if format == "chat" else ("", "")
+    before, behind = (tokenizer(part)["input_ids"] for part in (before, behind))
+    assert long.tokens[: len(before)] == before and long.tokens[len(long.tokens) - len(behind) :] == behind
+    room = 40 - len(before) - len(behind)
+    assert long.tokens[len(before) : 40 - len(behind)] == cut(tokenizer(text)["input_ids"], room, side)
+    assert tokenizer.decode(short.tokens) == (chat("short") if format == "chat" else "short")
+
+
+def test_a_book_ends_with_a_sentence_and_short_ones_are_left_out(tokenizer, tmp_path):
+    text = "It was so.  " + "Then he said that it was not. She said nothing! " * 9
+    path = written(tmp_path, BOOK, BOOK | {"url": "b", "text": text}, BOOK | {"url": "c", "text": "no sentence " * 50})
+    (book, endless), said = load(composed("pg19", f"suite.path={path}", "suite.prompt_tokens=70"), tokenizer)
+    assert said["left_out_as_short"] == 1 and said["truncated"] == 2 and said["ids"] == ["b", "c"]
+    story_of = lambda prompt: (
+        tokenizer.decode(prompt.tokens).split("user\n")[1].removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+    )
+    (whole, _), _ = load(composed("pg19", f"suite.path={path}", "suite.prompt_tokens=70", "suite.cut_after=null"), tokenizer)
+    story, rest = story_of(book), story_of(whole).removeprefix(story_of(book))
+    assert text.startswith(story + rest) and story[-1] in ".!" and not re.search(r"[.!?]\s*[A-Z]", rest)
+    assert len(book.tokens) <= len(whole.tokens) == len(endless.tokens) == 70
+    with pytest.raises(UserError, match="no prompt has 5000 tokens"):
+        load(composed("pg19", f"suite.path={path}", "suite.prompt_tokens=5000"), tokenizer)
+    with pytest.raises(UserError, match="9 tokens leave no room for a prompt"):
+        load(composed("pg19", f"suite.path={path}", "suite.prompt_tokens=9"), tokenizer)
+
+
+def test_a_conversation_goes_on_from_the_reply(tokenizer, tmp_path):
+    path = written(tmp_path, QUESTION | {"turns": ["One?", "Two?", "Three?"]})
+    recipe = composed("spec_bench", f"suite.path={path}")
+    (first,), _ = load(recipe, tokenizer)
+    second = first.after(tokenizer("Yes.")["input_ids"] + tokenizer("<|im_end|>")["input_ids"])  # as decoding ends it
+    third = second.after(tokenizer("No.")["input_ids"])
+    assert tokenizer.decode(first.tokens) == chat("One?") and tokenizer.decode(second.tokens) == chat("One?", "Yes.", "Two?")
+    assert tokenizer.decode(third.tokens) == chat("One?", "Yes.", "Two?", "No.", "Three?")
+    assert third.after([5]) is None and third.id == "81" and third.category == "writing"
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    (first,), said = load(recipe, bare)
+    assert said["format"] == "plain text, turns joined by blank lines: the target has no chat template"
+    assert bare.decode(first.after(bare("Yes.")["input_ids"]).tokens) == "One?\n\nYes.\n\nTwo?"
+    takes = len(tokenizer(chat("One?", "", "Two?", "", "Three?"))["input_ids"]) + 3 * 1024
+    (first,), _ = load(recipe, tokenizer, room=takes)
+    assert first.after([5] * 3000) is None  # beyond the positions
+    with pytest.raises(UserError, match=f"'81' of 3 turns may take {takes} positions with suite.new_tokens=1024"):
+        load(recipe, tokenizer, room=takes - 1)
+
+
+def test_the_thinking_flag_is_the_chat_template_s(tokenizer, tmp_path):
+    tokenizer, path = copy.deepcopy(tokenizer), written(tmp_path, {"prompt": "x"})
+    tokenizer.chat_template += "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    for flag, end in (("null", "assistant\n"), ("true", "True"), ("false", "False")):
+        (prompt,), said = load(composed("jsonl", f"suite.path={path}", f"suite.thinking={flag}"), tokenizer)
+        assert tokenizer.decode(prompt.tokens).endswith(end) and str(said["thinking"]) == {"null": "None"}.get(flag, end)
+    tokenizer.chat_template = "{{ raise_exception('no such thing') }}"
+    with pytest.raises(UserError, match="suite=jsonl: the chat template refuses it .*no such thing"):
+        load(composed("jsonl", f"suite.path={path}"), tokenizer)
+
+
+def test_which_prompts_are_taken(tokenizer, tmp_path):
+    path = written(tmp_path, *({"id": i, "prompt": f"p{i}"} for i in range(9)))
+    ids = lambda *words: load(composed("jsonl", f"suite.path={path}", *words), tokenizer)[1]["ids"]
+    every = [str(i) for i in range(9)]
+    drawn = list(every)
+    random.Random(0).shuffle(drawn)  # DFlash's own draw
+    assert ids() == every == ids("suite.shuffle=0", "suite.count=9") and ids("suite.count=3") == every[:3]
+    assert ids("suite.shuffle=0", "suite.count=3") == drawn[:3] != every[:3]
+
+
+def test_kinds_and_a_balanced_draw(tokenizer, tmp_path):
+    """Spec-Bench's own numbers: 480 records of thirteen categories, six kinds; 80 of them, drawn evenly."""
+    suite = composed("spec_bench")
+    sizes = dict.fromkeys(suite.kinds["mt_bench"], 10) | dict.fromkeys(("translation", "summarization", "qa", "rag", "x"), 80)
+    every = [category for category, size in sizes.items() for _ in range(size)]
+    path = written(tmp_path, *({"question_id": i, "category": one, "turns": ["a"]} for i, one in enumerate(every)))
+    draw = lambda *words: load(composed("spec_bench", f"suite.path={path}", "suite.count=80", *words), tokenizer)
+    kinds = lambda prompts: Counter(suite.kind_of(p.category) for p in prompts)
+    assert set(kinds(draw()[0])) == {"mt_bench"} and len(kinds(draw("suite.shuffle=0")[0])) == 6
+    prompts, said = draw("suite.shuffle=0", "suite.balanced=true")
+    assert sorted(kinds(prompts).values()) == [13] * 4 + [14] * 2 and said["count"] == 80 and said["balanced"]
+    assert prompts == draw("suite.shuffle=0", "suite.balanced=true")[0] != draw("suite.shuffle=1", "suite.balanced=true")[0]
+    assert suite.kind_of("x") == "x" and suite.kind_of(None) == "no category"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".txt"])
+def test_other_files(tokenizer, tmp_path, suffix):
+    path, rows = tmp_path / f"prompts{suffix}", [{"prompt": "one"}, {"prompt": "two"}]
+    match suffix:
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        case ".txt":
+            path.write_text("one\n\ntwo\n")
+    prompts, _ = load(composed("jsonl", f"suite.path={path}"), tokenizer)
+    assert [tokenizer.decode(p.tokens) for p in prompts] == [chat("one"), chat("two")]
+    path.write_bytes(b"\xff{")
+    with pytest.raises(UserError, match=f"prompts{suffix}: not "):
+        load(composed("jsonl", f"suite.path={path}", "suite.split=again"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory, tokenizer):
+    """An untrained drafter of the embedded target."""
+    folder, target = tmp_path_factory.mktemp("drafter"), load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
+    about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hashes(tokenizer)[0]}
+    config = DrafterConfig("blockwise", "kv", [0], [], 4, False, False, 0, "target", 2, target.architecture, about)
+    Drafter(config).start(target, target.frozen_head).save_pretrained(folder)
+    return folder
+
+
+ONE, TWO = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    "content,words,message",
+    [
+        ('{"prompt": "a"}\n{"promt": "b", "id": 2}\n', [], r"suite.jsonl, line 2: no field 'prompt', .*; it has promt, id"),
+        ('{"prompt": "a"}\n\n{"prompt": null}\n', [], r"suite.jsonl, line 3: no field 'prompt'"),
+        ('{"prompt": "a"}\nnot json\n', [], r"suite.jsonl, line 2: not a JSON object"),
+        ('["prompt"]\n', [], r"suite.jsonl, line 1: not a JSON object"),
+        ("\n", [], r"suite.jsonl: no record is in it"),
+        ('{"prompt": "\\ud800"}\n', [], r"suite.jsonl, line 1: its text is not valid Unicode"),
+        ('{"prompt": " "}\n', [], r"line 1: '\{prompt\}' is not a list of the user's turns, none of them empty"),
+        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', [], r"line 2: the id '1' stands twice \(.*line 1\)"),
+        (ONE, [], "has one prompt.*controls=false"),
+        (TWO, ["suite.prompt_tokens=32700"], "exceed the 32764 positions"),
+        (TWO, ["context=32700"], "exceed the 32764 positions"),
+        (TWO, ["prompts.count=2"], "prompts.* is for suite=heldout; suite=jsonl has suite.count"),
+        (TWO, ["suite.turns=prompt"], "give suite.turns.*or suite.template"),
+        (ONE, ["suite.turns=prompt", "suite.template=null"], "line 1: 'prompt' is not a list of the user's turns"),
+        (ONE, ["suite.template='{prompt[x]}'"], "line 1: suite.template cannot be filled"),
+        (ONE, ["suite.truncate=up"], "suite.truncate: Input should be 'left', 'right' or 'middle'"),
+        (ONE, ["suite.cut_after=x"], "suite.truncate=left keeps its end"),
+        (ONE, ["suite.cut_after='('", "suite.truncate=right"], "suite.cut_after=.* is no pattern"),
+        (ONE, ["suite.kinds={a:[b]}"], "suite.kinds and suite.balanced need suite.category"),
+        (ONE, ["suite.category=c", "suite.kinds={a:[b],c:[b]}"], "suite.kinds names the category 'b' twice"),
+        (ONE, ["suite.path=absent.jsonl"], "suite.path=absent.jsonl is not a file"),
+        (ONE, ["suite.path=suite.csv"], "a suite's file is .jsonl, .json, .parquet or .txt"),
+        (None, [], "suite=jsonl needs suite.path=FILE; the head of conf/suite/jsonl.yaml says of what"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_before_the_target_is_loaded(drafter, tmp_path, content, words, message):
+    path, named = tmp_path / "suite.jsonl", []
+    if content is not None:
+        path.write_text(content)
+        named = [f"suite.path={path}"]
+    with pytest.raises(UserError, match=message):
+        check_eval(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=jsonl", *named, *words]))
+
+
+def test_a_data_set_out_of_reach_is_one_line(drafter):
+    with pytest.raises(
+        UserError, match="suite.name=openai/gsm8k, suite.split=test: datasets cannot load it .*give suite.path=FILE"
+    ):
+        check_eval(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=gsm8k"]))
+
+
+def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path, capsys):
+    """A warning before the target is loaded; then tau of either kind in the table, the page and report.json."""
+    from eval.main import run
+
+    long = {"id": "long", "prompt": "a b c " * 30}
+    short, path = tmp_path / "short", written(tmp_path, long, {"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"})
+    short.mkdir()
+    (short / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
+    config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
+    (short / "config.json").write_text(json.dumps(config))
+    compose = lambda *words: cli.compose("eval", EvalRecipe, [f"drafter={short}", "suite=jsonl", f"suite.path={path}", *words])
+    check_eval(compose("suite.new_tokens=8", "suite.prompt_tokens=60"))
+    assert "warning" not in capsys.readouterr().out
+    recipe = compose("suite.new_tokens=8", "temperatures=[0]", f"out={tmp_path / 'out'}")
+    check_eval(recipe)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert re.match("warning: .* knows positions below 100, and 1 of 3 prompts reach up to 1[0-9]{2}:", said)
+    run(recipe)
+    figures = json.loads((tmp_path / "out/report.json").read_text())["temperatures"]["0"]
+    within, beyond = (figures["by_positions"][f"{which} 100 positions"] for which in ("within", "beyond"))
+    assert figures["lossless"] and within["requests"] == 2 and beyond["requests"] == 1
+    tokens = [count + 1 for count, _ in figures["per_prompt_s"]]  # of each prompt's output, the prefill's included
+    assert beyond["tokens"] == tokens[0] and within["tokens"] == sum(tokens[1:])
+    (long_emitted, long_rounds), *others = figures["per_prompt"]
+    emitted, rounds = (sum(column) for column in zip(*others))
+    assert within["tau"] == pytest.approx(emitted / rounds) and beyond["tau"] == pytest.approx(long_emitted / long_rounds)
+    assert figures["controls"]["prompt_lookup"]["by_positions"].keys() == figures["by_positions"].keys()
+    shown = capsys.readouterr().out
+    assert "beyond 100 positions" in shown and "beyond 100 positions" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_table_of_positions_has_an_end(drafter, tmp_path):
+    """Rotary positions go on; learned ones do not."""
+    configs = ({"a": {"rope_type": "default"}}, {})
+    rotary, table = ({"path": "lm", "layers": 1, "positions": 100, "config": one} for one in configs)
+    config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    words = [f"drafter={tmp_path}", "suite=jsonl", f"suite.path={written(tmp_path, {'prompt': 'a b c ' * 30}, {'prompt': 'a'})}"]
+    for lm, refused in ((rotary, False), (table, True)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"lm": lm}))
+        recipe = cli.compose("eval", EvalRecipe, [*words, "suite.new_tokens=8"])
+        if not refused:
+            check_eval(recipe)
+            continue
+        with pytest.raises(UserError, match="has a table of 100 positions, and 1 of 2 prompts need up to 1"):
+            check_eval(recipe)
+
+
+def test_a_suite_of_conversations_is_judged(drafter, tmp_path, capsys):
+    """The whole of mode=decode: a request a turn, each against plain decoding, and the report says what was asked and how."""
+    from eval.main import run
+
+    path = written(tmp_path, QUESTION, {"question_id": 1, "category": "rag", "turns": ["Why?"]})
+    words = [f"drafter={drafter}", "suite=spec_bench", f"suite.path={path}", "suite.new_tokens=6", f"out={tmp_path / 'out'}"]
+    recipe = cli.compose("eval", EvalRecipe, [*words, "suite.warmup=1", "temperatures=[0]", "seed=3"])
+    check_eval(recipe)
+    run(recipe)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["prompts"]["seed"] == 3 and report["prompts"]["conversation_turns"] == 3 and report["context"] is None
+    figures = report["temperatures"]["0"]
+    assert figures["lossless_by"].startswith("3 of 3 outputs equal") and len(figures["per_prompt"]) == 3
+    assert {len(control["per_prompt"]) for control in figures["controls"].values()} == {3}
+    # MT-Bench's eight categories count as one.
+    apart, lookup = figures["by_category"], figures["controls"]["prompt_lookup"]["by_category"]
+    assert {name: one["requests"] for name, one in apart.items()} == {"mt_bench": 2, "rag": 1} and lookup.keys() == apart.keys()
+    ids, belongs = figures["per_prompt_id"], {"mt_bench": "81", "rag": "1"}
+    for row, parts in ((figures, apart), (figures["controls"]["prompt_lookup"], lookup)):
+        for name, part in parts.items():
+            mine = [i for i, id in enumerate(ids) if id == belongs[name]]
+            emitted, rounds = (sum(row["per_prompt"][i][at] for i in mine) for at in (0, 1))
+            tokens, seconds = (sum(row["per_prompt_s"][i][at] for i in mine) for at in (0, 1))
+            plain_tokens, plain_seconds = (sum(figures["baseline_per_prompt_s"][i][at] for i in mine) for at in (0, 1))
+            assert part["tau"] == pytest.approx(emitted / rounds) and part["tokens"] == tokens + len(mine)
+            assert part["speedup"] == pytest.approx(tokens / seconds / (plain_tokens / plain_seconds))
+    html = (tmp_path / "out/report.html").read_text().split("speed apart")[1]
+    cells, bench = re.findall("<td[^>]*>([^<]*)</td>", html.split("</table>")[0]), apart["mt_bench"]
+    assert cells[:6] == ["0", "mt_bench", "2", str(bench["tokens"]), f"{bench['tau']:.2f}", f"{bench['speedup']:.2f}x"]
+    assert re.search(r"mt_bench +\S+ +2 ", capsys.readouterr().out)
+    (tmp_path / "other").mkdir()
+    report["prompts"]["suite"] = "mt_bench"
+    (tmp_path / "other/report.json").write_text(json.dumps(report))
+    gather([tmp_path], tmp_path)
+    rows = (tmp_path / "sweep.md").read_text()
+    assert "blockwise kv, full view only, suite spec_bench |" in rows and "prompt lookup, suite mt_bench |" in rows

@@ -1,0 +1,44 @@
+"""Batched engines on small targets, for tests."""
+
+import torch
+
+from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.sampling import Sampling
+from eval.caches.partial import PartialCache
+from eval.engine.drafting import StaticTrained
+from eval.engine.engine import Engine, room_for
+from eval.engine.lengths import Lengths
+from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
+from train.attention.choose import EXECUTORS
+
+REFERENCE = EXECUTORS["reference"]
+GREEDY = Sampling(0.0)
+
+
+def exact_target(family="qwen3"):
+    """float64, where the order of sums changes no token."""
+    target = small_target(family, torch.float64)
+    target.capture(HIDDEN_LAYERS, (1, 2))
+    return target
+
+
+def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, **options):
+    """`length`: of drafts (of trees: their nodes), or `Lengths`. `longest`: tokens of a prompt."""
+    a, lengths = target.architecture, length if isinstance(length, Lengths) else Lengths(length)
+    room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
+    cache = StaticCache(a.num_layers, batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    partial = PartialCache(cache, recipe, lengths.longest + 1) if recipe else None
+    return Engine(target, drafting, cache, sampling, lengths, partial=partial, **options)
+
+
+def trained(target, objective, reuse, layers=1, **options):
+    return StaticTrained(drafter_of(target, objective, reuse, layers=layers), target.frozen_head, **options)
+
+
+def ragged(lengths=(12, 5, 20, 9), seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 11, (n,), generator=generator).tolist() for n in lengths]
+
+
+def triples(generation):
+    return [(r.anchor, r.drafted, r.kept) for r in generation.rounds]

@@ -1,0 +1,38 @@
+"""Executors of one visibility rule. An executor maps (q_QHD, k_KGD, v_KGD, Visibility) to [Q, H, D]; one that is `apart` also
+takes keys, and values, as a tuple: the memory's, then each step's."""
+
+import torch
+
+from common.errors import UserError
+from train.attention.flash import flash
+from train.attention.flex import flex
+from train.attention.reference import reference
+
+EXECUTORS = {"reference": reference, "flex": flex, "flash": flash}
+
+
+def executor(name: str, device: torch.device, training: bool = True, flash: bool = False, dense: bool = False):
+    """`auto`: the reference on a CPU, where PyTorch has FlexAttention's forward only; on a GPU flash where it can and pays, else
+    flex.
+
+    Args:
+        flash: whether FlashAttention can say the rule: rows of ttt, no view, and bf16 where there is a GPU.
+        dense: whether most positions have an anchor; FlashAttention computes them all.
+
+    Raises:
+        UserError: flex training on a CPU, or flash where it cannot.
+    """
+    on_gpu = device.type == "cuda"
+    if name == "auto":
+        name = "reference" if not on_gpu else "flash" if flash and dense else "flex"
+    if name == "flex" and training and not on_gpu:
+        raise UserError(
+            "attention=flex cannot train on a CPU: PyTorch has no backward of FlexAttention there; "
+            "use attention=auto or attention=reference"
+        )
+    if name == "flash" and not flash:
+        raise UserError(
+            "attention=flash is for objective=ttt without views; on a GPU in bf16, of compute capability 8.0 or more and with "
+            "heads of at most 256 in whole 8s; use attention=auto or attention=flex"
+        )
+    return EXECUTORS[name]

@@ -1,0 +1,228 @@
+"""What the engine trains: a pack -> sums of loss and weight, and what became of every slot.
+
+Shapes: N anchors, V views of each, M = V x N groups, J drafted slots, R slots that count, P positions of a pack, E hidden size,
+T terms.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.target.target import FrozenHead
+from train.attention.visibility import Places
+from train.data.packs import Pack
+from train.drafter.memory import Memory
+from train.drafter.model import Drafter
+from train.losses import divergences, weights
+from train.losses.chunked import Rows, RowStatistics
+from train.losses.recipe import LossRecipe
+from train.objectives import align, blockwise, ttt
+from train.views import plan as views
+
+OBJECTIVES = {"ttt": ttt.draft, "blockwise": blockwise.draft}
+TERMS = ("slots", "expected_length", "kv_align", "query_align")  # what is averaged by itself
+
+
+class Outcome(NamedTuple):
+    """`share` is differentiable: what this pack adds to the step's loss. `terms_T` [T] are its parts before they were divided.
+    loss, overlap and match are float [V, N, J], zero where `valid` [N, J] is False; but overlap and match are one where the token
+    was shown to the drafter."""
+
+    share: Tensor
+    terms_T: Tensor
+    loss: Tensor
+    overlap: Tensor
+    match: Tensor
+    valid: Tensor
+
+
+class Objective(nn.Module):
+    """One drafter under one objective, loss and view.
+
+    `alpha_VJ` is each slot's overlap in the optimizer step before, which lk_lambda follows; the engine keeps it.
+
+    Args:
+        head: the target's frozen embedding and LM head; held outside the module tree, so that no engine shards it.
+        weight_J: what each slot counts; None: D-PACE decides.
+        chunk: rows whose logits exist at a time.
+        view: how budgets of a pack become positions.
+        branches: what the loss of each view of a pack counts.
+        detach: whether memory is constant, so that its projections learn from draft rows alone.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: FrozenHead,
+        loss: LossRecipe,
+        weight_J: Tensor | None,
+        attend,
+        chunk: int,
+        view: views.View | None = None,
+        branches: Sequence[float] = (1.0,),
+        detach: bool = False,
+    ):
+        super().__init__()
+        self.drafter, self._head, self._loss, self._attend, self._chunk = drafter, head, loss, attend, chunk
+        self._weight_J, self.slots, self._view, self._detach = weight_J, drafter.config.draft_length, view, detach
+        self._branch_V = torch.tensor(branches)
+        # Nothing is known at first: lambda is 1, all KL.
+        self.alpha_VJ = torch.zeros(len(branches), self.slots, dtype=torch.float64)
+
+    def weight_sums(self, pack: Pack) -> Tensor:
+        """[T] float64: what each term's sum is divided by, known before the forward. D-PACE is divided by its slot count, so that
+        no divisor depends on what the drafter says."""
+        valid = pack.valid(self.slots)
+        slots = valid.sum()
+        weighted = slots if self._weight_J is None else (valid * self._slot_weights(pack, valid)).sum()
+        return torch.stack([t.double() for t in (weighted, slots, pack.row_index(self.drafter.config.slots)[1].sum(), slots)])
+
+    def forward(self, pack: Pack, weight_sum_T: Tensor | None = None, memory: Memory | None = None) -> Outcome:
+        """`weight_sum_T`: `weight_sums` of all packs of the step, on all ranks; None: nothing is divided. `memory`: what
+        `remember` has already made of the pack."""
+        valid = pack.valid(self.slots)
+        valid_MJ = valid.repeat(pack.views, 1)
+        # Only rows that count meet the LM head: its product is the largest of the step. Found before the drafter runs: the host
+        # waits for the GPU here.
+        row, slot = valid_MJ.nonzero(as_tuple=True)
+        view, anchor = row // len(valid), row % len(valid)
+        position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
+        memory, config = self.remember(pack) if memory is None else memory, self.drafter.config
+        watching = self._loss.kv_align or self._loss.query_align
+        with align.Watch(self.drafter) if watching else nullcontext() as watch:
+            output = self.draft(pack, memory)
+        rows = Rows(
+            output.reshape(-1, output.shape[-1]),
+            row * self.slots + slot,
+            pack.last_hidden_RE,
+            pack.teacher_P[position],
+            pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)],
+            torch.exp(-self._loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))[view, slot].float(),
+        )
+        scale_T = torch.ones(len(TERMS)) if weight_sum_T is None else 1 / weight_sum_T.clamp(min=1e-9)
+        scale_T = scale_T.to(slot.device, torch.float32)
+        share, slots_sum, missed, statistics = self._head_loss(rows, pack, valid_MJ, scale_T)
+        aligned = [torch.zeros_like(share), torch.zeros_like(share)]
+        if self._loss.kv_align:
+            aligned[0] = self._loss.kv_align * align.kv_error(watch, config, memory, pack)
+        if self._loss.query_align:
+            aligned[1] = self._loss.query_align * align.query_error(watch, self.drafter, pack, valid)
+        if watching:
+            share = share + (torch.stack(aligned) * scale_T[2:]).sum()
+        loss, overlap, match = (grid(values, valid_MJ).unflatten(0, (pack.views, -1)) for values in statistics[:3])
+        shown = pack.shown(self.slots)
+        terms_T = torch.stack([slots_sum, missed, *aligned]).detach()
+        return Outcome(share, terms_T, loss, overlap.masked_fill(shown, 1), match.masked_fill(shown, 1), valid)
+
+    def draft_rows(self, pack: Pack) -> Tensor:
+        """How many draft rows, and so how many of their own keys and values, belong to anchors that count."""
+        rows = pack.row_index(self.drafter.config.slots)[1] & pack.valid(self.slots).any(1, keepdim=True)
+        return pack.views * rows.sum()
+
+    def remember(self, pack: Pack) -> Memory:
+        """The drafter's memory of every position of the pack."""
+        ids_P, rows = pack.ids_P, pack.places
+        if self.drafter.config.reads_pairs:  # the token after each position, at its own place
+            ids_P, rows = torch.roll(ids_P, -1), Places(rows.document, rows.position + 1)
+        memory = self.drafter.remember(pack.states, pack.places, self._embed(ids_P), rows, self._attend)
+        return memory.detached() if self._detach else memory
+
+    def draft(self, pack: Pack, memory: Memory) -> Tensor:
+        """The drafter's output of every slot of every anchor, [N, J, E], or under every view [V, N, J, E]: what decoding must
+        reproduce."""
+        anchors, draft = pack.anchors, partial(OBJECTIVES[self.drafter.config.objective], self.drafter, self._head, pack)
+        if pack.budget_VN is None:
+            return draft(anchors, memory, self._attend)
+        if self._view.positions == "absolute":
+            plan = self._plan(pack, memory, pack.budget_VN)
+            everyone = anchors.repeated(pack.views)
+            return draft(everyone, replace(memory, shown=plan), self._attend).unflatten(0, (pack.views, -1))
+        # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
+        whole = int((pack.budget_VN[0] >= views.FULL).all())
+        parts = [draft(anchors, memory, self._attend)] * whole
+        if pack.views > whole:
+            plan = self._plan(pack, memory, pack.budget_VN[whole:])
+            gathered, moved = views.gather(memory, plan, anchors.repeated(pack.views - whole), self.drafter.rotate)
+            parts.append(draft(moved, gathered, self._attend))
+        return torch.cat(parts).unflatten(0, (pack.views, -1))
+
+    def logits(self, pack: Pack) -> Tensor:
+        """The same over the target's vocabulary, [(V,) N, J, V]: for tests, all at once."""
+        return self.drafter.head.logits(self.draft(pack, self.remember(pack)), self._head)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.drafter.embed(ids, self._head)
+
+    def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> views.Plan:
+        return views.plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
+
+    def _observe(self, pack: Pack, memory: Memory, window: int | None) -> tuple[list[dict[str, Tensor]], Places]:
+        """Queries of the `window` tokens up to each selection, oldest first, or of all tokens (None); where they sit."""
+        ids_P, (document_P, position_P) = pack.ids_P, (pack.places.document, pack.places.position)
+        if window is None:
+            index_R, places = torch.arange(len(ids_P), device=ids_P.device), pack.places
+        else:  # rows before a document's first token read nothing, and count for nothing
+            back_W = torch.arange(1 - window, 1, device=ids_P.device)
+            chosen_N = pack.anchor_N if pack.age_N is None else pack.anchor_N - pack.age_N
+            index_R = (chosen_N[:, None] + back_W).flatten().clamp(min=0)
+            position_R = (position_P[chosen_N][:, None] + back_W).flatten()
+            places = Places(document_P[chosen_N].repeat_interleave(window), position_R)
+        feature_RE = None if memory.feature is None else memory.feature[(index_R - 1).clamp(min=0)]
+        queries = self.drafter.observe(self._embed(ids_P[index_R]), feature_RE, places, memory, self._attend)
+        return queries, places
+
+    def _head_loss(
+        self, rows: Rows, pack: Pack, valid_MJ: Tensor, scale_T: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
+        """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
+        length = self._loss.expected_length
+        apply = partial(self.drafter.head, rows, self._head, self._loss.per_slot, chunk=self._chunk)
+        branch_M = self._of_views(self._branch_V, pack).to(valid_MJ.device).repeat_interleave(len(pack.anchor_N))[:, None]
+        slope, missed, seen = None, torch.zeros((), device=valid_MJ.device), None
+        if length or self._weight_J is None:
+            # What a slot counts depends on what the drafter says of the whole block: look first, then learn.
+            with torch.no_grad():
+                _, seen = apply(weight_R=torch.ones_like(rows.mix_R))
+        if self._weight_J is None:
+            weight_MJ = weights.dpace(grid(seen.label_probability, valid_MJ), valid_MJ)
+        else:
+            weight_MJ = self._slot_weights(pack, valid_MJ[: len(pack.anchor_N)]).repeat(pack.views, 1)
+        slot_weight = (weight_MJ * branch_M)[valid_MJ]
+        if length:
+            with torch.enable_grad():
+                overlap = grid(seen.overlap, valid_MJ).requires_grad_()
+                accepted = (branch_M.squeeze(1) * divergences.expected_accepted(overlap, valid_MJ)).sum()
+                missed = length * ((branch_M * valid_MJ).sum() - accepted)
+                slope = torch.autograd.grad(missed, overlap)[0][valid_MJ] * scale_T[1]
+        linear, statistics = torch.zeros((), device=valid_MJ.device), seen
+        if seen is None or torch.is_grad_enabled():
+            linear, statistics = apply(weight_R=slot_weight * scale_T[0], overlap_weight_R=slope)
+        slots_sum = (statistics.loss * slot_weight).sum()
+        # `linear` has the right gradient, but as a function of the overlaps it is the tangent, not the product.
+        share = linear + (slots_sum * scale_T[0] + missed.detach() * scale_T[1] - linear.detach())
+        return share, slots_sum, missed.detach(), statistics
+
+    def _slot_weights(self, pack: Pack, valid: Tensor) -> Tensor:
+        """[N, J]: the first slot that is not shown counts as the first."""
+        weight_J = self._weight_J.to(valid.device)
+        if pack.shown_N is None:
+            return weight_J.expand(valid.shape)
+        index = torch.arange(self.slots, device=valid.device) - (pack.shown_N[:, None] - 1)
+        return weight_J[index.clamp(min=0)] * (index >= 0)
+
+    def _of_views(self, values: Tensor, pack: Pack) -> Tensor:
+        """What is known of each view of a pack, [V, ...]. Where views are judged, which are others than those of training, each
+        counts as the first."""
+        return values if self.training else values[:1].expand(pack.views, *values.shape[1:])
+
+
+def grid(values: Tensor, valid_NJ: Tensor) -> Tensor:
+    """Values [R, ...] of the slots that count in their places, [N, J, ...]; zero elsewhere."""
+    shape = (*valid_NJ.shape, *values.shape[1:])
+    mask = valid_NJ.view(*valid_NJ.shape, *(1 for _ in values.shape[1:])).expand(shape)
+    return torch.zeros(shape, dtype=values.dtype, device=valid_NJ.device).masked_scatter_(mask, values)

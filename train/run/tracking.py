@@ -1,0 +1,94 @@
+"""Where figures go: `metrics.jsonl` in the run folder always, Weights & Biases when asked for."""
+
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from common.files import write_text
+from data_prep.cache.manifest import flatten
+from train.recipe import TrackingRecipe
+
+
+class Tracker:
+    """Rank 0's log. Other ranks have none."""
+
+    def __init__(self, recipe: TrackingRecipe, folder: Path, group: str | None, config: dict, resumed_at: int):
+        self._path = folder / "metrics.jsonl"
+        kept = []
+        if self._path.exists():  # what a killed run logged after its last checkpoint will be logged again
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resumed_at]
+        write_text(self._path, "".join(line + "\n" for line in kept))
+        self._file = open(self._path, "a", buffering=1)
+        self._wandb = _wandb_run(recipe, folder, group, config) if recipe.kind == "wandb" else None
+
+    def log(self, step: int, figures: dict) -> None:
+        """Numbers and lists of numbers of one optimizer step; nested names are joined with dots."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._wandb:
+            self._wandb.log(
+                {
+                    name if not isinstance(value, list) else f"{name}/{i + 1}": one
+                    for name, value in flatten(figures).items()
+                    for i, one in enumerate(value if isinstance(value, list) else [value])
+                },
+                step=step,
+            )
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def page(self, step: int, name: str, path: Path) -> None:
+        """An HTML file, as it is: W&B's own style sheet would be fetched from a network."""
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Html(str(path), inject=False)}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # the line that was being written when the run was killed
+
+
+def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: dict):
+    """Online where a key is known and the host answers within half a minute, else offline; never a prompt. A host that is lost
+    later costs another half a minute at the end: what was not sent stays on disk, for `wandb sync`."""
+    import wandb
+
+    known = folder / "wandb-id"  # a resumed run goes on under its id
+    if not known.exists():
+        write_text(known, secrets.token_hex(8))
+
+    def start(mode: str):
+        return wandb.init(
+            project=recipe.project,
+            entity=recipe.entity,
+            group=group,
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            id=known.read_text(),
+            resume="allow",
+            mode=mode,
+            settings=wandb.Settings(init_timeout=30, finish_timeout=30, console="off", silent=True),
+        )
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    try:
+        return start(mode)
+    except wandb.errors.Error as error:
+        print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline to {folder}", file=sys.stderr)
+        wandb.teardown()  # its service still holds the id of the run that could not start
+        return start("offline")
