@@ -20,23 +20,27 @@ from data_prep.cache.reader import CacheReader  # noqa: E402
 from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
 from data_prep.capture import build as prepare  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
-from data_prep.synthesis.regenerate import check as check_regenerate  # noqa: E402
-from data_prep.synthesis.regenerate import regenerate  # noqa: E402
-from data_prep.synthesis.synthesize import check as check_synthesize  # noqa: E402
-from data_prep.synthesis.synthesize import synthesize  # noqa: E402
+from data_prep.synthesis.regenerate import (
+    check_regeneration,  # noqa: E402
+    regenerate,  # noqa: E402
+)
+from data_prep.synthesis.synthesize import (
+    check_synthesis,  # noqa: E402
+    synthesize,  # noqa: E402
+)
 
 
-def check(recipe: DataPrepRecipe) -> None:
+def check_data_prep(recipe: DataPrepRecipe) -> None:
     """What can be refused before a document is read or the target is loaded."""
     match recipe.mode:
         case "capture" | "estimate":
-            prepare.check(recipe)
+            prepare.check_capture(recipe)
             if recipe.mode == "estimate" and recipe.capture.spread == "tp":
                 raise UserError("mode=estimate measures one process; with a target for several, use capture.spread=device_map")
         case "regenerate":
-            check_regenerate(recipe)
+            check_regeneration(recipe)
         case "synthesize":
-            check_synthesize(recipe)
+            check_synthesis(recipe)
         case "verify" | "inspect":
             CacheReader(recipe.cache.dir)
         case "merge":
@@ -64,4 +68,4 @@ def run(recipe: DataPrepRecipe) -> None:
 
 
 if __name__ == "__main__":
-    cli.main("data_prep", DataPrepRecipe, check, run)
+    cli.main("data_prep", DataPrepRecipe, check_data_prep, run)

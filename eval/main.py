@@ -26,7 +26,7 @@ from eval.judging.judge import judge  # noqa: E402
 from eval.judging.score import diagnose, score  # noqa: E402
 from eval.live.chat import chat  # noqa: E402
 from eval.live.demo import PICTURE, demo  # noqa: E402
-from eval.recipe import EvalRecipe, check, check_target, named_view, view_of  # noqa: E402
+from eval.recipe import EvalRecipe, check_evaluation, check_target, named_view, view_of  # noqa: E402
 from eval.reports import compare, page, report
 from eval.serving import served, side_by_side  # noqa: E402
 from train.drafter.config import folder_of  # noqa: E402
@@ -163,4 +163,4 @@ def gather(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.main("eval", EvalRecipe, check, run, gather=gather)
+    cli.main("eval", EvalRecipe, check_evaluation, run, gather=gather)

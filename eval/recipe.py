@@ -21,7 +21,7 @@ from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
 from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
-from train.attention.choose import executor
+from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.export import check_export
 from train.recipe import TrackingRecipe
@@ -299,7 +299,7 @@ def _check_served(recipe: EvalRecipe) -> None:
         )
 
 
-def check(recipe: EvalRecipe) -> None:
+def check_evaluation(recipe: EvalRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded."""
     if min(recipe.temperatures) < 0:
         raise UserError(f"temperatures={recipe.temperatures}: a temperature is 0 (greedy) or more")
@@ -347,7 +347,7 @@ def check(recipe: EvalRecipe) -> None:
     if recipe.asks_suite:
         takes = [prompt.takes + config.slots for prompt in prompts_of(recipe, config, tokenizer)[0]]
         _check_positions(recipe, config, takes, "prompts")
-    executor(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
+    attention_backend(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
     if recipe.mode == "export":
         if Path(recipe.out).resolve() == folder_of(recipe.drafter).resolve():
             raise UserError(f"out={recipe.out} is the drafter's own folder; an export needs another")

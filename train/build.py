@@ -10,7 +10,7 @@ from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
 from data_prep.target.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
-from train.attention.choose import executor
+from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 from train.drafter.standalone import check_vocabulary, lm_config
@@ -75,7 +75,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
-    lm, branches = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.branches
+    lm, sampler = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.view_sampler
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
     sizes = [architecture.hidden_size, architecture.intermediate_size]
     sizes += [] if recipe.drafter.own_head else [recipe.drafter.vocabulary or architecture.vocab_size]
@@ -108,8 +108,8 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         sequential_size=recipe.drafter.sequential_size,
         rope_factor=recipe.drafter.rope_factor,
         norm_before_residual=recipe.drafter.norm_before_residual,
-        view=branches and recipe.view.model_dump(exclude={"budget"}),
-        budgets=branches and (branches.smallest if branches.sampler == "fixed" else branches.sampler),
+        view=sampler and recipe.view.model_dump(exclude={"budget"}),
+        budgets=sampler and (sampler.smallest if sampler.sampler == "fixed" else sampler.sampler),
         positions=_positions(recipe, manifest, lm),
         lm=lm,
         pairs=recipe.reuse.pairs,
@@ -131,12 +131,12 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
 
 
 def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
-    """The executor that trains this recipe. Raises UserError as `executor` does."""
-    flash = recipe.objective.kind == "ttt" and recipe.branches is None and recipe.drafter.lm is None
+    """The backend that trains this recipe. Raises UserError as `attention_backend` does."""
+    flash = recipe.objective.kind == "ttt" and recipe.view_sampler is None and recipe.drafter.lm is None
     if device.type == "cuda":
         flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
         flash &= torch.cuda.get_device_capability(device) >= (8, 0)
-    return executor(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
+    return attention_backend(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
 
 
 def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int | None:
@@ -156,7 +156,7 @@ def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int 
     return max(longest, int(factor * (lm["positions"] or 0)))
 
 
-def check(recipe: TrainRecipe) -> None:
+def check_training(recipe: TrainRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded and a GPU is touched."""
     if recipe.train.batch % world_size():
         raise UserError(

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from data_prep.target.target import pick_device  # noqa: E402
-from train.build import check  # noqa: E402
+from train.build import check_training  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
 from train.run.ranks import Sweep, loss_of_a_rank  # noqa: E402
 from train.sizes import spoken  # noqa: E402
@@ -84,7 +84,7 @@ def main() -> None:
         if not arguments.multirun:
             recipes = [recipes[0].going_on(begun(Path(run_dir)))]
         for recipe in recipes:
-            check(recipe)
+            check_training(recipe)
     except UserError as error:
         cli.fail(error)
     if not arguments.multirun:

@@ -9,7 +9,7 @@ from common.recipe import Section
 from data_prep.recipe import CaptureSections
 from train.losses.recipe import LossRecipe
 from train.sizes import sized
-from train.views.budgets import Branches
+from train.views.budgets import ViewSampler
 from train.views.plan import View
 
 
@@ -266,11 +266,11 @@ class TrainRecipe(CaptureSections):
             )
         if view.budget == 0:
             raise ValueError("view.budget=0 (everything) trains no sparse branch; name a budget, or null to draw them")
-        if self.branches is None:
+        if self.view_sampler is None:
             return
         if objective.budgets == "fixed" and view.budget is None:
             raise ValueError("objective.budgets=fixed needs view.budget")
-        if (least := min(self.branches.judged)) < view.least:
+        if (least := min(self.view_sampler.judged)) < view.least:
             raise ValueError(f"a budget of {least}: {view.too_small}")
         if self.loss.kv_align or self.loss.query_align:
             raise ValueError(
@@ -280,13 +280,13 @@ class TrainRecipe(CaptureSections):
             raise ValueError("view.positions=in_cache turns keys to other positions; reuse.source=projected mixes turned keys")
 
     @property
-    def branches(self) -> Branches | None:
+    def view_sampler(self) -> ViewSampler | None:
         """The views of a step; None: everything, alone."""
         o, budget = self.objective, self.view.budget
         if not o.sparse:
             return None
         sampler, smallest = ("fixed", budget) if budget else (o.budgets, o.smallest)
-        return Branches(o.full, o.sparse, sampler, smallest, o.largest, o.draws, self.train.seed)
+        return ViewSampler(o.full, o.sparse, sampler, smallest, o.largest, o.draws, self.train.seed)
 
     def resumable_differences(self, earlier: dict) -> list[str]:
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""

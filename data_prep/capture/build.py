@@ -42,10 +42,10 @@ def chosen_layers(cache: CacheRecipe, sizes: Sizes) -> list[int]:
     return layers
 
 
-def check(recipe: CaptureSections) -> None:
+def check_capture(recipe: CaptureSections) -> None:
     """Raises UserError for everything that can be known before a document is read or a GPU is touched."""
     cli.refuse_file("cache.dir", recipe.cache.dir)
-    sources.check(recipe.data)
+    sources.check_source(recipe.data)
     if recipe.capture.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError(
             "capture.attention=flash_attention_2, but flash-attn is not installed; capture.attention=auto does without"

@@ -83,7 +83,7 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
         UserError: there is no cache and there cannot be one, or the cache is not the one that is described.
     """
     if missing(recipe):
-        prepare.check(recipe)
+        prepare.check_capture(recipe)
         if recipe.cache.on_missing == "live" and recipe.capture.spread == "tp":
             raise UserError("cache.on_missing=live with capture.spread=tp: every rank reads other documents; capture first")
         return prepare.plan(recipe, {})

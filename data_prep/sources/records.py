@@ -30,7 +30,7 @@ def is_validation(id: str) -> bool:
     return stable_hash(VALIDATION + id) % 20 == 0
 
 
-def check(data: DataRecipe) -> None:
+def check_source(data: DataRecipe) -> None:
     """Raises UserError when the source cannot be there."""
     if data.source == "jsonl" and not (data.path and Path(data.path).is_file()):
         raise UserError(f"data.path={data.path} is not a file; it must name a file of one JSON object a line")
@@ -111,7 +111,7 @@ class Lines:
 
 def _jsonl(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     """One JSON object a line."""
-    check(data)
+    check_source(data)
     lines = Lines(data.path, data.id, ", or number the lines with data.id=null")
     # Everything is read: from front to back is fastest.
     order = range(len(lines)) if data.max_tokens is None and heldout is False else lines.by_hash

@@ -46,13 +46,13 @@ class Reply(NamedTuple):
     finish: str  # "stop", or "length" when max_tokens cut it
 
 
-def check(recipe: DataPrepRecipe) -> None:
+def check_regeneration(recipe: DataPrepRecipe) -> None:
     """What can be refused before the target is loaded or the server asked."""
     if not recipe.regenerate.out:
         raise UserError("mode=regenerate needs regenerate.out=FILE.jsonl, the file to write")
     if recipe.data.format not in ("chat", "auto"):
         raise UserError(f"mode=regenerate answers conversations; data of format '{recipe.data.format}' has none. Try data=chat")
-    sources.check(recipe.data)
+    sources.check_source(recipe.data)
     if recipe.capture.spread != "none":
         raise UserError(
             f"mode=regenerate with capture.spread={recipe.capture.spread}: serve the target and give its "

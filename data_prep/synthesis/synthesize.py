@@ -104,7 +104,7 @@ def _refuse_others(path: Path, settings: dict, earlier: dict) -> None:
         raise UserError(f"{path} was written with other settings; these differ: {', '.join(keys)}. Choose another synthesize.out")
 
 
-def check(recipe: DataPrepRecipe) -> None:
+def check_synthesis(recipe: DataPrepRecipe) -> None:
     """What can be refused before the target is loaded."""
     ask = recipe.synthesize
     if not ask.out:

@@ -1,4 +1,4 @@
-"""A drafter's memory of one request, and what its view leaves of it, really taken out: the `gather` executor.
+"""A drafter's memory of one request, and what its view leaves of it, really taken out: the plan carried out by `gather`.
 
 Shapes: R rows of known tokens, P memory positions, K keys that are visible, C chunks, G key/value heads, H query heads, D head
 size.
@@ -44,7 +44,7 @@ class SparseCache:
         self._chosen_at: int | None = None
         self._picked: list[dict[str, Picked]] = []
         self._votes: list[dict[str, Tensor]] = []  # h2o: attention that each key has got, [G, P]
-        self._rows: tuple | None = None  # known tokens whose queries the next selection may look at (`Drafter.observe`)
+        self._rows: tuple | None = None  # known tokens whose queries the next selection may look at (`Drafter.known_queries`)
         # The most bytes of keys and values: that the rows of a round read, that a selection looked at to choose them, that were
         # kept between rounds, and that there ever were (those of the whole prompt, before some of them were dropped).
         self.bytes = {"read": 0, "searched": 0, "kept": 0, "peak": 0}
@@ -99,7 +99,7 @@ class SparseCache:
         if self._rows:
             token_RE, feature_RE, *seats = self._rows
             seats = Places(*seats)
-            queries = self.drafter.observe(token_RE, feature_RE, seats, self.memory, self._attend)
+            queries = self.drafter.known_queries(token_RE, feature_RE, seats, self.memory, self._attend)
             searched = sum(kv.nbytes for kinds in self.memory.layers[:-1] for kv in kinds.values())
         if view.window is None:
             self._vote(queries, seats)

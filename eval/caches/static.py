@@ -71,8 +71,8 @@ class StaticMemory(Memory):
         return sum(p.key.nbytes + p.value.nbytes for p in kept)
 
 
-def executor(making_memory: bool = False, seen_QR: Tensor | None = None):
-    """An executor (`train/attention`) over static memory. Rows of one request stand together.
+def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None):
+    """A backend (`train/attention`) over static memory. Rows of one request stand together.
 
     Args:
         making_memory: the rows are known tokens, one behind the other, whose own keys have just become memory.

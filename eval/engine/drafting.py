@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target.target import FrozenHead, States
-from eval.caches.static import StaticMemory, executor
+from eval.caches.static import StaticMemory, static_attention
 from eval.engine.tree import Tree, TreeShape, grow
-from train.attention.visibility import Places, Rows
+from train.attention.visibility import DraftRows, Places
 from train.drafter.heads import over_targets
 from train.drafter.layers import KV
 from train.drafter.model import Drafter
@@ -133,7 +133,7 @@ class StaticTrained:
         document = torch.arange(len(position_BT), device=position_BT.device).repeat_interleave(position_BT.shape[1])
         token_RE = self._embed(text_BL.gather(1, position_BT + 1).flatten())
         places, known = (Places(document, (position_BT + ahead).flatten()) for ahead in (0, 1))
-        return self.drafter.remember(states, places, token_RE, known, executor(making_memory=True), self.memory).feature
+        return self.drafter.remember(states, places, token_RE, known, static_attention(making_memory=True), self.memory).feature
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         token_B = text_BL.gather(1, anchor_B[:, None])[:, 0]
@@ -146,7 +146,7 @@ class StaticTrained:
         request_B = torch.arange(len(anchor_B), device=anchor_B.device)
         rows = block_rows(request_B, anchor_B, self.drafter.config.slots)
         token_B1E = self._embed(token_B)[:, None]
-        output_BJE = self.drafter.block(token_B1E, rows, self.memory, executor(), feature_NE=self.feature_BE)[:, :length]
+        output_BJE = self.drafter.block(token_B1E, rows, self.memory, static_attention(), feature_NE=self.feature_BE)[:, :length]
         if self.drafter.sequential is None:
             logits_BJD = self._logits(output_BJE)
             return self._drawn(logits_BJD, sampling, u_BJ)
@@ -168,9 +168,9 @@ class StaticTrained:
         request_B, drafts, earlier, past = torch.arange(len(anchor_B), device=anchor_B.device), [], None, None
         feature_BE = self.feature_BE
         for j in range(length):
-            rows = Rows(request_B, anchor_B, request_B, torch.full_like(request_B, j + 1), anchor_B + j)
+            rows = DraftRows(request_B, anchor_B, request_B, torch.full_like(request_B, j + 1), anchor_B + j)
             output_BE, feature_BE, past = self.drafter.step(
-                self._embed(token_B), feature_BE, rows, earlier, self.memory, past, executor()
+                self._embed(token_B), feature_BE, rows, earlier, self.memory, past, static_attention()
             )
             earlier = rows if earlier is None else earlier + rows
             drafts.append(self._drawn(self._logits(output_BE)[:, None], sampling, u_BJ[:, j : j + 1]))

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.caches.static import StaticMemory, executor
-from train.attention.visibility import Rows
+from eval.caches.static import StaticMemory, static_attention
+from train.attention.visibility import DraftRows
 from train.drafter.model import Drafter
 
 
@@ -58,9 +58,10 @@ def grow(
         count = len(token) // batch
         document = request_B.repeat_interleave(count)
         anchor = anchor_B.repeat_interleave(count)
-        rows = Rows(document, anchor, document, torch.full_like(document, depth), anchor + depth - 1)
+        rows = DraftRows(document, anchor, document, torch.full_like(document, depth), anchor + depth - 1)
         mask_QR = torch.cat([part.expand(-1, count, -1) for part in seen], dim=-1).flatten(0, 1)
-        output, feature, past = drafter.step(embed(token), feature, rows, earlier, memory, past, executor(seen_QR=mask_QR))
+        attend = static_attention(seen_QR=mask_QR)
+        output, feature, past = drafter.step(embed(token), feature, rows, earlier, memory, past, attend)
         earlier = rows if earlier is None else earlier + rows
         logp_BWV = log_probabilities(output).unflatten(0, (batch, count))
         best_BWK, token_BWK = logp_BWV.topk(width, dim=-1)

@@ -23,7 +23,7 @@ from eval.oracle.drafting import OneByOne, OtherMemory, Trained, zero_memory
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.reports import report
-from train.attention.choose import executor
+from train.attention.choose import attention_backend
 from train.drafter.model import Drafter
 
 FULLY = "full_verification"  # the trained drafter again, verified over the whole cache
@@ -32,7 +32,7 @@ FULLY = "full_verification"  # the trained drafter again, verified over the whol
 def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: OtherMemory) -> dict[str, StaticDrafting]:
     """Who drafts: nobody, the trained drafter, and the controls, all under one view."""
     head, view, tree = target.frozen_head, view_of(recipe, drafter.config), recipe.tree(drafter.config)
-    attend = executor(recipe.attention, target.device, training=False)
+    attend = attention_backend(recipe.attention, target.device, training=False)
 
     def make(who: Drafter, change=None) -> StaticDrafting:
         if head.product.is_laid_out:

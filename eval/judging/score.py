@@ -12,7 +12,7 @@ from common.errors import UserError
 from data_prep.cache.reader import CacheReader
 from data_prep.target.target import Target
 from eval.recipe import EvalRecipe, known_positions, view_of
-from train.attention.choose import executor
+from train.attention.choose import attention_backend
 from train.data.packs import Pack, PackStream, judging, sample_ages
 from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
@@ -23,7 +23,7 @@ from train.views.plan import View
 
 
 def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
-    attend, equal = executor(recipe.attention, target.device, training), torch.ones(drafter.config.draft_length)
+    attend, equal = attention_backend(recipe.attention, target.device, training), torch.ones(drafter.config.draft_length)
     return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024, view=view).eval()
 
 

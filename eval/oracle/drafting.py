@@ -13,7 +13,7 @@ from data_prep.decoding.sampling import Sampling, distribution, sample
 from data_prep.target.target import FrozenHead, States
 from eval.caches.sparse import SparseCache
 from eval.engine.drafting import Proposal
-from train.attention.visibility import Places, Rows
+from train.attention.visibility import DraftRows, Places
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.objectives.blockwise import block_rows
@@ -135,7 +135,7 @@ class Trained:
         feature = _newest(memory)
         tokens, logits, qs, earlier, past, zero = [], [], [], None, None, torch.zeros_like(anchor)
         for j in range(1, self.drafter.config.slots + 1):
-            rows = Rows(zero, anchor, zero, zero + j, anchor + j - 1)
+            rows = DraftRows(zero, anchor, zero, zero + j, anchor + j - 1)
             output, feature, past = self.drafter.step(self._embed([token]), feature, rows, earlier, memory, past, self._attend)
             earlier = rows if earlier is None else earlier + rows
             logits.append(self._logits(output))

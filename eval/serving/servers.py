@@ -6,8 +6,8 @@ Both kinds are sent token ids and answer with token ids, so that they read the v
               is alone there
     SGLang    /generate, its own endpoint; the `meta_info` of each answer counts the verify steps of that request
 
-Both count whole rounds, as `eval/oracle/decode.py` does: a draft that goes beyond the output's end counts with all that was accepted
-of it. vLLM 0.32 was run on a CPU; of SGLang only the sources were read.
+Both count whole rounds, as `eval/oracle/decode.py` does: a draft that goes beyond the output's end counts with all of it
+that was accepted. vLLM 0.32 was run on a CPU; of SGLang only the sources were read.
 
 Shapes: J drafted tokens of a round, C = 1 + J counts: the rounds, and of these the ones that accepted at least 1..J tokens.
 """

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from common.ranks import single_process_defaults
 from data_prep.target.target import Architecture, FrozenHead, pick_device, pick_dtype
 from tests.benchmarks import QWEN3_8B, line, options
-from train.attention.choose import executor
+from train.attention.choose import attention_backend
 from train.data.packs import Pack, make_pack
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.run.ranks import connect
-from train.views.budgets import Branches
+from train.views.budgets import ViewSampler
 from train.views.plan import View
 
 TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
@@ -82,8 +82,8 @@ def pack_of(o, a: Architecture, config: DrafterConfig, documents: int, length: i
     return make_pack(["d"] * documents, [document() for _ in range(documents)], anchors, **drawn)
 
 
-def sandwich(o) -> Branches:
-    return Branches(1.0, 0.5, "sandwich", 256, 2048, o.draws, 0)
+def sandwich(o) -> ViewSampler:
+    return ViewSampler(1.0, 0.5, "sandwich", 256, 2048, o.draws, 0)
 
 
 def products(objective: Objective, pack: Pack) -> Counter:
@@ -174,9 +174,11 @@ def main() -> None:
     if o.compile and on_gpu and o.deepspeed < 3:
         drafter.compile_parts()
     plain = config.objective == "ttt" and o.objective != "budgetdraft"
-    attend = executor(o.attention, device, flash=plain, dense=not o.anchors)
+    attend = attention_backend(o.attention, device, flash=plain, dense=not o.anchors)
     kinds = {"topk_chunk": {"sink": 8, "recent": 64, "chunk": 8}, "sink_recent": {"sink": 4}, "h2o": {}, "snapkv": {"recent": 32}}
-    views = {"view": View(kind=o.view, **kinds[o.view]), "branches": sandwich(o).weights} if o.objective == "budgetdraft" else {}
+    views = {}
+    if o.objective == "budgetdraft":
+        views = {"view": View(kind=o.view, **kinds[o.view]), "view_weights": sandwich(o).weights}
     weight_J = 0.8 ** torch.arange(config.draft_length)
     objective = Objective(drafter, head, LossRecipe(**{o.loss: 1.0}), weight_J, attend, o.chunk, **views)
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-5, fused=True)

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.ranks import free_port
 from common.recipe import ROOT
 from data_prep.recipe import DataPrepRecipe
-from data_prep.synthesis.regenerate import check, regenerate
+from data_prep.synthesis.regenerate import check_regeneration, regenerate
 from data_prep.target.target import Target, load_tokenizer
 from tests.conftest import command
 
@@ -42,7 +42,7 @@ def recipe_of(tmp_path, *words):
 
 
 def run(recipe):
-    check(recipe)
+    check_regeneration(recipe)
     regenerate(recipe, lambda: None)
     return [json.loads(line) for line in Path(recipe.regenerate.out).read_text().splitlines()]
 
@@ -250,7 +250,7 @@ def test_a_server_that_stays_away_is_one_line_and_what_is_done_stays(tmp_path, i
 def test_what_cannot_work_is_refused(tmp_path, words, message):
     conversations(tmp_path / "in.jsonl")
     with pytest.raises(UserError, match=message):
-        check(recipe_of(tmp_path, *words))
+        check_regeneration(recipe_of(tmp_path, *words))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from data_prep.synthesis import filters, journal
 from data_prep.synthesis.candidates import Author, Draws, Texts, passage
 from data_prep.synthesis.filters import looping, repeats, shingles, similarity
 from data_prep.synthesis.journal import Journal
-from data_prep.synthesis.synthesize import check, synthesize
+from data_prep.synthesis.synthesize import check_synthesis, synthesize
 from data_prep.synthesis.turns import Turns
 from data_prep.target.target import Target, load_tokenizer
 from tests.conftest import command
@@ -89,7 +89,7 @@ def recipe_of(target, out, *words):
 
 
 def run(recipe, barrier=lambda: None):
-    check(recipe)
+    check_synthesis(recipe)
     synthesize(recipe, barrier)
     return [json.loads(line) for line in Path(recipe.synthesize.out).read_text().splitlines()]
 
@@ -197,7 +197,7 @@ def process(recipe, rank=0, world=1, port=0, flush_s=0.0):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         os.environ["DS_ACCELERATOR"] = "cpu"
         journal.FLUSH_S = flush_s
-        check(recipe)
+        check_synthesis(recipe)
         synthesize(recipe, ranks.barrier())
 
     started = multiprocessing.get_context("fork").Process(target=work)
@@ -518,13 +518,13 @@ def test_templates_that_cannot_work_are_refused(target, texts, tmp_path, templat
     (tmp_path / "target").mkdir()
     folder = saved(target, tmp_path / "target", template)
     with pytest.raises(UserError, match=message):
-        check(recipe_of(folder, tmp_path / "out.jsonl", "synthesize.count=3"))
+        check_synthesis(recipe_of(folder, tmp_path / "out.jsonl", "synthesize.count=3"))
     assert not list(tmp_path.glob("out*"))
     if template == NO_HEADER:  # nobody has to write as the user
         words = [f"synthesize.texts={texts}", *only("summarise", "translate"), "synthesize.count=3"]
-        check(recipe_of(folder, tmp_path / "out.jsonl", *words))
+        check_synthesis(recipe_of(folder, tmp_path / "out.jsonl", *words))
         with pytest.raises(UserError, match="no header"):
-            check(recipe_of(folder, tmp_path / "out.jsonl", *words, "synthesize.turns=2"))
+            check_synthesis(recipe_of(folder, tmp_path / "out.jsonl", *words, "synthesize.turns=2"))
 
 
 @pytest.mark.parametrize(
@@ -543,7 +543,7 @@ def test_templates_that_cannot_work_are_refused(target, texts, tmp_path, templat
 )
 def test_what_cannot_work_is_refused(target, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
-        check(recipe_of(target, tmp_path / "out.jsonl", "synthesize.count=3", *words))
+        check_synthesis(recipe_of(target, tmp_path / "out.jsonl", "synthesize.count=3", *words))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_another_capture_into_a_finished_cache_is_refused_and_leaves_it_alone(tm
     changes = {"codec": "fp8"}, {"layers": [0, 2]}, {"last_hidden": "all"}, {"kinds": ["hidden", "kv", "query"]}
     for change in changes:  # known before a document is read
         with pytest.raises(UserError, match=f"these differ: .*{next(iter(change)).replace('kinds', 'query_layers')}"):
-            prepare.check(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
+            prepare.check_capture(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
     other = write_lines(tmp_path / "other.jsonl", TEXTS[:3])
     with pytest.raises(UserError, match="these differ: source.documents, source.hash"):  # known after
         build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": other})}), lambda: None)

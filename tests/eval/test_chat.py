@@ -19,7 +19,7 @@ from data_prep.recipe import TargetRecipe
 from data_prep.target.target import load_target
 from eval.live.chat import Chat
 from eval.prompts.asking import asked
-from eval.recipe import EvalRecipe, check, room_of
+from eval.recipe import EvalRecipe, check_evaluation, room_of
 from tests.conftest import ROOT, command
 from tests.eval.test_decode import generated
 from tests.eval.test_released import save_tiny_drafter
@@ -172,7 +172,7 @@ def test_at_a_terminal_accepted_tokens_are_coloured_and_ctrl_c_ends_the_reply_al
 )
 def test_mistakes_are_one_line_before_the_target_is_loaded(drafter, words, message):
     with pytest.raises(UserError, match=message):
-        check(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", *words]))
+        check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", *words]))
 
 
 def test_a_table_of_positions_is_all_the_room_there_is(drafter, monkeypatch):

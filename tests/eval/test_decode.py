@@ -9,7 +9,7 @@ from eval.oracle.decode import Generation, Round, decode
 from eval.oracle.drafting import Draft, Nobody, OtherMemory, PromptLookup, Trained, zero_memory
 from eval.oracle.verify import verify
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 from train.views.plan import View
 
 CELLS = [
@@ -18,7 +18,7 @@ CELLS = [
     for reuse in ("hidden", "kv", "hybrid")
 ]
 CELLS.append(("blockwise_pairs", "hidden"))
-REFERENCE = EXECUTORS["reference"]
+REFERENCE = BACKENDS["reference"]
 
 
 def prompts(count, length=12, vocab=11, seed=0):

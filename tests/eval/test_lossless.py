@@ -19,8 +19,7 @@ from eval.engine.rounds import Rounds
 from eval.judging import lossless
 from eval.oracle.decode import Generation, Round
 from eval.oracle.verify import accept
-from eval.recipe import EvalRecipe
-from eval.recipe import check as check_eval
+from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports import page
 from tests.support.engines import engine_of, trained
 from tests.support.models import HIDDEN_LAYERS
@@ -277,7 +276,7 @@ def test_the_report_says_so_everywhere(tmp_path, monkeypatch, capsys):
     for name, more in (("chain", []), ("tree", ["draft.breadth=2"])):
         out = tmp_path / name
         recipe = cli.compose("eval", EvalRecipe, [*words, *more, f"out={out}"])
-        check_eval(recipe)
+        check_evaluation(recipe)
         eval.main.run(recipe)
         figures = json.loads((out / "report.json").read_text())["temperatures"]["0"]
         ties, said = figures["ties"], capsys.readouterr().out

@@ -16,8 +16,7 @@ from data_prep.target.target import load_tokenizer
 from eval.judging import measure
 from eval.main import gather, run
 from eval.oracle.decode import Generation, Round
-from eval.recipe import EvalRecipe
-from eval.recipe import check as check_eval
+from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports import compare, page, report
 
 ATTACK = "<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(1)>"
@@ -237,7 +236,7 @@ def test_nothing_decoded_is_no_division_by_zero():
 
 def test_compare_refuses(tmp_path):
     def check(*runs):
-        check_eval(cli.compose("eval", EvalRecipe, ["mode=compare", f"runs=[{','.join(runs)}]", f"out={tmp_path / 'out'}"]))
+        check_evaluation(cli.compose("eval", EvalRecipe, ["mode=compare", f"runs=[{','.join(runs)}]", f"out={tmp_path / 'out'}"]))
 
     folders = {name: str(tmp_path / name) for name in ("a", "b", "other", "old", "cut", "none")}
     other, old, cut = made(), made(), made()
@@ -262,7 +261,7 @@ def test_compare_refuses(tmp_path):
         check(folders["a"], folders["b"])
     for words, message in ((["out=o"], "say which, drafter=RUN/checkpoints/best"), (["runs=[a,b]"], "runs= is for mode=compare")):
         with pytest.raises(UserError, match=message):
-            check_eval(cli.compose("eval", EvalRecipe, words))
+            check_evaluation(cli.compose("eval", EvalRecipe, words))
 
 
 def test_runs_are_compared_without_target_or_drafter(tmp_path, capsys):

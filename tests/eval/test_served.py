@@ -28,14 +28,14 @@ from data_prep.target.target import Target, load_tokenizer
 from eval.judging.measure import sampling_p_value
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
-from eval.recipe import EvalRecipe, check, prompts_within
+from eval.recipe import EvalRecipe, check_evaluation, prompts_within
 from eval.serving import side_by_side
 from eval.serving.served import _incomparable, ours
 from eval.serving.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
 from eval.serving.started import interpreter, started, words
 from tests.conftest import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
 from tests.train.test_export import drafter_for
-from train.attention.choose import executor
+from train.attention.choose import attention_backend
 from train.drafter.formats.export import save_export
 from train.drafter.model import Drafter
 
@@ -191,7 +191,7 @@ def test_what_is_said():
 
 
 def test_our_side_is_plain_decoding_and_counts_as_the_oracle():
-    """Greedy: outputs and counts of the oracle (decode.py). At temperature 1 drafts are the likeliest tokens, and outputs samples."""
+    """Greedy: outputs and counts of the oracle (decode.py). At temperature 1 drafts are the likeliest tokens, outputs samples."""
     target = Target(TINY)
     drafter = drafter_for(target, "ttt").start(target, target.frozen_head).eval()
     target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
@@ -199,7 +199,7 @@ def test_our_side_is_plain_decoding_and_counts_as_the_oracle():
     recipe = cli.compose("eval", EvalRecipe, ["mode=served", "server.url=http://here", f"target.path={TINY}", *words])
     prompts, said = prompts_within(recipe, 400, load_tokenizer(TINY))
     runs = ours(recipe, target, drafter, prompts, said, slots=3)
-    total_C, attend = np.zeros(4, int), executor("reference", target.device, training=False)
+    total_C, attend = np.zeros(4, int), attention_backend("reference", target.device, training=False)
     for prompt in prompts:
         one = decode(target, Trained(drafter, target.frozen_head, attend), prompt.tokens, 24, 0.0, 0, target.end_tokens)
         assert runs[0].answers[prompt.id, 0].tokens == one.tokens
@@ -262,7 +262,7 @@ def models(name=TINY, **more):
 def refusal(url, *words):
     recipe = cli.compose("eval", EvalRecipe, ["mode=served", f"server.url={url}", f"target.path={TINY}", *words])
     with pytest.raises(UserError) as refused:
-        check(recipe)
+        check_evaluation(recipe)
     return str(refused.value)
 
 
@@ -362,7 +362,7 @@ def test_a_server_that_dies_in_the_middle(play):
 def test_what_cannot_be_asked_for():
     def said(*words):
         with pytest.raises(UserError) as refused:
-            check(cli.compose("eval", EvalRecipe, ["mode=served", f"target.path={TINY}", *words]))
+            check_evaluation(cli.compose("eval", EvalRecipe, ["mode=served", f"target.path={TINY}", *words]))
         return str(refused.value)
 
     assert "server.url=http://HOST:PORT" in said()

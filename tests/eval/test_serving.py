@@ -17,7 +17,7 @@ from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.conftest import ROOT, without_vllm
 from tests.train.test_export import drafter_for
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 from train.data.packs import make_pack
 from train.drafter.formats.export import save_export
 from train.losses.recipe import LossRecipe
@@ -75,7 +75,7 @@ def taught(target, drafter, prompts):
     config, names, documents = drafter.config, [], []
     target.capture(config.hidden_layers, [])
     for prompt in prompts:
-        nobody = decode(target, Trained(drafter, target.frozen_head, EXECUTORS["reference"], None), prompt, NEW, 0, 0)
+        nobody = decode(target, Trained(drafter, target.frozen_head, BACKENDS["reference"], None), prompt, NEW, 0, 0)
         ids = torch.tensor(prompt + nobody.tokens)
         states = target.forward(ids[None]).map(lambda t: t[0])
         hidden = {f"hidden.{layer}": t for layer, t in states.hidden.items()}
@@ -83,7 +83,7 @@ def taught(target, drafter, prompts):
         documents.append({"input_ids": ids, "loss_mask": mask, "last_hidden": states.last_hidden[:-1], **hidden})
         names.append(str(len(names)))
     weight_J = 0.8 ** torch.arange(config.draft_length)
-    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, EXECUTORS["reference"], chunk=4096)
+    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, BACKENDS["reference"], chunk=4096)
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
     generator = np.random.default_rng(0)
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
@@ -101,7 +101,7 @@ def accepted(target, drafter, prompts):
     outputs, rounds = [], []
     target.capture(drafter.config.hidden_layers, [])
     for prompt in prompts:
-        who = Trained(drafter, target.frozen_head, EXECUTORS["reference"], None)
+        who = Trained(drafter, target.frozen_head, BACKENDS["reference"], None)
         generation = decode(target, who, prompt, NEW, 0, 0, keep_drafts=True)
         outputs.append(generation.tokens)
         rounds += generation.rounds

@@ -17,8 +17,7 @@ from common.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
 from eval.prompts.suites import SuiteRecipe, cut, load_prompts
-from eval.recipe import EvalRecipe
-from eval.recipe import check as check_eval
+from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports.report import gather
 from tests.conftest import ROOT
 from train.drafter.config import DrafterConfig
@@ -289,14 +288,14 @@ def test_what_is_wrong_is_one_line_before_the_target_is_loaded(drafter, tmp_path
         path.write_text(content)
         named = [f"suite.path={path}"]
     with pytest.raises(UserError, match=message):
-        check_eval(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=jsonl", *named, *words]))
+        check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=jsonl", *named, *words]))
 
 
 def test_a_data_set_out_of_reach_is_one_line(drafter):
     with pytest.raises(
         UserError, match="suite.name=openai/gsm8k, suite.split=test: datasets cannot load it .*give suite.path=FILE"
     ):
-        check_eval(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=gsm8k"]))
+        check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=gsm8k"]))
 
 
 def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path, capsys):
@@ -310,10 +309,10 @@ def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path,
     config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
     (short / "config.json").write_text(json.dumps(config))
     compose = lambda *words: cli.compose("eval", EvalRecipe, [f"drafter={short}", "suite=jsonl", f"suite.path={path}", *words])
-    check_eval(compose("suite.new_tokens=8", "suite.prompt_tokens=60"))
+    check_evaluation(compose("suite.new_tokens=8", "suite.prompt_tokens=60"))
     assert "warning" not in capsys.readouterr().out
     recipe = compose("suite.new_tokens=8", "temperatures=[0]", f"out={tmp_path / 'out'}")
-    check_eval(recipe)
+    check_evaluation(recipe)
     (said,) = capsys.readouterr().out.splitlines()
     assert re.match("warning: .* knows positions below 100, and 1 of 3 prompts reach up to 1[0-9]{2}:", said)
     run(recipe)
@@ -341,10 +340,10 @@ def test_a_table_of_positions_has_an_end(drafter, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {"lm": lm}))
         recipe = cli.compose("eval", EvalRecipe, [*words, "suite.new_tokens=8"])
         if not refused:
-            check_eval(recipe)
+            check_evaluation(recipe)
             continue
         with pytest.raises(UserError, match="has a table of 100 positions, and 1 of 2 prompts need up to 1"):
-            check_eval(recipe)
+            check_evaluation(recipe)
 
 
 def test_a_suite_of_conversations_is_judged(drafter, tmp_path, capsys):
@@ -354,7 +353,7 @@ def test_a_suite_of_conversations_is_judged(drafter, tmp_path, capsys):
     path = written(tmp_path, QUESTION, {"question_id": 1, "category": "rag", "turns": ["Why?"]})
     words = [f"drafter={drafter}", "suite=spec_bench", f"suite.path={path}", "suite.new_tokens=6", f"out={tmp_path / 'out'}"]
     recipe = cli.compose("eval", EvalRecipe, [*words, "suite.warmup=1", "temperatures=[0]", "seed=3"])
-    check_eval(recipe)
+    check_evaluation(recipe)
     run(recipe)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["prompts"]["seed"] == 3 and report["prompts"]["conversation_turns"] == 3 and report["context"] is None

@@ -6,7 +6,7 @@ import torch
 import eval.engine.rounds
 import eval.engine.tree
 from data_prep.decoding.attention import merge, over_cache, over_rows
-from eval.caches.static import executor
+from eval.caches.static import static_attention
 from eval.engine.drafting import StaticTrained
 from eval.engine.request import Stops
 from eval.engine.tree import TreeShape
@@ -14,7 +14,7 @@ from eval.oracle.drafting import Trained
 from tests.eval.test_decode import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
-from train.attention.visibility import Rows
+from train.attention.visibility import DraftRows
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def chain_of(target, drafter, prompt, token):
     def chain(path):
         feature, earlier, past = None if memory.feature is None else memory.feature[-1:], None, None
         for j, known in enumerate([token, *path]):
-            rows = Rows(zero, anchor, zero, zero + j + 1, anchor + j)
+            rows = DraftRows(zero, anchor, zero, zero + j + 1, anchor + j)
             output, feature, past = drafter.step(plain._embed([known]), feature, rows, earlier, memory, past, REFERENCE)
             earlier = rows if earlier is None else earlier + rows
         return plain._logits(output)[0].log_softmax(-1)
@@ -97,7 +97,7 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
         assert tree.depth_BT[b].tolist() == [len(path) for path in paths]
         assert row.tolist() == [[path[: len(other)] == other for other in paths] for path in paths]
     beside = lambda seen_QR: seen_QR.unflatten(0, (4, -1)).roll(1, 1).flatten(0, 1)
-    monkeypatch.setattr(eval.engine.tree, "executor", lambda seen_QR: executor(seen_QR=seen_QR | beside(seen_QR)))
+    monkeypatch.setattr(eval.engine.tree, "static_attention", lambda seen_QR: static_attention(seen_QR=seen_QR | beside(seen_QR)))
     _, leaking, _ = grown(target, drafter, prompts, shape, nodes)
     assert error(leaking[:2]) > 1e-4  # the control: a row that sees its sibling scores differently
 

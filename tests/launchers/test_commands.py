@@ -11,11 +11,9 @@ from common import cli
 from common.errors import UserError
 from data_prep.cache.manifest import FILES, MANIFEST, canonical, file_hash
 from data_prep.recipe import DataPrepRecipe
-from eval.recipe import EvalRecipe
-from eval.recipe import check as check_eval
+from eval.recipe import EvalRecipe, check_evaluation
 from tests.conftest import ROOT, SMALL, command
-from train.build import check as check_train
-from train.build import engine_config
+from train.build import check_training, engine_config
 from train.recipe import TrainRecipe
 
 
@@ -52,12 +50,12 @@ def test_every_choice_of_the_others_composes(group):
 def test_budgetdraft_brings_a_view_and_a_number_is_the_only_budget():
     compose = lambda *words: cli.compose("train", TrainRecipe, ["objective=budgetdraft", *words])
     assert compose().view.kind == "topk_chunk" and compose("view=h2o").view.kind == "h2o"
-    assert compose().branches.sampler == "sandwich" and compose("objective.budgets=paper").branches.sampler == "paper"
-    assert compose("view.budget=512").branches.judged[1:] == [512]
-    assert compose("view.budget=512", "objective.budgets=fixed").branches == compose("view.budget=512").branches
+    assert compose().view_sampler.sampler == "sandwich" and compose("objective.budgets=paper").view_sampler.sampler == "paper"
+    assert compose("view.budget=512").view_sampler.judged[1:] == [512]
+    assert compose("view.budget=512", "objective.budgets=fixed").view_sampler == compose("view.budget=512").view_sampler
     block = compose("objective.kind=blockwise", "objective.slots=8", "objective.decay=4")
-    assert block.objective.kind == "blockwise" and block.branches.sparse == 0.5
-    assert cli.compose("train", TrainRecipe, ["objective=ttt"]).branches is None
+    assert block.objective.kind == "blockwise" and block.view_sampler.sparse == 0.5
+    assert cli.compose("train", TrainRecipe, ["objective=ttt"]).view_sampler is None
     assert cli.compose("train", TrainRecipe, ["experiment=budgetdraft", "drafter.lm=x"]).view.refresh == "never"
 
 
@@ -67,7 +65,7 @@ def test_every_cell_is_accepted(cache, objective, reuse):
     sources = ["native", "projected", "projected_rope", "head_concat"] if reuse in ("kv", "hybrid") else [None]
     for source in sources:
         words = [f"objective={objective}", f"reuse={reuse}", f"cache.dir={cache}"]
-        check_train(cli.compose("train", TrainRecipe, words + ([f"reuse.source={source}"] if source else [])))
+        check_training(cli.compose("train", TrainRecipe, words + ([f"reuse.source={source}"] if source else [])))
 
 
 def test_recipes_say_what_they_follow():
@@ -170,25 +168,25 @@ def test_recipes_say_what_they_follow():
 )
 def test_train_refuses(cache, words, message):
     with pytest.raises(UserError, match=message):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words]))
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words]))
 
 
 @pytest.mark.parametrize("on_missing", ["live", "capture"])
 def test_a_cache_that_is_yet_to_be_made_is_checked_as_far_as_it_is_known(tmp_path, on_missing):
     words = [f"cache.on_missing={on_missing}", f"cache.dir={tmp_path / 'new'}", "data.max_tokens=2000", "reuse=kv"]
     compose = lambda *more: cli.compose("train", TrainRecipe, [*words, *more])
-    check_train(compose())
-    check_train(compose("loss.query_align=1", "cache.kinds=[kv,query]"))
+    check_training(compose())
+    check_training(compose("loss.query_align=1", "cache.kinds=[kv,query]"))
     with pytest.raises(UserError, match="loss.query_align needs query states"):
-        check_train(compose("loss.query_align=1"))
+        check_training(compose("loss.query_align=1"))
     assert not any(tmp_path.iterdir())
 
 
 def test_pairs_take_eagle31_s_norms_before_fc_and_views(cache):
     compose = lambda *words: cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "reuse=hidden", "reuse.pairs=true", *words])
-    check_train(compose("experiment=peagle", "drafter.fc_norm=true"))
+    check_training(compose("experiment=peagle", "drafter.fc_norm=true"))
     block = ["objective.kind=blockwise", "+objective.shifted=true", "+objective.causal=true", "objective.decay=4"]
-    check_train(compose("objective=budgetdraft", *block))
+    check_training(compose("objective=budgetdraft", *block))
 
 
 def test_recipes_run_on_a_cache_of_three_layers(cache):
@@ -199,15 +197,15 @@ def test_recipes_run_on_a_cache_of_three_layers(cache):
         recipe = cli.compose("train", TrainRecipe, [f"experiment={name}", f"cache.dir={cache}", *words])
         if name == "blockwise_native_aligned":
             with pytest.raises(UserError, match="loss.query_align needs query states"):
-                check_train(recipe)
+                check_training(recipe)
         else:
-            check_train(recipe)
+            check_training(recipe)
 
 
 def test_a_world_size_that_does_not_divide_is_refused(cache, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="train.batch=8 packs a step cannot be shared by 3 ranks"):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "train.batch=8"]))
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "train.batch=8"]))
 
 
 def rewrite(folder, manifest):
@@ -223,18 +221,18 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
     manifest = json.loads((bare / "manifest.json").read_text())
     rewrite(bare, manifest | {"kv_layers": []})
     with pytest.raises(UserError, match="needs kv states, which the cache"):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
     rewrite(bare, manifest | {"tokenizer_hash": "0"})
     with pytest.raises(UserError, match="captured with another tokenizer"):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
     rewrite(bare, manifest)
     shard = next(bare.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{shard.name} is missing or truncated"):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} is missing or truncated"):
-        check_train(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={bare}"]))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +254,7 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
 )
 def test_eval_refuses(words, message):
     with pytest.raises(UserError, match=message):
-        check_eval(cli.compose("eval", EvalRecipe, ["drafter=nowhere", *words]))
+        check_evaluation(cli.compose("eval", EvalRecipe, ["drafter=nowhere", *words]))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +348,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
         (["mode=export", "format=dflash"], "cannot be exported as format=dflash"),
     ):
         with pytest.raises(UserError, match=message):
-            check_eval(cli.compose("eval", EvalRecipe, [*small, *words]))
+            check_evaluation(cli.compose("eval", EvalRecipe, [*small, *words]))
 
     judged = command(
         ROOT / "eval/main.py",

@@ -20,7 +20,7 @@ from eval.recipe import EvalRecipe
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.data_prep.test_sources import write_lines
 from train import sizes
-from train.build import check
+from train.build import check_training
 from train.recipe import TrainRecipe
 
 TRAIN = ROOT / "train/main.py"
@@ -83,7 +83,7 @@ def test_any_number_of_ranks_shares_a_batch_that_nobody_named(cache, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", str(world))
     recipe = compose(f"cache.dir={cache}")
     assert recipe.train.batch == batch
-    check(recipe)
+    check_training(recipe)
 
 
 def test_a_run_goes_on_with_the_sizes_with_which_it_began(monkeypatch):

@@ -14,8 +14,7 @@ from common.errors import UserError
 from data_prep.cache.reader import CacheReader
 from data_prep.target.target import load_target
 from eval.main import run
-from eval.recipe import EvalRecipe
-from eval.recipe import check as check_eval
+from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports import compare, report
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.launchers.test_launch import losses
@@ -171,7 +170,7 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
 )
 def test_eval_refuses_what_a_view_cannot_be(cache, drafter, words, message):
     words = [word.replace("CACHE", str(cache)) for word in words]
-    check = lambda: check_eval(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", *words]))
+    check = lambda: check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", *words]))
     if message is None:
         return check()
     with pytest.raises(UserError, match=message):
@@ -184,13 +183,13 @@ def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path)
     assert done.returncode == 2 and "out is the folder of the whole sweep" in done.stderr and not list(tmp_path.iterdir())
     for mode in ("diagnose", "export"):
         with pytest.raises(UserError, match=f"mode={mode} knows the full view only: leave out view.budget"):
-            check_eval(cli.compose("eval", EvalRecipe, [*words, f"mode={mode}", "view.budget=24"]))
+            check_evaluation(cli.compose("eval", EvalRecipe, [*words, f"mode={mode}", "view.budget=24"]))
     with pytest.raises(UserError, match="/none: no report of a drafter is there"):
         report.gather([tmp_path / "none"], tmp_path)
     with pytest.raises(UserError, match="""'=' in it is quoted twice: "drafter='a/view.budget=2/best'\""""):
         cli.parsed(["drafter=a/view.budget=2/best"])
     with pytest.raises(UserError, match="/dev/null is a file; it must be a folder"):
-        check_eval(cli.compose("eval", EvalRecipe, [*words, "out=/dev/null/x"]))
+        check_evaluation(cli.compose("eval", EvalRecipe, [*words, "out=/dev/null/x"]))
     swept = cli.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "context=64"], ("out", "cache.dir"))
     assert swept[2].endswith("exclude_keys=[context,out]")  # what is swept stands in the folder's name
     assert cli.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(cli.folder_name("x" * 999)) < 200
@@ -210,7 +209,7 @@ def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path
     Drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(tmp_path)
 
     def check(*words) -> str:
-        check_eval(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
+        check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
         return capsys.readouterr().out
 
     warned = check("context=512", "view.budget=64")

@@ -9,9 +9,9 @@ from eval.engine.drafting import StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import Lengths
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 
-REFERENCE = EXECUTORS["reference"]
+REFERENCE = BACKENDS["reference"]
 GREEDY = Sampling(0.0)
 
 

@@ -13,7 +13,7 @@ from data_prep.target.target import States
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 from train.data.packs import make_pack
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
@@ -70,7 +70,7 @@ def cached(target, tokens, capture=True):
 def decoded(target, drafter, temperature=0.0, rounds=60, view=None):
     target.capture(HIDDEN_LAYERS, KV_LAYERS)
     prompt = torch.randint(0, 11, (23,), generator=torch.Generator().manual_seed(5)).tolist()
-    trained = Trained(drafter, target.frozen_head, EXECUTORS["reference"], view)
+    trained = Trained(drafter, target.frozen_head, BACKENDS["reference"], view)
     generation = decode(target, trained, prompt, 120, temperature, seed=3, keep_drafts=True)
     return prompt, generation, generation.rounds[:rounds]
 
@@ -105,7 +105,7 @@ def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None
         return objective.logits(pack)[-1] if view else objective.logits(pack)
 
 
-def largest_difference(target, drafter, packing=True, attend=EXECUTORS["reference"], tamper=None, temperature=0.0, view=None):
+def largest_difference(target, drafter, packing=True, attend=BACKENDS["reference"], tamper=None, temperature=0.0, view=None):
     """(largest difference of logits, slots compared that were kept, that were refused); asserts on tokens and lengths
     unless tampered with."""
     prompt, generation, rounds = decoded(target, drafter, temperature, view=view)
@@ -155,14 +155,14 @@ def test_two_layers_and_sampling(target, objective, reuse):
 )
 def test_flex_forward_is_decode_loop(target, objective, reuse):
     torch._dynamo.reset()  # else the shapes of other cells use up the limit of compilations, and no kernel is tested
-    worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), attend=EXECUTORS["flex"])
+    worst, *_ = largest_difference(target, drafter_of(target, objective, reuse), attend=BACKENDS["flex"])
     assert worst < 1e-4
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
 @pytest.mark.parametrize("reuse", sorted({reuse for objective, reuse in EVERY if objective == "ttt"}))
 def test_flash_forward_is_decode_loop(target, reuse, packing):
-    worst, *_ = largest_difference(target, drafter_of(target, "ttt", reuse), packing, EXECUTORS["flash"])
+    worst, *_ = largest_difference(target, drafter_of(target, "ttt", reuse), packing, BACKENDS["flash"])
     assert worst < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The visibility rule, drawn cell by cell, and every executor against the reference."""
+"""The visibility rule, drawn cell by cell, and every backend against the reference."""
 
 import sys
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from train.attention.choose import EXECUTORS, executor
-from train.attention.visibility import Places, Rows, Visibility
+from train.attention.choose import BACKENDS, attention_backend
+from train.attention.visibility import DraftRows, Places, Visibility
 from train.objectives.blockwise import block_rows
 
 
@@ -38,10 +38,10 @@ def test_block_cell_by_cell():
     ]
 
 
-def ttt_rows(document, anchor, slot) -> Rows:
+def ttt_rows(document, anchor, slot) -> DraftRows:
     document, anchor = torch.tensor(document), torch.tensor(anchor)
     group = torch.arange(len(anchor))
-    return Rows(document, anchor, group, torch.full_like(group, slot), anchor + slot - 1)
+    return DraftRows(document, anchor, group, torch.full_like(group, slot), anchor + slot - 1)
 
 
 def test_ttt_second_step_cell_by_cell():
@@ -97,17 +97,17 @@ def test_reference_is_softmax_over_visible_keys(causal):
     q, k, v, rows, memory = packed_case()
     visibility = Visibility(rows, memory, rows, causal)
     expected = softmax_by_hand(q, k, v, visibility.dense)
-    torch.testing.assert_close(EXECUTORS["reference"](q, k, v, visibility).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(BACKENDS["reference"](q, k, v, visibility).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_flex_forward_equals_reference_on_packed_documents():
     q, k, v, rows, memory = packed_case()
     visibility = Visibility(rows, memory, rows, causal=True)
-    expected = EXECUTORS["reference"](q, k, v, visibility)
+    expected = BACKENDS["reference"](q, k, v, visibility)
     with torch.no_grad():
-        torch.testing.assert_close(EXECUTORS["flex"](q, k, v, visibility), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(BACKENDS["flex"](q, k, v, visibility), expected, rtol=1e-4, atol=1e-5)
     blind = Visibility(rows, Places(torch.zeros_like(memory.document), memory.position), rows, causal=True)
-    assert (EXECUTORS["reference"](q, k, v, blind) - expected).abs().max() > 1e-2  # the mask is noticed when dropped
+    assert (BACKENDS["reference"](q, k, v, blind) - expected).abs().max() > 1e-2  # the mask is noticed when dropped
 
 
 def test_flex_block_mask_is_the_dense_mask():
@@ -122,13 +122,13 @@ def test_flex_block_mask_is_the_dense_mask():
 def test_flex_training_on_a_cpu_is_refused():
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match="attention=flex cannot train on a CPU"):
-        executor("flex", cpu)
-    assert executor("auto", cpu, flash=True, dense=True) is EXECUTORS["reference"]
+        attention_backend("flex", cpu)
+    assert attention_backend("auto", cpu, flash=True, dense=True) is BACKENDS["reference"]
     gpu = torch.device("cuda")
-    assert executor("auto", gpu) is executor("auto", gpu, flash=True) is EXECUTORS["flex"]
-    assert executor("auto", gpu, flash=True, dense=True) is EXECUTORS["flash"]
+    assert attention_backend("auto", gpu) is attention_backend("auto", gpu, flash=True) is BACKENDS["flex"]
+    assert attention_backend("auto", gpu, flash=True, dense=True) is BACKENDS["flash"]
     with pytest.raises(UserError, match="attention=flash is for objective=ttt without views"):
-        executor("flash", gpu, flash=False)
+        attention_backend("flash", gpu, flash=False)
 
 
 def ttt_case(steps: int, shift: int, size=16, heads=4, kv_heads=2):
@@ -155,16 +155,16 @@ def through(attend, visibility, *tensors):
 def test_flash_equals_reference_forward_and_backward(steps, shift):
     *tensors, visibility = ttt_case(steps, shift)
     tensors = [t.double() for t in tensors]
-    expected = through(EXECUTORS["reference"], visibility, *tensors)
-    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+    expected = through(BACKENDS["reference"], visibility, *tensors)
+    for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
         torch.testing.assert_close(mine, theirs)
     # Masks that must be noticed when dropped: the documents' borders, and the anchor's own position.
     blind = Places(torch.zeros_like(visibility.memory.document), torch.arange(150) + shift)
     for memory, later in ((blind, 0), (visibility.memory, 1)):
         r = visibility.queries
-        moved = Rows(r.document * (memory is not blind), r.anchor + later, r.group, r.slot, r.position)
+        moved = DraftRows(r.document * (memory is not blind), r.anchor + later, r.group, r.slot, r.position)
         wrong = Visibility(moved, memory, visibility.drafts, causal=True)
-        for mine, theirs in zip(through(EXECUTORS["flash"], wrong, *tensors), expected):
+        for mine, theirs in zip(through(BACKENDS["flash"], wrong, *tensors), expected):
             assert (mine - theirs).abs().max() > 1e-2
 
 
@@ -174,12 +174,12 @@ def test_kernels_of_draft_keys_equal_their_definition(steps, shift, monkeypatch)
     of two."""
     joint, module = pytest.importorskip("train.attention.joint", exc_type=ImportError), sys.modules["train.attention.flash"]
     *tensors, visibility = ttt_case(steps, shift, size=24, heads=6)
-    expected = through(EXECUTORS["flash"], visibility, *tensors)
+    expected = through(BACKENDS["flash"], visibility, *tensors)
     if torch.cuda.is_available():
         monkeypatch.setattr(module, "kernel", lambda on_gpu: (_on_cpu(module._cpu_forward), _on_cpu(module._cpu_backward)))
         tensors, visibility = [t.cuda() for t in tensors], on_gpu(visibility)
     monkeypatch.setattr(module, "drafts", lambda on_gpu: joint)
-    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+    for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -204,8 +204,8 @@ def test_flash_equals_reference_on_a_gpu(steps, shift, own, monkeypatch):
     *tensors, visibility = ttt_case(steps, shift, size=128, heads=8)
     tensors = [t.to("cuda", torch.bfloat16) for t in tensors]
     visibility = on_gpu(visibility)
-    expected = through(EXECUTORS["reference"], visibility, *(t.double() for t in tensors))
-    for mine, theirs in zip(through(EXECUTORS["flash"], visibility, *tensors), expected):
+    expected = through(BACKENDS["reference"], visibility, *(t.double() for t in tensors))
+    for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
         assert (mine.double() - theirs).norm() / theirs.norm() < 1e-2
 
 
@@ -231,6 +231,6 @@ def test_flex_backward_equals_reference_on_a_gpu(rule):
     gradients = []
     for name in ("reference", "flex"):
         leaves = [t.cuda().requires_grad_() for t in (q, k, v)]
-        gradients.append(torch.autograd.grad(EXECUTORS[name](*leaves, visibility), leaves, upstream))
+        gradients.append(torch.autograd.grad(BACKENDS[name](*leaves, visibility), leaves, upstream))
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)  # flex multiplies in tf32 on a GPU

@@ -15,7 +15,7 @@ from data_prep.capture.live import LiveReader
 from data_prep.target.target import load_target
 from tests.support.models import drafter_of, small_target
 from tests.train.test_alignment import cached
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 from train.build import drafter_config
 from train.data.packs import PackStream, loaded, make_pack, sample_anchors, split
 from train.drafter.model import Drafter
@@ -30,7 +30,7 @@ CELLS = [(o, r) for o in ("ttt", "blockwise") for r in ("hidden", "kv", "hybrid"
 
 def objective_of(target, drafter, chunk=16):
     weight = 0.8 ** torch.arange(drafter.config.draft_length)
-    return Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight, EXECUTORS["reference"], chunk)
+    return Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight, BACKENDS["reference"], chunk)
 
 
 def texts(*lengths, seed=0):

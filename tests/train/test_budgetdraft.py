@@ -9,12 +9,12 @@ import torch
 from data_prep.cache.reader import CacheReader
 from tests.support.models import drafter_of, small_target
 from tests.train.test_objectives import document
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 from train.data.packs import PackStream, make_pack, sample_ages
 from train.losses import chunked
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
-from train.views.budgets import PAPER, Branches
+from train.views.budgets import PAPER, ViewSampler
 from train.views.plan import FULL, View
 
 VIEW = View(kind="topk_chunk", sink=2, recent=2, chunk=2)
@@ -42,9 +42,9 @@ def packed(target, budgets, ages=True):
     return make_pack(["a", "b"], documents, anchors, budgets=each, ages=[np.minimum(a - 1, 2 * ages) for a in anchors])
 
 
-def objective(target, drafter, loss, view=VIEW, branches=(1.0,), detach=False, dpace=False):
+def objective(target, drafter, loss, view=VIEW, view_weights=(1.0,), detach=False, dpace=False):
     weight_J = None if dpace else 0.8 ** torch.arange(drafter.config.draft_length)
-    return Objective(drafter, target.frozen_head, loss, weight_J, EXECUTORS["reference"], 7, view, branches, detach)
+    return Objective(drafter, target.frozen_head, loss, weight_J, BACKENDS["reference"], 7, view, view_weights, detach)
 
 
 def gradients(value, drafter):
@@ -100,13 +100,13 @@ def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
     drafter, asked = drafter_of(target, "ttt", "kv"), []
     monkeypatch.setattr(
         chunked,
-        "eager",
-        lambda loss, chunk, learns, of=chunked.eager: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
+        "reference_loss",
+        lambda loss, chunk, learns, of=chunked.reference_loss: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
     )
     for budgets, weights in (([FULL], [1.0]), ([FULL, 8, 9, 10], [1.0, 0.1, 0.1, 0.1])):
         asked.clear()
         pack = packed(target, budgets)
-        objective(target, drafter, LossRecipe(kl=1), branches=weights)(pack)
+        objective(target, drafter, LossRecipe(kl=1), view_weights=weights)(pack)
         anchor, slot = pack.valid(4).nonzero(as_tuple=True)
         teachers = len((pack.anchor_N[anchor] + slot).unique())
         assert teachers <= sum(asked) < teachers + len(asked)
@@ -119,7 +119,7 @@ def test_detached_memory_teaches_nothing(target, cell, names):
     drafter = drafter_of(target, *cell)
     pack, found = packed(target, [FULL, 8]), []
     for detach in (False, True):
-        one = objective(target, drafter, LossRecipe(kl=1), branches=[1.0, 0.5], detach=detach)
+        one = objective(target, drafter, LossRecipe(kl=1), view_weights=[1.0, 0.5], detach=detach)
         found.append(dict(zip((n for n, _ in drafter.named_parameters()), gradients(one(pack).share, drafter))))
     differs = {name for name in found[0] if (found[0][name] - found[1][name]).abs().max() > 1e-9}
     if names:
@@ -133,38 +133,38 @@ def test_detached_memory_teaches_nothing(target, cell, names):
 # Which budgets
 
 
-def branches(sampler, **more):
-    return Branches(
+def sampler_of(sampler, **more):
+    return ViewSampler(
         **{"full": 1.0, "sparse": 0.5, "sampler": sampler, "smallest": 256, "largest": 2048, "draws": 2, "seed": 0} | more
     )
 
 
 def test_paper_draws_one_budget_a_step_with_the_published_chances():
-    drawn = [branches("paper").budgets(step, "a") for step in range(4000)]
+    drawn = [sampler_of("paper").budgets(step, "a") for step in range(4000)]
     assert all(one[0] == FULL and len(one) == 2 for one in drawn)
     found = Counter(one[1] for one in drawn)
     for budget, chance in PAPER.items():
         assert found[budget] / 4000 == pytest.approx(chance, abs=0.03)
-    assert [branches("paper").budgets(step, "b") for step in range(50)] == drawn[:50]  # one for all documents of a step
-    assert branches("paper").weights == [1.0, 0.5] and branches("paper").judged == [FULL, 256, 512, 1024, 2048]
+    assert [sampler_of("paper").budgets(step, "b") for step in range(50)] == drawn[:50]  # one for all documents of a step
+    assert sampler_of("paper").weights == [1.0, 0.5] and sampler_of("paper").judged == [FULL, 256, 512, 1024, 2048]
 
 
 def test_sandwich_draws_the_smallest_and_log_uniform_ones():
-    drawn = [branches("sandwich").budgets(step, id) for step in range(500) for id in "abc"]
+    drawn = [sampler_of("sandwich").budgets(step, id) for step in range(500) for id in "abc"]
     assert all(one[:2] == [FULL, 256] and len(one) == 4 for one in drawn)
     logs = np.log2(np.array([one[2:] for one in drawn]).flatten() / 256)
     assert logs.min() >= -0.01 and logs.max() <= 3.01
     np.testing.assert_allclose(np.histogram(logs, bins=3, range=(0, 3))[0] / len(logs), 1 / 3, atol=0.03)
-    other = branches("sandwich", seed=1)
-    assert len({tuple(b.budgets(s, i)) for b in (branches("sandwich"), other) for s in (1, 2) for i in "ab"}) == 8
-    assert branches("sandwich").budgets(7, "a") == branches("sandwich").budgets(7, "a")
-    assert branches("sandwich").weights == pytest.approx([1.0, 0.5 / 3, 0.5 / 3, 0.5 / 3])
-    assert branches("fixed", full=0.0).budgets(3, "a") == [256] and branches("fixed", full=0.0).weights == [0.5]
+    other = sampler_of("sandwich", seed=1)
+    assert len({tuple(b.budgets(s, i)) for b in (sampler_of("sandwich"), other) for s in (1, 2) for i in "ab"}) == 8
+    assert sampler_of("sandwich").budgets(7, "a") == sampler_of("sandwich").budgets(7, "a")
+    assert sampler_of("sandwich").weights == pytest.approx([1.0, 0.5 / 3, 0.5 / 3, 0.5 / 3])
+    assert sampler_of("fixed", full=0.0).budgets(3, "a") == [256] and sampler_of("fixed", full=0.0).weights == [0.5]
 
 
 def test_packs_carry_the_budgets_of_their_step(cache):
     """Whoever reads a pack, and whenever: a rank of two, one process, a resumed run."""
-    reader, sandwich = CacheReader(cache), branches("sandwich", smallest=20, largest=90)
+    reader, sandwich = CacheReader(cache), sampler_of("sandwich", smallest=20, largest=90)
     stream = lambda: PackStream(
         reader, np.arange(len(reader)), ["input_ids", "loss_mask", "last_hidden"], 256, 4, 3,
         budgets=sandwich.budgets, ages=lambda id, anchors, number: sample_ages(id, anchors, 5, 3, number), batch=3,

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.losses import chunked, divergences, weights
-from train.losses.chunked import Heads, Rows, chunked_loss
+from train.losses.chunked import HeadInput, Heads, chunked_loss
 from train.losses.recipe import LossRecipe
 
 ROWS, HIDDEN, VOCAB = 37, 16, 211
@@ -27,11 +27,11 @@ def rows(regime: str = "ordinary", dtype=torch.float32, seed: int = 0):
     return draft, teacher, label, weight, mix, head
 
 
-def row_inputs(draft, teacher, label, mix) -> Rows:
+def row_inputs(draft, teacher, label, mix) -> HeadInput:
     """Every row counts; the teachers serve the rows of one view after another."""
     index = torch.arange(len(draft))
     teacher_of = index % max(1, len(teacher))
-    return Rows(draft, index, teacher, teacher_of, label[teacher_of], mix)
+    return HeadInput(draft, index, teacher, teacher_of, label[teacher_of], mix)
 
 
 def definition(name, q, p, label, mix):
@@ -269,7 +269,7 @@ def test_every_teacher_is_asked_once(kept):
     teacher_R = torch.randint(0, ROWS, (50,), generator=g)
     draft = torch.randn(80, HIDDEN, generator=g, dtype=torch.float64).requires_grad_()
     index_R = torch.randperm(80, generator=g)[:50]
-    picked = Rows(draft, index_R, teacher, teacher_R, label[teacher_R], mix[teacher_R])
+    picked = HeadInput(draft, index_R, teacher, teacher_R, label[teacher_R], mix[teacher_R])
     weight_R, heads, loss = torch.rand(50, generator=g).double(), Heads(own, head, kept), {"lk_lambda": 1.0, "ce": 0.5}
     total, found = chunked_loss(picked, heads, loss, weight_R, 7, 0.1 * weight_R)
     apart = [
@@ -310,7 +310,7 @@ def test_fused_kernels_equal_eager(fused, loss, kept):
         kept_D = None if kept is None else kept.to(device)
         own = (head if kept is None else head[kept_D]).clone().requires_grad_()
         found = []
-        for kernel in (chunked.eager, fused):
+        for kernel in (chunked.reference_loss, fused):
             inputs = row_inputs(draft, teacher, in_vocabulary(label.cpu(), kept).to(device), mix)
             inputs = inputs._replace(index_R=inputs.index_R.to(device), teacher_R=inputs.teacher_R.to(device) // 2)
             extra = overlap_weight * weight if overlap_weight else None
@@ -328,7 +328,7 @@ def test_fused_kernels_know_distributions_that_hardly_meet(fused):
     if torch.cuda.is_available():
         logits, target, one, none = (t.cuda() for t in (logits, target, one, none))
     chunk = chunked.Chunk(logits, target, none, None, none + 2, one, one, None)
-    (_, expected), (statistics, gradient) = (kernel({"lk_alpha": 1.0}, chunk, True) for kernel in (chunked.eager, fused))
+    (_, expected), (statistics, gradient) = (kernel({"lk_alpha": 1.0}, chunk, True) for kernel in (chunked.reference_loss, fused))
     assert statistics.overlap.item() == 0 and statistics.loss.item() == pytest.approx(200, rel=1e-3)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
 
@@ -343,7 +343,7 @@ def test_fused_kernels_pass_nan_on(fused, loss, side):
         (logits if side == "drafter" else target)[0, place] = torch.nan
         one, none = torch.ones(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
         found = []
-        for kernel in (chunked.eager, fused):
+        for kernel in (chunked.reference_loss, fused):
             chunk = chunked.Chunk(logits.clone(), target, none, None, none + 5, one, one, None)
             found.append(kernel({loss: 1.0}, chunk, True)[0])
         for name in ("loss", "overlap", "label_probability"):
@@ -354,7 +354,7 @@ def test_fused_kernels_pass_nan_on(fused, loss, side):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 products that add up in float32 need a GPU")
 @pytest.mark.parametrize("loss", [{"kl": 1.0}, EVERYTHING], ids=str)
 def test_fused_kernels_in_bf16_on_a_gpu(loss):
-    """The size of a real vocabulary, in bf16, against `eager` on the same logits: both round the same products, so what differs
+    """The size of a real vocabulary, in bf16, against `reference_loss` on the same logits: both round alike: the difference
     is one rounding of a gradient (2^-8) and the order of sums."""
     g = torch.Generator().manual_seed(0)
     draft, teacher, head = (torch.randn(n, 256, generator=g).to("cuda", torch.bfloat16) for n in (600, 200, 50_021))
@@ -364,9 +364,9 @@ def test_fused_kernels_in_bf16_on_a_gpu(loss):
         *(torch.rand(600, generator=g).cuda() for _ in "ab"),
     )
     found = []
-    for kernel in (chunked.eager, None):
+    for kernel in (chunked.reference_loss, None):
         leaves = [draft.clone().requires_grad_(), (0.05 * head).requires_grad_()]
-        inputs = Rows(leaves[0], index, teacher, teacher_R, label, mix)
+        inputs = HeadInput(leaves[0], index, teacher, teacher_R, label, mix)
         total, statistics = chunked_loss(inputs, Heads(leaves[1], 0.05 * head), loss, weight, 256, 0.1 * weight, kernel)
         found.append([total.detach(), *statistics, *torch.autograd.grad(total, leaves)])
     for expected, mine in zip(*found):

@@ -7,14 +7,14 @@ import torch
 
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from tests.train.test_losses import definition
-from train.attention.choose import EXECUTORS
-from train.data.packs import make_pack, sample_shown
+from train.attention.choose import BACKENDS
+from train.data.packs import make_pack, sample_prefix
 from train.losses import divergences, weights
 from train.losses.recipe import LossRecipe
 from train.objectives.align import Watch, target_queries
 from train.objectives.objective import Objective
 
-REFERENCE = EXECUTORS["reference"]
+REFERENCE = BACKENDS["reference"]
 LAYERS = (0, 1, 2)
 
 
@@ -37,11 +37,11 @@ def document(target, length, seed, unsupervised=()):
     return {"input_ids": torch.tensor(tokens), "loss_mask": mask, "last_hidden": states.last_hidden[teachers], **named}
 
 
-def packed(target, shown=None):
+def packed(target, prefix=None):
     """Two documents, one with a gap in its loss mask; an anchor whose last slots fall into the gap, and one at the end."""
     documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
     anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
-    return make_pack(["a", "b"], documents, anchors, shown=shown)
+    return make_pack(["a", "b"], documents, anchors, prefix=prefix)
 
 
 def objective_of(target, drafter, loss, weight_J="default"):
@@ -68,7 +68,7 @@ def by_definition(target, objective, pack, loss: LossRecipe, weight_J):
     if weight_J is None:
         weight, divisor = weights.dpace(said, valid), valid.sum()
     else:
-        first = torch.zeros(len(valid), dtype=torch.long) if pack.shown_N is None else pack.shown_N - 1
+        first = torch.zeros(len(valid), dtype=torch.long) if pack.prefix_N is None else pack.prefix_N - 1
         weight = torch.stack([torch.cat([torch.zeros(f), weight_J[: len(weight_J) - f]]) for f in first.tolist()]) * valid
         divisor = weight.sum()
     total = (per_slot * weight * valid).sum() / divisor
@@ -95,14 +95,14 @@ UNPREFIXED = [("ttt", "hidden+vocab"), ("blockwise_pairs", "hidden")]  # they sh
     "cell,weighting",
     [
         *((cell, weighting) for cell in [*BLOCKS, *UNPREFIXED] for weighting in ("decay", "dpace")),
-        *((cell, "shown") for cell in BLOCKS),
+        *((cell, "prefix") for cell in BLOCKS),
     ],
 )
 def test_loss_and_gradient_equal_the_definition(target, cell, loss, weighting):
     """float64, every parameter of the drafter, its own head included, after the division by the step's sums of weights."""
     drafter = drafter_of(target, *cell)
-    shown = [np.array([1, 2, 3]), np.array([1, 3, 2, 1])] if weighting == "shown" else None
-    pack, weight_J = packed(target, shown), None if weighting == "dpace" else 0.8 ** torch.arange(drafter.config.draft_length)
+    prefix = [np.array([1, 2, 3]), np.array([1, 3, 2, 1])] if weighting == "prefix" else None
+    pack, weight_J = packed(target, prefix), None if weighting == "dpace" else 0.8 ** torch.arange(drafter.config.draft_length)
     objective = objective_of(target, drafter, LOSSES[loss], weight_J)
     objective.alpha_VJ = torch.linspace(0.1, 0.9, objective.slots, dtype=torch.float64)[None]
     expected = by_definition(target, objective, pack, LOSSES[loss], weight_J)
@@ -120,8 +120,8 @@ def test_a_shown_token_is_read_and_the_others_are_not(target):
     """A block that shows two tokens reads x_{a+1}, and nothing of x_{a+2}, which its first supervised slot has to say."""
     drafter = drafter_of(target, "blockwise", "kv")
     objective = objective_of(target, drafter, LossRecipe(kl=1))
-    shown = [np.array([1, 2, 3]), np.array([2, 2, 2, 2])]
-    pack = packed(target, shown)
+    prefix = [np.array([1, 2, 3]), np.array([2, 2, 2, 2])]
+    pack = packed(target, prefix)
     assert pack.valid(3).int().tolist() == [
         [1, 1, 1],
         [0, 1, 1],
@@ -134,7 +134,7 @@ def test_a_shown_token_is_read_and_the_others_are_not(target):
     with torch.no_grad():
         before = objective.logits(pack)
         for offset, changes in ((1, True), (2, False)):
-            other = packed(target, shown)
+            other = packed(target, prefix)
             place = int(other.anchor_N[3]) + offset
             other.ids_P[place] = 3 + (other.ids_P[place] - 2) % 8
             after = objective.logits(other)
@@ -144,12 +144,12 @@ def test_a_shown_token_is_read_and_the_others_are_not(target):
 
 
 def test_how_much_is_shown_is_a_truncated_geometric():
-    draws = np.concatenate([sample_shown(f"d{i}", 50, 7, 0.9, seed=0, pass_number=0) for i in range(400)])
+    draws = np.concatenate([sample_prefix(f"d{i}", 50, 7, 0.9, seed=0, pass_number=0) for i in range(400)])
     chance = 0.9 ** np.arange(7)
     found = np.bincount(draws, minlength=8)[1:] / len(draws)
     np.testing.assert_allclose(found, chance / chance.sum(), atol=0.01)
-    assert (sample_shown("a", 20, 7, 0.9, 0, 0) == sample_shown("a", 20, 7, 0.9, 0, 0)).all()
-    assert (sample_shown("a", 20, 7, 0.9, 0, 0) != sample_shown("a", 20, 7, 0.9, 0, 1)).any()
+    assert (sample_prefix("a", 20, 7, 0.9, 0, 0) == sample_prefix("a", 20, 7, 0.9, 0, 0)).all()
+    assert (sample_prefix("a", 20, 7, 0.9, 0, 0) != sample_prefix("a", 20, 7, 0.9, 0, 1)).any()
 
 
 def from_layer_zero(target, objective, reuse="kv"):

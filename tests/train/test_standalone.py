@@ -12,7 +12,7 @@ from common.errors import UserError
 from tests.support.models import small_target
 from tests.train.test_alignment import VIEWS, largest_difference
 from tests.train.test_budgetdraft import packed
-from train.attention.choose import EXECUTORS
+from train.attention.choose import BACKENDS
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 from train.drafter.standalone import Standalone, check_vocabulary, lm_config
@@ -117,7 +117,7 @@ def test_a_table_of_learned_positions_ends_where_its_documents_do(target, tmp_pa
     short.load_state_dict(fits)
     pack, outcomes, loss = packed(target, [FULL, 8]), [], LossRecipe(kl=1)
     for drafter in (long, short):
-        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), EXECUTORS["reference"], 64, VIEWS["snapkv"]).eval()
+        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), BACKENDS["reference"], 64, VIEWS["snapkv"]).eval()
         outcomes.append(made(pack))
     assert pack.anchor_N.min() == 1 and outcomes[0].valid[-1].tolist() == [
         True,

@@ -1,4 +1,4 @@
-"""Views: selection against a brute-force reference, both executors against attention by hand, budgets, and how they are drawn."""
+"""Views: selection against a brute-force reference, both backends against attention by hand, budgets, and how they are drawn."""
 
 from unittest.mock import patch
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.test_attention import softmax_by_hand
-from train.attention.choose import EXECUTORS
-from train.attention.visibility import Anchors, Places, Rows, Visibility
+from train.attention.choose import BACKENDS
+from train.attention.visibility import Anchors, DraftRows, Places, Visibility
 from train.drafter.layers import KV, Rope
 from train.drafter.memory import Memory
 from train.views import plan as views
@@ -164,7 +164,7 @@ def test_the_plan_is_what_brute_force_selects(scene, name, data):
         for branch, places in scene.memory.places.items():
             everyone = scene.anchors.repeated(3)
             group = torch.arange(3 * count)
-            rows = Rows(everyone.document, everyone.position, group, torch.ones_like(group), everyone.position)
+            rows = DraftRows(everyone.document, everyone.position, group, torch.ones_like(group), everyone.position)
             dense = Visibility(rows, places, rows, True, plan[layer][branch]).dense
             for v, budget in enumerate(budgets):
                 for n in range(count):
@@ -199,8 +199,8 @@ def test_both_executors_are_attention_over_what_is_selected(scene, name, positio
         for branch, places in scene.memory.places.items():
             key, value = scene.memory.layers[layer][branch]
             expected = torch.zeros(2 * groups, scene.heads, 8, dtype=torch.float64)
-            in_place = Rows(everyone.document[group], everyone.position[group], group, slot, slot)
-            apart = Rows(moved.document[group], moved.position[group], group, slot, slot)
+            in_place = DraftRows(everyone.document[group], everyone.position[group], group, slot, slot)
+            apart = DraftRows(moved.document[group], moved.position[group], group, slot, slot)
             shown = Visibility(in_place, places, in_place, True, plan[layer][branch])
             own = shown.dense[0, :, len(places.position) :]
             for m in range(groups):
@@ -221,14 +221,14 @@ def test_both_executors_are_attention_over_what_is_selected(scene, name, positio
                         ]
             out = taken.layers[layer][branch]
             keys = KV(torch.cat([out.key, k]), torch.cat([out.value, v]))
-            found = EXECUTORS["reference"](q, *keys, Visibility(apart, taken.places[branch], apart, True))
+            found = BACKENDS["reference"](q, *keys, Visibility(apart, taken.places[branch], apart, True))
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
             if positions == "absolute":
-                found = EXECUTORS["reference"](q, torch.cat([key, k]), torch.cat([value, v]), shown)
+                found = BACKENDS["reference"](q, torch.cat([key, k]), torch.cat([value, v]), shown)
                 torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-# The masked executor on tiles
+# The masked backend on tiles
 
 
 def case(seed, lengths, per_document, views_of, steps=2, heads=4, kv_heads=2):
@@ -244,9 +244,8 @@ def case(seed, lengths, per_document, views_of, steps=2, heads=4, kv_heads=2):
     shown = scene.plan(view, torch.tensor(budgets)[:, None].expand(-1, len(position)))[0]["kv"] if view else None
     everyone = scene.anchors.repeated(len(budgets))
     group = torch.arange(len(everyone.index))
-    rows = [
-        Rows(everyone.document, everyone.position, group, group * 0 + j, everyone.position + j - 1) for j in range(1, steps + 1)
-    ]
+    row = lambda j: DraftRows(everyone.document, everyone.position, group, group * 0 + j, everyone.position + j - 1)
+    rows = [row(j) for j in range(1, steps + 1)]
     return rows[-1], scene.memory.places["kv"], sum(rows[1:], rows[0]), shown
 
 
@@ -288,10 +287,10 @@ def test_flex_equals_the_reference_under_a_view():
     keys = len(memory.position) + len(drafts.group)
     q, k, v = (torch.randn(n, h, 16, generator=g) for n, h in ((len(queries.group), 4), (keys, 2), (keys, 2)))
     visibility = Visibility(queries, memory, drafts, True, shown)
-    expected = EXECUTORS["reference"](q, k, v, visibility)
+    expected = BACKENDS["reference"](q, k, v, visibility)
     with torch.no_grad():
-        torch.testing.assert_close(EXECUTORS["flex"](q, k, v, visibility), expected, rtol=1e-4, atol=1e-5)
-    blind = EXECUTORS["reference"](q, k, v, Visibility(queries, memory, drafts, True))
+        torch.testing.assert_close(BACKENDS["flex"](q, k, v, visibility), expected, rtol=1e-4, atol=1e-5)
+    blind = BACKENDS["reference"](q, k, v, Visibility(queries, memory, drafts, True))
     assert (blind - expected).abs().max() > 1e-2  # the view is noticed when dropped
 
 
@@ -305,9 +304,9 @@ def test_flex_backward_equals_the_reference_under_a_view_on_a_gpu(name):
     q, k, v = (torch.randn(n, h, 64, generator=g).cuda() for n, h in ((len(queries.group), 4), (keys, 2), (keys, 2)))
     visibility, upstream = Visibility(queries, memory, drafts, True, shown), torch.randn(q.shape, generator=g).cuda()
     found = []
-    for executor in ("reference", "flex"):
+    for backend in ("reference", "flex"):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = EXECUTORS[executor](*leaves, visibility)
+        out = BACKENDS[backend](*leaves, visibility)
         found.append([out, *torch.autograd.grad(out, leaves, upstream)])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)  # flex multiplies in tf32 on a GPU
@@ -349,7 +348,7 @@ def test_no_mask_grows_with_rows_times_keys(name):
         with Largest() as largest:
             queries, memory, drafts, shown = case(0, (length,), 64, (view_of(name), [256, FULL]))
             Visibility(queries, memory, drafts, True, shown).block_mask(2)
-            own = Rows(memory.document, memory.position, torch.arange(length), torch.ones(length).long(), memory.position)
+            own = DraftRows(memory.document, memory.position, torch.arange(length), torch.ones(length).long(), memory.position)
             Visibility(own, memory, own, True).block_mask(2)
         sizes[length] = largest.numel
     assert sizes[8192] <= 2.2 * sizes[4096] and sizes[8192] < 8192 * 16384 / 16, sizes

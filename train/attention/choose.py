@@ -1,4 +1,4 @@
-"""Executors of one visibility rule. An executor maps (q_QHD, k_KGD, v_KGD, Visibility) to [Q, H, D]; one that is `apart` also
+"""Backends of one visibility rule. A backend maps (q_QHD, k_KGD, v_KGD, Visibility) to [Q, H, D]; one that is `apart` also
 takes keys, and values, as a tuple: the memory's, then each step's."""
 
 import torch
@@ -8,10 +8,10 @@ from train.attention.flash import flash
 from train.attention.flex import flex
 from train.attention.reference import reference
 
-EXECUTORS = {"reference": reference, "flex": flex, "flash": flash}
+BACKENDS = {"reference": reference, "flex": flex, "flash": flash}
 
 
-def executor(name: str, device: torch.device, training: bool = True, flash: bool = False, dense: bool = False):
+def attention_backend(name: str, device: torch.device, training: bool = True, flash: bool = False, dense: bool = False):
     """`auto`: the reference on a CPU, where PyTorch has FlexAttention's forward only; on a GPU flash where it can and pays, else
     flex.
 
@@ -35,4 +35,4 @@ def executor(name: str, device: torch.device, training: bool = True, flash: bool
             "attention=flash is for objective=ttt without views; on a GPU in bf16, of compute capability 8.0 or more and with "
             "heads of at most 256 in whole 8s; use attention=auto or attention=flex"
         )
-    return EXECUTORS[name]
+    return BACKENDS[name]

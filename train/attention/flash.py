@@ -6,7 +6,7 @@ that has an anchor. Its draft keys are its own rows of this step and of those be
 pass: FlashAttention's own takes the joint output and log-sum-exp, and so makes the gradients of the joint softmax.
 
 flash-attn where it is installed, PyTorch's own copy elsewhere on a GPU, PyTorch's CPU kernel on a CPU; the draft keys by Triton
-(`train/attention/joint.py`), or on a CPU by `eager` here, their definition.
+(`train/attention/joint.py`), or on a CPU by `reference_join` here, their definition.
 
 Shapes: Q draft rows, P memory positions, J steps, K = P + J x Q keys, H query heads, G key/value heads, S = H / G, D head size.
 """
@@ -23,7 +23,7 @@ Keys = Tensor | tuple[Tensor, ...]  # [K, G, D], or the memory's and each step's
 
 def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
-    assert visibility.shown is None
+    assert visibility.selection is None
     memory, rows = visibility.memory, visibility.queries
     begin_Q, end_Q = memory.bounds[rows.document], memory.bounds[rows.document + 1]
     count_Q = torch.minimum(rows.anchor - memory.position[begin_Q], end_Q - begin_Q)  # of memory keys that a row sees
@@ -67,7 +67,7 @@ def _stacked(steps) -> tuple[Tensor, Tensor]:
     return torch.stack(list(steps[:half])), torch.stack(list(steps[half:]))
 
 
-class eager:
+class reference_join:
     """The draft keys' part in plain PyTorch: the definition, and what a CPU runs. `train/attention/joint.py` is the same as
     kernels."""
 
@@ -116,7 +116,7 @@ def _grouped(t_QHD: Tensor, groups: int) -> Tensor:
 def drafts(on_gpu: bool):
     """What handles the draft keys."""
     if not on_gpu:
-        return eager
+        return reference_join
     from train.attention import joint
 
     return joint

@@ -1,7 +1,7 @@
 """A row's few draft keys beside what FlashAttention made of its memory: one softmax over both, and its gradients.
 
-`train.attention.flash.eager` in Triton, function by function: one program a row and key/value head, which reads the draft keys
-once, and the memory's results at the places where FlashAttention left them.
+`flash.reference_join` in Triton, function by function: one program a row and key/value head, which reads the draft keys once,
+and the memory's results at the places where FlashAttention left them.
 
 Shapes: Q draft rows, P memory positions, J steps, H query heads, G key/value heads, S = H / G, D head size. `place_Q`: where a
 row stands among the memory's positions; P: it sees no memory.

@@ -1,4 +1,4 @@
-"""Dense boolean mask and SDPA: slow, obvious, the oracle of every other executor."""
+"""Dense boolean mask and SDPA: slow, obvious, the oracle of every other backend."""
 
 import torch.nn.functional as F
 from torch import Tensor

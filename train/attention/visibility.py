@@ -1,4 +1,4 @@
-"""Who sees what: one rule for training and decoding, for every reuse, objective, view and executor.
+"""Who sees what: one rule for training and decoding, for every reuse, objective, view and backend.
 
 A draft row (a query) belongs to one anchor. It attends two kinds of keys:
 
@@ -21,7 +21,7 @@ TILE = 128  # rows, and keys, of a tile of FlexAttention
 
 
 @dataclass(frozen=True)
-class Rows:
+class DraftRows:
     """Draft rows, all int64 [Q]. `anchor` and `position` count from the start of the row's own document."""
 
     document: Tensor
@@ -30,8 +30,8 @@ class Rows:
     slot: Tensor  # 0 = the anchor token itself (block-wise), j = the j-th drafted token
     position: Tensor
 
-    def __add__(self, other: "Rows") -> "Rows":
-        return Rows(*(torch.cat([getattr(self, f), getattr(other, f)]) for f in self.__dataclass_fields__))
+    def __add__(self, other: "DraftRows") -> "DraftRows":
+        return DraftRows(*(torch.cat([getattr(self, f), getattr(other, f)]) for f in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Anchors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shown:
+class Selection:
     """What a view leaves of one layer's memory: sinks, a tail, and chosen chunks, each KV head its own."""
 
     index_P: Tensor  # place of the key among its document's keys
@@ -97,11 +97,11 @@ class Visibility:
     rows x keys. Built once, used by every layer that sees the same.
     """
 
-    queries: Rows
+    queries: DraftRows
     memory: Places
-    drafts: Rows
+    drafts: DraftRows
     causal: bool
-    shown: Shown | None = None  # None: all of the memory
+    selection: Selection | None = None  # None: all of the memory
 
     @cached_property
     def dense(self) -> Tensor:
@@ -109,8 +109,8 @@ class Visibility:
         q, m, d = self.queries, self.memory, self.drafts
         memory = sees_memory(q.document[:, None], q.anchor[:, None], m.document[None], m.position[None])
         drafts = sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal)
-        if self.shown is not None:
-            s = self.shown
+        if self.selection is not None:
+            s = self.selection
             chosen_GMP = s.chosen_MGC.transpose(0, 1)[..., s.index_P // s.chunk]
             memory = memory & in_view(s.index_P, s.sink, s.tail_M[q.group][:, None], chosen_GMP[:, q.group])
             drafts = drafts.expand(len(memory), -1, -1)
@@ -132,7 +132,7 @@ class Visibility:
         """The predicates over one index of keys. A key that is not of a kind is of document, or group, -1; so are the keys, and
         -2 the rows, that fill up a last tile. In 32 bits: FlexAttention reads all of this for each score of a tile that is not
         whole."""
-        q, s, causal = self.queries, self.shown, self.causal
+        q, s, causal = self.queries, self.selection, self.causal
         memory, drafts = len(self.memory.position), len(self.drafts.group)
         of_memory = lambda t: F.pad(_narrow(t), (0, drafts + -(memory + drafts) % TILE), value=-1)
         of_drafts = lambda t: F.pad(_narrow(t), (memory, -(memory + drafts) % TILE), value=-1)
@@ -148,11 +148,11 @@ class Visibility:
         if s is None:
             return whole
         k_index, k_chunk = of_memory(s.index_P), of_memory(s.index_P // s.chunk).clamp(min=0)
-        q_tail, q_shown, chosen, sink = of_rows(s.tail_M[q.group], 0), of_rows(q.group, 0), s.chosen_MGC, s.sink
+        q_tail, q_selection, chosen, sink = of_rows(s.tail_M[q.group], 0), of_rows(q.group, 0), s.chosen_MGC, s.sink
 
         def viewed(batch, head, i, k):
             in_memory = sees_memory(q_document[i], q_anchor[i], k_document[k], k_position[k])
-            in_memory = in_memory & in_view(k_index[k], sink, q_tail[i], chosen[q_shown[i], head // share, k_chunk[k]])
+            in_memory = in_memory & in_view(k_index[k], sink, q_tail[i], chosen[q_selection[i], head // share, k_chunk[k]])
             return in_memory | sees_draft(q_group[i], q_slot[i], k_group[k], k_slot[k], causal)
 
         return viewed
@@ -160,7 +160,7 @@ class Visibility:
     def _tiles(self) -> tuple[Tensor, Tensor]:
         """(tiles of which something may be visible, tiles that are visible whole), bool [X, Y] each, from the bounds of their
         rows and keys. The first may hold more than need be, the second less: `_rule` decides in tiles that are not whole."""
-        q, m, d, s = self.queries, self.memory, self.drafts, self.shown
+        q, m, d, s = self.queries, self.memory, self.drafts, self.selection
         memory, drafts = m.position.numel(), d.group.numel()
         document, anchor, group, slot = (_bounds(t)[:, :, None] for t in (q.document, q.anchor, q.group, q.slot))
         k_document, k_position = (_bounds(t, after=drafts) for t in (m.document, m.position))
@@ -179,7 +179,7 @@ class Visibility:
 
     def _chosen_tiles(self, k_chunk: Tensor) -> Tensor:
         """bool [X, Y]: some row's group has chosen a chunk that reaches into the keys, for one head or another."""
-        chosen_MC = F.pad(self.shown.chosen_MGC.any(1).cumsum(1, dtype=torch.int32), (1, 0))
+        chosen_MC = F.pad(self.selection.chosen_MGC.any(1).cumsum(1, dtype=torch.int32), (1, 0))
         low, high = (t.clamp(0, chosen_MC.shape[1] - 2) for t in k_chunk)
         some_QY = (chosen_MC[:, high + 1] > chosen_MC[:, low])[self.queries.group]
         return F.pad(some_QY, (0, 0, 0, -len(some_QY) % TILE)).unflatten(0, (-1, TILE)).any(1) & (k_chunk[0] <= k_chunk[1])

@@ -36,7 +36,7 @@ class Pack:
     last_hidden_RE: Tensor | Scaled
     teacher_P: Tensor  # row of last_hidden that predicts the token *after* the position
     anchor_N: Tensor
-    shown_N: Tensor | None = None  # tokens x_a .. of each block that the drafter is shown; None: x_a alone
+    prefix_N: Tensor | None = None  # tokens x_a .. of each block that the drafter is shown; None: x_a alone
     query: dict[int, Tensor | Scaled] = field(default_factory=dict)  # the target's by layer, [R, H, D]: rows as last_hidden's
     budget_VN: Tensor | None = None  # memory positions that each view shows each anchor; None: one view, everything
     age_N: Tensor | None = None  # tokens between the selection that serves an anchor and the anchor; None: there are none
@@ -52,12 +52,12 @@ class Pack:
     def valid(self, slots: int) -> Tensor:
         """bool [N, J]: slot j counts iff x_{a+j} is in the document and supervised, all before it are, and it is not shown."""
         index, inside = (t[:, 1:] for t in self.row_index(slots + 1))
-        return (inside & self.mask_P[index]).cumprod(1).bool() & ~self.shown(slots)
+        return (inside & self.mask_P[index]).cumprod(1).bool() & ~self.in_prefix(slots)
 
-    def shown(self, slots: int) -> Tensor:
+    def in_prefix(self, slots: int) -> Tensor:
         """bool [N, J]: x_{a+j} is shown to the drafter, so that slot j has nothing to predict."""
         slot = torch.arange(1, slots + 1, device=self.anchor_N.device)
-        return slot < (torch.ones_like(self.anchor_N) if self.shown_N is None else self.shown_N)[:, None]
+        return slot < (torch.ones_like(self.anchor_N) if self.prefix_N is None else self.prefix_N)[:, None]
 
     def row_index(self, slots: int) -> tuple[Tensor, Tensor]:
         """(pack index [N, S] of the positions a .. a + S - 1 at which an anchor's draft rows sit, whether each is in the anchor's
@@ -93,7 +93,7 @@ class Pack:
             function(self.last_hidden_RE),
             function(self.teacher_P),
             function(self.anchor_N),
-            optional(self.shown_N),
+            optional(self.prefix_N),
             {layer: function(t) for layer, t in self.query.items()},
             optional(self.budget_VN),
             optional(self.age_N),
@@ -109,12 +109,12 @@ def make_pack(
     documents: list[dict[str, Tensor]],
     anchors: list[np.ndarray],
     starts: list[int] | None = None,
-    shown: list[np.ndarray] | None = None,
+    prefix: list[np.ndarray] | None = None,
     budgets: list[list[int]] | None = None,
     ages: list[np.ndarray] | None = None,
 ) -> Pack:
     """Join cached documents. `anchors[d]`: indices into document d as it is given; `starts[d]`: the position of its first
-    token, where it was cropped; `shown[d]`: how many tokens the block of each anchor shows; `budgets[d]`: one a view;
+    token, where it was cropped; `prefix[d]`: how many tokens the block of each anchor shows; `budgets[d]`: one a view;
     `ages[d]`: of the selection that serves each anchor. A pack without any anchor gets one that counts nothing, so that every
     rank runs the same forward."""
     lengths = torch.tensor([len(d["input_ids"]) for d in documents])
@@ -144,7 +144,7 @@ def make_pack(
         last_hidden_RE=joined["last_hidden"],
         teacher_P=torch.where(next_mask, next_mask.cumsum(0) - 1, 0),
         anchor_N=anchor if len(anchor) else torch.zeros(1, dtype=torch.long),
-        shown_N=of_anchors(shown, 1),
+        prefix_N=of_anchors(prefix, 1),
         query=layers("query"),
         budget_VN=budgets,
         age_N=of_anchors(ages, 0),
@@ -161,10 +161,11 @@ def sample_anchors(id: str, mask: np.ndarray, count: int | None, seed: int, pass
     return np.sort(rng.choice(candidates, count, replace=False))
 
 
-def sample_shown(id: str, anchors: int, most: int, base: float, seed: int, pass_number: int) -> np.ndarray:
+def sample_prefix(id: str, anchors: int, most: int, base: float, seed: int, pass_number: int) -> np.ndarray:
     """How many tokens (1 .. `most`) each block shows, the anchor's own included: v with a chance in proportion to base^(v - 1)
     (the truncated geometric of D2SD). A function of (seed, pass, document)."""
     chance = base ** np.arange(most)
+    # The seed's word is older than the name `prefix`; another one would draw other prefixes.
     rng = np.random.default_rng(stable_hash(f"shown/{seed}/{pass_number}/{id}"))
     return rng.choice(np.arange(1, most + 1), anchors, p=chance / chance.sum())
 
@@ -189,7 +190,7 @@ class PackStream:
         anchors: int | None,
         seed: int,
         shuffle: bool = True,
-        shown: tuple[int, float] | None = None,  # (most, base) of `sample_shown`
+        prefix: tuple[int, float] | None = None,  # (most, base) of `sample_prefix`
         budgets: Callable[[int, str], list[int]] | None = None,  # (step, document) -> one a view
         ages: Callable[[str, np.ndarray, int], np.ndarray] | None = None,  # (document, its anchors, pass) -> of their selections
         batch: int = 1,
@@ -197,7 +198,7 @@ class PackStream:
     ):
         self.reader, self.documents, self.names = reader, np.asarray(documents), names
         self.pack_tokens, self.anchors, self.seed, self.shuffle = pack_tokens, anchors, seed, shuffle
-        self.shown, self.budgets, self.ages, self.batch, self.span = shown, budgets, ages, batch, span
+        self.prefix, self.budgets, self.ages, self.batch, self.span = prefix, budgets, ages, batch, span
         self._first = [0]  # number of the first pack of each pass
         self._pass: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -235,10 +236,10 @@ class PackStream:
             if self.span:
                 mask[: self.span[0]] = mask[self.span[1] :] = False
             anchors.append(sample_anchors(id, mask, self.anchors, self.seed, pass_number))
-        shown = self.shown and [sample_shown(i, len(a), *self.shown, self.seed, pass_number) for i, a in zip(ids, anchors)]
+        prefix = self.prefix and [sample_prefix(i, len(a), *self.prefix, self.seed, pass_number) for i, a in zip(ids, anchors)]
         budgets = self.budgets and [self.budgets(step, id) for id in ids]
         ages = self.ages and [self.ages(id, a, pass_number) for id, a in zip(ids, anchors)]
-        return make_pack(ids, documents, anchors, [start for start, _ in spans], shown, budgets, ages)
+        return make_pack(ids, documents, anchors, [start for start, _ in spans], prefix, budgets, ages)
 
     def _crop(self, id: str, length: int, pass_number: int) -> tuple[int, int]:
         """Positions [start, stop) of a document that one pass shows."""

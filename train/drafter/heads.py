@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data_prep.decoding.products import Product
 from data_prep.target.target import FrozenHead
 from train.drafter.config import DrafterConfig
-from train.losses.chunked import Heads, Rows, RowStatistics, chunked_loss
+from train.losses.chunked import HeadInput, Heads, RowStatistics, chunked_loss
 from train.precision import fp8
 
 
@@ -77,7 +77,7 @@ class DraftHead(nn.Module):
 
     def forward(
         self,
-        rows: Rows,
+        rows: HeadInput,
         head: FrozenHead,
         loss: dict[str, float],
         weight_R: Tensor,

@@ -41,7 +41,7 @@ class Steps(tuple[KV, ...]):
         return torch.cat([kv.value for kv in self])
 
     def after(self, memory: KV, apart: bool) -> KV:
-        """What the rows read: memory, then themselves. `apart`: as tuples, for an executor that needs no long tensor (of which
+        """What the rows read: memory, then themselves. `apart`: as tuples, for a backend that needs no long tensor (of which
         every step would keep its own)."""
         return KV(*zip(memory, *self)) if apart else memory + self
 
@@ -61,7 +61,7 @@ class Rope:
 
 
 class Attention(nn.Module):
-    """Projections of one branch; the executor that joins them is chosen at run time."""
+    """Projections of one branch; the backend that joins them is chosen at run time."""
 
     def __init__(self, config: DrafterConfig, inputs: int, copies: int = 1):
         super().__init__()
@@ -159,7 +159,7 @@ class DraftLayer(nn.Module):
             setattr(self, name, fp8.Linear.of(getattr(self, name)))
 
     def compile_parts(self) -> None:
-        """Compile all but the attention, whose executors are kernels already: what stands between matrix products becomes one
+        """Compile all but the attention, whose backends are kernels already: what stands between matrix products becomes one
         kernel each, for any number of rows. The parts have no graph breaks; a break would raise."""
         parts = [(self, "inputs"), (self, "after"), *[(self.fuse, "forward")] * (self.fuse is not None)]
         parts += [(branch, name) for branch in self.branches.values() for name in ("queries", "keys_values")]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.target.target import States
-from train.attention.visibility import Places, Shown
+from train.attention.visibility import Places, Selection
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV, Rope
 
@@ -22,7 +22,7 @@ class Memory:
     layers: list[dict[str, KV]]
     places: dict[str, Places]
     feature: Tensor | None = None
-    shown: list[dict[str, Shown]] | None = None  # what a view leaves of each layer and branch; None: everything
+    selection: list[dict[str, Selection]] | None = None  # what a view leaves of each layer and branch; None: everything
 
     @staticmethod
     def extended(past: "Memory | None", layers: int, new: dict[str, Places]) -> "Memory":

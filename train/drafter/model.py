@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 from common.files import publish, write_text
 from data_prep.target.target import FrozenHead, States, Target
-from train.attention.visibility import Places, Rows, Visibility
+from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.heads import DraftHead, SequentialHead
 from train.drafter.layers import Attention, DraftLayer, GatedDelta, Rope, Steps
@@ -113,7 +113,7 @@ class Drafter(nn.Module):
             hidden_PI = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], dim=-1)
         return self.fc(hidden_PI)
 
-    def observe(
+    def known_queries(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
     ) -> list[dict[str, Tensor]]:
         """The queries [R, H, D] with which known tokens at `rows` read all of the memory before them, for each layer and branch:
@@ -123,7 +123,7 @@ class Drafter(nn.Module):
             feature_RE: with pairs, the feature of the position before each token.
         """
         x_RE = feature_RE if self.config.reads_pairs else token_RE
-        return self._read(replace(memory, shown=None), x_RE, token_RE, rows, attend, keep=False)
+        return self._read(replace(memory, selection=None), x_RE, token_RE, rows, attend, keep=False)
 
     def _read(
         self, memory: Memory, x_RE: Tensor, token_RE: Tensor, places: Places, attend, keep: bool
@@ -153,10 +153,10 @@ class Drafter(nn.Module):
     def block(
         self,
         token_NTE: Tensor,
-        rows: Rows,
+        rows: DraftRows,
         memory: Memory,
         attend,
-        shown_N: Tensor | None = None,
+        prefix_N: Tensor | None = None,
         feature_NE: Tensor | None = None,
     ) -> Tensor:
         """Block-wise drafting: slot 0 carries the anchor's token, the others MASK; all slots at once. With pairs slot 0 also
@@ -165,7 +165,7 @@ class Drafter(nn.Module):
         Args:
             token_NTE: embeddings of the first T tokens of each block, the anchor's first.
             rows: N x S rows, slot by slot within an anchor.
-            shown_N: how many of the T tokens each block shows (training with a variable visible prefix); None: all T.
+            prefix_N: how many of the T tokens each block shows (training with a variable visible prefix); None: all T.
             feature_NE: with pairs, fc(f_{a-1}) of each anchor.
 
         Returns:
@@ -175,9 +175,9 @@ class Drafter(nn.Module):
         zero = torch.zeros(1, dtype=torch.long, device=token_NTE.device)
         mask = self.mask(zero)
         masks = mask.expand(count, self.config.slots - known, -1)
-        if shown_N is not None:
-            shown = torch.arange(known, device=token_NTE.device) < shown_N[:, None]
-            token_NTE = torch.where(shown[..., None], token_NTE, mask)
+        if prefix_N is not None:
+            in_prefix = torch.arange(known, device=token_NTE.device) < prefix_N[:, None]
+            token_NTE = torch.where(in_prefix[..., None], token_NTE, mask)
         token = torch.cat([token_NTE, masks], dim=1).flatten(0, 1)
         x = token
         if self.config.reads_pairs:
@@ -190,8 +190,8 @@ class Drafter(nn.Module):
         self,
         token_NE: Tensor,
         feature_NE: Tensor | None,
-        rows: Rows,
-        earlier: Rows | None,
+        rows: DraftRows,
+        earlier: DraftRows | None,
         memory: Memory,
         past: Past | None,
         attend,
@@ -227,14 +227,14 @@ class Drafter(nn.Module):
         again = self.recompute and torch.is_grad_enabled()
         return checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
 
-    def _visibility(self, queries: Rows, memory: Memory, drafts: Rows) -> list[dict[str, Visibility]]:
+    def _visibility(self, queries: DraftRows, memory: Memory, drafts: DraftRows) -> list[dict[str, Visibility]]:
         """For each layer and branch; layers that see the same share it."""
         causal = self.config.objective == "ttt" or self.config.causal
 
-        def of(shown: dict) -> dict[str, Visibility]:
-            return {n: Visibility(queries, places, drafts, causal, shown.get(n)) for n, places in memory.places.items()}
+        def of(selection: dict) -> dict[str, Visibility]:
+            return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
 
-        return [of({})] * len(memory.layers) if memory.shown is None else [of(shown) for shown in memory.shown]
+        return [of({})] * len(memory.layers) if memory.selection is None else [of(selection) for selection in memory.selection]
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""
@@ -350,7 +350,7 @@ class Drafter(nn.Module):
             parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)
 
 
-def known_rows(places: Places) -> Rows:
+def known_rows(places: Places) -> DraftRows:
     """Rows of known tokens: step 1 of an anchor at each, which sees the memory before it and itself."""
     order = torch.arange(len(places.position), device=places.position.device)
-    return Rows(places.document, places.position, order, torch.ones_like(order), places.position)
+    return DraftRows(places.document, places.position, order, torch.ones_like(order), places.position)

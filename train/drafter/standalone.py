@@ -1,7 +1,7 @@
 """A small language model of any Hugging Face family as a drafter that reuses nothing of the target (BudgetDraft's llama-68m).
 
 The model's own code runs; only its attention is ours. transformers lets a function be registered as the attention of every family
-and hands it rotated queries and keys: with that, memory, draft rows, views and executors are those of every other drafter.
+and hands it rotated queries and keys: with that, memory, draft rows, views and backends are those of every other drafter.
 
 Shapes: R rows, E the model's hidden size, H query heads, G key/value heads, D head size.
 """
@@ -27,7 +27,7 @@ from transformers import (
 from common.errors import UserError, first_line
 from data_prep.target.target import STATIC_ROPE, FrozenHead, States, Target
 from train.attention.reference import reference
-from train.attention.visibility import Places, Rows
+from train.attention.visibility import DraftRows, Places
 from train.drafter.config import DrafterConfig, rope_types
 from train.drafter.heads import DraftHead
 from train.drafter.layers import KV, Rope
@@ -42,7 +42,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     """transformers' interface: [1, H, R, D] in, [1, R, H, D] out."""
     if options.get("sliding_window") or options.get("softcap") or options.get("s_aux") is not None:
         raise UserError("its attention has a sliding window, a cap on its scores, or sinks of its own")
-    query = query if scaling is None else query * (scaling * query.shape[-1] ** 0.5)  # executors divide by sqrt(D)
+    query = query if scaling is None else query * (scaling * query.shape[-1] ** 0.5)  # backends divide by sqrt(D)
     return _running.get()(module.layer_idx, *(t[0].transpose(0, 1) for t in (query, key, value)))[None], None
 
 
@@ -124,15 +124,19 @@ class Standalone(Drafter):
         self._run(token_RE, alone, alone, memory, None, attend, keep=True)
         return memory
 
-    def observe(self, token_RE: Tensor, feature_RE: None, rows: Places, memory: Memory, attend) -> list[dict[str, Tensor]]:
+    def known_queries(self, token_RE: Tensor, feature_RE: None, rows: Places, memory: Memory, attend) -> list[dict[str, Tensor]]:
         alone = known_rows(rows)
-        return self._run(token_RE, alone, alone, replace(memory, shown=None), None, attend)[2]
+        return self._run(token_RE, alone, alone, replace(memory, selection=None), None, attend)[2]
 
-    def step(self, token_NE: Tensor, feature_NE, rows: Rows, earlier: Rows | None, memory: Memory, past: Past | None, attend):
+    def step(
+        self, token_NE: Tensor, feature_NE, rows: DraftRows, earlier: DraftRows | None, memory: Memory, past: Past | None, attend
+    ):
         output_NE, kept, _ = self._run(token_NE, rows, rows if earlier is None else earlier + rows, memory, past, attend)
         return output_NE, None, kept
 
-    def _run(self, x_RE: Tensor, rows: Rows, drafts: Rows, memory: Memory, past: Past | None, attend, keep: bool = False):
+    def _run(
+        self, x_RE: Tensor, rows: DraftRows, drafts: DraftRows, memory: Memory, past: Past | None, attend, keep: bool = False
+    ):
         """(output after the final norm [R, E], the draft rows' keys with these, queries). `keep`: the keys become memory too."""
         visibility, kept, queries = self._visibility(rows, memory, drafts), [], []
 
@@ -195,7 +199,7 @@ class Standalone(Drafter):
             lm.set_attn_implementation(NAME)
             memory = self.remember(States(), None, token[:6], Places(zero[:6], position[:6]), reference)
             for j in range(1, 7):
-                rows = Rows(zero[:1], anchor, zero[:1], zero[:1] + j, anchor + j - 1)
+                rows = DraftRows(zero[:1], anchor, zero[:1], zero[:1] + j, anchor + j - 1)
                 output, _, past = self.step(token[None, 5 + j], None, rows, earlier, memory, past, reference)
                 earlier = rows if earlier is None else earlier + rows
                 outputs.append(output)

@@ -2,8 +2,8 @@
 
 Rows are taken in the order of their teachers, a chunk at a time, so that every teacher's logits are computed once however many
 rows it serves (twice where a chunk ends between them). A chunk's gradient is taken at once, in the forward, and only that is
-kept for the backward. What happens between a chunk's logits and their gradient is written twice: `eager`, in plain PyTorch, is
-the definition; `train/losses/fused.py` is a Triton kernel that a GPU runs.
+kept for the backward. What happens between a chunk's logits and their gradient is written twice: `reference_loss`, in plain
+PyTorch, is the definition; `train/losses/fused.py` is a Triton kernel that a GPU runs.
 
 Shapes: M rows of the drafter, R of them that count, L teachers, C rows of a chunk, T teachers of a chunk, V target vocabulary,
 D draft vocabulary, E hidden size.
@@ -29,7 +29,7 @@ class Heads(NamedTuple):
     narrow: Frozen | None = None
 
 
-class Rows(NamedTuple):
+class HeadInput(NamedTuple):
     """What is known before the head is applied: the drafter's output and, of its rows that count, which they are, each one's
     teacher, the text's token (in the draft vocabulary, -1 outside it) and lk_lambda's lambda."""
 
@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
     overlap_weight_C: Tensor | None
 
 
-def eager(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatistics, Tensor | None]:
+def reference_loss(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatistics, Tensor | None]:
     """(statistics, gradient [C, D] of sum_c weight_c loss_c + overlap_weight_c overlap_c in the drafter's logits)."""
     wide = torch.promote_types(chunk.draft_CD.dtype, torch.float32)
     log_p_TV = chunk.target_TV.to(wide).log_softmax(-1)
@@ -90,7 +90,7 @@ def eager(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatis
 
 
 def chunked_loss(
-    rows: Rows,
+    rows: HeadInput,
     heads: Heads,
     loss: dict[str, float],
     weight_R: Tensor,
@@ -104,13 +104,13 @@ def chunked_loss(
     Args:
         loss: the weight of each per-slot term.
         chunk: rows whose logits exist at a time.
-        kernel: `eager` or `fused`; None: fused on a GPU.
+        kernel: `reference_loss` or `fused`; None: fused on a GPU.
     """
     if not len(rows.index_R):
         empty = (rows.draft_ME.new_zeros(0, dtype=torch.float32) for _ in RowStatistics._fields)
         return rows.draft_ME[rows.index_R].sum() + 0 * heads.draft_DE.sum(), RowStatistics(*empty)
     if kernel is None:
-        kernel = eager
+        kernel = reference_loss
         if rows.draft_ME.is_cuda and rows.draft_ME.dtype != torch.float64:
             from train.losses.fused import fused as kernel
     draft_ME, head_DE = rows.draft_ME, heads.draft_DE

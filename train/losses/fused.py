@@ -1,5 +1,5 @@
-"""What `chunked.eager` does between a chunk's logits and their gradient, as Triton kernels: one program a row, which reads the
-drafter's logits three times (twice where no term needs a sum before its gradient) and overwrites them with the gradient.
+"""What `chunked.reference_loss` does between a chunk's logits and their gradient, as Triton kernels: one program a row, which
+reads the drafter's logits three times (twice where no term needs a sum first) and overwrites them with the gradient.
 
 With log_q = z - lse(z), a loss of gradient g_v in log_q_v has the gradient g_v - q_v sum_u g_u in z_v. Of the terms:
 
@@ -154,7 +154,7 @@ def _loss_kernel(
 
 
 def fused(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatistics, Tensor | None]:
-    """`chunked.eager`; the gradient takes the place of the drafter's logits."""
+    """`chunked.reference_loss`; the gradient takes the place of the drafter's logits."""
     lse_whole_T, best_whole_T = _softmax(chunk.target_TV)
     target, lse_kept_T, best_kept_T = chunk.target_TV, lse_whole_T, best_whole_T
     if chunk.kept_D is not None:

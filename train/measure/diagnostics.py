@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data_prep.target.target import States
-from train.attention.visibility import Rows, Visibility
+from train.attention.visibility import DraftRows, Visibility
 from train.data.packs import Pack
 from train.drafter.model import Drafter
 from train.measure import acceptance
@@ -109,7 +109,7 @@ def _rows(watch: Watch, where: tuple[int, str], valid: Tensor):
         chosen = ((slot >= 0) & valid[rows.group, slot.clamp(min=0)]).nonzero().squeeze(1)
         some = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:SAMPLED]  # a stride would prefer slots
         chosen = chosen[some.to(chosen.device)]
-        picked = Rows(*(getattr(rows, f)[chosen] for f in rows.__dataclass_fields__))
+        picked = DraftRows(*(getattr(rows, f)[chosen] for f in rows.__dataclass_fields__))
         dense = Visibility(picked, visibility.memory, visibility.drafts, visibility.causal).dense
         yield slot[chosen], rows.group[chosen], q[chosen], k, v, dense, visibility.memory
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from data_prep.target.target import FrozenHead
-from train.attention.visibility import Anchors, Rows
+from train.attention.visibility import Anchors, DraftRows
 from train.data.packs import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 
 
-def block_rows(document_N: Tensor, anchor_N: Tensor, slots: int) -> Rows:
+def block_rows(document_N: Tensor, anchor_N: Tensor, slots: int) -> DraftRows:
     """The rows of N blocks, slot by slot within an anchor; `anchor_N` counts from the document's start."""
     count, device = len(anchor_N), anchor_N.device
     slot = torch.arange(slots, device=device).repeat(count)
     anchor = anchor_N.repeat_interleave(slots)
-    return Rows(
+    return DraftRows(
         document_N.repeat_interleave(slots),
         anchor,
         torch.arange(count, device=device).repeat_interleave(slots),
@@ -38,10 +38,10 @@ def draft(drafter: Drafter, head: FrozenHead, pack: Pack, anchors: Anchors, memo
     views = len(anchors.index) // len(pack.anchor_N)
     # Past a document's end a token is another's: such slots never count (Pack.valid).
     index_NS = pack.row_index(config.slots)[0].repeat(views, 1)
-    known, shown_N = (1, None) if pack.shown_N is None else (config.slots, pack.shown_N.repeat(views))
+    known, prefix_N = (1, None) if pack.prefix_N is None else (config.slots, pack.prefix_N.repeat(views))
     token_NTE = drafter.embed(pack.ids_P[index_NS[:, :known]], head)
     feature_NE = None if memory.feature is None else memory.feature[(anchors.index - 1).clamp(min=0)]
-    output_NJE = drafter.block(token_NTE, rows, memory, attend, shown_N, feature_NE)
+    output_NJE = drafter.block(token_NTE, rows, memory, attend, prefix_N, feature_NE)
     if drafter.sequential is None:
         return output_NJE
     return drafter.sequential(output_NJE, drafter.embed(pack.ids_P[index_NS[:, : config.draft_length]], head))

@@ -19,7 +19,7 @@ from train.data.packs import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.losses import divergences, weights
-from train.losses.chunked import Rows, RowStatistics
+from train.losses.chunked import HeadInput, RowStatistics
 from train.losses.recipe import LossRecipe
 from train.objectives import align, blockwise, ttt
 from train.views import plan as views
@@ -51,7 +51,7 @@ class Objective(nn.Module):
         weight_J: what each slot counts; None: D-PACE decides.
         chunk: rows whose logits exist at a time.
         view: how budgets of a pack become positions.
-        branches: what the loss of each view of a pack counts.
+        view_weights: what the loss of each view of a pack counts.
         detach: whether memory is constant, so that its projections learn from draft rows alone.
     """
 
@@ -64,15 +64,15 @@ class Objective(nn.Module):
         attend,
         chunk: int,
         view: views.View | None = None,
-        branches: Sequence[float] = (1.0,),
+        view_weights: Sequence[float] = (1.0,),
         detach: bool = False,
     ):
         super().__init__()
         self.drafter, self._head, self._loss, self._attend, self._chunk = drafter, head, loss, attend, chunk
         self._weight_J, self.slots, self._view, self._detach = weight_J, drafter.config.draft_length, view, detach
-        self._branch_V = torch.tensor(branches)
+        self._view_weight_V = torch.tensor(view_weights)
         # Nothing is known at first: lambda is 1, all KL.
-        self.alpha_VJ = torch.zeros(len(branches), self.slots, dtype=torch.float64)
+        self.alpha_VJ = torch.zeros(len(view_weights), self.slots, dtype=torch.float64)
 
     def weight_sums(self, pack: Pack) -> Tensor:
         """[T] float64: what each term's sum is divided by, known before the forward. D-PACE is divided by its slot count, so that
@@ -96,7 +96,7 @@ class Objective(nn.Module):
         watching = self._loss.kv_align or self._loss.query_align
         with align.Watch(self.drafter) if watching else nullcontext() as watch:
             output = self.draft(pack, memory)
-        rows = Rows(
+        rows = HeadInput(
             output.reshape(-1, output.shape[-1]),
             row * self.slots + slot,
             pack.last_hidden_RE,
@@ -115,9 +115,9 @@ class Objective(nn.Module):
         if watching:
             share = share + (torch.stack(aligned) * scale_T[2:]).sum()
         loss, overlap, match = (grid(values, valid_MJ).unflatten(0, (pack.views, -1)) for values in statistics[:3])
-        shown = pack.shown(self.slots)
+        in_prefix = pack.in_prefix(self.slots)
         terms_T = torch.stack([slots_sum, missed, *aligned]).detach()
-        return Outcome(share, terms_T, loss, overlap.masked_fill(shown, 1), match.masked_fill(shown, 1), valid)
+        return Outcome(share, terms_T, loss, overlap.masked_fill(in_prefix, 1), match.masked_fill(in_prefix, 1), valid)
 
     def draft_rows(self, pack: Pack) -> Tensor:
         """How many draft rows, and so how many of their own keys and values, belong to anchors that count."""
@@ -141,7 +141,7 @@ class Objective(nn.Module):
         if self._view.positions == "absolute":
             plan = self._plan(pack, memory, pack.budget_VN)
             everyone = anchors.repeated(pack.views)
-            return draft(everyone, replace(memory, shown=plan), self._attend).unflatten(0, (pack.views, -1))
+            return draft(everyone, replace(memory, selection=plan), self._attend).unflatten(0, (pack.views, -1))
         # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
         whole = int((pack.budget_VN[0] >= views.FULL).all())
         parts = [draft(anchors, memory, self._attend)] * whole
@@ -173,16 +173,17 @@ class Objective(nn.Module):
             position_R = (position_P[chosen_N][:, None] + back_W).flatten()
             places = Places(document_P[chosen_N].repeat_interleave(window), position_R)
         feature_RE = None if memory.feature is None else memory.feature[(index_R - 1).clamp(min=0)]
-        queries = self.drafter.observe(self._embed(ids_P[index_R]), feature_RE, places, memory, self._attend)
+        queries = self.drafter.known_queries(self._embed(ids_P[index_R]), feature_RE, places, memory, self._attend)
         return queries, places
 
     def _head_loss(
-        self, rows: Rows, pack: Pack, valid_MJ: Tensor, scale_T: Tensor
+        self, rows: HeadInput, pack: Pack, valid_MJ: Tensor, scale_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
         """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
         length = self._loss.expected_length
         apply = partial(self.drafter.head, rows, self._head, self._loss.per_slot, chunk=self._chunk)
-        branch_M = self._of_views(self._branch_V, pack).to(valid_MJ.device).repeat_interleave(len(pack.anchor_N))[:, None]
+        view_weight_V = self._of_views(self._view_weight_V, pack).to(valid_MJ.device)
+        view_weight_M = view_weight_V.repeat_interleave(len(pack.anchor_N))[:, None]
         slope, missed, seen = None, torch.zeros((), device=valid_MJ.device), None
         if length or self._weight_J is None:
             # What a slot counts depends on what the drafter says of the whole block: look first, then learn.
@@ -192,12 +193,12 @@ class Objective(nn.Module):
             weight_MJ = weights.dpace(grid(seen.label_probability, valid_MJ), valid_MJ)
         else:
             weight_MJ = self._slot_weights(pack, valid_MJ[: len(pack.anchor_N)]).repeat(pack.views, 1)
-        slot_weight = (weight_MJ * branch_M)[valid_MJ]
+        slot_weight = (weight_MJ * view_weight_M)[valid_MJ]
         if length:
             with torch.enable_grad():
                 overlap = grid(seen.overlap, valid_MJ).requires_grad_()
-                accepted = (branch_M.squeeze(1) * divergences.expected_accepted(overlap, valid_MJ)).sum()
-                missed = length * ((branch_M * valid_MJ).sum() - accepted)
+                accepted = (view_weight_M.squeeze(1) * divergences.expected_accepted(overlap, valid_MJ)).sum()
+                missed = length * ((view_weight_M * valid_MJ).sum() - accepted)
                 slope = torch.autograd.grad(missed, overlap)[0][valid_MJ] * scale_T[1]
         linear, statistics = torch.zeros((), device=valid_MJ.device), seen
         if seen is None or torch.is_grad_enabled():
@@ -210,9 +211,9 @@ class Objective(nn.Module):
     def _slot_weights(self, pack: Pack, valid: Tensor) -> Tensor:
         """[N, J]: the first slot that is not shown counts as the first."""
         weight_J = self._weight_J.to(valid.device)
-        if pack.shown_N is None:
+        if pack.prefix_N is None:
             return weight_J.expand(valid.shape)
-        index = torch.arange(self.slots, device=valid.device) - (pack.shown_N[:, None] - 1)
+        index = torch.arange(self.slots, device=valid.device) - (pack.prefix_N[:, None] - 1)
         return weight_J[index.clamp(min=0)] * (index >= 0)
 
     def _of_views(self, values: Tensor, pack: Pack) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_prep.target.target import FrozenHead
-from train.attention.visibility import Anchors, Rows
+from train.attention.visibility import Anchors, DraftRows
 from train.data.packs import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
@@ -25,7 +25,7 @@ def draft(drafter: Drafter, head: FrozenHead, pack: Pack, anchors: Anchors, memo
     for j in range(1, drafter.config.slots + 1):
         # Past a document's end the token is another's: such slots never count (Pack.valid).
         token = drafter.embed(pack.ids_P[(index + j - 1).clamp(max=len(pack.ids_P) - 1)], head)
-        rows = Rows(document, position, group, torch.full_like(group, j), position + j - 1)
+        rows = DraftRows(document, position, group, torch.full_like(group, j), position + j - 1)
         output, feature, past = drafter.step(token, feature, rows, earlier, memory, past, attend)
         earlier = rows if earlier is None else earlier + rows
         outputs.append(output)

@@ -154,8 +154,8 @@ class _Run:
             drafter.use_fp8()
         if recipe.train.compile and device.type == "cuda" and recipe.deepspeed.stage < 3:
             drafter.compile_parts()
-        self.branches = recipe.branches
-        views = {"branches": self.branches.weights, "detach": recipe.objective.detach} if self.branches else {}
+        self.view_sampler = recipe.view_sampler
+        views = {"view_weights": self.view_sampler.weights, "detach": recipe.objective.detach} if self.view_sampler else {}
         objective = Objective(drafter, head, recipe.loss, weight_J, attend, recipe.train.chunk_rows, recipe.view, **views)
         optimizer = torch.optim.AdamW(
             parameter_groups(drafter, recipe),
@@ -169,15 +169,16 @@ class _Run:
         names, pack_tokens, seed = config.tensors, recipe.train.pack_tokens, recipe.train.seed
         queries = [f"query.{i}" for i in sorted(set(config.query_layers) & set(self.reader.manifest.query_layers))]
         complete = len(queries) == len(set(config.query_layers))  # else they are of no use to the diagnostics
-        shown = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
+        prefix = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
         learnt, diagnosed = queries * (recipe.loss.query_align > 0), queries * complete
-        self.budgets = self.branches.judged if self.branches else [FULL]
+        self.budgets = self.view_sampler.judged if self.view_sampler else [FULL]
         drawn = fixed = {"batch": recipe.train.batch}
-        if self.branches:
+        if self.view_sampler:
             ages = lambda id, anchors, pass_number: sample_ages(id, anchors, recipe.view.lasts, seed, pass_number)
-            drawn, fixed = (drawn | {"ages": ages, "budgets": b} for b in (self.branches.budgets, lambda step, id: self.budgets))
+            fixed = drawn | {"ages": ages, "budgets": lambda step, id: self.budgets}
+            drawn = drawn | {"ages": ages, "budgets": self.view_sampler.budgets}
         anchors, judged = recipe.objective.anchors, recipe.train.validation_anchors
-        self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, anchors, seed, shown=shown, **drawn)
+        self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, anchors, seed, prefix=prefix, **drawn)
         self.validation = PackStream(
             self.reader, validation, names + diagnosed, pack_tokens, judged, seed, shuffle=False, **fixed
         )
@@ -198,7 +199,7 @@ class _Run:
                 f"{self.world} rank(s), {self.accumulation} pack(s) a rank and step -> {self.run_dir}"
             )
             longest = min(int(self.reader.lengths.max()), self.recipe.train.pack_tokens)
-            if self.branches and longest <= min(self.budgets):
+            if self.view_sampler and longest <= min(self.budgets):
                 self._say(f"no document shows more than {longest} tokens: every view is the full one (data.long=join joins them)")
         else:
             self._say(f"resuming {self.run_dir} after step {done}")
@@ -309,7 +310,7 @@ class _Run:
         )
         if self.tracker:
             plain = [{kind: vars(a) if kind != "loss" else a for kind, a in one.items()} for one in found]
-            by_budget = {"budget": {str(b): one for b, one in zip(self.budgets[1:], plain[1:])}} if self.branches else {}
+            by_budget = {"budget": {str(b): one for b, one in zip(self.budgets[1:], plain[1:])}} if self.view_sampler else {}
             self.tracker.log(step, {"validation": plain[0] | by_budget})
         if self.recipe.train.diagnose:
             self._diagnose(step)
@@ -335,8 +336,8 @@ class _Run:
         total = functools.reduce(operator.add, window)
         counts_V4J = total.counts_V4J.cpu()
         found, sparse = acceptance.summarise(counts_V4J[0]), {}
-        if self.branches:  # the first view is the full one, where there is one
-            shown = counts_V4J[int(self.branches.full > 0) :].sum(0)
+        if self.view_sampler:  # the first view is the full one, where there is one
+            shown = counts_V4J[int(self.view_sampler.full > 0) :].sum(0)
             sparse = {"sparse": {kind: vars(a) for kind, a in acceptance.summarise(shown).items()}}
         parts = (total.terms_T / total.weight_T.clamp(min=1e-9)).tolist()
         loss, rate = sum(parts), float(total.tokens) / seconds

@@ -15,7 +15,7 @@ from train.views.plan import FULL
 PAPER = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}
 
 
-class Branches(NamedTuple):
+class ViewSampler(NamedTuple):
     """Weights of the full branch and of the sparse one (lambda), and where sparse budgets come from: `paper` (one for all
     documents of a step, with the published chances), `sandwich` (for each document the smallest, and `draws` more, log-uniform
     up to the largest) or `fixed` (the smallest)."""

@@ -5,8 +5,8 @@ ones, and between them the chunks that score best, chosen by every layer, branch
 *selection*, which may lie before the anchor (`refresh`); what came since belongs to the tail, and the worst of the chosen chunks
 give way to it, so that the budget holds. A budget at or above the context hides nothing.
 
-One plan has two executors. `mask` leaves the memory where it is and hides keys (`attention/visibility.py`): training, with many
-anchors and several views in one forward. `gather` takes the visible keys out and gives each group of rows its own: decoding
+Two functions carry a plan out. `mask` leaves the memory where it is and hides keys (`attention/visibility.py`): in training, with
+many anchors and views in one forward. `gather` takes the visible keys out and gives each group of rows its own: decoding
 (`eval/caches/sparse.py`), and training with in-cache positions, where the same key has another position for every anchor.
 
 Shapes: N anchors, V views (budgets) of each, M = V x N groups, P memory positions, C chunks of all documents (of the longest one
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.recipe import Section
-from train.attention.visibility import Anchors, Places, Shown
+from train.attention.visibility import Anchors, Places, Selection
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
 
@@ -265,7 +265,7 @@ def _heavy_hitters(key_PGD, chunks, document_N, since_N, observed):
         total_GP += weights.sum(0)
 
 
-Plan = list[dict[str, Shown]]  # what a view leaves, for each layer and branch
+Plan = list[dict[str, Selection]]  # what a view leaves, for each layer and branch
 Observer = Callable[[int | None], tuple[list[dict[str, Tensor]], Places]]  # see `plan`
 
 
@@ -300,7 +300,7 @@ def plan(view: View, memory: Memory, anchors: Anchors, age_N: Tensor | None, bud
                         chosen_NGC[at] = _chosen(
                             scores_NGC, chunks, anchors.document[at], view, tail_N[at], number_N[at], longest
                         )
-            found[layer][branch] = Shown(chunks.index_P, view.chunk, view.sink, tail_VN.flatten(), chosen_VNGC.flatten(0, 1))
+            found[layer][branch] = Selection(chunks.index_P, view.chunk, view.sink, tail_VN.flatten(), chosen_VNGC.flatten(0, 1))
     return found
 
 
@@ -351,24 +351,24 @@ def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[[Tens
     return out, Anchors(anchors.index, groups, end_M)
 
 
-def _sizes(shown: Shown) -> tuple[Tensor, Tensor]:
+def _sizes(selection: Selection) -> tuple[Tensor, Tensor]:
     """Of each group [M]: (its sinks, positions of its chosen chunks). A tail that begins at the first key holds the sinks."""
-    return torch.where(shown.tail_M > 0, shown.sink, 0), shown.chunk * shown.chosen_MGC[:, 0].sum(-1)
+    return torch.where(selection.tail_M > 0, selection.sink, 0), selection.chunk * selection.chosen_MGC[:, 0].sum(-1)
 
 
-def _visible(shown: Shown, before_M: Tensor) -> Tensor:
+def _visible(selection: Selection, before_M: Tensor) -> Tensor:
     """How many of the `before_M` keys before its anchor each group is shown, [M]."""
-    return sum(_sizes(shown)) + before_M - shown.tail_M
+    return sum(_sizes(selection)) + before_M - selection.tail_M
 
 
-def _indices(shown: Shown, slot_K: Tensor) -> Tensor:
+def _indices(selection: Selection, slot_K: Tensor) -> Tensor:
     """Which key of its document stands in each slot, in order, [M, K, G]: sinks, chosen chunks, tail."""
-    lead_M, picked_M = _sizes(shown)
+    lead_M, picked_M = _sizes(selection)
     # Chunks that are chosen, in order, before all others.
-    order_MGC = shown.chosen_MGC.byte().argsort(dim=-1, descending=True, stable=True)
+    order_MGC = selection.chosen_MGC.byte().argsort(dim=-1, descending=True, stable=True)
     in_chunks_MK = slot_K - lead_M[:, None]
-    chunk_MKG = (in_chunks_MK // shown.chunk).clamp(0, order_MGC.shape[2] - 1)[..., None].expand(-1, -1, order_MGC.shape[1])
-    picked_MKG = order_MGC.transpose(1, 2).gather(1, chunk_MKG) * shown.chunk + (in_chunks_MK % shown.chunk)[..., None]
-    tail_MK = shown.tail_M[:, None] + in_chunks_MK - picked_M[:, None]
+    chunk_MKG = (in_chunks_MK // selection.chunk).clamp(0, order_MGC.shape[2] - 1)[..., None].expand(-1, -1, order_MGC.shape[1])
+    picked_MKG = order_MGC.transpose(1, 2).gather(1, chunk_MKG) * selection.chunk + (in_chunks_MK % selection.chunk)[..., None]
+    tail_MK = selection.tail_M[:, None] + in_chunks_MK - picked_M[:, None]
     rest_MKG = torch.where((in_chunks_MK < picked_M[:, None])[..., None], picked_MKG, tail_MK[..., None])
     return torch.where((slot_K < lead_M[:, None])[..., None], slot_K[:, None], rest_MKG)
