@@ -20,7 +20,9 @@ import torch  # noqa: E402
 
 from common import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
-from data_prep.target.target import Target, load_target, pick_device, target_sizes  # noqa: E402
+from data_prep.target.architecture import target_sizes  # noqa: E402
+from data_prep.target.loading import load_target, pick_device  # noqa: E402
+from data_prep.target.target import Target  # noqa: E402
 from eval.judging import measure
 from eval.judging.judge import judge  # noqa: E402
 from eval.judging.score import diagnose, score  # noqa: E402

@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.recipe import Section
 from data_prep.cache.reader import CacheReader
 from data_prep.recipe import DataRecipe, FinishedCache, TargetRecipe
-from data_prep.target.target import Architecture, load_tokenizer, pick_device, target_sizes, tokenizer_hashes
+from data_prep.target.architecture import Architecture, target_sizes
+from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from eval.caches.partial import PartialRecipe
 from eval.engine.tree import TreeShape
 from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking

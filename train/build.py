@@ -9,7 +9,8 @@ from common.ranks import world_size
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.architecture import Architecture
+from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter

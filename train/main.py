@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
 from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from data_prep.target.target import pick_device  # noqa: E402
+from data_prep.target.loading import pick_device  # noqa: E402
 from train.build import check_training  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
 from train.run.ranks import Sweep, loss_of_a_rank  # noqa: E402

@@ -4,7 +4,7 @@ with in minutes. A key that the line or an experiment names is never touched."""
 from common.ranks import world_size
 from data_prep.capture.live import missing
 from data_prep.recipe import STDLIB_TOKENS, CaptureSections
-from data_prep.target.target import pick_device
+from data_prep.target.loading import pick_device
 
 AUTO = "auto"
 GPU = {

@@ -25,7 +25,9 @@ from data_prep.recipe import CacheRecipe, CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
-from data_prep.target.target import Sizes, Target, load_target, load_tokenizer, target_sizes, tokenizer_hashes
+from data_prep.target.architecture import Sizes, target_sizes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.target import Target
 
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
@@ -79,7 +81,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
             "id": recipe.target.id,
             "revision": recipe.target.revision,
             "weights_hash": "",
-            "architecture": sizes._asdict(),
+            "architecture": asdict(sizes),
             "mask_token_id": recipe.target.mask_token_id,
         },
         tokenizer_hash=tokenizer_hash,

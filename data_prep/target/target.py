@@ -7,37 +7,23 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 import xxhash
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
-from common.ranks import on_gpu
-from data_prep.decoding.products import Product, as_they_stand, lay_out
-from data_prep.recipe import CaptureRecipe, TargetRecipe
+from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target.architecture import STATIC_ROPE, Architecture, refuse_family
 from data_prep.target.from_gguf import plain
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GIVEN = "understudy_given"  # the attention of `Target.forward_through`
 _given: ContextVar[Callable] = ContextVar("given")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
 
 
 @torch._dynamo.disable
@@ -52,94 +38,6 @@ AttentionInterface.register(GIVEN, _given_attention)
 @torch._dynamo.disable  # a compiled layer would forget what it sets
 def _take(module: nn.Module, inputs, output) -> None:
     module.taken = output[0] if isinstance(output, tuple) else output
-
-
-@dataclass
-class States:
-    """What the target's forward yields at each position i (it has read x_0 .. x_i).
-
-    hidden[l] [..., T, E]: the residual stream after layer l (0-based; the embedding is not a layer).
-    key[l], value[l] [..., T, G, D]: layer l's keys and values; keys are **before** RoPE.
-    last_hidden [..., T, E]: after the final norm, the LM head's input.
-    query[l] [..., T, H, D]: layer l's queries (H query heads), **before** RoPE as the keys are.
-    """
-
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    key: dict[int, Tensor] = field(default_factory=dict)
-    value: dict[int, Tensor] = field(default_factory=dict)
-    last_hidden: Tensor | None = None
-    query: dict[int, Tensor] = field(default_factory=dict)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in an order of their own."""
-        kinds = (self.hidden, self.key, self.value, self.query)
-        return [t for kind in kinds for _, t in sorted(kind.items())] + [self.last_hidden]
-
-    def map(self, function) -> "States":
-        """The same states with `function` applied to every tensor."""
-        kinds = (self.hidden, self.key, self.value, self.query)
-        hidden, key, value, query = ({layer: function(t) for layer, t in kind.items()} for kind in kinds)
-        return States(hidden, key, value, None if self.last_hidden is None else function(self.last_hidden), query)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes and the rotary embedding that a drafter shares with its target; plain numbers, ready for JSON."""
-
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    qk_norm: bool
-    qkv_bias: bool
-    inv_freq: list[float]  # RoPE angles per position, [D/2]
-    rope_scale: float  # what cos and sin are multiplied by (YaRN)
-    max_positions: int
-
-
-class FrozenHead:
-    """The target's input embedding and LM head: shared by every drafter, never trained, sharded or saved with one."""
-
-    def __init__(self, embedding_VE: Tensor, head_VE: Tensor):
-        self.embedding_VE, self.head_VE = embedding_VE.detach(), head_VE.detach()
-        self.product = Product(self.head_VE)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.embedding_VE)
-
-    def to(self, device, dtype) -> "FrozenHead":
-        embedding = self.embedding_VE.to(device, dtype)
-        tied = self.head_VE.data_ptr() == self.embedding_VE.data_ptr()
-        return FrozenHead(embedding, embedding if tied else self.head_VE.to(device, dtype))
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """`auto`: the GPU this process may use (DS_ACCELERATOR=cpu: none), else the CPU. Raises UserError when cuda is asked
-    for and absent."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("target.device=cuda, but this machine has no GPU that PyTorch can use")
-    if device == "cuda" or (device == "auto" and on_gpu()):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on a GPU, float32 on a CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, dtype)
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Raises UserError when there is no tokenizer at `path`."""
-    try:
-        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
 
 
 class Target:
@@ -394,7 +292,7 @@ class Target:
 
     def _refuse_unsupported(self) -> None:
         config = self.model.config
-        _refuse_family(self.path, config)
+        refuse_family(self.path, config)
         sliding = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
         if sliding or (config.model_type == "mistral" and config.sliding_window):
             raise UserError(
@@ -415,14 +313,6 @@ class Target:
             )
 
 
-def _refuse_family(path: str, config) -> None:
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"target {path} is a '{config.model_type}'; Understudy reads the states of {', '.join(FAMILIES)}. "
-            "Others differ where it would go unnoticed (norms, scales, rotary layout)"
-        )
-
-
 def _tensor_parallel() -> dict:
     """What `from_pretrained` takes to spread every layer over all processes."""
     try:
@@ -440,87 +330,3 @@ def _all_heads(local_BTGD: Tensor, heads: int) -> Tensor:
     parts = [torch.empty_like(local_BTGD) for _ in range(heads // local_BTGD.shape[-2])]
     torch.distributed.all_gather(parts, local_BTGD.contiguous())
     return torch.cat(parts, dim=-2)
-
-
-def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> Target:
-    """The target of a `TargetRecipe`, on its device and in its dtype; with the attention and the spread of `capture`."""
-    device = pick_device(recipe.device)
-    dtype = pick_dtype(recipe.dtype, device)
-    if capture is None:
-        return Target(recipe.location, recipe.revision, dtype, device)
-    half = device.type == "cuda" and dtype == torch.bfloat16
-    attention = capture.attention
-    if attention == "auto":
-        attention = "flash_attention_2" if half and find_spec("flash_attn") else None
-    elif attention == "flash_attention_2" and not half:
-        raise UserError("capture.attention=flash_attention_2 needs a GPU and bf16")
-    return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread)
-
-
-class Sizes(NamedTuple):
-    """What the configuration alone says of a target."""
-
-    num_layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
-    vocab_size: int
-
-
-def target_sizes(recipe: TargetRecipe) -> Sizes:
-    """Raises UserError when there is no configuration of a causal LM at the target's path."""
-    try:
-        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
-        _refuse_family(recipe.path, config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        positions, vocabulary = config.max_position_embeddings, config.vocab_size
-        return Sizes(config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim, positions, vocabulary)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({first_line(error)})") from error
-
-
-class Rotary(NamedTuple):
-    """A rotary embedding: angles per position of positions that are divided by `factor` first, and what cos and sin are
-    multiplied by."""
-
-    inv_freq: list[float]
-    scale: float
-    factor: float
-
-
-def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
-    """What a configuration of Llama's or Qwen3's layers says, with transformers' own defaults; their rotary embedding. Raises
-    UserError, which names `where`, for layers of another kind."""
-    kind = fields.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise UserError(f"{where} has layers of model_type={kind}; those of llama and qwen3 are read")
-    try:
-        config = AutoConfig.for_model(kind, **{name: value for name, value in fields.items() if name != "model_type"})
-        if not config.head_dim:
-            config.head_dim = config.hidden_size // config.num_attention_heads
-        factor, rope = 1.0, config.rope_parameters
-        if fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
-            raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
-        if rope["rope_type"] not in STATIC_ROPE:
-            raise UserError(f"{where}: rope type '{rope['rope_type']}' changes with the length; read: {', '.join(STATIC_ROPE)}")
-        if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
-            factor = float(rope["factor"])
-            config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        embedding = LlamaRotaryEmbedding(config)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
-    return config, Rotary(embedding.inv_freq.double().tolist(), float(embedding.attention_scaling), factor)
-
-
-def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(hash of the vocabulary and its rules, hash of the chat template)."""
-    rules = (
-        tokenizer.backend_tokenizer.to_str()
-        if hasattr(tokenizer, "backend_tokenizer")
-        else str(sorted(tokenizer.get_vocab().items()))
-    )
-    return (xxhash.xxh3_128_hexdigest(rules.encode()), xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))

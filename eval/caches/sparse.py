@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 from train.attention.visibility import Places
 from train.drafter.layers import KV
 from train.drafter.memory import Memory

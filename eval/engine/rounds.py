@@ -9,7 +9,8 @@ from torch import Tensor
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling, distribution, drawn
-from data_prep.target.target import States, Target
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from eval.caches.partial import PartialCache
 from eval.engine.drafting import Proposal, StaticDrafting
 from eval.engine.tree import Tree, walk

@@ -9,7 +9,8 @@ from data_prep.decoding.attention import has_flash
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.caches.offload import OffloadedCache
 from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained

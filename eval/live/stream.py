@@ -9,7 +9,8 @@ from rich.text import Text
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data_prep.decoding.sampling import Sampling, distribution, sample
-from data_prep.target.target import FrozenHead, States
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
 from eval.caches.sparse import SparseCache
 from eval.engine.drafting import Proposal
 from train.attention.visibility import DraftRows, Places

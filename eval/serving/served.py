@@ -25,7 +25,9 @@ from common.errors import UserError
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import Target, load_target, load_tokenizer, target_sizes
+from data_prep.target.architecture import target_sizes
+from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of

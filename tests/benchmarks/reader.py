@@ -20,7 +20,7 @@ from data_prep.cache.codec import encode
 from data_prep.cache.manifest import FORMAT_VERSION, Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import CacheWriter
-from data_prep.target.target import pick_device
+from data_prep.target.loading import pick_device
 from tests.benchmarks import architecture_of, line, options
 from train.data.packs import PackStream, loaded
 

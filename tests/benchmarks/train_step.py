@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from common.ranks import single_process_defaults
-from data_prep.target.target import Architecture, FrozenHead, pick_device, pick_dtype
+from data_prep.target.architecture import Architecture
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.loading import pick_device, pick_dtype
 from tests.benchmarks import QWEN3_8B, line, options
 from train.attention.choose import attention_backend
 from train.data.packs import Pack, make_pack

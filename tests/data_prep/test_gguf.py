@@ -19,8 +19,10 @@ from common.errors import UserError
 from common.recipe import ROOT
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import from_gguf, gguf_contents
+from data_prep.target.architecture import target_sizes
 from data_prep.target.from_gguf import cache_folder, is_whole, plain
-from data_prep.target.target import Target, load_target, load_tokenizer, target_sizes
+from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.target import Target
 from tests.conftest import SMALL, command, fetch_smollm2
 from tests.support.gguf_files import TINY, small_model, tiny_tokenizer, write_gguf
 

@@ -30,7 +30,8 @@ from data_prep.synthesis.filters import looping, repeats, shingles, similarity
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.synthesize import check_synthesis, synthesize
 from data_prep.synthesis.turns import Turns
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from tests.conftest import command
 
 TINY = str(ROOT / "data_prep/targets/tiny")

@@ -25,7 +25,7 @@ from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.records import VALIDATION
 from data_prep.sources.tokens import TokenDocument
-from data_prep.target.target import load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer
 from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.engine.lengths import Adaptive
 from eval.engine.request import Stops

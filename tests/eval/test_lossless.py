@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import eval.main
 from common import cli
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import Target, load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.target import Target
 from eval.engine.drafting import StaticNobody
 from eval.engine.lengths import Adaptive
 from eval.engine.request import Stops

@@ -12,7 +12,7 @@ import pytest
 from common import cli
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.target.target import load_tokenizer
+from data_prep.target.loading import load_tokenizer
 from eval.judging import measure
 from eval.main import gather, run
 from eval.oracle.decode import Generation, Round

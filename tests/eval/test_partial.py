@@ -8,7 +8,7 @@ import torch
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from eval.caches.partial import PartialCache, PartialRecipe
 from eval.engine.drafting import StaticLookup, StaticNobody
 from eval.engine.request import Stops

@@ -24,7 +24,8 @@ from common import cli
 from common.errors import UserError
 from common.ranks import free_port
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.judging.measure import sampling_p_value
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained

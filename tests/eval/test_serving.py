@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.conftest import ROOT, without_vllm

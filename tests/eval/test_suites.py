@@ -15,7 +15,7 @@ import pytest
 from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from eval.prompts.suites import SuiteRecipe, cut, load_prompts
 from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports.report import gather

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from common import cli
 from common.errors import UserError
 from data_prep.cache.reader import CacheReader
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from eval.main import run
 from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports import compare, report

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.target.target import States, Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from tests.conftest import ROOT
 from train.drafter.formats.export import exported_weights
 from train.drafter.formats.names import method_of, served_names

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target

@@ -12,7 +12,7 @@ from common.errors import UserError
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.build import build
 from data_prep.capture.live import LiveReader
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from tests.support.models import drafter_of, small_target
 from tests.train.test_alignment import cached
 from train.attention.choose import BACKENDS

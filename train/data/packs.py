@@ -19,7 +19,7 @@ from common.hashing import stable_hash
 from data_prep.cache.codec import Scaled, decode, paired
 from data_prep.cache.reader import CacheReader
 from data_prep.sources.sides import refuse_one_side, validation_side
-from data_prep.target.target import States
+from data_prep.target.states import States
 from train.attention.visibility import Anchors, Places
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.target.target import Architecture, Sizes
+from data_prep.target.architecture import Architecture, Sizes
 
 RELEASED = ROOT / "eval/drafters"  # drafters that come with the repository, a folder each
 
@@ -168,7 +168,7 @@ class DrafterConfig:
         return json.dumps(asdict(self), indent=1)
 
     @staticmethod
-    def load(folder: str | Path, beside: Callable[[], Sizes | Architecture] | None = None) -> "DrafterConfig":
+    def load(folder: str | Path, beside: Callable[[], Sizes] | None = None) -> "DrafterConfig":
         """Raises UserError when `folder`, a path or the name of a released drafter, holds none.
 
         Args:

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from common.files import publish, write_text
-from data_prep.target.target import FrozenHead, States, Target
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.heads import DraftHead, SequentialHead

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
-from data_prep.target.target import FrozenHead
+from data_prep.target.frozen_head import FrozenHead
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_names, read_fields
 from train.drafter.formats.imported_weights import imported_weights, left_to_target
 from train.drafter.model import Drafter

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 from train.attention.visibility import DraftRows, Visibility
 from train.data.packs import Pack
 from train.drafter.model import Drafter

@@ -10,7 +10,7 @@ Shapes: N anchors, S = B slots, J drafted slots (B - 1 or B), E hidden size.
 import torch
 from torch import Tensor
 
-from data_prep.target.target import FrozenHead
+from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Anchors, DraftRows
 from train.data.packs import Pack
 from train.drafter.memory import Memory

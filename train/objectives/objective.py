@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data_prep.target.target import FrozenHead
+from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Places
 from train.data.packs import Pack
 from train.drafter.memory import Memory

@@ -9,7 +9,7 @@ Shapes: N anchors, K steps, E hidden size.
 import torch
 from torch import Tensor
 
-from data_prep.target.target import FrozenHead
+from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Anchors, DraftRows
 from train.data.packs import Pack
 from train.drafter.memory import Memory

@@ -26,7 +26,7 @@ from common.files import write_text
 from common.progress import Heartbeat
 from common.ranks import barrier, rank, world_size
 from data_prep.capture.live import LiveReader, open_cache
-from data_prep.target.target import load_target, pick_device
+from data_prep.target.loading import load_target, pick_device
 from train.build import (
     attention,
     check_target,

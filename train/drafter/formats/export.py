@@ -30,7 +30,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import publish, write_text
-from data_prep.target.target import Architecture, Target
+from data_prep.target.architecture import Architecture
+from data_prep.target.target import Target
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, method_of, served_names
 from train.drafter.formats.served_config import plain_config, speculators_config

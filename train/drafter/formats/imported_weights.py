@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from data_prep.target.target import FrozenHead, Target, load_tokenizer, tokenizer_hashes
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.loading import load_tokenizer, tokenizer_hashes
+from data_prep.target.target import Target
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, served_names
 from train.drafter.model import Drafter
