@@ -11,7 +11,7 @@ from tests.support.models import drafter_of, small_target
 from tests.train.test_objectives import document
 from train.attention.choose import BACKENDS
 from train.data.packs import PackStream, make_pack, sample_ages
-from train.losses import chunked
+from train.losses import choose
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.views.budgets import PAPER, ViewSampler
@@ -99,9 +99,9 @@ def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
     """And for the slots of all anchors that it serves; twice only where a chunk ends between its rows."""
     drafter, asked = drafter_of(target, "ttt", "kv"), []
     monkeypatch.setattr(
-        chunked,
+        choose,
         "reference_loss",
-        lambda loss, chunk, learns, of=chunked.reference_loss: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
+        lambda loss, chunk, learns, of=choose.reference_loss: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
     )
     for budgets, weights in (([FULL], [1.0]), ([FULL, 8, 9, 10], [1.0, 0.1, 0.1, 0.1])):
         asked.clear()

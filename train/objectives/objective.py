@@ -18,14 +18,14 @@ from train.attention.visibility import Places
 from train.data.packs import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
-from train.losses import divergences, weights
-from train.losses.chunked import HeadInput, RowStatistics
+from train.losses import divergences, terms, weights
 from train.losses.recipe import LossRecipe
+from train.losses.types import HeadInput, RowStatistics
 from train.objectives import align, blockwise, ttt
 from train.views import plan as views
 
 OBJECTIVES = {"ttt": ttt.draft, "blockwise": blockwise.draft}
-TERMS = ("slots", "expected_length", "kv_align", "query_align")  # what is averaged by itself
+TERMS = terms.parts()  # what is averaged by itself
 
 
 class Outcome(NamedTuple):

@@ -40,6 +40,7 @@ from train.build import (
 from train.data.packs import Pack, PackStream, loaded, sample_ages, split
 from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, other_positions, warm_start
+from train.losses.choose import slower_on_a_gpu
 from train.measure import acceptance, diagnostics
 from train.objectives.objective import TERMS, Objective, Outcome
 from train.recipe import TrainRecipe
@@ -150,6 +151,8 @@ class _Run:
         del target
         weight_J = None if recipe.objective.weights == "dpace" else slot_weights(recipe.objective, config.draft_length)
         attend, drafter.recompute = attention(recipe, device, config.architecture.head_dim), recipe.train.recompute
+        if device.type == "cuda" and (line := slower_on_a_gpu(recipe.loss.per_slot)):
+            self._say(line)
         if recipe.train.fp8:
             drafter.use_fp8()
         if recipe.train.compile and device.type == "cuda" and recipe.deepspeed.stage < 3:
