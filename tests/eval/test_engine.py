@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import eval.engine.rounds
 import eval.engine.tree
-import train.data.packs
+import train.data.stream
 from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import capture
 from data_prep.recipe import DataRecipe, TargetRecipe
@@ -313,7 +313,7 @@ def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, 
 
     def tau(shift):
         anchors = lambda id, *_: np.array([r.anchor + shift for r in rounds[id]])
-        monkeypatch.setattr(train.data.packs, "sample_anchors", anchors)
+        monkeypatch.setattr(train.data.stream, "sample_anchors", anchors)
         return score(recipe, target, drafter)[0]["greedy"].tau
 
     kept = [r.kept for found in rounds.values() for r in found]
