@@ -13,7 +13,9 @@ from data_prep.cache.reader import CacheReader
 from data_prep.target.target import Target
 from eval.recipe import EvalRecipe, known_positions, view_of
 from train.attention.choose import attention_backend
-from train.data.packs import Pack, PackStream, judging, sample_ages
+from train.data.pack import Pack
+from train.data.split import judging
+from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
 from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
@@ -41,9 +43,9 @@ def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[s
                 f"context={span[0]}: the longest held-out document of {recipe.cache.dir} has {lengths.max()} "
                 "tokens, and a context needs two more than its own; capture with a larger data.max_length (and data.long=join)"
             )
-    budgets = {"budgets": lambda step, id: [view.budget], "ages": partial(_ages, recipe, view)} if view else {}
-    documents = validation[: recipe.score.documents]
-    stream = PackStream(reader, documents, names, longest, recipe.score.anchors, recipe.seed, shuffle=False, span=span, **budgets)
+    views = ViewDraws(lambda step, id: [view.budget], partial(_ages, recipe, view)) if view else None
+    settings = StreamSettings(longest, recipe.score.anchors, recipe.seed, shuffle=False, views=views, span=span)
+    stream = PackStream(reader, validation[: recipe.score.documents], names, settings)
     for indices in stream.passes(0):
         yield stream.read(indices).to(target.device)
 

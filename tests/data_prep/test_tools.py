@@ -24,7 +24,7 @@ from data_prep.target.loading import load_target, load_tokenizer
 from tests.conftest import SMALL, command, deepspeed
 from tests.data_prep.test_sources import conversation, write_lines
 from tests.launchers.test_commands import rewrite
-from train.data.packs import PackStream
+from train.data.stream import PackStream, StreamSettings
 from train.recipe import TrainRecipe
 
 TEXTS = [{"id": f"t{i}", "text": f"def f{i}(x):\n    return x + {i}\n" * (2 + i % 3)} for i in range(12)]
@@ -203,7 +203,7 @@ def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, co
     target = load_target(recipe.target)
     target.capture([], [], [0, 5])
     for pack_tokens in (4096, 20):  # all in one pack; every document cropped
-        packs = [PackStream(r, everything, names, pack_tokens, 4, seed=0).read(everything) for r in readers]
+        packs = [PackStream(r, everything, names, StreamSettings(pack_tokens, 4, seed=0)).read(everything) for r in readers]
         for pack in (p.to(torch.device("cpu")) for p in packs):
             assert pack.query.keys() == {0, 5} and not pack.states.query and pack.mask_P.sum() == len(pack.last_hidden_RE)
             starts = pack.places.position[pack.places.document.diff(prepend=torch.tensor([-1])).nonzero().squeeze(1)]

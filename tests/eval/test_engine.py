@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import eval.engine.rounds
 import eval.engine.tree
-import train.data.packs
+import train.data.stream
 from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import capture
 from data_prep.recipe import DataRecipe, TargetRecipe
@@ -33,8 +33,7 @@ from eval.judging import measure
 from eval.judging.score import score
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
-from eval.prompts.suites import heldout_prompts
-from eval.recipe import PromptsRecipe
+from eval.prompts.suites import PromptsRecipe, heldout_prompts
 from tests.data_prep.test_cache import manifest_of
 from tests.eval.test_decode import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
@@ -313,7 +312,7 @@ def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, 
 
     def tau(shift):
         anchors = lambda id, *_: np.array([r.anchor + shift for r in rounds[id]])
-        monkeypatch.setattr(train.data.packs, "sample_anchors", anchors)
+        monkeypatch.setattr(train.data.stream, "sample_anchors", anchors)
         return score(recipe, target, drafter)[0]["greedy"].tau
 
     kept = [r.kept for found in rounds.values() for r in found]

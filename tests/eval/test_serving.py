@@ -19,7 +19,7 @@ from eval.oracle.drafting import Trained
 from tests.conftest import ROOT, without_vllm
 from tests.train.test_export import drafter_for
 from train.attention.choose import BACKENDS
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.drafter.formats.export import save_export
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
@@ -90,7 +90,7 @@ def taught(target, drafter, prompts):
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
     for _ in range(STEPS[config.objective]):
         anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
-        objective(make_pack(names, documents, anchors)).share.backward()
+        objective(make_pack(list(map(PackDocument, names, documents, anchors)))).share.backward()
         optimizer.step()
         optimizer.zero_grad()
     return drafter.eval()

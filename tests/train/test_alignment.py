@@ -14,7 +14,7 @@ from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.views.plan import FULL, View
@@ -93,7 +93,7 @@ def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None
     documents = [cached(target, t) for t in ([others[0], tokens, others[1]] if packing else [tokens])]
     marks = [np.zeros(0, dtype=np.int64)] * len(documents)
     marks[len(documents) // 2] = np.asarray(anchors)
-    pack = make_pack([str(i) for i in range(len(documents))], documents, marks)
+    pack = make_pack([PackDocument(str(i), *one) for i, one in enumerate(zip(documents, marks))])
     if view:
         budgets = [FULL, view.budget + 7, view.budget]
         pack.budget_VN, pack.age_N = torch.tensor(budgets)[:, None].expand(-1, len(anchors)), ages(anchors, view.refresh)

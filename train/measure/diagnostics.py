@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_prep.target.states import States
 from train.attention.visibility import DraftRows, Visibility
-from train.data.packs import Pack
+from train.data.pack import Pack
 from train.drafter.model import Drafter
 from train.measure import acceptance
 from train.objectives.align import Watch, target_queries

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from train.attention.visibility import Visibility
-from train.data.packs import Pack
+from train.data.pack import Pack
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
 from train.drafter.memory import Memory

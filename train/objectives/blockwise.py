@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Anchors, DraftRows
-from train.data.packs import Pack
+from train.data.pack import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Places
-from train.data.packs import Pack
+from train.data.pack import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.losses import divergences, terms, weights

@@ -37,7 +37,10 @@ from train.build import (
     token_counts,
     uses_bf16,
 )
-from train.data.packs import Pack, PackStream, loaded, sample_ages, split
+from train.data.loader import loaded
+from train.data.pack import Pack
+from train.data.split import split
+from train.data.stream import PackStream, Prefix, StreamSettings, ViewDraws, sample_ages
 from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, other_positions, warm_start
 from train.losses.choose import slower_on_a_gpu
@@ -172,19 +175,19 @@ class _Run:
         names, pack_tokens, seed = config.tensors, recipe.train.pack_tokens, recipe.train.seed
         queries = [f"query.{i}" for i in sorted(set(config.query_layers) & set(self.reader.manifest.query_layers))]
         complete = len(queries) == len(set(config.query_layers))  # else they are of no use to the diagnostics
-        prefix = recipe.objective.prefix and (config.draft_length, recipe.objective.prefix)
+        prefix = Prefix(config.draft_length, recipe.objective.prefix) if recipe.objective.prefix else None
         learnt, diagnosed = queries * (recipe.loss.query_align > 0), queries * complete
         self.budgets = self.view_sampler.judged if self.view_sampler else [FULL]
-        drawn = fixed = {"batch": recipe.train.batch}
+        drawn = fixed = {}
         if self.view_sampler:
             ages = lambda id, anchors, pass_number: sample_ages(id, anchors, recipe.view.lasts, seed, pass_number)
-            fixed = drawn | {"ages": ages, "budgets": lambda step, id: self.budgets}
-            drawn = drawn | {"ages": ages, "budgets": self.view_sampler.budgets}
+            fixed = {"views": ViewDraws(lambda step, id: self.budgets, ages)}
+            drawn = {"views": ViewDraws(self.view_sampler.budgets, ages)}
         anchors, judged = recipe.objective.anchors, recipe.train.validation_anchors
-        self.stream = PackStream(self.reader, training, names + learnt, pack_tokens, anchors, seed, prefix=prefix, **drawn)
-        self.validation = PackStream(
-            self.reader, validation, names + diagnosed, pack_tokens, judged, seed, shuffle=False, **fixed
-        )
+        learning = StreamSettings(pack_tokens, anchors, seed, batch=recipe.train.batch, prefix=prefix, **drawn)
+        judging = StreamSettings(pack_tokens, judged, seed, shuffle=False, batch=recipe.train.batch, **fixed)
+        self.stream = PackStream(self.reader, training, names + learnt, learning)
+        self.validation = PackStream(self.reader, validation, names + diagnosed, judging)
         self.checkpoints = Checkpoints(run_dir / "checkpoints", self.engine, drafter, rank(), recipe.train.keep_last)
 
     def _train(self) -> None:
