@@ -179,8 +179,9 @@ def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None
     draft, verify, tree = recipe.draft, recipe.verify, recipe.tree(config)
     if isinstance(draft.length, int) and not 1 <= draft.length <= config.draft_length:
         raise UserError(f"draft.length={draft.length}: {recipe.drafter} drafts 1 to {config.draft_length} tokens")
-    if tree and (config.objective != "ttt" or view):
-        why = f"objective={config.objective} fills a block at once" if config.objective != "ttt" else "a view keeps chains only"
+    by_token = config.schedule.token_by_token
+    if tree and (not by_token or view):
+        why = "a view keeps chains only" if by_token else f"objective={config.objective} fills a block at once"
         raise UserError(f"draft.breadth={draft.breadth}: trees are for drafters that draft token by token under no view; {why}")
     if draft.length == "adaptive" and (tree or view):
         raise UserError("draft.length=adaptive is for chains (draft.breadth=1) under no view")
@@ -283,7 +284,7 @@ def _check_served(recipe: EvalRecipe) -> None:
         config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
         if not is_foreign(read_fields(recipe.drafter)):
             check_export(config, "speculators")
-        if recipe.draft.length and config.objective == "blockwise" and not config.causal:
+        if recipe.draft.length and not config.schedule.causal(config):
             raise UserError(
                 f"draft.length={recipe.draft.length}: slots of {recipe.drafter}'s blocks see each other, so that a server that "
                 "fills shorter ones would run another function; leave it out"

@@ -16,9 +16,9 @@ from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
-from train.losses import weights
 from train.precision.fp8 import TILE
 from train.recipe import ObjectiveRecipe, TrainRecipe
+from train.schedules.registry import OBJECTIVES
 
 
 def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int], list[int]]:
@@ -133,7 +133,7 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
 
 def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
     """The backend that trains this recipe. Raises UserError as `attention_backend` does."""
-    flash = recipe.objective.kind == "ttt" and recipe.view_sampler is None and recipe.drafter.lm is None
+    flash = OBJECTIVES[recipe.objective.kind].token_by_token and recipe.view_sampler is None and recipe.drafter.lm is None
     if device.type == "cuda":
         flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
         flash &= torch.cuda.get_device_capability(device) >= (8, 0)
@@ -210,7 +210,7 @@ def check_target(architecture: Architecture, weights_hash: str, manifest: Manife
 
 def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
     """Weights of the drafted slots, [J]."""
-    return (weights.geometric if objective.kind == "ttt" else weights.exponential)(slots, objective.decay)
+    return OBJECTIVES[objective.kind].slot_weights(slots, objective.decay)
 
 
 def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:

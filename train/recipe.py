@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from common.recipe import Section
 from data_prep.recipe import CaptureSections
 from train.losses.recipe import LossRecipe
+from train.schedules.registry import OBJECTIVES
 from train.sizes import sized
 from train.views.budgets import ViewSampler
 from train.views.plan import View
@@ -16,7 +17,7 @@ from train.views.plan import View
 class ObjectiveRecipe(Section):
     """How drafting is practised, and what each slot counts."""
 
-    kind: Literal["ttt", "blockwise"]
+    kind: Literal[tuple(OBJECTIVES)]
     slots: int = Field(ge=1)  # block-wise: B, the anchor's slot included; ttt: steps
     shifted: bool = False  # block-wise: the slot at index j - 1 proposes x_{a+j}, so that B tokens are drafted
     anchors: int | None = Field(None, ge=1)  # a document and pass; null: every position

@@ -15,12 +15,12 @@ from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from eval.caches.static import StaticMemory, static_attention
-from eval.engine.tree import Tree, TreeShape, grow
-from train.attention.visibility import DraftRows, Places
+from eval.engine.tree import Growing, Tree, TreeShape
+from train.attention.visibility import Places
 from train.drafter.heads import over_targets
 from train.drafter.layers import KV
 from train.drafter.model import Drafter
-from train.objectives.blockwise import block_rows
+from train.schedules.schedule import Source, Start
 
 
 class Proposal(NamedTuple):
@@ -100,8 +100,12 @@ class StaticTrained:
     graphs = True
 
     def __init__(self, drafter: Drafter, head: FrozenHead, change: Callable | None = None, tree: TreeShape | None = None):
-        self.drafter, self._head, self._change, self._tree = drafter.eval(), head, change, tree
-        self.deepest, self._cache = tree.depth if tree else None, None
+        self.drafter = drafter.eval()
+        self._head = head
+        self._change = change
+        self._tree = tree
+        self.deepest = tree.depth if tree else None
+        self._cache: StaticCache | None = None
         self._product = drafter.head.product(head)  # once: rows of a reduced vocabulary are copies
         self._kept_D = drafter.head.kept_D
 
@@ -132,31 +136,23 @@ class StaticTrained:
 
     def _remember(self, states: States | None, position_BT: Tensor, text_BL: Tensor) -> Tensor | None:
         document = torch.arange(len(position_BT), device=position_BT.device).repeat_interleave(position_BT.shape[1])
-        token_RE = self._embed(text_BL.gather(1, position_BT + 1).flatten())
+        token_RE = self.embed(text_BL.gather(1, position_BT + 1).flatten())
         places, known = (Places(document, (position_BT + ahead).flatten()) for ahead in (0, 1))
         return self.drafter.remember(states, places, token_RE, known, static_attention(making_memory=True), self.memory).feature
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         token_B = text_BL.gather(1, anchor_B[:, None])[:, 0]
-        if self._tree:
-            known = (self.memory, self.feature_BE, token_B, anchor_B)
-            tree = grow(self.drafter, *known, self._tree, length, self._embed, self._log_probabilities)
-            return Proposal(tree.token_BN, tree=tree)
-        if self.drafter.config.objective == "ttt":
-            return self._steps(token_B, anchor_B, length, sampling, u_BJ)
         request_B = torch.arange(len(anchor_B), device=anchor_B.device)
-        rows = block_rows(request_B, anchor_B, self.drafter.config.slots)
-        token_B1E = self._embed(token_B)[:, None]
-        output_BJE = self.drafter.block(token_B1E, rows, self.memory, static_attention(), feature_NE=self.feature_BE)[:, :length]
-        if self.drafter.sequential is None:
-            logits_BJD = self._logits(output_BJE)
-            return self._drawn(logits_BJD, sampling, u_BJ)
-        drafts, state = [], None
-        for j in range(length):
-            output_BE, state = self.drafter.sequential.step(output_BJE[:, j], self._embed(token_B), state)
-            drafts.append(self._drawn(self._logits(output_BE)[:, None], sampling, u_BJ[:, j : j + 1]))
-            token_B = drafts[-1].tokens_BJ[:, 0]
-        return _joined(drafts)
+        start = Start(self.memory, request_B, anchor_B, self.feature_BE)
+        schedule = self.drafter.config.schedule
+        if self._tree:
+            nodes = Growing(self._tree, token_B, self.embed, self._log_probabilities)
+            schedule.draft(self.drafter, start, nodes)
+            tree = nodes.likeliest(length)
+            return Proposal(tree.token_BN, tree=tree)
+        drawn = _Drawn(self, token_B, length, sampling, u_BJ)
+        schedule.draft(self.drafter, start, drawn)
+        return drawn.proposal()
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
         """Preallocated places that a request does not fill count for its `peak` alone."""
@@ -165,20 +161,7 @@ class StaticTrained:
         peak = self.memory.nbytes() // self.memory.batch
         return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
 
-    def _steps(self, token_B: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
-        request_B, drafts, earlier, past = torch.arange(len(anchor_B), device=anchor_B.device), [], None, None
-        feature_BE = self.feature_BE
-        for j in range(length):
-            rows = DraftRows(request_B, anchor_B, request_B, torch.full_like(request_B, j + 1), anchor_B + j)
-            output_BE, feature_BE, past = self.drafter.step(
-                self._embed(token_B), feature_BE, rows, earlier, self.memory, past, static_attention()
-            )
-            earlier = rows if earlier is None else earlier + rows
-            drafts.append(self._drawn(self._logits(output_BE)[:, None], sampling, u_BJ[:, j : j + 1]))
-            token_B = drafts[-1].tokens_BJ[:, 0]
-        return _joined(drafts)
-
-    def _drawn(self, logits_BJD: Tensor, sampling: Sampling, u_BJ: Tensor) -> Proposal:
+    def draw(self, logits_BJD: Tensor, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         kept_D = self._kept_D
         if sampling.temperature == 0:
             token_BJ = logits_BJD.argmax(-1)
@@ -188,16 +171,44 @@ class StaticTrained:
 
     def _log_probabilities(self, output_RE: Tensor) -> Tensor:
         """Over the target's vocabulary, [R, V]."""
-        return over_targets(self._logits(output_RE).log_softmax(-1), self._kept_D, len(self._head.head_VE), -torch.inf)
+        return over_targets(self.logits(output_RE).log_softmax(-1), self._kept_D, len(self._head.head_VE), -torch.inf)
 
-    def _embed(self, token: Tensor) -> Tensor:
+    def embed(self, token: Tensor) -> Tensor:
         return self.drafter.embed(token, self._head)
 
-    def _logits(self, output: Tensor) -> Tensor:
+    def logits(self, output: Tensor) -> Tensor:
         logits = self._product(output)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _joined(drafts: list[Proposal]) -> Proposal:
-    q = None if drafts[0].q_BJV is None else torch.cat([d.q_BJV for d in drafts], dim=1)
-    return Proposal(torch.cat([d.tokens_BJ for d in drafts], dim=1), q)
+class _Drawn(Source):
+    """Each drafted token is drawn from what the drafter proposes, and read in the next pass."""
+
+    def __init__(self, trained: StaticTrained, token_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor):
+        self.length = length
+        self.attend = static_attention()
+        self._trained = trained
+        self._sampling = sampling
+        self._u_BJ = u_BJ
+        self._token_B = token_B
+        self._proposals: list[Proposal] = []
+
+    def token(self, slot: int) -> Tensor:
+        return self._trained.embed(self._token_B)
+
+    def drafted(self, output_BE: Tensor) -> None:
+        slot = len(self._proposals)
+        proposal = self._trained.draw(self._trained.logits(output_BE)[:, None], self._sampling, self._u_BJ[:, slot : slot + 1])
+        self._proposals.append(proposal)
+        self._token_B = proposal.tokens_BJ[:, 0]
+
+    def drafted_at_once(self, output_BJE: Tensor) -> None:
+        self._proposals.append(self._trained.draw(self._trained.logits(output_BJE), self._sampling, self._u_BJ))
+
+    def proposal(self) -> Proposal:
+        if len(self._proposals) == 1:
+            return self._proposals[0]
+        tokens_BJ = torch.cat([p.tokens_BJ for p in self._proposals], dim=1)
+        if self._sampling.temperature == 0:
+            return Proposal(tokens_BJ)
+        return Proposal(tokens_BJ, torch.cat([p.q_BJV for p in self._proposals], dim=1))

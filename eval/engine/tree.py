@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eval.caches.static import StaticMemory, static_attention
-from train.attention.visibility import DraftRows
-from train.drafter.model import Drafter
+from eval.caches.static import static_attention
+from train.schedules.schedule import Source
 
 
 class TreeShape(NamedTuple):
@@ -36,57 +35,94 @@ class Tree(NamedTuple):
     seen_BTT: Tensor
 
 
-def grow(
-    drafter: Drafter,
-    memory: StaticMemory,
-    feature_BE: Tensor,
-    token_B: Tensor,
-    anchor_B: Tensor,
-    shape: TreeShape,
-    nodes: int,
-    embed: Callable,
-    log_probabilities: Callable,
-) -> Tree:
-    """The `nodes` likeliest of all candidates, by the product of the drafter's probabilities along their paths. A candidate's
-    ancestors are at least as likely and stand before it, so that they are among them."""
-    batch, width, device = len(token_B), shape.breadth, token_B.device
-    request_B, same_BB = torch.arange(batch, device=device), torch.eye(batch, dtype=torch.bool, device=device)
-    beam_BW = score_BW = chain_BWS = earlier = past = None
-    feature, token, seen = feature_BE, token_B, [same_BB[:, None]]
-    found: list[tuple[Tensor, Tensor, Tensor]] = []  # of each depth's candidates: tokens, scores, parents among all candidates
-    for depth in range(1, shape.depth + 1):
-        count = len(token) // batch
-        document = request_B.repeat_interleave(count)
-        anchor = anchor_B.repeat_interleave(count)
-        rows = DraftRows(document, anchor, document, torch.full_like(document, depth), anchor + depth - 1)
-        mask_QR = torch.cat([part.expand(-1, count, -1) for part in seen], dim=-1).flatten(0, 1)
-        attend = static_attention(seen_QR=mask_QR)
-        output, feature, past = drafter.step(embed(token), feature, rows, earlier, memory, past, attend)
-        earlier = rows if earlier is None else earlier + rows
-        logp_BWV = log_probabilities(output).unflatten(0, (batch, count))
-        best_BWK, token_BWK = logp_BWV.topk(width, dim=-1)
-        parent_BWK = torch.full_like(token_BWK, -1) if beam_BW is None else beam_BW[..., None].expand_as(token_BWK)
-        scores_BC = (best_BWK if score_BW is None else score_BW[..., None] + best_BWK).flatten(1)
-        first = sum(tokens.shape[1] for tokens, _, _ in found)
-        found.append((token_BWK.flatten(1), scores_BC, parent_BWK.flatten(1)))
-        score_BW, chosen_BW = scores_BC.topk(width, dim=-1)
-        beam_BW, token = first + chosen_BW, found[-1][0].gather(1, chosen_BW).flatten()
-        within_BW = chosen_BW // width  # which of this depth's rows each of the next grows from
-        if feature is not None:
-            feature = feature.unflatten(0, (batch, count))[request_B[:, None], within_BW].flatten(0, 1)
-        # Rows of the next depth see the anchor's row, one row of every depth between, and themselves.
-        own_BWS = torch.arange(width, device=device).expand(batch, -1)[..., None]
-        older = own_BWS[..., :0] if depth == 1 else chain_BWS[request_B[:, None], within_BW]
-        chain_BWS = torch.cat([older, own_BWS], dim=-1)
-        slot_W = torch.arange(width, device=device)
-        at = lambda chain_BW: (same_BB[:, None, :, None] & (chain_BW[:, :, None, None] == slot_W)).flatten(2)
-        seen = [same_BB[:, None].expand(-1, width, -1), *(at(chain_BWS[..., s]) for s in range(depth))]
-    token_BC, score_BC, parent_BC = (torch.cat(kind, dim=1) for kind in zip(*found))
-    depth_C = torch.cat([torch.full_like(tokens[0], depth) for depth, (tokens, _, _) in enumerate(found, 1)])
-    node_BN = score_BC.sort(dim=1, descending=True, stable=True).indices[:, :nodes].sort(dim=1).values
-    parent_BN = parent_BC.gather(1, node_BN)
-    parent_BN = torch.where(parent_BN < 0, 0, torch.searchsorted(node_BN, parent_BN.clamp(min=0)) + 1)
-    return Tree(token_BC.gather(1, node_BN), parent_BN, *_places(parent_BN, depth_C[node_BN], shape.depth))
+class Candidates(NamedTuple):
+    """What one depth adds to the nodes that a tree is chosen from. `score_BC` is the logarithm of the product of the drafter's
+    probabilities along the path. `parent_BC` counts among the candidates of all depths; -1: the anchor."""
+
+    token_BC: Tensor
+    score_BC: Tensor
+    parent_BC: Tensor
+
+
+class Growing(Source):
+    """The tokens of a tree while it grows: the rows of each depth are the `breadth` likeliest candidates of the depth before.
+
+    Args:
+        token_B: the anchors' tokens.
+        embed: ids -> what the drafter reads of them.
+        log_probabilities: outputs [R, E] -> [R, V].
+    """
+
+    def __init__(self, shape: TreeShape, token_B: Tensor, embed: Callable, log_probabilities: Callable):
+        batch, device = len(token_B), token_B.device
+        self.length = shape.depth
+        self._width = shape.breadth
+        self._embed = embed
+        self._log_probabilities = log_probabilities
+        self._request_B = torch.arange(batch, device=device)
+        self._same_BB = torch.eye(batch, dtype=torch.bool, device=device)
+        self._token_R = token_B
+        self._found: list[Candidates] = []
+        # Of the rows that grow next (none before the first depth, where the anchor grows): their places among all candidates,
+        # their scores, and the row at every depth that they descend from.
+        self._beam_BW: Tensor | None = None
+        self._score_BW: Tensor | None = None
+        self._chain_BWS: Tensor | None = None
+        self._seen = [self._same_BB[:, None]]
+
+    def token(self, slot: int) -> Tensor:
+        return self._embed(self._token_R)
+
+    @property
+    def attend(self) -> Callable:
+        """Each row sees its ancestors and itself: the rule of slots would show it the other nodes of every depth too."""
+        count = len(self._token_R) // len(self._request_B)
+        mask_QR = torch.cat([part.expand(-1, count, -1) for part in self._seen], dim=-1).flatten(0, 1)
+        return static_attention(seen_QR=mask_QR)
+
+    def drafted(self, output_RE: Tensor) -> Tensor:
+        batch = len(self._request_B)
+        count = len(output_RE) // batch
+        # 1. The likeliest continuations of each row are candidates.
+        best_BWK, token_BWK = self._log_probabilities(output_RE).unflatten(0, (batch, count)).topk(self._width, dim=-1)
+        if self._beam_BW is None:
+            parent_BWK = torch.full_like(token_BWK, -1)
+            score_BC = best_BWK.flatten(1)
+        else:
+            parent_BWK = self._beam_BW[..., None].expand_as(token_BWK)
+            score_BC = (self._score_BW[..., None] + best_BWK).flatten(1)
+        first = sum(found.token_BC.shape[1] for found in self._found)
+        self._found.append(Candidates(token_BWK.flatten(1), score_BC, parent_BWK.flatten(1)))
+        # 2. The likeliest of them grow.
+        self._score_BW, chosen_BW = score_BC.topk(self._width, dim=-1)
+        self._beam_BW = first + chosen_BW
+        self._token_R = self._found[-1].token_BC.gather(1, chosen_BW).flatten()
+        within_BW = chosen_BW // self._width  # which of this depth's rows each of the next grows from
+        self._seen = self._lineage(within_BW)
+        return (self._request_B[:, None] * count + within_BW).flatten()
+
+    def _lineage(self, within_BW: Tensor) -> list[Tensor]:
+        """Which rows of each depth the next rows see, the anchor's first: one row of every depth, and themselves."""
+        batch = len(self._request_B)
+        slot_W = torch.arange(self._width, device=within_BW.device)
+        own_BWS = slot_W.expand(batch, -1)[..., None]
+        older_BWS = own_BWS[..., :0] if self._chain_BWS is None else self._chain_BWS[self._request_B[:, None], within_BW]
+        self._chain_BWS = torch.cat([older_BWS, own_BWS], dim=-1)
+        seen = [self._same_BB[:, None].expand(-1, self._width, -1)]
+        for chain_BW in self._chain_BWS.unbind(-1):
+            # Rows of a depth stand request by request, `breadth` of each.
+            seen.append((self._same_BB[:, None, :, None] & (chain_BW[:, :, None, None] == slot_W)).flatten(2))
+        return seen
+
+    def likeliest(self, nodes: int) -> Tree:
+        """The `nodes` likeliest of all candidates. A candidate's ancestors are at least as likely and stand before it, so that
+        they are among them."""
+        token_BC, score_BC, parent_BC = (torch.cat(kind, dim=1) for kind in zip(*self._found))
+        depth_C = torch.cat([torch.full_like(found.token_BC[0], depth) for depth, found in enumerate(self._found, 1)])
+        node_BN = score_BC.sort(dim=1, descending=True, stable=True).indices[:, :nodes].sort(dim=1).values
+        parent_BN = parent_BC.gather(1, node_BN)
+        parent_BN = torch.where(parent_BN < 0, 0, torch.searchsorted(node_BN, parent_BN.clamp(min=0)) + 1)
+        return Tree(token_BC.gather(1, node_BN), parent_BN, *_places(parent_BN, depth_C[node_BN], self.length))
 
 
 def _places(parent_BN: Tensor, depth_BN: Tensor, deepest: int) -> tuple[Tensor, Tensor]:

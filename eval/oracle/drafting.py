@@ -14,10 +14,9 @@ from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from eval.caches.sparse import SparseCache
 from eval.engine.drafting import Proposal
-from train.attention.visibility import DraftRows, Places
-from train.drafter.memory import Memory
+from train.attention.visibility import Places
 from train.drafter.model import Drafter
-from train.objectives.blockwise import block_rows
+from train.schedules.schedule import Source, Start
 from train.views.plan import View
 
 
@@ -85,13 +84,17 @@ class Trained:
     """
 
     def __init__(self, drafter: Drafter, head: FrozenHead, attend, view: View | None = None, change=None):
-        self.drafter, self._head, self._attend, self._view, self._change = drafter.eval(), head, attend, view, change
+        self.drafter = drafter.eval()
+        self.attend = attend
+        self._head = head
+        self._view = view
+        self._change = change
         self._product = drafter.head.product(head)
         self.device = head.head_VE.device
         self.begin()
 
     def begin(self) -> None:
-        self.cache, self._length = SparseCache(self.drafter, self._attend, self._view), 0
+        self.cache, self._length = SparseCache(self.drafter, self.attend, self._view), 0
 
     @torch.no_grad()
     def observe(self, states: States, known: list[int]) -> None:
@@ -101,64 +104,63 @@ class Trained:
         before, self._length = self._length, self._length + len(states.last_hidden)
         rows = known if before == 0 and not self.drafter.config.reads_pairs else known[-(self._length - before) :]
         places = self._places(before, self._length)
-        self.cache.extend(states, places, self._embed(rows), self._places(self._length + 1 - len(rows), self._length + 1))
+        self.cache.extend(states, places, self.embed(rows), self._places(self._length + 1 - len(rows), self._length + 1))
 
     @torch.no_grad()
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         memory, position = self.cache.visible(len(tokens) - 1)
-        anchor = torch.tensor([position], device=self.device)
-        if self.drafter.config.objective == "ttt":
-            return self._steps(tokens[-1], memory, anchor, temperature, generator)
-        rows = block_rows(torch.zeros_like(anchor), anchor, self.drafter.config.slots)
-        token_1TE = self._embed(tokens[-1:])[None]
-        output_JE = self.drafter.block(token_1TE, rows, memory, self._attend, feature_NE=_newest(memory))[0]
-        if self.drafter.sequential is not None:
-            return self._corrected(output_JE, tokens[-1], temperature, generator)
-        logits = self._logits(output_JE)
-        q_JV = distribution(logits, temperature)
-        return Draft([sample(q, generator) for q in q_JV], q_JV, logits)
+        anchor_1 = torch.tensor([position], device=self.device)
+        newest_1E = None if memory.feature is None else memory.feature[-1:]  # fc(f_{a-1}), where the drafter reads pairs
+        drawn = _Drawn(self, tokens[-1], temperature, generator)
+        start = Start(memory, torch.zeros_like(anchor_1), anchor_1, newest_1E)
+        self.drafter.config.schedule.draft(self.drafter, start, drawn)
+        return drawn.draft()
 
     def kv_bytes(self) -> dict[str, int]:
         return self.cache.bytes
-
-    def _corrected(self, output_JE: Tensor, token: int, temperature: float, generator: torch.Generator) -> Draft:
-        """A block's outputs, each corrected by the token drafted before it."""
-        tokens, logits, qs, state = [], [], [], None
-        for output_E in output_JE:
-            output_1E, state = self.drafter.sequential.step(output_E[None], self._embed([token]), state)
-            logits.append(self._logits(output_1E))
-            qs.append(distribution(logits[-1], temperature))
-            token = sample(qs[-1][0], generator)
-            tokens.append(token)
-        return Draft(tokens, torch.cat(qs), torch.cat(logits))
-
-    def _steps(self, token: int, memory: Memory, anchor: Tensor, temperature: float, generator: torch.Generator) -> Draft:
-        feature = _newest(memory)
-        tokens, logits, qs, earlier, past, zero = [], [], [], None, None, torch.zeros_like(anchor)
-        for j in range(1, self.drafter.config.slots + 1):
-            rows = DraftRows(zero, anchor, zero, zero + j, anchor + j - 1)
-            output, feature, past = self.drafter.step(self._embed([token]), feature, rows, earlier, memory, past, self._attend)
-            earlier = rows if earlier is None else earlier + rows
-            logits.append(self._logits(output))
-            qs.append(distribution(logits[-1], temperature))
-            token = sample(qs[-1][0], generator)
-            tokens.append(token)
-        return Draft(tokens, torch.cat(qs), torch.cat(logits))
 
     def _places(self, start: int, end: int) -> Places:
         position = torch.arange(start, end, device=self.device)
         return Places(torch.zeros_like(position), position)
 
-    def _embed(self, tokens: list[int]) -> Tensor:
+    def embed(self, tokens: list[int]) -> Tensor:
         return self.drafter.embed(torch.tensor(tokens, device=self.device), self._head)
 
-    def _logits(self, output_JE: Tensor) -> Tensor:
+    def logits(self, output_JE: Tensor) -> Tensor:
         return self.drafter.head.logits(output_JE, self._head, self._product)
 
 
-def _newest(memory: Memory) -> Tensor | None:
-    """fc(f_{a-1}) of the one anchor [1, E], where the drafter reads pairs."""
-    return None if memory.feature is None else memory.feature[-1:]
+class _Drawn(Source):
+    """Each drafted token is drawn from what the drafter proposes, and read in the next pass."""
+
+    def __init__(self, trained: Trained, anchor: int, temperature: float, generator: torch.Generator):
+        self.length = trained.drafter.config.draft_length
+        self.attend = trained.attend
+        self._trained = trained
+        self._temperature = temperature
+        self._generator = generator
+        self._tokens = [anchor]
+        self._logits: list[Tensor] = []
+        self._q: list[Tensor] = []
+
+    def token(self, slot: int) -> Tensor:
+        return self._trained.embed(self._tokens[slot : slot + 1])
+
+    def drafted(self, output_1E: Tensor) -> None:
+        self._draw(output_1E)
+
+    def drafted_at_once(self, output_1JE: Tensor) -> None:
+        self._draw(output_1JE[0])
+
+    def _draw(self, output_JE: Tensor) -> None:
+        logits_JV = self._trained.logits(output_JE)
+        q_JV = distribution(logits_JV, self._temperature)
+        self._tokens += [sample(q_V, self._generator) for q_V in q_JV]
+        self._logits.append(logits_JV)
+        self._q.append(q_JV)
+
+    def draft(self) -> Draft:
+        return Draft(self._tokens[1:], torch.cat(self._q), torch.cat(self._logits))
 
 
 class OneByOne:

@@ -111,7 +111,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
 
 def _incomparable(server: Server, config: DrafterConfig, temperature: float) -> str | None:
     """Why acceptance in this server says nothing of ours; None: it does."""
-    if config.objective == "blockwise" and not config.causal and server.slots != config.draft_length:
+    if not config.schedule.causal(config) and server.slots != config.draft_length:
         return (
             f"not tested: the server fills blocks of {server.slots} drafted tokens and this drafter learned blocks of "
             f"{config.draft_length}; its slots see each other, so that it is another function there"

@@ -51,9 +51,9 @@ def chain_of(target, drafter, prompt, token):
         feature, earlier, past = None if memory.feature is None else memory.feature[-1:], None, None
         for j, known in enumerate([token, *path]):
             rows = DraftRows(zero, anchor, zero, zero + j + 1, anchor + j)
-            output, feature, past = drafter.step(plain._embed([known]), feature, rows, earlier, memory, past, REFERENCE)
+            output, feature, past = drafter.step(plain.embed([known]), feature, rows, earlier, memory, past, REFERENCE)
             earlier = rows if earlier is None else earlier + rows
-        return plain._logits(output)[0].log_softmax(-1)
+        return plain.logits(output)[0].log_softmax(-1)
 
     return chain
 

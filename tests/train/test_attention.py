@@ -8,7 +8,7 @@ import torch
 from common.errors import UserError
 from train.attention.choose import BACKENDS, attention_backend
 from train.attention.visibility import DraftRows, Places, Visibility
-from train.objectives.blockwise import block_rows
+from train.schedules.blockwise import block_rows
 
 
 def drawn(visibility: Visibility) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.recipe import ROOT
 from data_prep.target.architecture import Architecture, Sizes
+from train.schedules.registry import OBJECTIVES
+from train.schedules.schedule import Schedule
 
 RELEASED = ROOT / "eval/drafters"  # drafters that come with the repository, a folder each
 
@@ -35,7 +37,7 @@ class DrafterConfig:
     """Sizes come from the target (`architecture`; an imported drafter's layers have their own); a drafter of one target is of no
     use to another (`target`)."""
 
-    objective: str  # ttt | blockwise
+    objective: str  # a name of train/schedules/registry.py: ttt | blockwise
     reuse: str  # none | hidden | kv | hybrid
     target_layers: list[int]  # one a draft layer: the layer it starts from and, with native K/V, whose K/V it reads in place
     hidden_layers: list[int]  # whose hidden states fc reads ([] for none and kv)
@@ -66,6 +68,11 @@ class DrafterConfig:
     norm_output: bool = False  # ttt over pairs: the next step reads the stream after the final norm (EAGLE-3.1)
     norm_before_residual: bool = False  # pairs: the first layer's residual stream begins as its normed feature
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
+
+    @property
+    def schedule(self) -> Schedule:
+        """The loop of its objective, and what follows from it."""
+        return OBJECTIVES[self.objective]
 
     @property
     def depth(self) -> int:
@@ -119,12 +126,12 @@ class DrafterConfig:
     @property
     def reads_pairs(self) -> bool:
         """EAGLE-3's input path: a row reads its token and a feature."""
-        return self.uses_hidden and (self.objective == "ttt" or self.pairs)
+        return self.uses_hidden and self.schedule.reads_pairs(self)
 
     @property
     def injects_hidden(self) -> bool:
         """DFlash's way in: memory is what each draft layer's K and V projections make of fc's normed output."""
-        return self.objective == "blockwise" and "hidden" in self.branches and not self.reads_pairs
+        return "hidden" in self.branches and not self.reads_pairs
 
     @property
     def own_memory(self) -> str | None:
@@ -150,8 +157,8 @@ class DrafterConfig:
 
     @property
     def first_slot(self) -> int:
-        """Index in a block of the slot that proposes x_{a+1}."""
-        return 1 if self.objective == "blockwise" and not self.shifted else 0
+        """How many rows of an anchor come before the row that proposes x_{a+1}."""
+        return self.schedule.first_slot(self)
 
     @property
     def tensors(self) -> list[str]:

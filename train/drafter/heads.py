@@ -126,11 +126,3 @@ class SequentialHead(nn.Module):
             return output_NE + self.up(self.down(previous_NE)), None
         state = self.gru(self.down(torch.cat([output_NE, previous_NE], dim=-1)), state)
         return output_NE + self.up(state), state
-
-    def forward(self, output_NJE: Tensor, previous_NJE: Tensor) -> Tensor:
-        """Every slot after the text's own token, [N, J, E]."""
-        state, corrected = None, []
-        for output_NE, previous_NE in zip(output_NJE.unbind(1), previous_NJE.unbind(1)):
-            output_NE, state = self.step(output_NE, previous_NE, state)
-            corrected.append(output_NE)
-        return torch.stack(corrected, dim=1)

@@ -44,7 +44,7 @@ class Drafter(nn.Module):
             self.fc = nn.Linear(len(config.hidden_layers) * a.hidden_size, a.hidden_size, bias=False)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(nn.RMSNorm(a.hidden_size, eps=a.norm_eps) for _ in config.hidden_layers)
-        if config.objective == "blockwise":
+        if not config.schedule.token_by_token:
             self.mask = nn.Embedding(1, a.hidden_size)  # what an undrafted slot carries
             self.sequential = SequentialHead(config) if config.sequential else None
         if config.injects_hidden:
@@ -231,7 +231,7 @@ class Drafter(nn.Module):
 
     def _visibility(self, queries: DraftRows, memory: Memory, drafts: DraftRows) -> list[dict[str, Visibility]]:
         """For each layer and branch; layers that see the same share it."""
-        causal = self.config.objective == "ttt" or self.config.causal
+        causal = self.config.schedule.causal(self.config)
 
         def of(selection: dict) -> dict[str, Visibility]:
             return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
@@ -303,7 +303,7 @@ class Drafter(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        if self.config.objective == "blockwise":
+        if not self.config.schedule.token_by_token:
             token = self.config.mask_token_id
             self.mask.weight.copy_(
                 head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]

@@ -36,6 +36,7 @@ from train.drafter.heads import DraftHead
 from train.drafter.layers import KV, Rope
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter, Past, known_rows
+from train.schedules.schedule import Start, Text
 
 NAME, BRANCH = "understudy", "tokens"
 _running: ContextVar[Callable] = ContextVar("running")  # what the registered function calls: (layer, q, k, v) -> [R, H, D]
@@ -194,21 +195,20 @@ class Standalone(Drafter):
             raise UserError(f"{where}: drafter.rope_factor={factor:g} scales rotary positions, which it has not")
         size = min(len(self.head.weight), len(head.head_VE))
         ids, position = torch.randint(size, (12,), generator=torch.Generator().manual_seed(0)), torch.arange(12)
-        token, zero, anchor = self.embed(ids, head), torch.zeros_like(ids), torch.tensor([6])
-        outputs, earlier, past = [], None, None
+        zero = torch.zeros_like(ids)
+        token = self.embed(ids, head)
+        anchor = torch.tensor([6])
+        text = Text(lambda i: self.embed(i, head), ids, anchor, reference, length=6)
         try:
             lm.eval().set_attn_implementation("eager")
             expected = lm(input_ids=ids[None], position_ids=self._position(position)[None]).logits[0, 6:]
             lm.set_attn_implementation(NAME)
             memory = self.remember(States(), None, token[:6], Places(zero[:6], position[:6]), reference)
-            for j in range(1, 7):
-                rows = DraftRows(zero[:1], anchor, zero[:1], zero[:1] + j, anchor + j - 1)
-                output, _, past = self.step(token[None, 5 + j], None, rows, earlier, memory, past, reference)
-                earlier = rows if earlier is None else earlier + rows
-                outputs.append(output)
+            self.config.schedule.draft(self, Start(memory, zero[:1], anchor, None), text)
+            output_JE = text.output_NJE[0]
         except (UserError, LookupError, AttributeError, TypeError) as error:
             raise UserError(f"{where} cannot be a drafter: {error}") from error
-        error = float((nn.functional.linear(torch.cat(outputs), self.head.weight) - expected).abs().max())
+        error = float((nn.functional.linear(output_JE, self.head.weight) - expected).abs().max())
         if error > 1e-3 * float(expected.abs().max()):
             raise UserError(
                 f"{where} cannot be a drafter: its own logits differ by {error:.2g} from those through our attention (logits "

@@ -105,7 +105,7 @@ def _rows(watch: Watch, where: tuple[int, str], valid: Tensor):
     that draft a slot that counts."""
     for q, k, v, visibility in watch.calls[where]:
         rows = visibility.queries
-        slot = rows.slot - (1 if watch.config.objective == "ttt" else watch.config.first_slot)
+        slot = rows.slot - watch.config.schedule.first_row - watch.config.first_slot
         chosen = ((slot >= 0) & valid[rows.group, slot.clamp(min=0)]).nonzero().squeeze(1)
         some = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:SAMPLED]  # a stride would prefer slots
         chosen = chosen[some.to(chosen.device)]
@@ -156,12 +156,10 @@ def _oracle(drafter: Drafter, pack: Pack, valid: Tensor):
     def change(layer: int, branch: str, q: Tensor, visibility: Visibility) -> Tensor:
         if branch != "kv":
             return q
-        if config.objective == "ttt":
-            slot = int(visibility.queries.slot[0]) - 1
-            return torch.where(valid[:, slot, None, None], oracle[layer][:, slot], q)
-        q = q.unflatten(0, (-1, config.slots)).clone()
-        q[:, config.first_slot :][valid] = oracle[layer][valid]
-        return q.flatten(0, 1)
+        rows = visibility.queries
+        slot = rows.slot - config.schedule.first_row - config.first_slot
+        drafts = (slot >= 0) & valid[rows.group, slot.clamp(min=0)]
+        return torch.where(drafts[:, None, None], oracle[layer][rows.group, slot.clamp(min=0)], q)
 
     return change
 

@@ -63,7 +63,7 @@ class Watch:
 
     def _by_anchor(self, rows: Tensor) -> Tensor:
         """[N, S, ...]. ttt's rows come step by step, a block's anchor by anchor."""
-        if self.config.objective == "ttt":
+        if self.config.schedule.token_by_token:
             return rows.unflatten(0, (self.config.slots, -1)).transpose(0, 1)
         return rows.unflatten(0, (-1, self.config.slots))
 

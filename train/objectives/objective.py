@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.target.frozen_head import FrozenHead
-from train.attention.visibility import Places
+from train.attention.visibility import Anchors, Places
 from train.data.pack import Pack
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.losses import divergences, terms, weights
 from train.losses.recipe import LossRecipe
 from train.losses.types import HeadInput, RowStatistics
-from train.objectives import align, blockwise, ttt
+from train.objectives import align
+from train.schedules.schedule import Start, Text
 from train.views import plan as views
 
-OBJECTIVES = {"ttt": ttt.draft, "blockwise": blockwise.draft}
 TERMS = terms.parts()  # what is averaged by itself
 
 
@@ -135,21 +135,31 @@ class Objective(nn.Module):
     def draft(self, pack: Pack, memory: Memory) -> Tensor:
         """The drafter's output of every slot of every anchor, [N, J, E], or under every view [V, N, J, E]: what decoding must
         reproduce."""
-        anchors, draft = pack.anchors, partial(OBJECTIVES[self.drafter.config.objective], self.drafter, self._head, pack)
+        anchors = pack.anchors
         if pack.budget_VN is None:
-            return draft(anchors, memory, self._attend)
+            return self._drafted(pack, anchors, memory)
         if self._view.positions == "absolute":
             plan = self._plan(pack, memory, pack.budget_VN)
             everyone = anchors.repeated(pack.views)
-            return draft(everyone, replace(memory, selection=plan), self._attend).unflatten(0, (pack.views, -1))
+            return self._drafted(pack, everyone, replace(memory, selection=plan)).unflatten(0, (pack.views, -1))
         # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
         whole = int((pack.budget_VN[0] >= views.FULL).all())
-        parts = [draft(anchors, memory, self._attend)] * whole
+        parts = [self._drafted(pack, anchors, memory)] * whole
         if pack.views > whole:
             plan = self._plan(pack, memory, pack.budget_VN[whole:])
             gathered, moved = views.gather(memory, plan, anchors.repeated(pack.views - whole), self.drafter.rotate)
-            parts.append(draft(moved, gathered, self._attend))
+            parts.append(self._drafted(pack, moved, gathered))
         return torch.cat(parts).unflatten(0, (pack.views, -1))
+
+    def _drafted(self, pack: Pack, anchors: Anchors, memory: Memory) -> Tensor:
+        """The drafter's output of every slot of these anchors, [M, J, E]."""
+        repeats = len(anchors.index) // len(pack.anchor_N)
+        prefix_M = None if pack.prefix_N is None else pack.prefix_N.repeat(repeats)
+        feature_ME = None if memory.feature is None else memory.feature[(anchors.index - 1).clamp(min=0)]
+        text = Text(self._embed, pack.ids_P, anchors.index, self._attend, self.slots, prefix_M)
+        start = Start(memory, anchors.document, anchors.position, feature_ME)
+        self.drafter.config.schedule.draft(self.drafter, start, text)
+        return text.output_NJE
 
     def logits(self, pack: Pack) -> Tensor:
         """The same over the target's vocabulary, [(V,) N, J, V]: for tests, all at once."""

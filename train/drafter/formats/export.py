@@ -58,7 +58,7 @@ def check_export(config: DrafterConfig, format: str) -> None:
 
 def _unfit(config: DrafterConfig, format: str) -> dict[str, bool]:
     """Why a drafter over hidden states does not fit the format."""
-    method, blocks = method_of(config), config.objective == "blockwise"
+    method, blocks = method_of(config), not config.schedule.token_by_token
     suited = " or ".join(f"format={name}" for name, methods in FORMATS.items() if method in methods)
     return {
         f"it is for {' and '.join(FORMATS[format])}, and this is {method}: {suited}": method not in FORMATS[format],
@@ -177,7 +177,7 @@ def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
 def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
     """What servers do with it otherwise than we."""
     config, method = drafter.config, method_of(drafter.config)
-    learned = config.objective == "blockwise" and not _mask_is_a_token(drafter, target)
+    learned = not config.schedule.token_by_token and not _mask_is_a_token(drafter, target)
     beside = _mask_goes_beside(drafter, target)
     table_mib = target.frozen_head.embedding_VE.numel() * drafter.norm.weight.itemsize / 2**20
     notes = {
