@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from common.recipe import Section
+from common.rules import obeying
+from train.rules import LOSS
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -34,6 +36,4 @@ class LossRecipe(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if not self.per_slot and not self.expected_length:
-            raise ValueError("no term has a weight; say loss=kl, or loss.tv=1")
-        return self
+        return obeying(LOSS, self)
