@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.hashing import stable_hash
 from common.ranks import rank
 from common.recipe import ROOT
+from common.renamed import refuse_renamed
 
 CONF = str(ROOT / "conf")
 sys.path.append(str(ROOT / "launchers"))  # Hydra looks for hydra_plugins on the path
@@ -42,15 +43,17 @@ def compose(config_name: str, recipe: type[BaseModel], overrides: list[str]) -> 
     """The checked recipe of one job.
 
     Raises:
-        UserError: an unknown key, a bad value or an unknown choice of a group.
+        UserError: an unknown key, one of an earlier release, a bad value or an unknown choice of a group.
     """
+    words = parsed(overrides)
+    refuse_renamed(config_name, ((word.key_or_group, word.value()) for word in words))
     try:
         with hydra.initialize_config_dir(CONF, version_base="1.3"):
             checked = validated(recipe, hydra.compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     if "named" in recipe.model_fields:
-        checked = checked.model_copy(update={"named": tuple(word.key_or_group for word in parsed(overrides))})
+        checked = checked.model_copy(update={"named": tuple(word.key_or_group for word in words)})
     return checked
 
 

@@ -5,7 +5,9 @@ from typing import Annotated
 from pydantic import Field, create_model, model_validator
 
 from common.recipe import Section
+from common.rules import obeying
 from train.losses.terms import TERMS, per_slot
+from train.rules import LOSS
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -23,9 +25,7 @@ class _Loss(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if not self.per_slot and not self.expected_length:
-            raise ValueError("no term has a weight; say loss=kl, or loss.tv=1")
-        return self
+        return obeying(LOSS, self)
 
 
 def _keys() -> dict[str, tuple]:

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.recipe import Section
+from common.rules import obeying
 from train.attention.visibility import Anchors, Places, Selection
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
+from train.rules import VIEW
 
 FULL = 1 << 40  # a budget above every context
 NEVER = 256  # refresh=never: how old a selection gets in training, in tokens (BudgetDraft's continuations)
@@ -54,21 +56,7 @@ class View(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if isinstance(self.refresh, int) and self.refresh < 1:
-            raise ValueError(f"view.refresh={self.refresh}: a selection lasts 1 token or more; or verify, or never")
-        if self.kind == "full" and self.budget:
-            raise ValueError("view=full shows everything; view.budget is for the other views (0: everything)")
-        if self.sink % self.chunk:
-            raise ValueError(f"view.sink={self.sink} is not whole chunks of view.chunk={self.chunk}")
-        if self.kind in ("topk_chunk", "snapkv") and self.recent is None:
-            raise ValueError(f"view={self.kind} needs view.recent, the positions that are always visible")
-        if self.kind == "sink_recent" and self.recent is not None:
-            raise ValueError("view=sink_recent shows all that its sinks leave of the budget; it has no view.recent")
-        if self.kind == "snapkv" and not (self.recent and self.pool % 2):
-            raise ValueError("view=snapkv observes the last view.recent queries (1 or more), and view.pool is odd")
-        if self.budget and self.kind not in ("auto", "full") and self.budget < self.least:
-            raise ValueError(f"view.budget={self.budget}: {self.too_small}")
-        return self
+        return obeying(VIEW, self)
 
     @property
     def least(self) -> int:
