@@ -102,7 +102,7 @@ def accepted(target, drafter, prompts):
     target.capture(drafter.config.hidden_layers, [])
     for prompt in prompts:
         who = Trained(drafter, target.frozen_head, BACKENDS["reference"], None)
-        generation = decode(target, who, prompt, NEW, 0, 0, keep_drafts=True)
+        generation = decode(target, who, prompt, NEW, 0, 0)
         outputs.append(generation.tokens)
         rounds += generation.rounds
     best_R2 = torch.cat([r.draft.logits_JV for r in rounds]).topk(2).values
