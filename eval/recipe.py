@@ -24,7 +24,7 @@ from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
-from train.drafter.formats.export import check_export
+from train.drafter.formats.export import FORMATS, check_export
 from train.recipe import TrackingRecipe
 from train.views.plan import View
 
@@ -62,7 +62,7 @@ class EvalRecipe(Section):
     mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo", "served"]
     drafter: str | None = None  # a folder, or the name of a released one
     any_target: bool = False
-    format: Literal["eagle3", "dflash", "dspark", "speculators", "drafter"]
+    format: Literal[tuple(FORMATS)]
     runs: list[str] = []  # mode=compare: folders of reports
     out: str
     # Tokens before the first anchor; null: in mode=decode prompts.tokens or suite.prompt_tokens, in mode=score anywhere.

@@ -17,6 +17,7 @@ from eval.engine.drafting import StaticDrafting, StaticLookup, StaticNobody, Sta
 from eval.engine.engine import PREFILL_CHUNK, Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Stops
+from eval.engine.rounds import Verification
 from eval.judging import lossless, measure
 from eval.judging.baseline import Transformers
 from eval.oracle.decode import Generation
@@ -105,9 +106,8 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                 lengths = lengths_of(recipe.draft.length, length)
                 audited = recipe.verify.kind == "partial_audited" and not full
                 held = whole if full else cache
-                engines[name] = Engine(
-                    target, drafting, held, sampling, lengths, None if full else part, audited, graphs=recipe.graphs
-                )
+                verification = Verification(sampling, None if full else part, audited)
+                engines[name] = Engine(target, drafting, held, lengths, verification, graphs=recipe.graphs)
                 engines[name].reserve(limit)
             theirs = Transformers(target, sampling) if recipe.transformers and recipe.batch == 1 else None
             runs: dict[str, list[Generation]] = {name: [] for name in engines} | ({"transformers": []} if theirs else {})

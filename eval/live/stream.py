@@ -14,6 +14,7 @@ from data_prep.target.target import Target
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
+from eval.engine.rounds import Verification
 from eval.judging import measure
 from eval.judging.judge import contenders
 from eval.oracle.decode import Generation
@@ -122,6 +123,6 @@ class Decoders:
             if cache is None or self._side_by_side:
                 cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
             self._engines[drafted] = Engine(
-                target, everyone[name], cache, self.sampling, self._lengths[drafted], graphs=self.recipe.graphs
+                target, everyone[name], cache, self._lengths[drafted], Verification(self.sampling), graphs=self.recipe.graphs
             )
         self._room = room

@@ -32,6 +32,7 @@ from eval.engine.drafting import Proposal, StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Stops
+from eval.engine.rounds import Verification
 from eval.judging import measure
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, prompts_of, prompts_within
@@ -172,7 +173,7 @@ def ours(
     found = {}
     for temperature in recipe.temperatures:
         sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
-        engine = Engine(target, drafting, cache, sampling, lengths_of(None, slots), graphs=recipe.graphs)
+        engine = Engine(target, drafting, cache, lengths_of(None, slots), Verification(sampling), graphs=recipe.graphs)
         run = found[temperature] = Run(count_C=np.zeros(1 + slots, int))
         for _ in range(max(1, said["warmup"])):
             engine.generate([prompts[0].tokens], limit, [recipe.seed], stops)

@@ -216,7 +216,7 @@ def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(objective, reu
     view, drafter = VIEWS[view], drafter_of(exact_target, objective, reuse, layers=2)
     prompt = prompts(1, length=20)[0]
     results = [
-        decode(exact_target, Trained(drafter, exact_target.frozen_head, REFERENCE, v), prompt, 60, 0.0, 0, keep_drafts=True)
+        decode(exact_target, Trained(drafter, exact_target.frozen_head, REFERENCE, v), prompt, 60, 0.0, 0)
         for v in (None, view)
     ]
     assert results[0].tokens == results[1].tokens == generated(exact_target, prompt, 60)

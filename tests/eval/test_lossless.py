@@ -173,7 +173,7 @@ def harmed(monkeypatch, chance, closer=float("inf")):
         wrong_BK &= best_BK2[..., 0] - best_BK2[..., 1] < closer
         return accept(proposal.tokens_BJ, torch.where(wrong_BK, second_BK, first_BK), proposal.count_B)
 
-    monkeypatch.setattr(Rounds, "_accepted", accepted)
+    monkeypatch.setattr(Rounds, "_accept_chain", accepted)
 
 
 def first(a, b):

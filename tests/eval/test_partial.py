@@ -207,7 +207,7 @@ def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, au
     """After many rounds, with rollbacks, each block before the tail has the least and the greatest of its keys as they are."""
     prompts = texts[0][10:16]
     found, engine = run(target, name, TIGHT, audited, prompts, 50)
-    part, grown = engine.partial, 0
+    part, grown = engine.verification.partial, 0
     for b, prompt in enumerate(prompts):
         tail = int(part.tail_B[b])
         grown += (tail - TIGHT.sink) // TIGHT.block - max(0, len(prompt) - TIGHT.window - TIGHT.sink) // TIGHT.block

@@ -103,7 +103,7 @@ def accepted(target, drafter, prompts):
     target.capture(drafter.config.hidden_layers, [])
     for prompt in prompts:
         who = Trained(drafter, target.frozen_head, BACKENDS["reference"], None)
-        generation = decode(target, who, prompt, NEW, 0, 0, keep_drafts=True)
+        generation = decode(target, who, prompt, NEW, 0, 0)
         outputs.append(generation.tokens)
         rounds += generation.rounds
     best_R2 = torch.cat([r.draft.logits_JV for r in rounds]).topk(2).values
@@ -171,7 +171,7 @@ def test_a_fault_in_an_export_is_seen(served):
 
 def test_vllm_on_a_cpu_norms_all_keys_with_the_first_layers_weight(served):
     """The fault of vLLM 0.32 that `own_key_norms` repairs; an export of several DFlash layers says so. When this fails, vLLM has
-    mended it: the repair, this test and the note in train/drafter/formats/export.py can go."""
+    mended it: the repair, this test and the note in train/drafter/formats/served.py can go."""
     answer, ours = served
     faulty, (outputs, drafts, counts, _) = answer["dflash, as vLLM is"], ours["dflash"]
     assert faulty["outputs"] == outputs

@@ -71,7 +71,7 @@ def decoded(target, drafter, temperature=0.0, rounds=60, view=None):
     target.capture(HIDDEN_LAYERS, KV_LAYERS)
     prompt = torch.randint(0, 11, (23,), generator=torch.Generator().manual_seed(5)).tolist()
     trained = Trained(drafter, target.frozen_head, BACKENDS["reference"], view)
-    generation = decode(target, trained, prompt, 120, temperature, seed=3, keep_drafts=True)
+    generation = decode(target, trained, prompt, 120, temperature, seed=3)
     return prompt, generation, generation.rounds[:rounds]
 
 
