@@ -32,7 +32,7 @@ from data_prep.target.target import Target
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
     """`count` layers spaced uniformly (KVShot), the first and the last among them: a drafter that starts as the target
-    with its middle layers left out is the best start measured (docs/log.md)."""
+    with its middle layers left out is the best start measured (docs/research/log.md)."""
     return sorted(set(torch.linspace(0, num_layers - 1, count).round().long().tolist()))
 
 

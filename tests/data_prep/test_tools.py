@@ -237,8 +237,8 @@ def test_three_ways_to_the_states_train_alike(tmp_path, codec):
 
 
 def test_the_ten_lines_of_the_documentation_read_a_cache(tmp_path, monkeypatch):
-    """docs/cache.md's reader, run as it stands there, on an fp8 cache of the embedded target."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/cache.md").read_text(), re.S)
+    """docs/reference/cache.md's reader, run as it stands there, on an fp8 cache of the embedded target."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reference/cache.md").read_text(), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10 and "data_prep" not in code
     captured(tmp_path, "cache", TEXTS, "cache=fp8")
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ The features' layers are written in ascending order, as servers concatenate them
 A format is a row of `FORMATS` below. docs/extend/format.md shows how to add one.
 
 What the tests run: eagle3, peagle and dflash in vLLM 0.32 on a CPU, and all four in speculators 0.9.0. SGLang 0.5.23 and vLLM's
-DSpark, which needs a GPU, were read and not run. docs/serving.md has the table.
+DSpark, which needs a GPU, were read and not run. docs/guide/serving.md has the table.
 """
 
 from collections.abc import Callable
