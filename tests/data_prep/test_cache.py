@@ -17,34 +17,16 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from data_prep.cache.codec import Scaled, decode, encode, paired
-from data_prep.cache.manifest import FORMAT_VERSION, INDEX, MANIFEST, Manifest, read_manifest
+from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, read_manifest
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.cache.writer import CacheWriter, claim, read_seal
 from data_prep.capture.capture import Batch, batches, capture
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
+from tests.support.caches import SIZES, manifest_of
 from tests.support.models import small_target
 
-TINY = {"hidden_size": 4, "heads": 4, "kv_heads": 2, "head_dim": 3}
-
 TEACHERS = ("last_hidden", "query.")  # what has a row a supervised token
-
-
-def manifest_of(architecture=TINY, **changed):
-    fields = dict(
-        format_version=FORMAT_VERSION,
-        target={"architecture": architecture},
-        tokenizer_hash="k",
-        chat_template_hash="c",
-        hidden_layers=[0, 2],
-        kv_layers=[1],
-        codec="fp32",
-        last_hidden="supervised",
-        max_length=40,
-        source={"name": "s"},
-        software={},
-    )
-    return Manifest(**fields | changed)
 
 
 def document(manifest, mask, seed=0):
@@ -310,7 +292,7 @@ def test_a_killed_capture_goes_on(tmp_path, added):
         (dict(codec="bf16"), "codec"),
         (dict(codec="bf16", hidden_layers=[0, 1]), "codec, hidden_layers"),
         (dict(query_layers=[1]), "query_layers"),
-        (dict(architecture=TINY | {"head_dim": 2}), "target.architecture.head_dim"),
+        (dict(architecture=SIZES | {"head_dim": 2}), "target.architecture.head_dim"),
     ],
 )
 def test_another_manifest_is_refused_by_its_fields(finished, changed, fields):

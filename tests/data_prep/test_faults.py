@@ -16,7 +16,7 @@ import torch
 
 from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
-from tests.conftest import ROOT, command, deepspeed
+from tests.support.commands import ROOT, command, deepspeed
 
 pytestmark = pytest.mark.slow
 PROGRAM = str(ROOT / "data_prep/main.py")

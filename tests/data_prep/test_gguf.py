@@ -23,7 +23,7 @@ from data_prep.target.architecture import target_sizes
 from data_prep.target.from_gguf import cache_folder, is_whole, plain
 from data_prep.target.loading import load_target, load_tokenizer
 from data_prep.target.target import Target
-from tests.conftest import SMALL, command, fetch_smollm2
+from tests.support.commands import SMALL, command, fetch_smollm2
 from tests.support.gguf_files import TINY, small_model, tiny_tokenizer, write_gguf
 
 MIXED = {

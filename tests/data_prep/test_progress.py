@@ -8,7 +8,7 @@ import sys
 import time
 
 from common.progress import Heartbeat, Progress, counted
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
 
 SLOW = """
 import time

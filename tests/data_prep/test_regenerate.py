@@ -22,7 +22,7 @@ from data_prep.recipe import DataPrepRecipe
 from data_prep.synthesis.regenerate import check_regeneration, regenerate
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
-from tests.conftest import command
+from tests.support.commands import command
 
 TINY = str(ROOT / "data_prep/targets/tiny")
 

@@ -1,7 +1,6 @@
 """From a source to token ids and a loss mask: nothing is lost in silence, and the mask marks what the assistant wrote."""
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import PurePosixPath
 
@@ -19,6 +18,7 @@ from data_prep.sources.documents import Digest, Documents, tokenized, write_docu
 from data_prep.sources.records import Record, is_validation, records
 from data_prep.sources.tokens import LeftOut, TokenDocument, encode
 from data_prep.target.loading import load_tokenizer
+from tests.support.conversations import conversation, write_lines
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -45,11 +45,6 @@ def with_template(tokenizer):
     kept = tokenizer.chat_template
     yield lambda template: setattr(tokenizer, "chat_template", template) or tokenizer
     tokenizer.chat_template = kept
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def everything(source, tokenizer, recipe, workers=1):
@@ -240,11 +235,6 @@ def test_a_source_that_gives_nothing_is_refused_with_the_reasons(tmp_path, token
 
 WORDS = st.text("abc (\n:=", min_size=1, max_size=12).filter(lambda t: t == t.strip())
 TURNS = st.lists(WORDS, min_size=2, max_size=8)
-
-
-def conversation(turns, system=None):
-    roles = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return ([{"role": "system", "content": system}] if system else []) + roles
 
 
 def oracle(tokenizer, messages, which):

@@ -32,7 +32,7 @@ from data_prep.synthesis.synthesize import check_synthesis, synthesize
 from data_prep.synthesis.turns import Turns
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
-from tests.conftest import command
+from tests.support.commands import command
 
 TINY = str(ROOT / "data_prep/targets/tiny")
 CHATML = """{% if messages[0]['role'] != 'system' %}<|im_start|>system

@@ -21,9 +21,9 @@ from data_prep.capture.build import build, estimate
 from data_prep.capture.live import LiveReader, manifest_of, open_cache
 from data_prep.recipe import DataPrepRecipe
 from data_prep.target.loading import load_target, load_tokenizer
-from tests.conftest import SMALL, command, deepspeed
-from tests.data_prep.test_sources import conversation, write_lines
-from tests.launchers.test_commands import rewrite
+from tests.support.caches import rewrite
+from tests.support.commands import SMALL, command, deepspeed
+from tests.support.conversations import conversation, write_lines
 from train.data.stream import PackStream, StreamSettings
 from train.recipe import TrainRecipe
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from data_prep.decoding.sampling import Sampling, distribution
+from data_prep.decoding.sampling import Sampling
 from eval.judging import measure
 from eval.oracle.decode import Generation, Round, decode
 from eval.oracle.drafting import Draft, Nobody, OtherMemory, PromptLookup, Trained, zero_memory
 from eval.oracle.verify import verify
+from tests.support.decoding import chi_square_p, exact_pairs, generated
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
 from train.views.plan import View
@@ -23,13 +24,6 @@ REFERENCE = BACKENDS["reference"]
 
 def prompts(count, length=12, vocab=11, seed=0):
     return torch.randint(3, vocab, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def generated(target, prompt, new_tokens, end=None):
-    out = target.model.generate(
-        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=0
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -78,17 +72,6 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     assert kept > 100
 
 
-def chi_square_p(counts, probabilities):
-    """Survival function of Pearson's statistic; cells expected fewer than five times are joined."""
-    expected = probabilities * counts.sum()
-    rare = expected < 5
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).double()
-    keep = expected > 0
-    statistic = ((counts - expected)[keep] ** 2 / expected[keep]).sum()
-    return float(torch.special.gammaincc(torch.tensor((keep.sum().item() - 1) / 2.0).double(), statistic / 2))
-
-
 def sampled_pairs(target, drafting, prompt, count, temperature):
     """Counts [V, V] of the second and third token of `count` sampled continuations (the first comes from the prefill)."""
     vocab = target.architecture.vocab_size
@@ -97,19 +80,6 @@ def sampled_pairs(target, drafting, prompt, count, temperature):
         tokens = decode(target, drafting, prompt, 3, temperature, seed).tokens
         counts[tokens[1], tokens[2]] += 1
     return counts
-
-
-def exact_pairs(target, prompt, *sampling):
-    """P(second, third token) under the target, by summing over all first tokens."""
-    vocab = target.architecture.vocab_size
-
-    def next_p(texts):
-        return distribution(target.logits(target.forward(torch.tensor(texts)).last_hidden[:, -1]), *sampling).double()
-
-    p1 = next_p([prompt])[0]
-    p2 = next_p([[*prompt, a] for a in range(vocab)])
-    p3 = next_p([[*prompt, a, b] for a in range(vocab) for b in range(vocab)]).view(vocab, vocab, vocab)
-    return torch.einsum("a,ab,abc->bc", p1, p2, p3)
 
 
 SLOWLY = [pytest.param(*cell, marks=pytest.mark.slow) for cell in (("ttt", "hybrid"), ("blockwise_shifted", "kv"))]

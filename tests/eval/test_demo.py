@@ -20,10 +20,10 @@ from eval.live import demo
 from eval.live.stream import Decoders
 from eval.prompts.asking import asked
 from eval.recipe import EvalRecipe
-from tests.conftest import ROOT, command, fetch_smollm2
-from tests.eval.test_chat import GREEN, Terminal
-from tests.eval.test_decode import generated
-from tests.eval.test_released import save_tiny_drafter
+from tests.support.commands import ROOT, command, fetch_smollm2
+from tests.support.decoding import generated
+from tests.support.terminal import GREEN, Terminal
+from tests.support.tiny_drafter import save_tiny_drafter
 from train.drafter.config import DrafterConfig, released
 from train.drafter.model import Drafter
 

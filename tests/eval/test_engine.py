@@ -34,8 +34,8 @@ from eval.judging.score import score
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
 from eval.prompts.suites import PromptsRecipe, heldout_prompts
-from tests.data_prep.test_cache import manifest_of
-from tests.eval.test_decode import generated
+from tests.support.caches import manifest_of
+from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.drafter.config import DrafterConfig

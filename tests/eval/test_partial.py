@@ -14,7 +14,7 @@ from eval.engine.drafting import StaticLookup, StaticNobody
 from eval.engine.request import Stops
 from eval.engine.rounds import Rounds
 from eval.engine.tree import TreeShape
-from tests.eval.test_decode import generated
+from tests.support.decoding import generated
 from tests.support.engines import engine_of, exact_target, ragged, trained, triples
 
 TIGHT = PartialRecipe(sink=4, retrieval=8, window=12, block=4, partial_tokens=12)

@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from common import cli
 from common.errors import UserError
-from data_prep.recipe import TargetRecipe
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
 from eval.recipe import EvalRecipe, check_target
-from tests.conftest import ROOT, command
+from tests.support.commands import ROOT, command
 from tests.support.gguf_files import small_model, write_gguf
+from tests.support.tiny_drafter import save_tiny_drafter
 from train.drafter import config as drafter_config
 from train.drafter import warm_start as exchange
 from train.drafter.config import DrafterConfig, folder_of, released
@@ -24,18 +23,6 @@ from train.drafter.model import Drafter
 
 QUICK = ["prompts.count=2", "prompts.tokens=16", "prompts.max_new_tokens=4", "temperatures=[0]"]
 QUICK += ["controls=false", "transformers=false"]
-
-
-def save_tiny_drafter(folder: Path, **changes) -> Path:
-    """An untrained drafter of the embedded target, `changes` made to its configuration."""
-    target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
-    tokenizer = tokenizer_hashes(load_tokenizer(target.path))[0]
-    about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer}
-    config = DrafterConfig("ttt", "kv", [0, 5], [], 4, False, False, 0, "target", 2, target.architecture, about)
-    drafter = Drafter(config).start(target, target.frozen_head)
-    drafter.config = replace(config, **changes)
-    drafter.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

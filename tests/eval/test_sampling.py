@@ -10,7 +10,7 @@ from eval.engine.drafting import StaticLookup
 from eval.engine.request import Stops
 from eval.engine.tree import TreeShape
 from eval.oracle.verify import accept_sampled, verify
-from tests.eval.test_decode import chi_square_p, exact_pairs
+from tests.support.decoding import chi_square_p, exact_pairs
 from tests.support.engines import engine_of, ragged, trained, triples
 from tests.support.models import HIDDEN_LAYERS, small_target
 

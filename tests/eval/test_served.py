@@ -34,8 +34,8 @@ from eval.serving import side_by_side
 from eval.serving.served import _incomparable, ours
 from eval.serving.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
 from eval.serving.started import interpreter, started, words
-from tests.conftest import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
-from tests.train.test_export import drafter_for
+from tests.support.commands import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
+from tests.support.served_drafters import drafter_for
 from train.attention.choose import attention_backend
 from train.drafter.formats.export import save_export
 from train.drafter.model import Drafter

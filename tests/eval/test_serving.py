@@ -16,8 +16,8 @@ from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
-from tests.conftest import ROOT, without_vllm
-from tests.train.test_export import drafter_for
+from tests.support.commands import ROOT, without_vllm
+from tests.support.served_drafters import drafter_for
 from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
 from train.drafter.formats.export import save_export

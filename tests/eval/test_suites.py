@@ -19,7 +19,7 @@ from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hash
 from eval.prompts.suites import SuiteRecipe, cut, load_prompts
 from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports.report import gather
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
 

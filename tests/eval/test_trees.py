@@ -11,7 +11,7 @@ from eval.engine.drafting import StaticTrained
 from eval.engine.request import Stops
 from eval.engine.tree import TreeShape
 from eval.oracle.drafting import Trained
-from tests.eval.test_decode import generated
+from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.visibility import DraftRows

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from common import cli
 from common.errors import UserError
-from data_prep.cache.manifest import FILES, MANIFEST, canonical, file_hash
 from data_prep.recipe import DataPrepRecipe
 from eval.recipe import EvalRecipe, check_evaluation
-from tests.conftest import ROOT, SMALL, command
+from tests.support.caches import rewrite
+from tests.support.commands import ROOT, SMALL, command
 from train.build import check_training, engine_config
 from train.recipe import TrainRecipe
 
@@ -205,13 +205,6 @@ def test_a_world_size_that_does_not_divide_is_refused(cache, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="train.batch=8 packs a step cannot be shared by 3 ranks"):
         check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "train.batch=8"]))
-
-
-def rewrite(folder, manifest):
-    """Another manifest, sealed as if it had been captured so."""
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    sealed = json.loads((folder / FILES).read_text()) | {MANIFEST: file_hash(folder / MANIFEST)}
-    (folder / FILES).write_text(canonical(sealed))
 
 
 def test_a_cache_without_the_kind_is_refused(cache, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, SMALL, command
+from tests.support.commands import ROOT, SMALL, command
 
 COMPARE = ROOT / "launchers/compare.py"
 

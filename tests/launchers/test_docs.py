@@ -1,4 +1,4 @@
-"""What the documents say: every command composes, every link leads somewhere, and the picture of a pack is the rule of visibility."""
+"""What the documents say: commands compose, links lead somewhere, the picture of a pack is the rule of visibility."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import torch
 from common import cli
 from data_prep.recipe import DataPrepRecipe
 from eval.recipe import EvalRecipe
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.recipe import TrainRecipe
 

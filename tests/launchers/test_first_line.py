@@ -17,8 +17,8 @@ from data_prep.capture.live import manifest_of
 from data_prep.recipe import DataPrepRecipe
 from data_prep.sources.sides import one_side
 from eval.recipe import EvalRecipe
-from tests.conftest import ROOT, SMALL, command, deepspeed
-from tests.data_prep.test_sources import write_lines
+from tests.support.commands import ROOT, SMALL, command, deepspeed
+from tests.support.conversations import write_lines
 from train import sizes
 from train.build import check_training
 from train.recipe import TrainRecipe

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 
 import pytest
 import torch
@@ -13,20 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from common.ranks import free_port
 from data_prep.cache.manifest import flatten
-from tests.conftest import ROOT, SMALL, command, deepspeed
-from tests.launchers.test_commands import rewrite
+from tests.support.caches import rewrite
+from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed, wait_for
+from tests.support.runs import assert_same_run, losses
 
 pytestmark = pytest.mark.slow
-TRAIN = ROOT / "train/main.py"
 COMMON = ["train.batch=4", "train.max_steps=12", "train.save_every=4", "train.keep_last=3", *SMALL]
 # As much as one drafter can have: terms with divisors of their own, a lambda that follows the step before, a head, gates.
 RICH = """reuse=hybrid objective=ttt loss=lk_lambda loss.expected_length=0.5 loss.kv_align=0.1 drafter.vocabulary=4000
     drafter.own_head=true reuse.source=projected_rope reuse.gate.hold_steps=4 reuse.gate.lr_ratio=2""".split()
-
-
-def losses(run, figure="loss"):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[figure] for line in lines if figure in line]
 
 
 def stopped_after(step, run, folder):
@@ -36,14 +30,6 @@ def stopped_after(step, run, folder):
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
     return folder
-
-
-def assert_same_run(one, two):
-    """Bit for bit: weights, losses and rates of every step."""
-    mine, theirs = (load_file(run / "checkpoints/last/model.safetensors") for run in (one, two))
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for figure in ("loss", "lr"):
-        assert losses(one, figure) == losses(two, figure)
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +131,6 @@ def test_bf16_follows_float32_and_resumes_as_it_was(cache, alone, tmp_path, zero
     done = command(*words, f"run.dir={again}", cwd=tmp_path)
     assert done.returncode == 0 and "after step 8" in done.stdout, done.stderr
     assert_same_run(run, again)
-
-
-def wait_for(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} took more than {seconds} s"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])

@@ -12,8 +12,8 @@ from common import cli
 from common.errors import UserError
 from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
-from tests.conftest import ROOT, SMALL, command, deepspeed
-from tests.launchers.test_launch import losses
+from tests.support.commands import ROOT, SMALL, command, deepspeed
+from tests.support.runs import losses
 from train import build as prepare
 from train.recipe import TrainRecipe
 from train.run.ranks import loss_of_a_rank

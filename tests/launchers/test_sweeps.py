@@ -17,8 +17,8 @@ from data_prep.target.loading import load_target
 from eval.main import run
 from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports import compare, report
-from tests.conftest import ROOT, SMALL, command, deepspeed
-from tests.launchers.test_launch import losses
+from tests.support.commands import ROOT, SMALL, command, deepspeed
+from tests.support.runs import losses
 from train.build import drafter_config
 from train.drafter.model import Drafter
 from train.recipe import TrainRecipe

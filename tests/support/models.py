@@ -71,3 +71,20 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
     if sequential:
         torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
     return drafter
+
+
+def from_layer_zero(target, objective, reuse="kv"):
+    """A drafter that starts as the target's first layer, which reads embeddings and nothing else."""
+    drafter = drafter_of(target, objective, reuse)
+    object.__setattr__(drafter.config, "target_layers", [0])
+    drafter.target_kv[0].layers = [0]
+    return drafter.start(target, target.frozen_head)
+
+
+def random_weights(drafter, seed=3):
+    """No weight at a special value."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in drafter.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.3 + (p.dim() == 1))
+    return drafter

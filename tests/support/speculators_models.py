@@ -12,7 +12,7 @@ from torch import Tensor
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.states import States
 from data_prep.target.target import Target
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
 from train.drafter.formats.names import method_of, served_names
 from train.drafter.formats.served import exported_weights
 from train.drafter.formats.served_config import speculators_config

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from tests.support.definitions import softmax_by_hand
 from train.attention.choose import BACKENDS, attention_backend
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.schedules.blockwise import block_rows
@@ -78,18 +79,6 @@ def packed_case(heads=4, kv_heads=2, size=16):
     keys = memory.position.numel() + rows.slot.numel()
     q, k, v = (torch.randn(n, h, size, generator=g) for n, h in ((len(rows.slot), heads), (keys, kv_heads), (keys, kv_heads)))
     return q, k, v, rows, memory
-
-
-def softmax_by_hand(q_QHD, k_KGD, v_KGD, dense):
-    """Attention row by row and head by head, in float64."""
-    out = torch.zeros_like(q_QHD, dtype=torch.float64)
-    group = q_QHD.shape[1] // k_KGD.shape[1]
-    for i in range(len(q_QHD)):
-        seen = dense[i].nonzero().squeeze(1)
-        for h in range(q_QHD.shape[1]):
-            keys, values = k_KGD[seen, h // group].double(), v_KGD[seen, h // group].double()
-            out[i, h] = ((keys @ q_QHD[i, h].double()) / q_QHD.shape[2] ** 0.5).softmax(0) @ values
-    return out
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -14,7 +14,7 @@ from data_prep.capture.build import build
 from data_prep.capture.live import LiveReader
 from data_prep.target.loading import load_target
 from tests.support.models import drafter_of, small_target
-from tests.train.test_alignment import cached
+from tests.support.packs import cached
 from train.attention.choose import BACKENDS
 from train.build import drafter_config
 from train.data.loader import loaded

@@ -8,7 +8,7 @@ import torch
 
 from data_prep.cache.reader import CacheReader
 from tests.support.models import drafter_of, small_target
-from tests.train.test_objectives import document
+from tests.support.packs import document, packed_with_budgets
 from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
 from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
@@ -35,16 +35,6 @@ def target():
     return small_target(dtype=torch.float64)
 
 
-def packed(target, budgets, ages=True):
-    """Two documents; `budgets`: of each view, or for each document of each view."""
-    documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
-    anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
-    each = budgets if isinstance(budgets[0], list) else [budgets, budgets]
-    old = [np.minimum(a - 1, 2 * ages) for a in anchors]
-    rows = zip("ab", documents, anchors, each, old)
-    return make_pack([PackDocument(name, d, a, budgets=b, ages=age) for name, d, a, b, age in rows])
-
-
 def objective(target, drafter, loss, view=VIEW, view_weights=(1.0,), detach=False, dpace=False):
     weight_J = None if dpace else 0.8 ** torch.arange(drafter.config.draft_length)
     return Objective(drafter, target.frozen_head, loss, weight_J, BACKENDS["reference"], 7, view, view_weights, detach)
@@ -64,13 +54,13 @@ def test_the_loss_is_the_weighted_sum_of_its_views(target, cell, loss, view, dpa
     together = objective(target, drafter, LOSSES[loss], view, weights, dpace=dpace)
     alpha_VJ = torch.linspace(0.1, 0.9, 3 * together.slots, dtype=torch.float64).view(3, -1)
     together.alpha_VJ = alpha_VJ
-    pack = packed(target, budgets)
+    pack = packed_with_budgets(target, budgets)
     outcome = together(pack, together.weight_sums(pack))
     found, parts = gradients(outcome.share, drafter), []
     for v, budget in enumerate(budgets):
         alone = objective(target, drafter, LOSSES[loss], view, dpace=dpace)
         alone.alpha_VJ = alpha_VJ[v : v + 1]
-        one = packed(target, [budget])
+        one = packed_with_budgets(target, [budget])
         parts.append(alone(one, alone.weight_sums(one)))
         for mine, theirs in zip((outcome.loss, outcome.overlap, outcome.match), parts[-1][2:5]):
             torch.testing.assert_close(mine[v], theirs[0])
@@ -86,13 +76,14 @@ def test_the_loss_is_the_weighted_sum_of_its_views(target, cell, loss, view, dpa
 def test_a_budget_at_or_above_the_context_is_the_full_view(target, cell, kind):
     drafter = drafter_of(target, *cell, layers=2)
     keys = {"topk_chunk": {"sink": 2, "recent": 2, "chunk": 2}, "snapkv": {"recent": 3}}.get(kind, {})
-    plain = packed(target, [FULL])
+    plain = packed_with_budgets(target, [FULL])
     plain.budget_VN = None
     with torch.no_grad():
         expected = objective(target, drafter, LossRecipe(kl=1), view=None).logits(plain)
         for positions in ("absolute", "in_cache"):
             view = View(kind=kind, positions=positions, **keys)
-            found = objective(target, drafter, LossRecipe(kl=1), view).logits(packed(target, [[17, FULL, 8], [26, FULL, 8]]))
+            pack = packed_with_budgets(target, [[17, FULL, 8], [26, FULL, 8]])
+            found = objective(target, drafter, LossRecipe(kl=1), view).logits(pack)
             for enough in found[:2]:
                 torch.testing.assert_close(enough, expected, rtol=1e-6, atol=1e-6)
             assert (found[2] - expected).abs().nan_to_num().max() > 1e-3  # a small one is not
@@ -108,7 +99,7 @@ def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
     )
     for budgets, weights in (([FULL], [1.0]), ([FULL, 8, 9, 10], [1.0, 0.1, 0.1, 0.1])):
         asked.clear()
-        pack = packed(target, budgets)
+        pack = packed_with_budgets(target, budgets)
         objective(target, drafter, LossRecipe(kl=1), view_weights=weights)(pack)
         anchor, slot = pack.valid(4).nonzero(as_tuple=True)
         teachers = len((pack.anchor_N[anchor] + slot).unique())
@@ -120,7 +111,7 @@ def test_detached_memory_teaches_nothing(target, cell, names):
     """As published: projections learn from draft rows alone. A projection of the target's K/V, which makes memory only, learns
     nothing at all."""
     drafter = drafter_of(target, *cell)
-    pack, found = packed(target, [FULL, 8]), []
+    pack, found = packed_with_budgets(target, [FULL, 8]), []
     for detach in (False, True):
         one = objective(target, drafter, LossRecipe(kl=1), view_weights=[1.0, 0.5], detach=detach)
         found.append(dict(zip((n for n, _ in drafter.named_parameters()), gradients(one(pack).share, drafter))))

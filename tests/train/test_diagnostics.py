@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.models import drafter_of, small_target
-from tests.train.test_objectives import document, from_layer_zero, objective_of, packed
+from tests.support.models import drafter_of, from_layer_zero, small_target
+from tests.support.packs import document, objective_of, packed
 from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics

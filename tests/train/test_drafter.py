@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from common import cli
 from common.errors import UserError
-from tests.support.models import drafter_of, small_target
-from tests.train.test_objectives import document, objective_of, packed
+from tests.support.models import drafter_of, random_weights, small_target
+from tests.support.packs import document, objective_of, packed
 from train.build import parameter_groups
 from train.data.pack import PackDocument, make_pack
 from train.drafter import warm_start as exchange
@@ -28,15 +28,6 @@ KL = LossRecipe(kl=1)
 @pytest.fixture(scope="module")
 def target():
     return small_target(dtype=torch.float64)
-
-
-def random_weights(drafter, seed=3):
-    """No weight at a special value."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in drafter.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.3 + (p.dim() == 1))
-    return drafter
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,19 +11,13 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from data_prep.target.target import Target
 from tests.support.models import drafter_of, small_target
-from tests.support.speculators_models import LENGTH, TINY, model_of, package, real_text
-from tests.train.test_objectives import objective_of
-from train.data.pack import PackDocument, make_pack
-from train.drafter.config import DrafterConfig
+from tests.support.served_drafters import ANCHORS, assert_same, block_logits, differ, drafter_for, eagle3_logits, logits_of
+from tests.support.speculators_models import TINY, model_of, package, real_text
 from train.drafter.formats.export import check_export, save_export
 from train.drafter.formats.names import MASK_FILE
-from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 
 KL = LossRecipe(kl=1)
-HIDDEN = [3, 0, 2]  # not in ascending order, in which servers read them
-
-
 @pytest.fixture(scope="module")
 def speculators():
     return package()
@@ -40,55 +33,8 @@ def text(target):
     return real_text(target)
 
 
-def drafter_for(target, objective, **changes):
-    """One that no weight leaves as it started."""
-    options = dict(
-        objective=objective,
-        reuse="hidden",
-        target_layers=[1] if objective == "ttt" else [1, 4],
-        hidden_layers=HIDDEN,
-        slots=4,
-        shifted=False,
-        causal=False,
-        seed=1,
-        start="target",
-        mask_token_id=2,
-        architecture=target.architecture,
-        target={},
-        qk_norm=objective == "blockwise",
-    )
-    config = DrafterConfig(**options | changes)
-    counts_V = torch.randint(0, 99, (config.architecture.vocab_size,), generator=torch.Generator().manual_seed(0))
-    drafter, g = Drafter(config).start(target, target.frozen_head, counts_V), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in drafter.named_parameters():
-            if name != "mask.weight":
-                spread = 0.3 if name == "sequential.up.weight" else 0.02 if p.dim() > 1 else 0.2
-                p += torch.randn(p.shape, generator=g) * spread
-    return drafter
-
-
-@torch.no_grad()
-def ours(target, drafter, text, anchors):
-    """Logits of what a draft can say, [N, J, D]."""
-    ids, states = text
-    document = {
-        "input_ids": ids,
-        "loss_mask": (torch.arange(len(ids)) > 0).to(torch.uint8),
-        "last_hidden": states.last_hidden[:-1],
-        **{f"hidden.{i}": t for i, t in states.hidden.items()},
-    }
-    pack = make_pack([PackDocument("text", document, np.array(anchors))])
-    logits, kept_D = objective_of(target, drafter, KL).logits(pack), drafter.head.kept_D
-    return logits if kept_D is None else logits[..., kept_D]
-
-
 def read(folder):
     return json.loads((folder / "config.json").read_text())
-
-
-def aux(text, layers):
-    return torch.cat([text[1].hidden[i] for i in layers], dim=-1)[None]
 
 
 def speculators_model(folder):
@@ -110,56 +56,6 @@ def speculators_model(folder):
     for name, tensor in weights.items():
         assert torch.equal(model.state_dict()[name], tensor), name
     return model.eval()
-
-
-@torch.no_grad()
-def eagle3_logits(model, text, anchors, steps, layers=None):
-    """[N, J, D] of speculators' EAGLE-3 model."""
-    ids = text[0]
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    # Row t is the pair (x_{t+1}, f_t): step 1 of anchor t + 1. The layers are inputs, one more than the outputs that they name.
-    features = aux(text, [i - 1 for i in model.target_layer_ids] if layers is None else layers)[:, :-1]
-    rows = len(ids) - 1
-    model(features, ids[None, 1:], torch.zeros(1, rows, dtype=torch.long), ttt_steps=steps)
-    return torch.stack(seen, dim=1)[torch.tensor(anchors) - 1]
-
-
-@torch.no_grad()
-def block_logits(model, text, anchors, layers=None):
-    """[N, J, D] of speculators' DFlash or DSpark model: whole blocks behind these anchors, after the text's own tokens."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    model._create_mask_fn = create_block_mask  # it would compile this
-    ids, supervised = text[0], torch.zeros(1, LENGTH, dtype=torch.long)
-    supervised[:, anchors] = 1  # where it puts its anchors
-    features = aux(text, [i - 1 for i in model.target_layer_ids] if layers is None else layers)
-    nothing = torch.zeros(1, LENGTH, dtype=torch.long)
-    last = text[1].last_hidden[None]
-    hidden, logits, _, _, token_index = model._backbone_forward(
-        features, ids[None], supervised, last, nothing, max_anchors=len(anchors)
-    )
-    logits_NBD = logits[0].unflatten(0, (len(anchors), -1))
-    if getattr(model, "markov_head", None) is None:
-        return logits_NBD[:, 1:]
-    drafts_anchor = model.config.sample_from_anchor
-    tokens_NB = ids[token_index].view(len(anchors), -1)
-    previous_NB = tokens_NB if drafts_anchor else torch.cat([tokens_NB[:, :1], tokens_NB[:, :-1]], dim=1)
-    hidden_NBE = hidden.view(len(anchors), model.block_size, -1)
-    bias_NBD = model.markov_head.block_bias(prev_token_ids=previous_NB, hidden_states=hidden_NBE)
-    return (logits_NBD + bias_NBD)[:, 0 if drafts_anchor else 1 :]
-
-
-def assert_same(theirs, mine):
-    assert theirs.shape == mine.shape and mine.std() > 0.5
-    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
-
-
-def differ(theirs, mine):
-    return (theirs - mine).abs().max() > 0.1
-
-
-ANCHORS = [1, 2, 17, 60, 110]
 
 
 MARKOV = {"sequential": "markov", "sequential_size": 16}
@@ -193,7 +89,7 @@ def test_speculators_computes_the_logits_of_an_eagle3_export(speculators, target
     drafter = drafter_for(target, "ttt", **changes)
     (note,) = save_export(drafter, target, tmp_path, "speculators")
     assert note == "SGLang 0.5.23 does not read format=speculators"
-    assert_same(eagle3_logits(speculators_model(tmp_path), text, ANCHORS, 4), ours(target, drafter, text, ANCHORS))
+    assert_same(eagle3_logits(speculators_model(tmp_path), text, ANCHORS, 4), logits_of(target, drafter, text, ANCHORS))
 
 
 @pytest.mark.parametrize("changes", BLOCKS.values(), ids=BLOCKS)
@@ -202,7 +98,7 @@ def test_speculators_computes_the_logits_of_a_blocks_export(speculators, target,
     notes = save_export(drafter, target, tmp_path, "speculators")
     assert not any("MASK" in note for note in notes)  # it is still the target's token
     assert not (tmp_path / MASK_FILE).exists() and "embed_tokens.weight" not in weights_of(tmp_path)
-    assert_same(block_logits(speculators_model(tmp_path), text, ANCHORS), ours(target, drafter, text, ANCHORS))
+    assert_same(block_logits(speculators_model(tmp_path), text, ANCHORS), logits_of(target, drafter, text, ANCHORS))
 
 
 def test_speculators_loads_a_peagle_export(speculators, target, tmp_path):
@@ -265,7 +161,7 @@ def test_wrong_layers_show_in_an_eagle3_export(speculators, target, text, tmp_pa
     """Two negative controls: features in the order of training instead of ascending, and vLLM's ids taken for outputs."""
     drafter = drafter_for(target, "ttt")
     save_export(drafter, target, tmp_path, "speculators")
-    mine = ours(target, drafter, text, ANCHORS)
+    mine = logits_of(target, drafter, text, ANCHORS)
     for layers in ([3, 0, 2], [1, 3, 4]):
         assert differ(eagle3_logits(speculators_model(tmp_path), text, ANCHORS, 2, layers), mine[:, :2])
 
@@ -284,7 +180,7 @@ def test_a_learned_mask_is_exported_beside_the_weights(speculators, target, text
     assert "SGLang 0.5.23 writes the learned MASK over the target's own embedding of token 2, which no text should hold" in notes
     assert (tmp_path / "plain" / MASK_FILE).is_file()
     save_export(drafter, target, tmp_path, "speculators")
-    mine, model = ours(target, drafter, text, ANCHORS), speculators_model(tmp_path)
+    mine, model = logits_of(target, drafter, text, ANCHORS), speculators_model(tmp_path)
     assert_same(block_logits(model, text, ANCHORS), mine)
     for layers in ([3, 0, 2], [1, 3, 4]):
         assert differ(block_logits(model, text, ANCHORS, layers), mine)
@@ -299,7 +195,7 @@ def test_dspark_holds_a_learned_mask_in_a_table_of_embeddings(speculators, targe
     drafter = learned_mask(target, shifted=True, **MARKOV)
     notes = save_export(drafter, target, tmp_path, "speculators")
     assert any("8 MiB larger" in note for note in notes) and not (tmp_path / MASK_FILE).exists()
-    mine, model = ours(target, drafter, text, ANCHORS), speculators_model(tmp_path)
+    mine, model = logits_of(target, drafter, text, ANCHORS), speculators_model(tmp_path)
     assert_same(block_logits(model, text, ANCHORS), mine)
     model.embed_tokens.weight.data[2] = target.frozen_head.embedding_VE[2]
     assert differ(block_logits(model, text, ANCHORS), mine)

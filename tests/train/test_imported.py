@@ -9,13 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from data_prep.target.target import Target
-from tests.conftest import ROOT, SMALL, command
+from tests.support.commands import ROOT, SMALL, command
+from tests.support.served_drafters import assert_same, differ, drafter_for, four_slots, imported, refused
 from tests.support.speculators_models import TINY, model_of, package, real_text
-from tests.train.test_export import ANCHORS, assert_same, differ, drafter_for
-from tests.train.test_export import ours as logits_of
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.export import save_export
-from train.drafter.formats.imported_weights import MARKOV, bind
+from train.drafter.formats.imported_weights import MARKOV
 from train.drafter.formats.names import MASK_FILE, method_of
 from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, warm_start
@@ -29,26 +28,6 @@ def target():
 @pytest.fixture(scope="module")
 def text(target):
     return real_text(target)
-
-
-def ours(target, drafter, text):
-    """Logits of the slots that all have: an EAGLE-3 checkpoint that names no number of steps takes seven."""
-    return logits_of(target, drafter, text, ANCHORS)[:, :4]
-
-
-def imported(folder, target) -> Drafter:
-    drafter = Drafter.from_pretrained(folder, lambda: target.architecture)
-    assert not drafter.config.is_bound
-    bind(drafter, folder, "named", target)
-    assert drafter.config.is_bound and drafter.config.target["weights_hash"] == target.weights_hash()
-    assert all(tensor.isfinite().all() for tensor in drafter.state_dict().values())
-    return drafter
-
-
-def refused(folder, target, message):
-    with pytest.raises(UserError, match=message) as caught:
-        bind(Drafter.from_pretrained(folder, lambda: target.architecture), folder, "named", target)
-    assert "\n" not in str(caught.value)
 
 
 def rewritten(folder, remove=(), tensors=None, **changes):
@@ -103,7 +82,7 @@ def test_what_we_export_comes_back_as_it_was(target, text, tmp_path, kind, chang
     """The same logits but for the order in which fc adds up; and a drafter of its cell starts from it whole."""
     drafter = exported(target, tmp_path, kind, changes, format)
     again = imported(tmp_path, target)
-    mine, theirs = ours(target, drafter, text), ours(target, again, text)
+    mine, theirs = four_slots(target, drafter, text), four_slots(target, again, text)
     assert_same(theirs, mine)
     same = ("shifted", "causal", "draft_vocab", "rope_factor", "depth", "positions", "pairs", "fc_norm", "norm_output")
     for name in (*same, "sequential", "norm_before_residual"):
@@ -118,7 +97,7 @@ def test_what_we_export_comes_back_as_it_was(target, text, tmp_path, kind, chang
     check_warm_start(str(tmp_path), fresh.config)
     _, left = warm_start(fresh, str(tmp_path), target.frozen_head)
     assert left == []
-    torch.testing.assert_close(ours(target, fresh, text), theirs)
+    torch.testing.assert_close(four_slots(target, fresh, text), theirs)
 
 
 def test_an_order_of_its_own_gives_the_very_same_logits(target, text, tmp_path):
@@ -126,19 +105,19 @@ def test_an_order_of_its_own_gives_the_very_same_logits(target, text, tmp_path):
     for kind in ("ttt", "blockwise"):
         drafter = drafter_for(target, kind, hidden_layers=[0, 2, 3])
         save_export(drafter, target, tmp_path / kind, {"ttt": "eagle3", "blockwise": "dflash"}[kind])
-        assert torch.equal(ours(target, imported(tmp_path / kind, target), text), ours(target, drafter, text))
+        assert torch.equal(four_slots(target, imported(tmp_path / kind, target), text), four_slots(target, drafter, text))
 
 
 def test_a_layer_off_by_one_shows_in_an_import(target, text, tmp_path):
     """The negative control: outputs where inputs are meant, and two layers' columns exchanged."""
     drafter = exported(target, tmp_path, "ttt", {})
-    mine = ours(target, drafter, text)
+    mine = four_slots(target, drafter, text)
     config = json.loads((tmp_path / "config.json").read_text())
     rewritten(tmp_path, ["eagle_config"], eagle_aux_hidden_state_layer_ids=[2, 4, 5])
-    assert differ(ours(target, imported(tmp_path, target), text), mine)
+    assert differ(four_slots(target, imported(tmp_path, target), text), mine)
     first, second, third = load_file(tmp_path / "model.safetensors")["fc.weight"].chunk(3, dim=1)
     rewritten(tmp_path, tensors={"fc.weight": torch.cat([second, first, third], dim=1)}, **config)
-    assert differ(ours(target, imported(tmp_path, target), text), mine)
+    assert differ(four_slots(target, imported(tmp_path, target), text), mine)
 
 
 # The speculators package writes, we read
@@ -159,7 +138,7 @@ def test_what_speculators_writes_is_read(target, text, tmp_path, kind, changes):
     assert again.config.imported.startswith("speculators ")
     for name in ("slots", "shifted", "causal", "pairs", "fc_norm", "norm_output", "norm_before_residual", "depth"):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
-    torch.testing.assert_close(ours(target, again, text), ours(target, drafter, text), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(four_slots(target, again, text), four_slots(target, drafter, text), rtol=1e-5, atol=1e-5)
     if drafter.config.sequential:  # a table that is no function of the target's embedding
         table_VR = load_file(tmp_path / "model.safetensors")[MARKOV[0]]
         rewritten(tmp_path, tensors={MARKOV[0]: table_VR + 0.2 * table_VR.std() * torch.randn(table_VR.shape)})
@@ -171,11 +150,11 @@ def test_a_masks_row_of_its_own_is_taken(target, text, tmp_path):
     drafter = exported(target, tmp_path, "blockwise", {"learned": True})
     (tmp_path / MASK_FILE).unlink()
     plain = imported(tmp_path, target)
-    assert differ(ours(target, plain, text), ours(target, drafter, text))  # the negative control
+    assert differ(four_slots(target, plain, text), four_slots(target, drafter, text))  # the negative control
     table_VE = target.frozen_head.embedding_VE.clone()
     table_VE[2] = drafter.mask.weight[0].detach()
     rewritten(tmp_path, tensors={"embed_tokens.weight": table_VE})
-    assert_same(ours(target, imported(tmp_path, target), text), ours(target, drafter, text))
+    assert_same(four_slots(target, imported(tmp_path, target), text), four_slots(target, drafter, text))
     table_VE[7] += 1
     rewritten(tmp_path, tensors={"embed_tokens.weight": table_VE})
     refused(tmp_path, target, "has an embedding of its own: 1 rows are not the target's, such as that of token 7")

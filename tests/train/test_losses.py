@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from common.recipe import ROOT
+from tests.support.definitions import definition
 from train.losses import choose, divergences, reference, terms, weights
 from train.losses.chunked import chunked_loss
 from train.losses.recipe import LossRecipe
@@ -36,23 +37,6 @@ def row_inputs(draft, teacher, label, mix) -> HeadInput:
     index = torch.arange(len(draft))
     teacher_of = index % max(1, len(teacher))
     return HeadInput(draft, index, teacher, teacher_of, label[teacher_of], mix)
-
-
-def definition(name, q, p, label, mix):
-    """Each loss from plain probabilities. q [R, D] sums to one; p [R, D] is the target's, over the drafter's vocabulary; `label`
-    indexes that vocabulary, -1 outside it."""
-    renormalised = p / p.sum(-1, keepdim=True)
-    alpha = torch.minimum(p, q).sum(-1)
-    kl = (renormalised * (renormalised / q).log()).sum(-1)
-    return {
-        "kl": lambda: kl,
-        "reverse_kl": lambda: (q * (q / p).log()).sum(-1),
-        "ce": lambda: torch.where(label < 0, 0.0, -q[torch.arange(len(q)), label.clamp(min=0)].log()),
-        "ce_greedy": lambda: -q[torch.arange(len(q)), p.argmax(-1)].log(),
-        "tv": lambda: 1 - alpha,
-        "lk_alpha": lambda: -alpha.log(),
-        "lk_lambda": lambda: mix * kl + (1 - mix) * (1 - alpha),
-    }[name]()
 
 
 def in_vocabulary(label, kept):

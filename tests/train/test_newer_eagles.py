@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
+from tests.support.models import HIDDEN_LAYERS, drafter_of, random_weights, small_target
+from tests.support.packs import document, objective_of
 from tests.support.speculators_models import model_of, package
-from tests.train.test_drafter import random_weights
-from tests.train.test_objectives import document, objective_of
 from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
-from tests.train.test_losses import definition
+from tests.support.definitions import definition
+from tests.support.models import drafter_of, from_layer_zero, small_target
+from tests.support.packs import document, objective_of, packed
 from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
 from train.data.stream import sample_prefix
@@ -16,38 +17,11 @@ from train.objectives.align import Watch, target_queries
 from train.objectives.objective import Objective
 
 REFERENCE = BACKENDS["reference"]
-LAYERS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
 def target():
     return small_target(dtype=torch.float64)
-
-
-def document(target, length, seed, unsupervised=()):
-    """One document as the cache hands it out, queries included."""
-    tokens = torch.randint(3, 11, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    target.capture(HIDDEN_LAYERS, LAYERS, LAYERS)
-    states = target.forward(torch.tensor([tokens])).map(lambda t: t[0])
-    mask = torch.ones(length, dtype=torch.uint8)
-    mask[0] = 0
-    mask[list(unsupervised)] = 0
-    teachers = mask[1:].nonzero().squeeze(1)
-    named = {f"{kind}.{i}": t for kind in ("hidden", "key", "value") for i, t in getattr(states, kind).items()}
-    named |= {f"query.{i}": t[teachers] for i, t in states.query.items()}
-    return {"input_ids": torch.tensor(tokens), "loss_mask": mask, "last_hidden": states.last_hidden[teachers], **named}
-
-
-def packed(target, prefix=None):
-    """Two documents, one with a gap in its loss mask; an anchor whose last slots fall into the gap, and one at the end."""
-    documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
-    anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
-    return make_pack([PackDocument(*one[:3], prefix=one[3]) for one in zip("ab", documents, anchors, prefix or [None, None])])
-
-
-def objective_of(target, drafter, loss, weight_J="default"):
-    weight_J = 0.8 ** torch.arange(drafter.config.draft_length) if isinstance(weight_J, str) else weight_J
-    return Objective(drafter, target.frozen_head, loss, weight_J, REFERENCE, chunk=7)
 
 
 def by_definition(target, objective, pack, loss: LossRecipe, weight_J):
@@ -151,14 +125,6 @@ def test_how_much_is_shown_is_a_truncated_geometric():
     np.testing.assert_allclose(found, chance / chance.sum(), atol=0.01)
     assert (sample_prefix("a", 20, 7, 0.9, 0, 0) == sample_prefix("a", 20, 7, 0.9, 0, 0)).all()
     assert (sample_prefix("a", 20, 7, 0.9, 0, 0) != sample_prefix("a", 20, 7, 0.9, 0, 1)).any()
-
-
-def from_layer_zero(target, objective, reuse="kv"):
-    """A drafter that starts as the target's first layer, which reads embeddings and nothing else."""
-    drafter = drafter_of(target, objective, reuse)
-    object.__setattr__(drafter.config, "target_layers", [0])
-    drafter.target_kv[0].layers = [0]
-    return drafter.start(target, target.frozen_head)
 
 
 @pytest.mark.parametrize("term", ["kv_align", "query_align"])

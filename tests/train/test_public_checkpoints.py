@@ -16,11 +16,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.errors import UserError
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
+from tests.support.served_drafters import (
+    ANCHORS,
+    assert_same,
+    block_logits,
+    drafter_for,
+    eagle3_logits,
+    four_slots,
+    imported,
+    logits_of,
+    refused,
+)
 from tests.support.speculators_models import LENGTH, TINY, package
-from tests.train.test_export import ANCHORS, assert_same, block_logits, drafter_for, eagle3_logits
-from tests.train.test_export import ours as logits_of
-from tests.train.test_imported import imported, ours, refused
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.export import save_export
 from train.drafter.formats.names import MASK_FILE, method_of
@@ -128,7 +136,7 @@ def test_a_published_eagle3_checkpoint_is_read(deep, tmp_path):
     assert model.config.eagle_aux_hidden_state_layer_ids == [2, 4, 5]
     assert_same(eagle3_logits(model, text, ANCHORS, 7), logits_of(target, drafter, text, ANCHORS))
     # The converted folder is a speculators checkpoint of three steps, with an embedding table of its own: the target's.
-    assert_same(ours(target, imported(tmp_path / "converted", target), text), ours(target, drafter, text)[:, :3])
+    assert_same(four_slots(target, imported(tmp_path / "converted", target), text), four_slots(target, drafter, text)[:, :3])
 
 
 def test_a_published_dflash_checkpoint_is_read(deep, tmp_path):
@@ -235,7 +243,6 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
     torch.nn.init.constant_(model.embed_tokens.weight, torch.nan)
     model.load_verifier_weights()
     assert_same(eagle3_logits(model, text, ANCHORS, 3), logits_of(target, drafter, text, ANCHORS))
-
 
 
 # What cannot be

@@ -22,9 +22,9 @@ import torch
 
 from data_prep.target.target import Target
 from tests.support.models import small_target
+from tests.support.packs import objective_of
+from tests.support.served_drafters import HIDDEN, aux, drafter_for
 from tests.support.speculators_models import LENGTH, TINY, ascending, model_of, names_of, package, real_text
-from tests.train.test_export import HIDDEN, aux, drafter_for
-from tests.train.test_objectives import objective_of
 from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 

@@ -7,7 +7,7 @@ from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target, load_tokenizer
 from eval.engine.drafting import Proposal, StaticNobody
 from eval.engine.request import Stops
-from tests.eval.test_decode import generated
+from tests.support.decoding import generated
 from tests.support.engines import engine_of, exact_target, ragged
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from common.errors import UserError
 from common.ranks import free_port
-from tests.conftest import SMALL, command, deepspeed
-from tests.launchers.test_launch import TRAIN, assert_same_run, losses, wait_for
+from tests.support.commands import SMALL, TRAIN, command, deepspeed, wait_for
+from tests.support.runs import assert_same_run, losses
 from train.drafter.model import Drafter
 from train.run.checkpoint import latest
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.train.test_attention import softmax_by_hand
+from tests.support.definitions import softmax_by_hand
 from train.attention.choose import BACKENDS
 from train.attention.visibility import Anchors, DraftRows, Places, Visibility
 from train.drafter.layers import KV, Rope

@@ -1,0 +1,13 @@
+"""Conversations, and files of them, as sources of data are given them."""
+
+import json
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def conversation(turns, system=None):
+    roles = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return ([{"role": "system", "content": system}] if system else []) + roles
