@@ -32,43 +32,72 @@ def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, voca
         return Target(folder, dtype=dtype)
 
 
+# Objectives by name, as fields of DrafterConfig.
+OBJECTIVES = {
+    "ttt": {"objective": "ttt"},
+    "blockwise": {"objective": "blockwise"},
+    "blockwise_shifted": {"objective": "blockwise", "shifted": True},
+    "blockwise_causal": {"objective": "blockwise", "causal": True},
+    "blockwise_pairs": {"objective": "blockwise", "shifted": True, "causal": True, "pairs": True},  # P-EAGLE
+    "blockwise+markov": {"objective": "blockwise", "sequential": "markov"},
+    "blockwise+gru": {"objective": "blockwise", "sequential": "gru"},
+    "blockwise_shifted+gru": {"objective": "blockwise", "shifted": True, "sequential": "gru"},
+    "blockwise_pairs+markov": {
+        "objective": "blockwise", "shifted": True, "causal": True, "pairs": True, "sequential": "markov",
+    },
+}  # fmt: skip
+PROJECTED = {"source": "projected", "source_layers": [1, 2]}
+PROJECTED_ROPE = {"source": "projected_rope", "source_layers": [1, 2]}
+HEAD_CONCAT = {"source": "head_concat", "source_layers": [1, 2]}
+REDUCED_VOCABULARY = {"draft_vocab": 8, "own_head": True}
+EAGLE31_NORMS = {"fc_norm": True, "norm_output": True}
+# Kinds of reuse by name, with what a drafter of this kind has besides: the same.
+REUSES = {
+    "none": {"reuse": "none"},
+    "hidden": {"reuse": "hidden"},
+    "hidden+vocab": {"reuse": "hidden", **REDUCED_VOCABULARY},
+    "hidden+norms": {"reuse": "hidden", **EAGLE31_NORMS},
+    "kv": {"reuse": "kv"},
+    "kv+native": {"reuse": "kv", "source": "native"},
+    "kv+projected": {"reuse": "kv", **PROJECTED},
+    "kv+projected_rope": {"reuse": "kv", **PROJECTED_ROPE},
+    "kv+head_concat": {"reuse": "kv", **HEAD_CONCAT},
+    "kv+vocab": {"reuse": "kv", **REDUCED_VOCABULARY},
+    "hybrid": {"reuse": "hybrid"},
+    "hybrid+projected_rope": {"reuse": "hybrid", **PROJECTED_ROPE},
+    "hybrid+head_concat": {"reuse": "hybrid", **HEAD_CONCAT},
+    "hybrid+cross_only": {"reuse": "hybrid", "fusion": "cross_only"},
+    "hybrid+vocab": {"reuse": "hybrid", **REDUCED_VOCABULARY},
+    "hybrid+norms": {"reuse": "hybrid", **EAGLE31_NORMS},
+}
+
+
 def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slots: int = 4, seed: int = 1, **options) -> Drafter:
-    """A drafter of the target's last layers. `objective`: ttt, blockwise, blockwise_shifted, blockwise_causal or blockwise_pairs
-    (P-EAGLE: both of them, over pairs), and then +markov or +gru; `reuse`: none, hidden, kv or hybrid, and then a source of K/V,
-    +cross_only, +vocab (a reduced one) or +norms (EAGLE-3.1's)."""
-    objective, _, sequential = objective.partition("+")
-    kind, _, variant = objective.partition("_")
-    reuse, *words = reuse.split("+")
-    sources = [w for w in words if w in ("projected", "projected_rope", "head_concat")]
-    if sources:
-        options |= {"source": sources[0], "source_layers": [1, 2]}
-    if "cross_only" in words:
-        options["fusion"] = "cross_only"
-    if "vocab" in words:
-        options |= {"draft_vocab": 8, "own_head": True}
-    if "norms" in words:
-        options |= {"fc_norm": True, "norm_output": True}
-    config = DrafterConfig(
-        objective=kind,
-        reuse=reuse,
-        target_layers=list(range(3 - layers, 3)),
-        hidden_layers=list(HIDDEN_LAYERS) if reuse in ("hidden", "hybrid") else [],
-        slots=slots,
-        shifted=variant in ("shifted", "pairs"),
-        causal=variant in ("causal", "pairs"),
-        pairs=variant == "pairs",
-        seed=seed,
-        start="target",
-        mask_token_id=4,
-        architecture=target.architecture,
-        target={},
-        sequential=sequential or None,
-        sequential_size=16,
+    """A drafter that starts as the target's last `layers` layers. `objective` and `reuse` are names of the tables above;
+    `options` are other fields of DrafterConfig."""
+    fields = {
+        "shifted": False,
+        "causal": False,
+        "start": "target",
+        "mask_token_id": 4,
+        "sequential_size": 16,
+        "architecture": target.architecture,
+        "target": {},
+        **OBJECTIVES[objective],
+        **REUSES[reuse],
         **options,
+    }
+    config = DrafterConfig(
+        target_layers=list(range(3 - layers, 3)),
+        hidden_layers=list(HIDDEN_LAYERS) if fields["reuse"] in ("hidden", "hybrid") else [],
+        slots=slots,
+        seed=seed,
+        **fields,
     )
     counts_V = torch.arange(target.architecture.vocab_size)  # a reduced vocabulary lacks the first tokens
     drafter = Drafter(config).to(target.dtype).start(target, target.frozen_head, counts_V)
-    if sequential:
+    if config.sequential:
+        # It starts at zero, where it would change nothing that a test sees.
         torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
     return drafter
 

@@ -31,9 +31,16 @@ def package():
     return speculators
 
 
+def real_ids() -> list[int]:
+    """The tokens of a piece of code, as many as the package's mask needs."""
+    ids = load_tokenizer(str(TINY))((ROOT / "tests/support/real_text.txt").read_text())["input_ids"]
+    assert len(ids) == LENGTH
+    return ids
+
+
 def real_text(target: Target) -> tuple[Tensor, States]:
     """Tokens of real text [T] and the tiny target's states of them."""
-    ids = load_tokenizer(str(TINY))((ROOT / "tests/support/models.py").read_text())["input_ids"][:LENGTH]
+    ids = real_ids()
     target.capture(range(6), [])
     return torch.tensor(ids), target.forward(torch.tensor([ids])).map(lambda t: t[0])
 

@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import UserError
-from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
-from tests.support.commands import ROOT
 from tests.support.served_drafters import (
     ANCHORS,
     assert_same,
@@ -28,7 +26,7 @@ from tests.support.served_drafters import (
     logits_of,
     refused,
 )
-from tests.support.speculators_models import LENGTH, TINY, package
+from tests.support.speculators_models import TINY, package, real_ids
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.export import save_export
 from train.drafter.formats.names import MASK_FILE, method_of
@@ -46,7 +44,7 @@ def deep(tmp_path_factory):
         shutil.copy(file, folder)
     target = Target(str(folder))
     target.capture(range(8), [])
-    ids = load_tokenizer(str(TINY))((ROOT / "tests/support/models.py").read_text())["input_ids"][:LENGTH]
+    ids = real_ids()
     return target, (torch.tensor(ids), target.forward(torch.tensor([ids])).map(lambda t: t[0]))
 
 
