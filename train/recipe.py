@@ -10,7 +10,7 @@ from data_prep.recipe import CaptureSections
 from train.losses.recipe import LossRecipe
 from train.sizes import sized
 from train.views.budgets import ViewSampler
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class ObjectiveRecipe(Section):

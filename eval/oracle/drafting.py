@@ -17,7 +17,7 @@ from train.attention.visibility import DraftRows, Places
 from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.objectives.blockwise import block_rows
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class Draft(NamedTuple):

@@ -22,7 +22,9 @@ from train.losses import divergences, terms, weights
 from train.losses.recipe import LossRecipe
 from train.losses.types import HeadInput, RowStatistics
 from train.objectives import align, blockwise, ttt
-from train.views import plan as views
+from train.views.gather import gather
+from train.views.plan import Plan, plan
+from train.views.recipe import FULL, View
 
 OBJECTIVES = {"ttt": ttt.draft, "blockwise": blockwise.draft}
 TERMS = terms.parts()  # what is averaged by itself
@@ -63,7 +65,7 @@ class Objective(nn.Module):
         weight_J: Tensor | None,
         attend,
         chunk: int,
-        view: views.View | None = None,
+        view: View | None = None,
         view_weights: Sequence[float] = (1.0,),
         detach: bool = False,
     ):
@@ -139,15 +141,15 @@ class Objective(nn.Module):
         if pack.budget_VN is None:
             return draft(anchors, memory, self._attend)
         if self._view.positions == "absolute":
-            plan = self._plan(pack, memory, pack.budget_VN)
+            selection = self._plan(pack, memory, pack.budget_VN)
             everyone = anchors.repeated(pack.views)
-            return draft(everyone, replace(memory, selection=plan), self._attend).unflatten(0, (pack.views, -1))
+            return draft(everyone, replace(memory, selection=selection), self._attend).unflatten(0, (pack.views, -1))
         # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
-        whole = int((pack.budget_VN[0] >= views.FULL).all())
+        whole = int((pack.budget_VN[0] >= FULL).all())
         parts = [draft(anchors, memory, self._attend)] * whole
         if pack.views > whole:
-            plan = self._plan(pack, memory, pack.budget_VN[whole:])
-            gathered, moved = views.gather(memory, plan, anchors.repeated(pack.views - whole), self.drafter.rotate)
+            found = self._plan(pack, memory, pack.budget_VN[whole:])
+            gathered, moved = gather(memory, found, anchors.repeated(pack.views - whole), self.drafter.rotate)
             parts.append(draft(moved, gathered, self._attend))
         return torch.cat(parts).unflatten(0, (pack.views, -1))
 
@@ -158,8 +160,8 @@ class Objective(nn.Module):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.drafter.embed(ids, self._head)
 
-    def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> views.Plan:
-        return views.plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
+    def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> Plan:
+        return plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
 
     def _observe(self, pack: Pack, memory: Memory, window: int | None) -> tuple[list[dict[str, Tensor]], Places]:
         """Queries of the `window` tokens up to each selection, oldest first, or of all tokens (None); where they sit."""
