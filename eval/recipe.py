@@ -26,7 +26,7 @@ from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.export import FORMATS, check_export
 from train.recipe import TrackingRecipe
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class ScoreRecipe(Section):

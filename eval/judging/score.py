@@ -21,7 +21,7 @@ from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
 from train.objectives.align import Watch
 from train.objectives.objective import Objective
-from train.views.plan import View
+from train.views.recipe import View
 
 
 def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:

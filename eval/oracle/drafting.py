@@ -17,7 +17,7 @@ from eval.engine.drafting import Proposal
 from train.attention.visibility import Places
 from train.drafter.model import Drafter
 from train.schedules.schedule import Source, Start
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class Draft(NamedTuple):

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_text
 from common.progress import Progress
 from eval.reports import page
-from train.views.plan import FULL
+from train.views.recipe import FULL
 
 
 def write_json(out: Path, report: dict, name: str = "report.json") -> None:

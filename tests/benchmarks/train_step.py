@@ -35,7 +35,7 @@ from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.run.ranks import connect
 from train.views.budgets import ViewSampler
-from train.views.plan import View
+from train.views.recipe import View
 
 TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768}

@@ -10,7 +10,7 @@ from eval.oracle.drafting import Draft, Nobody, OtherMemory, PromptLookup, Train
 from eval.oracle.verify import verify
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
-from train.views.plan import View
+from train.views.recipe import View
 
 CELLS = [
     (objective, reuse)

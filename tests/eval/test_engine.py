@@ -40,7 +40,7 @@ from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained,
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.drafter.config import DrafterConfig
 from train.drafter.model import Drafter
-from train.views.plan import View
+from train.views.recipe import View
 
 OBJECTIVES = ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal", "blockwise+markov", "blockwise_shifted+gru")
 SOURCES = ("kv+projected", "kv+projected_rope", "kv+head_concat", "hybrid+cross_only", "hidden+vocab", "kv+vocab")

@@ -17,7 +17,7 @@ from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
-from train.views.plan import FULL, View
+from train.views.recipe import FULL, View
 
 CELLS = [
     (objective, reuse)

@@ -220,8 +220,7 @@ class Drafter(nn.Module):
             inputs = layer.inputs(x, token)
             own = layer.keys_values(inputs, rope)
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
-            apart = getattr(attend, "apart", False)
-            keys = {name: steps.after(memory.layers[index][name], apart) for name, steps in kept[index].items()}
+            keys = {name: steps.after(memory.layers[index][name], attend.takes_parts) for name, steps in kept[index].items()}
             x = self._through(layer, x, inputs, rope, keys, visibility[index], attend)
         return x, kept
 

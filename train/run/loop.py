@@ -50,7 +50,7 @@ from train.recipe import TrainRecipe
 from train.run.checkpoint import Checkpoints, latest
 from train.run.ranks import connect, lock_run
 from train.run.tracking import Tracker
-from train.views.plan import FULL
+from train.views.recipe import FULL
 
 
 def train(recipe: TrainRecipe, run_dir: Path) -> None:
