@@ -12,9 +12,9 @@ from data_prep.capture.live import LiveReader, manifest_of
 from data_prep.target.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
+from train.gate import gate_floor
 from train.losses import weights
 from train.precision.fp8 import TILE
 from train.recipe import ObjectiveRecipe, TrainRecipe
@@ -100,7 +100,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         source=recipe.reuse.source,
         source_layers=source_layers,
         fusion=recipe.reuse.fusion,
-        gate_floor=recipe.reuse.gate.floor,
+        gate_floor=gate_floor(recipe),
         qk_norm=qk_norm,
         draft_vocab=recipe.drafter.vocabulary,
         own_head=recipe.drafter.own_head,
@@ -208,23 +208,16 @@ def check_target(architecture: Architecture, weights_hash: str, manifest: Manife
 
 
 def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
-    """Weights of the drafted slots, [J]."""
-    return (weights.geometric if objective.kind == "ttt" else weights.exponential)(slots, objective.decay)
-
-
-def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
-    """All parameters; the gates' in a group of their own where they learn at another rate."""
-    ratio, gates = recipe.reuse.gate.lr_ratio, [p for fuse in drafter.fusions for p in fuse.parameters()]
-    if ratio == 1:
-        return [{"params": list(drafter.parameters())}]
-    others = [p for p in drafter.parameters() if all(p is not gate for gate in gates)]
-    return [{"params": others}, {"params": gates, "lr": ratio * recipe.train.lr}]
+    """Weights of the drafted slots, [J]: decay^(j-1) under ttt, exp(-(j-1)/decay) in blocks."""
+    if objective.kind == "ttt":
+        return weights.geometric(slots, objective.decay)
+    return weights.exponential(slots, objective.decay)
 
 
 def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
     """How often the documents supervise each token, [V]."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
-    for part in np.array_split(documents, -(-len(documents) // 1000)):
+    for part in np.array_split(documents, -(-len(documents) // 1000)):  # a thousand at a time: a text is read, not kept
         supervised = [ids[mask.bool()] for ids, mask in map(reader.text, part)]
         counts += torch.bincount(torch.cat(supervised).long(), minlength=vocabulary)
     return counts
@@ -232,15 +225,13 @@ def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabu
 
 def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
     """DeepSpeed's configuration, every default that matters spelled out."""
-    train, stage = recipe.train, recipe.deepspeed.stage
-    return {
+    train = recipe.train
+    config = {
         **recipe.deepspeed.model_dump(),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.batch // world_size(),
         "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
         "bf16": {"enabled": bf16},
-        # ZeRO-0 refuses float32 accumulation of bf16 gradients.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage else {}),
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
@@ -251,7 +242,13 @@ def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
                 "cos_min_ratio": train.min_lr_ratio,
             },
         },
+        # Our AdamW is PyTorch's own, which DeepSpeed calls untested. Without the second key it refuses it where states are
+        # offloaded to the host.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
+        "steps_per_print": 10**9,  # never: rank 0 speaks for itself
     }
+    # Gradients of several packs are added up. In bf16 small ones would be lost. ZeRO-0 refuses to add them in float32.
+    if bf16 and recipe.deepspeed.stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

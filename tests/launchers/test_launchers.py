@@ -10,12 +10,13 @@ import yaml
 
 from common import cli
 from common.errors import UserError
+from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.launchers.test_launch import losses
 from train import build as prepare
 from train.recipe import TrainRecipe
-from train.run.ranks import free_port, loss_of_a_rank
+from train.run.ranks import loss_of_a_rank
 
 TRAIN, BIN = ROOT / "train/main.py", os.path.dirname(sys.executable)
 SHORT = ["deepspeed=zero2", "train.batch=2", "train.max_steps=3", "train.diagnose=false", *SMALL]

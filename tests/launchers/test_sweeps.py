@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from common import cli
 from common.errors import UserError
+from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from data_prep.target.target import load_target
 from eval.main import run
@@ -21,7 +22,6 @@ from tests.launchers.test_launch import losses
 from train.build import drafter_config
 from train.drafter.model import Drafter
 from train.recipe import TrainRecipe
-from train.run.ranks import free_port
 
 EVAL = ROOT / "eval/main.py"
 VIEW = ["view=topk_chunk", "view.recent=8"]

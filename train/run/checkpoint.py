@@ -15,30 +15,8 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from common.files import write_text
 from train.drafter.model import Drafter
+from train.run.folder import checkpoint_folders, latest, step_of
 from train.run.state import KINDS, WEIGHTS, EngineState
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint that a run can resume from.
-
-    Raises:
-        UserError: there are checkpoints of an earlier format only.
-    """
-    found = max((path for path in _steps(folder) if (path / "engine").exists()), default=None, key=_number)
-    if found is None and (earlier := [path for path in _steps(folder) if (path / "deepspeed").exists()]):
-        raise UserError(
-            f"{max(earlier, key=_number)} is of an earlier format, from which this release cannot resume; choose another run.dir "
-            "(drafter.warm_start takes the weights of its drafter folder) or remove that folder"
-        )
-    return found
-
-
-def _steps(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if path.suffix != ".tmp"]
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 class Checkpoints:
@@ -111,7 +89,7 @@ class Checkpoints:
                 f"{path} cannot be resumed from ({reason}); remove it to go on from the checkpoint before it"
             ) from error
         if self._rank == 0:
-            self._link(_number(path), state["best_step"])  # a run killed between a checkpoint and its links
+            self._link(step_of(path), state["best_step"])  # a run killed between a checkpoint and its links
         return state
 
     def _on_rank_0(self, work: Callable[[], None], final: Path) -> None:
@@ -138,9 +116,9 @@ class Checkpoints:
         _sync(self.folder)  # before an older checkpoint goes
 
     def _prune(self, best: int) -> None:
-        for path in sorted(_steps(self.folder), key=_number)[: -self._keep_last]:
+        for path in sorted(checkpoint_folders(self.folder), key=step_of)[: -self._keep_last]:
             # The best drafter stays; what a run resumes from beside it is of no more use.
-            old, gone = path / "engine" if _number(path) == best else path, path.with_suffix(".tmp")
+            old, gone = path / "engine" if step_of(path) == best else path, path.with_suffix(".tmp")
             if old.exists():
                 os.replace(old, gone)  # at once: a run killed on the way leaves no half of a checkpoint
                 shutil.rmtree(gone)
