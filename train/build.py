@@ -26,7 +26,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     Raises:
         UserError: the cache lacks a layer or a kind that the recipe needs.
     """
-    reuse, count = recipe.reuse, recipe.drafter.layers
+    reuse = recipe.reuse
+    count = recipe.drafter.layers
     if recipe.drafter.lm:
         return [], [], []
     needs = {
@@ -75,7 +76,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
-    lm, sampler = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.view_sampler
+    lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
+    sampler = recipe.view_sampler
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
     sizes = [architecture.hidden_size, architecture.intermediate_size]
     sizes += [] if recipe.drafter.own_head else [recipe.drafter.vocabulary or architecture.vocab_size]
@@ -132,8 +134,9 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
 
 def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
     """The backend that trains this recipe. Raises UserError as `attention_backend` does."""
+    # FlashAttention knows one mask, the causal one: ttt without views. A language model attends by its own means.
     flash = recipe.objective.kind == "ttt" and recipe.view_sampler is None and recipe.drafter.lm is None
-    if device.type == "cuda":
+    if device.type == "cuda":  # what its kernels take
         flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
         flash &= torch.cuda.get_device_capability(device) >= (8, 0)
     return attention_backend(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
@@ -145,7 +148,8 @@ def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int 
     Raises:
         UserError: the documents are longer than what a language model was made for.
     """
-    factor, longest = recipe.drafter.rope_factor, manifest.max_length
+    factor = recipe.drafter.rope_factor
+    longest = manifest.max_length
     if lm is None:
         return min(longest, recipe.train.pack_tokens) if recipe.drafter.start == "random" else None
     if lm["positions"] and longest > factor * lm["positions"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -114,5 +115,5 @@ class EngineState:
         # The float32 part is set; what the model computes with is another tensor. At the end of the block rank 0's change is
         # broadcast and sharded again.
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if self._engine.global_rank == 0:
+            if dist.get_rank() == 0:
                 parameter.copy_(value)
