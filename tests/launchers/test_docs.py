@@ -1,4 +1,4 @@
-"""What the documents say: every command composes, every link leads somewhere, and the picture of a pack is the rule of visibility."""
+"""What the documents say: every command composes, every link resolves, and the picture of a pack is the rule of visibility."""
 
 import re
 import shlex

@@ -13,12 +13,12 @@ from common import cli
 from common.errors import UserError
 from tests.support.models import drafter_of, small_target
 from tests.train.test_objectives import document, objective_of, packed
-from train.build import parameter_groups
 from train.data.pack import PackDocument, make_pack
 from train.drafter import warm_start as exchange
 from train.drafter.formats.export import save_export
 from train.drafter.layers import Rope
 from train.drafter.model import Drafter
+from train.gate import parameter_groups
 from train.losses.recipe import LossRecipe
 from train.recipe import TrainRecipe
 
