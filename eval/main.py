@@ -27,7 +27,7 @@ from eval.judging.score import diagnose, score  # noqa: E402
 from eval.live.chat import chat  # noqa: E402
 from eval.live.demo import PICTURE, demo  # noqa: E402
 from eval.recipe import EvalRecipe, check_evaluation, check_target, named_view, view_of  # noqa: E402
-from eval.reports import compare, page, report
+from eval.reports import compare, page, report, sweep
 from eval.serving import served, side_by_side  # noqa: E402
 from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.formats.export import save_export  # noqa: E402
@@ -159,7 +159,7 @@ def run(recipe: EvalRecipe) -> None:
 def gather(folder: Path) -> None:
     """What a sweep's points say together. Points of other modes than decode and score say nothing together."""
     if any(path for name in ("report.json", "score.json") for path in folder.rglob(name)):
-        report.gather([folder], folder)
+        sweep.gather([folder], folder)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def judge(o) -> None:
 def table(o) -> None:
     from common.cli import fail
     from common.errors import UserError
-    from eval.reports import report
+    from eval.reports import sweep
 
     try:
-        report.gather([o.runs / arm for arm in o.arms], o.runs)
+        sweep.gather([o.runs / arm for arm in o.arms], o.runs)
     except UserError as error:
         fail(error)
 

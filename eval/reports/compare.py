@@ -19,7 +19,7 @@ from common.cli import git_revision
 from common.errors import UserError
 from common.files import write_text
 from data_prep.cache.manifest import flatten
-from eval.reports import page
+from eval.reports import charts, page
 
 CATEGORY_HEADS = ("T", "category", "run", "requests", "tokens", "tau", "speedup")
 RESAMPLES = 2000
@@ -224,13 +224,13 @@ def _draw(found: dict) -> str:
                 middle = [one[figure] for one in of.values()]
                 error = [[abs(one[figure] - one[f"{figure}_ci"][side]) for one in of.values()] for side in (0, 1)]
                 axis.errorbar(middle, at, xerr=error, fmt="o", capsize=3, label=f"T = {temperature}")
-            axis.axvline(1, color=page.INK, linestyle=":", linewidth=0.8)
+            axis.axvline(1, color=charts.INK, linestyle=":", linewidth=0.8)
             axis.set_yticks(range(len(runs)), runs if figure == "tau" else [""] * len(runs))
             axis.set_ylim(len(runs) - 0.5, -0.5)
             axis.set(xlabel=figure + " (no drafter: 1)")
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return page.svg("tau and speedup with intervals", 2, 1 + 0.5 * len(runs), draw)
+    return charts.svg("tau and speedup with intervals", 2, 1 + 0.5 * len(runs), draw)
 
 
 def _draw_slots(found: dict) -> str:
@@ -242,4 +242,4 @@ def _draw_slots(found: dict) -> str:
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return page.svg("acceptance by slot of all runs", len(found["temperatures"]), 3.2, draw)
+    return charts.svg("acceptance by slot of all runs", len(found["temperatures"]), 3.2, draw)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from common.files import write_text
 from data_prep.cache.manifest import flatten
-from eval.reports import page
+from eval.reports import charts, page
 from eval.serving.servers import Answer, Vllm, margin
 
 EXCHANGES = 20_000
@@ -248,4 +248,4 @@ def _draw(temperatures: dict, kind: str) -> str:
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return page.svg("acceptance by position", len(temperatures), 3.4, draw)
+    return charts.svg("acceptance by position", len(temperatures), 3.4, draw)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data_prep.target.target import States, Target, load_tokenizer
 from tests.conftest import ROOT
-from train.drafter.formats.served import exported_weights
 from train.drafter.formats.names import method_of, served_names
+from train.drafter.formats.served import exported_weights
 from train.drafter.formats.served_config import speculators_config
 from train.drafter.model import Drafter
 
