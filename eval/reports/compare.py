@@ -83,7 +83,8 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             figures = report["temperatures"][temperature]
             counts = counted(figures, _requests(report, figures))
             paired = report["prompts"]["ids"] == reports[first]["prompts"]["ids"]
-            value, drawn = statistics(counts.sum(0)), statistics(resampled(counts, seed, 0 if paired else number))
+            value = statistics(counts.sum(0))
+            drawn = statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
             rows[run] |= {"conditional": figures["conditional"], "lossless": page.lossless(figures)}
             rows[run] |= {"by_category": figures.get("by_category", {})}
@@ -102,7 +103,8 @@ def _requests(report: dict, figures: dict) -> list[str]:
 def counted(figures: dict, requests: list[str]) -> np.ndarray:
     """[P, 6], for each prompt, or conversation with all of its turns: tokens emitted by verify steps, verify steps; output
     tokens, seconds; the baseline's output tokens, its seconds."""
-    each, place = np.hstack([np.array(figures[name], float) for name in COUNTED]), {}
+    each = np.hstack([np.array(figures[name], float) for name in COUNTED])
+    place = {}
     found = np.zeros((len(set(requests)), each.shape[1]))
     np.add.at(found, [place.setdefault(one, len(place)) for one in requests], each)
     return found
@@ -111,7 +113,8 @@ def counted(figures: dict, requests: list[str]) -> np.ndarray:
 def statistics(sums: np.ndarray) -> np.ndarray:
     """[..., 6] sums over prompts -> [..., 2]: tau (micro) and speedup, as in a report."""
     emitted, steps, tokens, seconds, base_tokens, base_seconds = np.moveaxis(sums, -1, 0)
-    speed, base_speed = tokens / np.maximum(seconds, 1e-9), base_tokens / np.maximum(base_seconds, 1e-9)
+    speed = tokens / np.maximum(seconds, 1e-9)
+    base_speed = base_tokens / np.maximum(base_seconds, 1e-9)
     return np.stack([1 + (emitted - steps) / np.maximum(steps, 1), speed / np.maximum(base_speed, 1e-9)], axis=-1)
 
 

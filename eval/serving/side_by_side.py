@@ -76,7 +76,8 @@ def figures(run: Run, own: Run | None) -> dict:
 
 def compared(own: Run, theirs: Run, seed: int) -> list[dict]:
     """{"position" (from 1), "ours", "server", "p"} of every position that both draft."""
-    mine, other = own.by_prompt(), theirs.by_prompt()
+    mine = own.by_prompt()
+    other = theirs.by_prompt()
     ids = [id for id in mine if id in other]
     if not ids:
         return []

@@ -33,7 +33,7 @@ from eval.judging import measure
 from eval.judging.score import score
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
-from eval.prompts.suites import heldout_prompts
+from eval.prompts.load import heldout_prompts
 from eval.recipe import PromptsRecipe
 from tests.data_prep.test_cache import manifest_of
 from tests.eval.test_decode import generated
