@@ -18,7 +18,8 @@ from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hash
 from eval.caches.partial import PartialRecipe
 from eval.engine.tree import TreeShape
 from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
-from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
+from eval.prompts.load import load_prompts
+from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe
 from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter

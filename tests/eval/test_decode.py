@@ -55,7 +55,8 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup (test_engine.py: in batches)."""
     from data_prep.recipe import DataRecipe, TargetRecipe
     from data_prep.target.loading import load_target, load_tokenizer
-    from eval.prompts.suites import PromptsRecipe, heldout_prompts
+    from eval.prompts.load import heldout_prompts
+    from eval.prompts.suites import PromptsRecipe
     from train.drafter.config import DrafterConfig
     from train.drafter.model import Drafter
 

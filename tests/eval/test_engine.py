@@ -33,7 +33,8 @@ from eval.judging import measure
 from eval.judging.score import score
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
-from eval.prompts.suites import PromptsRecipe, heldout_prompts
+from eval.prompts.load import heldout_prompts
+from eval.prompts.suites import PromptsRecipe
 from tests.data_prep.test_cache import manifest_of
 from tests.eval.test_decode import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
