@@ -1,4 +1,4 @@
-"""What the documents say: every command composes, every link resolves, and the picture of a pack is the rule of visibility."""
+"""What the documents say: commands compose, links lead somewhere, the picture of a pack is the rule of visibility."""
 
 import re
 import shlex
@@ -41,6 +41,7 @@ def test_every_command_of_the_guides_composes(line):
     multirun = any(word in FLAGS for word in after)
     # Launchers of sweeps and W&B are extras that need not be installed here.
     overrides = [word for word in after if word not in FLAGS and not word.startswith(("hydra", "tracking=wandb"))]
+    overrides = ["target=tiny" if word == "target=TARGET" else word for word in overrides]
     for job in cli.jobs_of(overrides, multirun):
         cli.compose(config, recipe, job)
 
