@@ -33,7 +33,7 @@ from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.formats.export import save_export  # noqa: E402
 from train.drafter.formats.imported_weights import bind  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
-from train.measure import diagnostics  # noqa: E402
+from train.measure import pictures  # noqa: E402
 from train.run.tracking import Tracker  # noqa: E402
 
 
@@ -143,7 +143,7 @@ def run(recipe: EvalRecipe) -> None:
     if recipe.mode == "diagnose":
         found = diagnose(recipe, target, drafter)
         report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "diagnostics.json")
-        diagnostics.draw(found, out / "diagnostics.png")
+        pictures.draw(found, out / "diagnostics.png")
         print(f"diagnostics: {out / 'diagnostics.json'}, {out / 'diagnostics.png'}")
         return
     if recipe.mode == "export":

@@ -41,7 +41,7 @@ from train.data.packs import Pack, PackStream, loaded, sample_ages, split
 from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, other_positions, warm_start
 from train.losses.choose import slower_on_a_gpu
-from train.measure import acceptance, diagnostics
+from train.measure import acceptance, diagnostics, pictures
 from train.objectives.objective import TERMS, Objective, Outcome
 from train.recipe import TrainRecipe
 from train.run.checkpoint import Checkpoints, latest
@@ -330,7 +330,7 @@ class _Run:
         self.engine.train()
         if self.tracker:
             self.tracker.log(step, {"diagnostics": found})
-            diagnostics.draw(found, self.run_dir / "diagnostics.png")
+            pictures.draw(found, self.run_dir / "diagnostics.png")
             self.tracker.picture(step, "diagnostics", self.run_dir / "diagnostics.png")
 
     def _log(self, step: int, window: list[Sums], seconds: float) -> None:
