@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from train.scores import Observed, ranked, scores, votes
 
 from data_prep.target.target import States
 from train.attention.visibility import Places
@@ -17,6 +16,7 @@ from train.drafter.memory import Memory
 from train.drafter.model import Drafter
 from train.views.layout import chunking, layout, reserve
 from train.views.recipe import View
+from train.views.scores import Observed, ranked, scores, votes
 
 
 @dataclass
