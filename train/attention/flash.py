@@ -11,11 +11,10 @@ flash-attn where it is installed, PyTorch's own copy elsewhere on a GPU, PyTorch
 Shapes: Q draft rows, P memory positions, J steps, K = P + J x Q keys, H query heads, G key/value heads, S = H / G, D head size.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from train.attention import torch_private
 from train.attention.backend import Keys, backend
 from train.attention.visibility import Visibility
 
@@ -123,52 +122,17 @@ def kernel(on_gpu: bool, own: bool = False):
     """(forward, backward) of causal attention within documents; both log-sum-exps are [H, P]. `own`: PyTorch's, in any case."""
     if not on_gpu:
         return _cpu_forward, _cpu_backward
-    if own or not _installed():
-        return _torch_forward, _torch_backward
+    if own or not torch_private.has_flash_attn():
+        return torch_private.own_forward, torch_private.own_backward
     return _package_forward, _package_backward
 
 
-@cache
-def _installed() -> bool:
-    try:
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward  # noqa: F401
-    except ImportError:  # not there, or built for another PyTorch
-        return False
-    return True
-
-
 def _package_forward(q_PHD, k_PGD, v_PGD, bounds):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-    lengths, scale = (len(q_PHD), len(k_PGD)), q_PHD.shape[-1] ** -0.5
-    out_PHD, lse_HP, *_ = _flash_attn_varlen_forward(q_PHD, k_PGD, v_PGD, bounds, bounds, *lengths, 0.0, scale, causal=True)
-    return out_PHD, lse_HP, ()
+    return *torch_private.package_forward(q_PHD, k_PGD, v_PGD, bounds), ()
 
 
 def _package_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
-    lengths, found = (len(q_PHD), len(k_PGD)), [torch.empty_like(t) for t in (q_PHD, k_PGD, v_PGD)]
-    _flash_attn_varlen_backward(
-        grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, *found, bounds, bounds, *lengths, 0.0,
-        q_PHD.shape[-1] ** -0.5, True, -1, -1, 0.0, None, False,
-    )  # fmt: skip
-    return found
-
-
-def _torch_forward(q_PHD, k_PGD, v_PGD, bounds):
-    lengths = (len(q_PHD), len(k_PGD))
-    out_PHD, lse_HP, *extra, _ = torch.ops.aten._flash_attention_forward(
-        q_PHD, k_PGD, v_PGD, bounds, bounds, *lengths, 0.0, True, False
-    )
-    return out_PHD, lse_HP, extra
-
-
-def _torch_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
-    lengths = (len(q_PHD), len(k_PGD))
-    return torch.ops.aten._flash_attention_backward(
-        grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, bounds, bounds, *lengths, 0.0, True, *extra
-    )
+    return torch_private.package_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds)
 
 
 def _documents(tensors: tuple[Tensor, ...], bounds: Tensor, heads: int):
@@ -179,15 +143,16 @@ def _documents(tensors: tuple[Tensor, ...], bounds: Tensor, heads: int):
 
 
 def _cpu_forward(q_PHD, k_PGD, v_PGD, bounds):
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found = [attend(*document, 0.0, True) for _, document in _documents((q_PHD, k_PGD, v_PGD), bounds, q_PHD.shape[1])]
+    documents = _documents((q_PHD, k_PGD, v_PGD), bounds, q_PHD.shape[1])
+    found = [torch_private.cpu_forward(*document) for _, document in documents]
     out_HPD, lse_HP = (torch.cat([t[0] for t in column], dim=1) for column in zip(*found))
     return out_HPD.transpose(0, 1), lse_HP, ()
 
 
 def _cpu_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
-    backward, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, []
+    found = []
     for part, document in _documents((grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD), bounds, q_PHD.shape[1]):
-        found.append(backward(*document, lse_HP[None, :, part].contiguous(), 0.0, True))
+        found.append(torch_private.cpu_backward(*document, lse_HP[None, :, part].contiguous()))
     dq, dk, dv = (torch.cat([t[0].transpose(0, 1) for t in column]) for column in zip(*found))
+    # The kernel had a key head for each query head: the gradients of those that are the same head add up.
     return dq, *(t.unflatten(1, (k_PGD.shape[1], -1)).sum(2) for t in (dk, dv))
