@@ -34,7 +34,8 @@ def test_their_arguments_are_those_that_we_give():
     aten = torch.ops.aten
     taken = {
         aten._flash_attention_forward: "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask",
-        aten._flash_attention_backward: "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal",
+        aten._flash_attention_backward: "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+        "is_causal",
         aten._scaled_dot_product_flash_attention_for_cpu: "query key value dropout_p is_causal",
         aten._scaled_dot_product_flash_attention_for_cpu_backward: "grad_out query key value out logsumexp dropout_p is_causal",
     }

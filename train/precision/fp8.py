@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from train.attention import torch_private
 
-NARROW, WIDE = torch.float8_e4m3fn, torch.float8_e5m2  # digits, range
+NARROW = torch.float8_e4m3fn  # more digits
+WIDE = torch.float8_e5m2  # more range
 TILE = 16  # sizes that tensor cores take
 
 
