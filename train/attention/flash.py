@@ -23,11 +23,15 @@ from train.attention.visibility import Visibility
 def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
     assert visibility.selection is None
-    memory, rows = visibility.memory, visibility.queries
-    begin_Q, end_Q = memory.bounds[rows.document], memory.bounds[rows.document + 1]
+    # 1. Where each row stands among the memory: at the last key that it sees. Causal attention then shows it exactly its own.
+    memory = visibility.memory
+    rows = visibility.queries
+    begin_Q = memory.bounds[rows.document]
+    end_Q = memory.bounds[rows.document + 1]
     count_Q = torch.minimum(rows.anchor - memory.position[begin_Q], end_Q - begin_Q)  # of memory keys that a row sees
     # A row that sees none has no place among the keys: it is sent to one behind them.
     place_Q = torch.where(count_Q > 0, begin_Q + count_Q - 1, len(memory.position))
+    # 2. Keys in parts, whichever way they came.
     steps = len(visibility.drafts.slot) // len(q_QHD)
     sizes = [len(memory.position), *[len(q_QHD)] * steps]
     (k_PGD, *k_steps), (v_PGD, *v_steps) = (t.split(sizes) if isinstance(t, Tensor) else t for t in (k_KGD, v_KGD))
@@ -37,20 +41,26 @@ def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Te
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_QHD, k_PGD, v_PGD, place_Q, bounds, *steps):
-        own, (forward, _) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
-        q_QHD, (k_JQGD, v_JQGD) = q_QHD.contiguous(), _stacked(steps)
+        own = drafts(q_QHD.is_cuda)
+        forward, _ = kernel(q_QHD.is_cuda)
+        q_QHD = q_QHD.contiguous()
+        k_JQGD, v_JQGD = _stacked(steps)
         memory_PHD, lse_HP, extra = forward(*own.put(place_Q, len(k_PGD), q_QHD), k_PGD.contiguous(), v_PGD.contiguous(), bounds)
         # Where no row stands, no gradient comes from; the kernel's own log-sum-exp there is as good as any.
         out_QHD, lse_QH, lse_HP = own.join(q_QHD, k_JQGD, v_JQGD, memory_PHD, lse_HP, place_Q)
         ctx.steps = len(steps)
+        # Not the stacks: these steps' tensors are shared with all later steps, a stack would be this step's own.
         ctx.save_for_backward(q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *steps, *extra)
         return out_QHD
 
     @staticmethod
     def backward(ctx, grad_QHD):
         q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *rest = ctx.saved_tensors
-        (k_JQGD, v_JQGD), extra = _stacked(rest[: ctx.steps]), rest[ctx.steps :]
-        own, (_, backward) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
+        k_JQGD, v_JQGD = _stacked(rest[: ctx.steps])
+        extra = rest[ctx.steps :]
+        own = drafts(q_QHD.is_cuda)
+        _, backward = kernel(q_QHD.is_cuda)
+        # Given the joint output and log-sum-exp, FlashAttention's backward makes the gradients of the joint softmax.
         put = own.put(place_Q, len(k_PGD), grad_QHD, q_QHD, out_QHD)
         dq_PHD, dk_PGD, dv_PGD = backward(*put, k_PGD.contiguous(), v_PGD.contiguous(), lse_HP, bounds, extra)
         dq_QHD, dk_JQGD, dv_JQGD = own.join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_PHD, place_Q)
@@ -75,10 +85,14 @@ class reference_join:
     @staticmethod
     def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Tensor, Tensor, Tensor]:
         """(output, log-sum-exp) of the rows over memory and draft keys, and the latter [H, P] where the rows stand."""
-        groups, at_Q, none_Q = k_JQGD.shape[2], place_Q.clamp(max=len(memory_PHD) - 1), place_Q >= len(memory_PHD)
+        groups = k_JQGD.shape[2]
+        at_Q = place_Q.clamp(max=len(memory_PHD) - 1)
+        none_Q = place_Q >= len(memory_PHD)
         score_JQGS = _scores(_grouped(q_QHD, groups), k_JQGD)
         memory_lse_QH = memory_lse_HP.T[at_Q].masked_fill(none_Q[:, None], -torch.inf)
-        memory_lse_QGS, memory_QGSD = memory_lse_QH.unflatten(1, (groups, -1)), _grouped(memory_PHD[at_Q], groups)
+        memory_lse_QGS = memory_lse_QH.unflatten(1, (groups, -1))
+        memory_QGSD = _grouped(memory_PHD[at_Q], groups)
+        # Two softmaxes are joined by their shares of the sum of exponentials.
         lse_QGS = torch.logaddexp(score_JQGS.logsumexp(0), memory_lse_QGS)
         drafts_QGSD = ((score_JQGS - lse_QGS).exp()[..., None] * v_JQGD[:, :, :, None]).sum(0)
         out_QGSD = drafts_QGSD + (memory_lse_QGS - lse_QGS).exp()[..., None] * memory_QGSD
@@ -89,14 +103,16 @@ class reference_join:
     @staticmethod
     def join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD, place_Q) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k_JQGD and v_JQGD in the joint softmax; `dq_memory_PHD`: what the memory adds to q's."""
-        groups, scale = k_JQGD.shape[2], q_QHD.shape[-1] ** -0.5
+        groups = k_JQGD.shape[2]
+        scale = q_QHD.shape[-1] ** -0.5
         grad, q, out = (_grouped(t, groups) for t in (grad_QHD, q_QHD, out_QHD))
         p_JQGS = (_scores(q, k_JQGD) - lse_QH.unflatten(1, (groups, -1))).exp()
         dp_JQGS = (grad * v_JQGD[:, :, :, None].to(grad.dtype)).sum(-1)
         ds_JQGS1 = (p_JQGS * (dp_JQGS - (grad * out).sum(-1)) * scale)[..., None]
         dq_QHD = (ds_JQGS1 * k_JQGD[:, :, :, None]).sum(0).flatten(1, 2)
         dq_QHD = dq_QHD + torch.cat([dq_memory_PHD, torch.zeros_like(dq_memory_PHD[:1])])[place_Q]
-        dk_JQGD, dv_JQGD = (ds_JQGS1 * q).sum(3), (p_JQGS[..., None] * grad).sum(3)
+        dk_JQGD = (ds_JQGS1 * q).sum(3)
+        dv_JQGD = (p_JQGS[..., None] * grad).sum(3)
         return dq_QHD.to(q_QHD.dtype), dk_JQGD.to(k_JQGD.dtype), dv_JQGD.to(v_JQGD.dtype)
 
 
