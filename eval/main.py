@@ -35,7 +35,7 @@ from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.formats.export import save_export  # noqa: E402
 from train.drafter.formats.imported_weights import bind  # noqa: E402
 from train.drafter.model import Drafter  # noqa: E402
-from train.measure import diagnostics  # noqa: E402
+from train.measure import pictures  # noqa: E402
 from train.run.tracking import Tracker  # noqa: E402
 
 
@@ -162,7 +162,7 @@ def _diagnose(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
     out = Path(recipe.out)
     found = diagnose(recipe, target, drafter)
     report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "diagnostics.json")
-    diagnostics.draw(found, out / "diagnostics.png")
+    pictures.draw(found, out / "diagnostics.png")
     print(f"diagnostics: {out / 'diagnostics.json'}, {out / 'diagnostics.png'}")
 
 

@@ -21,7 +21,7 @@ from data_prep.target.loading import pick_device
 from train.data.loader import loaded
 from train.data.pack import Pack
 from train.gate import hold_gates
-from train.measure import diagnostics
+from train.measure import diagnostics, pictures
 from train.recipe import TrainRecipe
 from train.run import deepspeed_private
 from train.run.figures import Measured, Sums, Window, peak_gib, window_figures
@@ -283,7 +283,7 @@ class Trainer:
         if self.tracker:
             picture = self.run_dir / "diagnostics.png"
             self.tracker.log(step, {"diagnostics": found})
-            diagnostics.draw(found, picture)
+            pictures.draw(found, picture)
             self.tracker.picture(step, "diagnostics", picture)
 
     def _log(self, step: int) -> None:

@@ -26,7 +26,8 @@ class Chunking(NamedTuple):
 
 def chunking(places: Places, size: int) -> Chunking:
     """Documents are numbered from 0, in order, and each has a key."""
-    document, device = places.document, places.document.device
+    document = places.document
+    device = document.device
     lengths_D = torch.bincount(document)
     first_D = lengths_D.cumsum(0) - lengths_D
     chunks_D = -(-lengths_D // size)

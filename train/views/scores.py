@@ -127,7 +127,8 @@ def _summed_votes(key_PGD, chunks, document_N, since_N, observed):
     # Anchor n has seen the rows of its document that could read no more than what was there at the selection.
     for rows in _tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD)):
         weights = _attention(observed, rows, key_PGD, chunks)
-        document_R, count_R = observed.document_R[rows], observed.count_R[rows]
+        document_R = observed.document_R[rows]
+        count_R = observed.count_R[rows]
         last = document_R[-1]
         count = count_R[-1]
         # Anchors whose selection lies in this tile of rows: they get the sum up to here, and of this tile the rows that they saw.
