@@ -135,11 +135,3 @@ def flatten(value, prefix: str = "") -> dict:
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
     return {name: leaf for key, inner in value.items() for name, leaf in flatten(inner, f"{prefix}{key}.").items()}
-
-
-def file_hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
+from common.hashing import file_hash
 from data_prep.cache.codec import SCALE
-from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, file_hash, is_teacher, read_manifest
+from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, is_teacher, read_manifest
 from data_prep.cache.writer import document_hash
 from data_prep.sources.documents import Digest
 from data_prep.sources.tokens import TokenDocument

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from data_prep.recipe import DataRecipe
-from data_prep.sources.records import VALIDATION, Record, is_validation
+from data_prep.sources.records import Record
+from data_prep.sources.sides import VALIDATION, is_validation
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}

@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.hashing import stable_hash
 from data_prep.decoding.generate import Ask, Dialogue
 from data_prep.recipe import PLACEHOLDER, FiltersRecipe, KindRecipe, SynthesizeRecipe, TurnRecipe
-from data_prep.sources.records import Lines, Record, is_heldout
+from data_prep.sources.records import Lines, Record
+from data_prep.sources.sides import is_heldout
 from data_prep.sources.tokens import HALF, LeftOut
 from data_prep.synthesis.filters import looping
 from data_prep.synthesis.turns import Turns, assistant, user
