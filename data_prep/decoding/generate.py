@@ -210,7 +210,8 @@ class BatchGenerator:
             self._taken.update(zip(places, group))
 
     def _prefill(self, group: list[Request], places: list[int]) -> None:
-        device, state = self._target.device, self._places
+        device = self._target.device
+        state = self._places
         place_N = torch.tensor(places, device=device)
         size_N = torch.tensor([len(r.ask.tokens) for r in group])
         ids_NT = torch.zeros(len(group), int(size_N.max()), dtype=torch.long)
@@ -222,7 +223,8 @@ class BatchGenerator:
                 random_U[: ask.max_tokens] = torch.rand(ask.max_tokens, generator=own, dtype=torch.float64)
         ids_NT, size_N, random_NU = (t.to(device) for t in (ids_NT, size_N, random_NU))
         position_NT = torch.arange(ids_NT.shape[1], device=device).expand_as(ids_NT)
-        keys, values = self._cache.key, self._cache.value
+        keys = self._cache.key
+        values = self._cache.value
 
         def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor) -> Tensor:
             keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
@@ -233,7 +235,8 @@ class BatchGenerator:
             states = self._target.forward_through(ids_NT, position_NT, attend)
         last_hidden = states.last_hidden[torch.arange(len(group), device=device), size_N - 1]
         numbers = lambda field: torch.tensor([getattr(r.ask, field) for r in group], device=device)
-        temperature_N, top_p_N = numbers("temperature").float(), numbers("top_p").float()
+        temperature_N = numbers("temperature").float()
+        top_p_N = numbers("top_p").float()
         first_N = self._chosen(self._target.logits(last_hidden), temperature_N, top_p_N, random_NU[:, 0])
         state.text_PL[place_N, : ids_NT.shape[1]] = ids_NT
         state.text_PL[place_N, size_N] = first_N
@@ -250,7 +253,8 @@ class BatchGenerator:
         width = self._width(max(self._taken) + 1)
         key = (width, self._samples, self._cuts)
         if key not in self._graphs:
-            places, cache = self._places.first(width), self._cache.first(width)
+            places = self._places.first(width)
+            cache = self._cache.first(width)
             self._graphs[key] = Graphed(lambda: self._advance(places, cache), self._pool)
         with nullcontext() if width == self._count else self._target.uncompiled():
             self._graphs[key]()
@@ -330,7 +334,8 @@ class BatchGenerator:
     def _reserve(self, positions: int, draws: int) -> bool:
         """Make room for requests of so many positions and answers of so many tokens. False: there is no memory for caches beside
         those in use, so that everybody who is going has to end first; then places may be fewer."""
-        old, cache = self._places, self._cache
+        old = self._places
+        cache = self._cache
         if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:
             return True
         if old is not None:  # by a quarter at least: to grow is to copy
@@ -347,7 +352,8 @@ class BatchGenerator:
             self._graphs.clear()
             self._shrink(room)
         self._draining = False
-        a, device = self._target.architecture, self._target.device
+        a = self._target.architecture
+        device = self._target.device
         self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
         self._places = Places(self._count, room, draws, device)
         if old is not None:

@@ -12,7 +12,10 @@ class Graphed:
     """
 
     def __init__(self, function: Callable, pool):
-        self._function, self._pool, self._graph, self._result = function, pool, None, None
+        self._function = function
+        self._pool = pool
+        self._graph = None
+        self._result = None
 
     def __call__(self, *arguments):
         if self._pool is None:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
+import tenacity
+
 from common.errors import UserError
 from common.hashing import stable_hash
 from common.progress import Progress
@@ -44,6 +47,9 @@ class Conversation(NamedTuple):
 class Reply(NamedTuple):
     message: dict
     finish: str  # "stop", or "length" when max_tokens cut it
+
+
+Write = Callable[[Conversation, list[dict], str], None]  # keep the messages of one conversation, and how it finished
 
 
 def check_regeneration(recipe: DataPrepRecipe) -> None:
@@ -89,7 +95,8 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         barrier()
         journal.share()
         done = _done(journal, out, settings)
-        barrier()  # all have read the same file before one of them appends to it
+        # All have read the same file before one of them appends to it.
+        barrier()
         try:
             left_out = _answer(recipe, settings, done, journal)
         finally:
@@ -119,7 +126,7 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journa
 
         todo = _conversations(recipe, done, left_out)
         if recipe.regenerate.base_url:
-            asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
+            asyncio.run(Server(recipe.regenerate, settings, write, left_out).answer(todo))
         else:
             _answer_here(recipe, todo, write, left_out)
     return left_out
@@ -155,9 +162,10 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
             )
 
 
-def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, left_out: Counter) -> None:
+def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Write, left_out: Counter) -> None:
     """The target in this process, `batch` conversations at a time, each turn by turn."""
-    ask, target = recipe.regenerate, load_target(recipe.target)
+    ask = recipe.regenerate
+    target = load_target(recipe.target)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
     turns = Turns(tokenizer, recipe.target.id, recipe.data.template | thinking)
@@ -189,40 +197,67 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, le
     BatchGenerator(target, target.end_tokens | {turns.reply_end} - {None}, ask.batch).run(map(dialogue, todo))
 
 
-async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conversation], write, left_out: Counter) -> None:
-    """An OpenAI-compatible server (vLLM, SGLang), at most `concurrency` conversations at a time."""
-    import httpx
-    import tenacity
+class Server:
+    """An OpenAI-compatible server (vLLM, SGLang) that answers conversations, at most `concurrency` of them at a time.
 
-    def transient(error: BaseException) -> bool:
-        if isinstance(error, httpx.HTTPStatusError):
-            return error.response.status_code in TRANSIENT or error.response.status_code >= 500
-        return isinstance(error, httpx.TransportError)
+    `write`(conversation, messages, finish) keeps what was answered; what cannot be is counted in `left_out` by reason.
+    """
 
-    async def reply(client: httpx.AsyncClient, history: list[dict]) -> Reply:
-        body = {key: settings[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")} | {"messages": history}
-        if ask.thinking is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": ask.thinking}
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(ask.attempts),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-            retry=tenacity.retry_if_exception(transient),
-            reraise=True,
-        )
+    def __init__(self, ask: RegenerateRecipe, settings: dict, write: Write, left_out: Counter):
+        self._ask = ask
+        self._settings = settings
+        self._write = write
+        self._left_out = left_out
+
+    async def answer(self, todo: Iterator[Conversation]) -> None:
+        """Raises UserError when the server cannot be reached, or says something that concerns every conversation."""
+        key = os.environ.get("OPENAI_API_KEY")
+        async with httpx.AsyncClient(
+            base_url=self._ask.base_url.rstrip("/") + "/",
+            timeout=self._ask.timeout_s,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=self._ask.concurrency),
+        ) as client:
+            running: set[asyncio.Task] = set()
+            try:
+                for conversation in todo:
+                    running.add(asyncio.create_task(self._converse(client, conversation)))
+                    if len(running) == self._ask.concurrency:
+                        running = await _without_finished(running)
+                while running:
+                    running = await _without_finished(running)
+            finally:
+                # One error ends the command; the others' answers would come too late to be written.
+                for task in running:
+                    task.cancel()
+
+    async def _converse(self, client: httpx.AsyncClient, conversation: Conversation) -> None:
+        """One conversation, turn by turn: each reply stands before the next prompt."""
+        history: list[dict] = []
+        finish = "stop"
         try:
-            async for attempt in retrying:
-                with attempt:
-                    answer = await client.post("chat/completions", json=body)
-                    answer.raise_for_status()
-            choice = answer.json()["choices"][0]
-            kept = {k: v for k, v in choice["message"].items() if k in ("content", "reasoning_content") and v is not None}
-            return Reply({"role": "assistant", "content": "", **kept}, choice.get("finish_reason") or "stop")
+            for prompt in conversation.prompts:
+                history += prompt
+                message, finish = await self._reply(client, history)
+                history.append(message)
+                if finish == "length":  # what was cut cannot be followed by another turn
+                    break
+            self._write(conversation, history, finish)
+        except LeftOut as reason:
+            self._left_out[str(reason)] += 1
+
+    async def _reply(self, client: httpx.AsyncClient, history: list[dict]) -> Reply:
+        """Raises LeftOut for what concerns this conversation alone, UserError for what concerns all."""
+        ask = self._ask
+        try:
+            return _reply_of(await self._posted(client, history))
         except httpx.HTTPStatusError as error:
             said = " ".join(error.response.text.split())[:200]
             if error.response.status_code in THIS_EXAMPLE:
                 what = re.sub(r"\d+", "N", said)[:100]  # numbers differ from example to example
                 raise LeftOut(f"the server refuses it ({error.response.status_code}: {what})") from error
             raise UserError(f"{ask.base_url} answers {error.response.status_code}: {said}; what is done is kept") from error
+        # Before TransportError, of which it is a kind: one long answer is no reason to end.
         except httpx.ReadTimeout as error:
             raise LeftOut(f"no answer within regenerate.timeout_s={ask.timeout_s:g}") from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -233,39 +268,49 @@ async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conv
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{ask.base_url} does not answer as an OpenAI-compatible server would") from error
 
-    async def converse(client: httpx.AsyncClient, conversation: Conversation) -> None:
-        history, finish = [], "stop"
-        try:
-            for prompt in conversation.prompts:
-                history += prompt
-                message, finish = await reply(client, history)
-                history.append(message)
-                if finish == "length":
-                    break
-            write(conversation, history, finish)
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
+    async def _posted(self, client: httpx.AsyncClient, history: list[dict]) -> httpx.Response:
+        """The answer to one request, after as many attempts as are worth it. Raises httpx's errors."""
+        body = {key: self._settings[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")}
+        body["messages"] = history
+        if self._ask.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": self._ask.thinking}
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self._ask.attempts),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            retry=tenacity.retry_if_exception(_is_transient),
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                answer = await client.post("chat/completions", json=body)
+                answer.raise_for_status()
+        return answer
 
-    key = os.environ.get("OPENAI_API_KEY")
-    async with httpx.AsyncClient(
-        base_url=ask.base_url.rstrip("/") + "/",
-        timeout=ask.timeout_s,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        limits=httpx.Limits(max_connections=ask.concurrency),
-    ) as client:
-        running: set[asyncio.Task] = set()
-        try:
-            for conversation in todo:
-                running.add(asyncio.create_task(converse(client, conversation)))
-                if len(running) == ask.concurrency:
-                    finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    [task.result() for task in finished]
-            while running:
-                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                [task.result() for task in finished]
-        finally:
-            for task in running:
-                task.cancel()
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in TRANSIENT or error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
+
+
+def _reply_of(answer: httpx.Response) -> Reply:
+    choice = answer.json()["choices"][0]
+    kept = {k: v for k, v in choice["message"].items() if k in ("content", "reasoning_content") and v is not None}
+    return Reply({"role": "assistant", "content": "", **kept}, choice.get("finish_reason") or "stop")
+
+
+async def _without_finished(running: set[asyncio.Task]) -> set[asyncio.Task]:
+    """Wait until one task has finished; returns those that have not. Raises what a finished one raised."""
+    finished, rest = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        for task in finished:
+            task.result()
+    except BaseException:
+        for task in rest:  # the caller does not get them
+            task.cancel()
+        raise
+    return rest
 
 
 def _refuse_foreign(journal: Journal, out: Path, settings: dict) -> None:

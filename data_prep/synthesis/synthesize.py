@@ -131,7 +131,8 @@ def check_synthesis(recipe: DataPrepRecipe) -> None:
     turns = _turns(recipe)
     if any(t.endswith("{user}") for kind in ask.used_kinds.values() for t in kind.templates) or max(ask.turn_shares) > 1:
         turns.refuse_without_user()
-    settings, place = _settings(recipe, turns), Place(ask.out)
+    settings = _settings(recipe, turns)
+    place = Place(ask.out)
     if not place.begun(settings):
         place.finished(settings)
 
@@ -205,7 +206,8 @@ def _settings(recipe: DataPrepRecipe, turns: Turns) -> dict:
 
 def _missing(journal: Journal, upto: int) -> list[int]:
     """This process's share of the candidates below `upto` that are not there yet."""
-    begin, there = 0, set()
+    begin = 0
+    there = set()
     for _, record in _records(journal):
         begin = record["base"]["candidates"] if "base" in record else begin
         there.add(record.get("n"))
@@ -259,7 +261,8 @@ def _decide(ask: SynthesizeRecipe, place: Place, journal: Journal) -> None:
     alone = [candidate["first"] for _, candidate in ordered if not candidate.get("left_out")]
     before = [json.loads(line)["messages"][0]["content"] for line in earlier]
     repeated = iter(repeats(before + alone, ask.filters.near)[len(before) :])
-    kept, outcomes = [], []
+    kept = []
+    outcomes = []
     for where, candidate in ordered:
         if account.reached(ask):
             break
