@@ -164,7 +164,8 @@ class BatchGenerator:
         """
         try:
             self._run(Line(iter(dialogues)))
-        finally:  # after an error nobody is left for another run
+        finally:
+            # After an error nobody is left for another run.
             self._taken.clear()
             self._draining = False
 
@@ -255,6 +256,7 @@ class BatchGenerator:
         if key not in self._graphs:
             places = self._places.first(width)
             cache = self._cache.first(width)
+            # A graph holds the addresses of these tensors: whoever makes new ones (`_reserve`) has to forget the graphs.
             self._graphs[key] = Graphed(lambda: self._advance(places, cache), self._pool)
         with nullcontext() if width == self._count else self._target.uncompiled():
             self._graphs[key]()
@@ -267,6 +269,7 @@ class BatchGenerator:
         u_P = places.random_PU.gather(1, answered_P1.clamp(max=places.random_PU.shape[1] - 1))[:, 0]
         logits_PV = self._target.logits(states.last_hidden[:, 0])
         next_P = self._chosen(logits_PV, places.temperature_P, places.top_p_P, u_P)
+        # No branch on who is going: a graph has none.
         # Who is not going keeps its text: the token is written where its last one stands already.
         behind_P1 = (places.length_P + places.going_P)[:, None]
         old_P1 = places.text_PL.gather(1, behind_P1)
@@ -290,6 +293,7 @@ class BatchGenerator:
         """Who has ended, and with what. Their places are free again."""
         if not self._taken:
             return []
+        # The host waits for the device here, and nowhere else between two looks.
         going = self._places.going_P.tolist()
         places = [place for place in self._taken if not going[place]]
         if not places:
@@ -338,7 +342,8 @@ class BatchGenerator:
         cache = self._cache
         if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:
             return True
-        if old is not None:  # by a quarter at least: to grow is to copy
+        if old is not None:
+            # By a quarter at least: to grow is to copy, and to record all graphs anew.
             positions = max(positions, cache.room + cache.room // 4 * (cache.room < positions))
             draws = max(draws, old.random_PU.shape[1])
         room = -(-positions // ROOM_STEP) * ROOM_STEP
@@ -346,6 +351,7 @@ class BatchGenerator:
             self._draining = True
             if self._taken:
                 return False
+            # Everybody has ended. The old caches go before new ones are made: there is no memory for both.
             old = cache = None
             self._cache = None
             self._places = None

@@ -21,7 +21,8 @@ class Graphed:
         if self._pool is None:
             return self._function(*arguments)
         if self._graph is None:
-            self._function(*arguments)  # whatever is made once is made now
+            # Whatever is made once (workspaces of libraries, compiled code) is made now: a recording must not allocate it.
+            self._function(*arguments)
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=self._pool):
