@@ -23,7 +23,7 @@ from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import capture
 from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources.documents import Documents, write_documents
-from data_prep.sources.records import VALIDATION
+from data_prep.sources.sides import VALIDATION
 from data_prep.sources.tokens import TokenDocument
 from data_prep.target.loading import load_target, load_tokenizer
 from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from common import cli
 from common.errors import UserError
-from data_prep.cache.manifest import FILES, MANIFEST, canonical, file_hash
+from common.hashing import file_hash
+from data_prep.cache.manifest import FILES, MANIFEST, canonical
 from data_prep.recipe import DataPrepRecipe
 from eval.recipe import EvalRecipe, check_evaluation
 from tests.conftest import ROOT, SMALL, command
