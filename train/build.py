@@ -11,8 +11,8 @@ from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
 from data_prep.target.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
 from train.attention.choose import attention_backend
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
 from train.precision.fp8 import TILE

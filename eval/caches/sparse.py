@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data_prep.target.target import States
 from train.attention.visibility import Places
+from train.drafter.base import Drafter
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.views import plan as views
 from train.views.plan import View
 

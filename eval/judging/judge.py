@@ -24,7 +24,8 @@ from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.reports import report
 from train.attention.choose import attention_backend
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
+from train.drafter.build import new_drafter
 
 FULLY = "full_verification"  # the trained drafter again, verified over the whole cache
 
@@ -49,7 +50,7 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
         kept_D = drafter.head.kept_D
         counts_V = None if kept_D is None else torch.zeros(len(head.head_VE)).index_fill_(0, kept_D.cpu(), 1)
         try:
-            untrained = Drafter.of(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
+            untrained = new_drafter(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
             found["untrained"] = make(untrained)
         except UserError as error:  # the language model that it began as is no longer there
             print(f"the report has no untrained drafter: {error}")

@@ -14,7 +14,7 @@ from data_prep.target.target import Target
 from eval.recipe import EvalRecipe, known_positions, view_of
 from train.attention.choose import attention_backend
 from train.data.packs import Pack, PackStream, judging, sample_ages
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
 from train.objectives.align import Watch

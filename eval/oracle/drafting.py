@@ -14,7 +14,7 @@ from data_prep.target.target import FrozenHead, States
 from eval.caches.sparse import SparseCache
 from eval.engine.drafting import Proposal
 from train.attention.visibility import Places
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.schedules.schedule import Source, Start
 from train.views.plan import View
 

@@ -57,8 +57,8 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     from data_prep.target.target import load_target, load_tokenizer
     from eval.prompts.suites import heldout_prompts
     from eval.recipe import PromptsRecipe
+    from train.drafter.build import new_drafter
     from train.drafter.config import DrafterConfig
-    from train.drafter.model import Drafter
 
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     found = heldout_prompts(
@@ -69,7 +69,7 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     assert len({p.id for p in found}) == 20
     target.capture([0, 2], [0, 5])
     config = DrafterConfig("blockwise", "hybrid", [0, 5], [0, 2], 4, True, False, 0, "target", 2, target.architecture, {})
-    drafter = Drafter(config).start(target, target.frozen_head)
+    drafter = new_drafter(config).start(target, target.frozen_head)
     kept = 0
     for drafting in (Trained(drafter, target.frozen_head, REFERENCE), PromptLookup(4)):
         for prompt in found:

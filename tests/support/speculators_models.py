@@ -11,10 +11,10 @@ from torch import Tensor
 
 from data_prep.target.target import States, Target, load_tokenizer
 from tests.conftest import ROOT
+from train.drafter.base import Drafter
 from train.drafter.formats.export import exported_weights
 from train.drafter.formats.names import method_of, served_names
 from train.drafter.formats.served_config import speculators_config
-from train.drafter.model import Drafter
 
 TINY = ROOT / "data_prep/targets/tiny"
 LENGTH = 129  # the package's EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)

@@ -18,7 +18,7 @@ from tests.train.test_alignment import cached
 from train.attention.choose import BACKENDS
 from train.build import drafter_config
 from train.data.packs import PackStream, loaded, make_pack, sample_anchors, split
-from train.drafter.model import Drafter
+from train.drafter.build import new_drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance
 from train.objectives.objective import Objective, Outcome
@@ -84,7 +84,7 @@ def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
     assert all(torch.equal(a, b) for i in range(len(cache)) for a, b in zip(cache.text(i), live.text(i)))
     config = drafter_config(recipe, cache.manifest)
     target = load_target(recipe.target)
-    drafter = Drafter(config).start(target, target.frozen_head)
+    drafter = new_drafter(config).start(target, target.frozen_head)
     objective = objective_of(target, drafter)
     indices = np.arange(len(cache))
     packs = [

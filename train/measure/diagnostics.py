@@ -23,7 +23,7 @@ from torch import Tensor
 from data_prep.target.target import States
 from train.attention.visibility import DraftRows, Visibility
 from train.data.packs import Pack
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.measure import acceptance
 from train.objectives.align import Watch, target_queries
 from train.objectives.objective import Objective, grid

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data_prep.target.target import FrozenHead
 from train.attention.visibility import Anchors, Places
 from train.data.packs import Pack
+from train.drafter.base import Drafter
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.losses import divergences, weights
 from train.losses.chunked import HeadInput, RowStatistics
 from train.losses.recipe import LossRecipe

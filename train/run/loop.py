@@ -38,7 +38,7 @@ from train.build import (
     uses_bf16,
 )
 from train.data.packs import Pack, PackStream, loaded, sample_ages, split
-from train.drafter.model import Drafter
+from train.drafter.build import new_drafter
 from train.drafter.warm_start import check_warm_start, other_positions, warm_start
 from train.measure import acceptance, diagnostics
 from train.objectives.objective import TERMS, Objective, Outcome
@@ -132,7 +132,7 @@ class _Run:
         check_target(target.architecture, target.weights_hash(), self.reader.manifest, recipe.cache.dir)
         training, validation = split(self.reader, recipe.train.validation_documents)
         counts_V = token_counts(self.reader, training, config.architecture.vocab_size) if config.draft_vocab else None
-        drafter = Drafter.of(config).start(target, target.frozen_head, counts_V)
+        drafter = new_drafter(config).start(target, target.frozen_head, counts_V)
         if config.lm and recipe.view.positions == "in_cache":
             drafter.check_in_cache()
         if recipe.reuse.gate.zero_delta:

@@ -31,10 +31,10 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import publish, write_text
 from data_prep.target.target import Architecture, Target
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, method_of, served_names
 from train.drafter.formats.served_config import plain_config, speculators_config
-from train.drafter.model import Drafter
 
 METHODS = ("eagle3", "peagle", "dflash", "dspark")
 FORMATS = {"eagle3": ("eagle3",), "dflash": ("dflash",), "dspark": ("dspark",), "speculators": METHODS}

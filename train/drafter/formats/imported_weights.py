@@ -13,9 +13,9 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from data_prep.target.target import FrozenHead, Target, load_tokenizer, tokenizer_hashes
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, served_names
-from train.drafter.model import Drafter
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")  # [V, R] and [D, R]
 LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding", *MARKOV}  # tensors that need no place of their own
