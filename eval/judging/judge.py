@@ -15,11 +15,13 @@ from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
 from eval.engine.engine import PREFILL_CHUNK, Engine, room_for
 from eval.engine.lengths import lengths_of
+from eval.engine.one_by_one import OneByOne
 from eval.engine.request import Stops
 from eval.judging import lossless, measure
 from eval.judging.baseline import Transformers
+from eval.judging.controls import OtherMemory, zero_memory
 from eval.oracle.decode import Generation
-from eval.oracle.drafting import OneByOne, OtherMemory, Trained, zero_memory
+from eval.oracle.drafting import Trained
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.reports import report

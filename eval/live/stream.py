@@ -14,9 +14,9 @@ from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
 from eval.judging import measure
+from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
 from eval.oracle.decode import Generation
-from eval.oracle.drafting import OtherMemory
 from eval.recipe import EvalRecipe
 from eval.reports.page import KINDS
 from train.drafter.base import Drafter

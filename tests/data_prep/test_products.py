@@ -11,8 +11,8 @@ from data_prep.decoding.products import Product, as_they_stand, can_be_laid_out,
 from data_prep.recipe import TargetRecipe
 from data_prep.target.target import load_target
 from eval.engine.drafting import StaticTrained
+from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
-from eval.oracle.drafting import OtherMemory
 from eval.recipe import EvalRecipe
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig

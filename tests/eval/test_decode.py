@@ -5,8 +5,9 @@ import torch
 
 from data_prep.decoding.sampling import Sampling, distribution
 from eval.judging import measure
+from eval.judging.controls import OtherMemory, zero_memory
 from eval.oracle.decode import Generation, Round, decode
-from eval.oracle.drafting import Draft, Nobody, OtherMemory, PromptLookup, Trained, zero_memory
+from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
 from eval.oracle.verify import verify
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS

@@ -28,11 +28,13 @@ from data_prep.sources.tokens import TokenDocument
 from data_prep.target.target import load_target, load_tokenizer
 from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.engine.lengths import Adaptive
+from eval.engine.one_by_one import OneByOne
 from eval.engine.request import Stops
 from eval.judging import measure
+from eval.judging.controls import OtherMemory
 from eval.judging.score import score
 from eval.oracle.decode import decode
-from eval.oracle.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
+from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
 from eval.prompts.suites import heldout_prompts
 from eval.recipe import PromptsRecipe
 from tests.data_prep.test_cache import manifest_of
