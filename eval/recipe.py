@@ -13,20 +13,22 @@ from common.errors import UserError
 from common.recipe import Section
 from data_prep.cache.reader import CacheReader
 from data_prep.recipe import DataRecipe, FinishedCache, TargetRecipe
-from data_prep.target.target import Architecture, load_tokenizer, pick_device, target_sizes, tokenizer_hashes
+from data_prep.target.architecture import Architecture, target_sizes
+from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from eval.caches.partial import PartialRecipe
 from eval.engine.tree import TreeShape
 from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
-from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
+from eval.prompts.load import load_prompts
+from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe
 from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
 from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
-from train.drafter.formats.export import check_export
+from train.drafter.formats.export import FORMATS, check_export
 from train.recipe import TrackingRecipe
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class ScoreRecipe(Section):
@@ -62,7 +64,7 @@ class EvalRecipe(Section):
     mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo", "served"]
     drafter: str | None = None  # a folder, or the name of a released one
     any_target: bool = False
-    format: Literal["eagle3", "dflash", "dspark", "speculators", "drafter"]
+    format: Literal[tuple(FORMATS)]
     runs: list[str] = []  # mode=compare: folders of reports
     out: str
     # Tokens before the first anchor; null: in mode=decode prompts.tokens or suite.prompt_tokens, in mode=score anywhere.

@@ -21,7 +21,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOTS = 5  # drafted tokens, in every arm
-TTT, SAME, SHIFTED = (f"objective.slots={SLOTS}", f"objective.slots={SLOTS + 1}", f"objective.slots={SLOTS}")
+TTT = f"objective.slots={SLOTS}"
+SAME = f"objective.slots={SLOTS + 1}"
+SHIFTED = f"objective.slots={SLOTS}"
 # What every arm shares. One loss for all, so that the arms differ in what their names say.
 SHARED = """
     loss.ce=0 loss.tv=0 loss.kl=1 objective.anchors=64
@@ -115,7 +117,8 @@ def judge(o) -> None:
                 f"cache.dir={o.runs / 'cache'}",
                 *o.overrides,
             ]
-            report, diagnosis = run / "report", run / "diagnosis"
+            report = run / "report"
+            diagnosis = run / "diagnosis"
             work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={report}"], run / "report.log", report))
             if seed == 0:
                 words = [*words, "mode=diagnose", f"out={diagnosis}"]
@@ -151,7 +154,8 @@ def interval(statistic, *arms: np.ndarray) -> tuple[float, float, float]:
     for three seeds), and that of the prompts, a bootstrap over prompts with all seeds kept. The seeds' error has some of the
     prompts' in it, so that the interval is rather too wide than too narrow. One seed: the prompts' alone.
     """
-    value, (seeds, prompts) = statistic(*arms), arms[0].shape[:2]
+    value = statistic(*arms)
+    (seeds, prompts) = arms[0].shape[:2]
     rng = np.random.default_rng(0)
     draws = (rng.integers(prompts, size=prompts) for _ in range(1000))
     error = 1.96 * np.std([statistic(*(arm[:, draw] for arm in arms)) for draw in draws])
@@ -178,9 +182,11 @@ def table(o) -> None:
             "error: the reports were made with different prompts or temperatures; say `judge` again with one set of overrides"
         )
     found = {(arm, t): counts(every[arm], t) for arm in o.arms for t in ("1", "0")}
-    rows, picture = [], {}
+    rows = []
+    picture = {}
     for arm in o.arms:
-        control, first = ARMS[arm][0], every[arm][0]
+        control = ARMS[arm][0]
+        first = every[arm][0]
         diagnosis = json.loads((o.runs / arm / "seed0/diagnosis/diagnostics.json").read_text())
         acceptance = {name: kinds["sampled"]["tau"] for name, kinds in diagnosis["acceptance"].items()}
         cells = [arm, f"{first['drafter']['parameters'] / 1e6:.2f}M", f"{diagnosis['compute']['gflop_per_anchor']:.2f}"]

@@ -6,15 +6,18 @@ import torch
 from common.cli import refuse_file
 from common.errors import UserError
 from common.ranks import world_size
+from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.target import Architecture, load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.architecture import Architecture
+from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
+from train import rules
 from train.attention.choose import attention_backend
-from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
+from train.gate import gate_floor
 from train.precision.fp8 import TILE
 from train.recipe import ObjectiveRecipe, TrainRecipe
 from train.schedules.registry import OBJECTIVES
@@ -26,7 +29,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     Raises:
         UserError: the cache lacks a layer or a kind that the recipe needs.
     """
-    reuse, count = recipe.reuse, recipe.drafter.layers
+    reuse = recipe.reuse
+    count = recipe.drafter.layers
     if recipe.drafter.lm:
         return [], [], []
     needs = {
@@ -35,58 +39,37 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
         "query": recipe.loss.query_align > 0,
     }
     held = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers, "query": manifest.query_layers}
-    for name in (name for name, needed in needs.items() if needed and not held[name]):
-        wants = "loss.query_align" if name == "query" else f"reuse={reuse.kind}"
-        raise UserError(
-            f"{wants} needs {name} states, which the cache {recipe.cache.dir} does not hold; "
-            f"capture it with cache.kinds=[{','.join(n for n in held if needs[n] or held[n])}]"
-        )
-    target_layers = recipe.drafter.target_layers
     deepest = manifest.target["architecture"]["num_layers"] - 1
+    native = needs["kv"] and reuse.source == "native"
+    available = held["kv"] or held["hidden"]
+    if len(available) < count and not native:
+        available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
+    refuse(rules.HELD, recipe, rules.Held(needs, held, available))
+    target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
-        available, native = held["kv"] or held["hidden"], needs["kv"] and reuse.source == "native"
-        if len(available) < count and not native:
-            available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
-        if len(available) < count:
-            raise UserError(
-                f"drafter.layers={count}, but the cache holds {len(available)} layer(s); name drafter.target_layers, "
-                "or capture more layers"
-            )
         first, last = (0 if count > 1 else len(available) - 1), len(available) - 1
         target_layers = [available[i] for i in np.linspace(first, last, count).round().astype(int)]
-    elif len(target_layers) != count:
-        raise UserError(f"drafter.target_layers names {len(target_layers)} layers for drafter.layers={count}")
     auto = lambda layers, name: [] if not needs[name] else held[name] if layers == "auto" else list(layers)
     hidden_layers = auto(reuse.hidden_layers, "hidden")
     source_layers = [] if reuse.source == "native" else auto(reuse.kv_layers, "kv")
-    for layer in [*target_layers, *hidden_layers, *source_layers]:
-        if not 0 <= layer <= deepest:
-            raise UserError(f"the target has layers 0 to {deepest}; there is no layer {layer}")
-    attended = source_layers or target_layers
-    queried = source_layers if reuse.source == "head_concat" else target_layers
-    for name, layers in (("hidden", hidden_layers), ("kv", attended), ("query", queried)):
-        if needs[name] and (missing := sorted(set(layers) - set(held[name]))):
-            raise UserError(
-                f"reuse={reuse.kind} needs {name} states of layer(s) {missing}; the cache {recipe.cache.dir} holds {held[name]}"
-            )
+    reads = {
+        "hidden": hidden_layers,
+        "kv": source_layers or target_layers,
+        "query": source_layers if reuse.source == "head_concat" else target_layers,
+    }
+    named = [*target_layers, *hidden_layers, *source_layers]
+    reads = {name: layers for name, layers in reads.items() if needs[name]}
+    refuse(rules.LAYERS, recipe, rules.ReadLayers(named, reads, held, deepest))
     return list(target_layers), list(hidden_layers), source_layers
 
 
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
-    lm, sampler = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.view_sampler
+    lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
+    sampler = recipe.view_sampler
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
-    sizes = [architecture.hidden_size, architecture.intermediate_size]
-    sizes += [] if recipe.drafter.own_head else [recipe.drafter.vocabulary or architecture.vocab_size]
-    if recipe.train.fp8 and any(size % TILE for size in sizes):
-        raise UserError(f"train.fp8=true needs sizes that are whole {TILE}s; the target's states, MLP and head have {sizes}")
-    beside = recipe.reuse.kind in ("kv", "hybrid") and recipe.reuse.source in ("native", "head_concat")
-    if beside and qk_norm not in (None, architecture.qk_norm):
-        raise UserError(
-            f"drafter.qk_norm={str(qk_norm).lower()} with reuse.source={recipe.reuse.source}: draft keys and the target's "
-            "would be normed differently; drafter.qk_norm=null follows the target"
-        )
+    refuse(rules.SHAPES, recipe, rules.Shapes(architecture, TILE))
     return DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
@@ -100,7 +83,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         source=recipe.reuse.source,
         source_layers=source_layers,
         fusion=recipe.reuse.fusion,
-        gate_floor=recipe.reuse.gate.floor,
+        gate_floor=gate_floor(recipe),
         qk_norm=qk_norm,
         draft_vocab=recipe.drafter.vocabulary,
         own_head=recipe.drafter.own_head,
@@ -132,8 +115,10 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
 
 def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
     """The backend that trains this recipe. Raises UserError as `attention_backend` does."""
+    # FlashAttention knows one mask, the causal one: one row of each anchor, without views. A
+    # language model attends by its own means.
     flash = OBJECTIVES[recipe.objective.kind].token_by_token and recipe.view_sampler is None and recipe.drafter.lm is None
-    if device.type == "cuda":
+    if device.type == "cuda":  # what its kernels take
         flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
         flash &= torch.cuda.get_device_capability(device) >= (8, 0)
     return attention_backend(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
@@ -145,52 +130,48 @@ def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int 
     Raises:
         UserError: the documents are longer than what a language model was made for.
     """
-    factor, longest = recipe.drafter.rope_factor, manifest.max_length
+    factor = recipe.drafter.rope_factor
+    longest = manifest.max_length
     if lm is None:
         return min(longest, recipe.train.pack_tokens) if recipe.drafter.start == "random" else None
-    if lm["positions"] and longest > factor * lm["positions"]:
-        raise UserError(
-            f"drafter.lm={lm['path']} knows {lm['positions']} positions, the cache's documents have up to {longest}; scale its "
-            f"positions with drafter.rope_factor={-(-longest // lm['positions'])}, or cut the documents (data.max_length)"
-        )
+    refuse(rules.DOCUMENTS, recipe, rules.Documents(longest, lm))
     return max(longest, int(factor * (lm["positions"] or 0)))
 
 
 def check_training(recipe: TrainRecipe) -> None:
     """Raises UserError for everything that can be known before the target is loaded and a GPU is touched."""
-    if recipe.train.batch % world_size():
-        raise UserError(
-            f"train.batch={recipe.train.batch} packs a step cannot be shared by {world_size()} ranks; "
-            "make it a multiple of the world size"
-        )
+    # 1. What needs neither the cache nor the target.
+    refuse(rules.RANKS, recipe, world_size())
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
-    device, manifest = pick_device(recipe.target.device), manifest_of(recipe)
+    device = pick_device(recipe.target.device)
+    # 2. The machine, and the attention that it can run.
+    manifest = manifest_of(recipe)
     attention(recipe, device, manifest.target["architecture"].get("head_dim", 128))  # of a cache yet to be made it is not known
-    if recipe.drafter.lm and recipe.train.recompute:
-        raise UserError("train.recompute=true is not for drafter.lm")
-    if recipe.train.fp8 and (recipe.drafter.lm or not uses_bf16(recipe, device) or recipe.deepspeed.stage == 3):
-        raise UserError("train.fp8=true needs bf16 (train.precision=bf16), ZeRO 0 to 2, and no drafter.lm")
-    if recipe.train.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"train.fp8=true: {torch.cuda.get_device_name(device)} has no fp8 products; use train.fp8=false")
+    refuse(rules.MACHINE, recipe, _machine(recipe, device))
+    # 3. The cache's layers, and the drafter that reads them.
     chosen_layers(recipe, manifest)
     if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest
         config = drafter_config(recipe, manifest)
         if recipe.drafter.warm_start:
             check_warm_start(recipe.drafter.warm_start, config)
+    # 4. The target's tokens.
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
-    if tokenizer_hashes(tokenizer)[0] != manifest.tokenizer_hash:
-        raise UserError(
-            f"the cache {recipe.cache.dir} was captured with another tokenizer than that of target {recipe.target.path}"
-        )
-    vocab = manifest.target["architecture"]["vocab_size"]
+    tokens = rules.Tokens(manifest, tokenizer_hashes(tokenizer)[0])
+    refuse(rules.TOKENIZER, recipe, tokens)
     if recipe.drafter.lm:
         _positions(recipe, manifest, lm_config(recipe.drafter.lm))
-        check_vocabulary(recipe.drafter.lm, tokenizer, vocab)
-    if recipe.drafter.vocabulary and recipe.drafter.vocabulary >= vocab:
-        raise UserError(f"drafter.vocabulary={recipe.drafter.vocabulary} is no less than the target's {vocab}; leave it out")
-    if recipe.target.mask_token_id is not None and recipe.target.mask_token_id >= vocab:
-        raise UserError(f"target.mask_token_id={recipe.target.mask_token_id} is outside the vocabulary of {vocab}")
+        check_vocabulary(recipe.drafter.lm, tokenizer, tokens.vocabulary)
+    refuse(rules.VOCABULARY, recipe, tokens)
+
+
+def _machine(recipe: TrainRecipe, device: torch.device) -> rules.Machine:
+    on_gpu = device.type == "cuda"
+    return rules.Machine(
+        bf16=uses_bf16(recipe, device),
+        capability=torch.cuda.get_device_capability(device) if on_gpu else None,
+        name=torch.cuda.get_device_name(device) if on_gpu else None,
+    )
 
 
 def check_target(architecture: Architecture, weights_hash: str, manifest: Manifest, cache_dir: str) -> None:
@@ -212,19 +193,10 @@ def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
     return OBJECTIVES[objective.kind].slot_weights(slots, objective.decay)
 
 
-def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
-    """All parameters; the gates' in a group of their own where they learn at another rate."""
-    ratio, gates = recipe.reuse.gate.lr_ratio, [p for fuse in drafter.fusions for p in fuse.parameters()]
-    if ratio == 1:
-        return [{"params": list(drafter.parameters())}]
-    others = [p for p in drafter.parameters() if all(p is not gate for gate in gates)]
-    return [{"params": others}, {"params": gates, "lr": ratio * recipe.train.lr}]
-
-
 def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
     """How often the documents supervise each token, [V]."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
-    for part in np.array_split(documents, -(-len(documents) // 1000)):
+    for part in np.array_split(documents, -(-len(documents) // 1000)):  # a thousand at a time: a text is read, not kept
         supervised = [ids[mask.bool()] for ids, mask in map(reader.text, part)]
         counts += torch.bincount(torch.cat(supervised).long(), minlength=vocabulary)
     return counts
@@ -232,15 +204,13 @@ def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabu
 
 def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
     """DeepSpeed's configuration, every default that matters spelled out."""
-    train, stage = recipe.train, recipe.deepspeed.stage
-    return {
+    train = recipe.train
+    config = {
         **recipe.deepspeed.model_dump(),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.batch // world_size(),
         "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
         "bf16": {"enabled": bf16},
-        # ZeRO-0 refuses float32 accumulation of bf16 gradients.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage else {}),
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
@@ -251,7 +221,13 @@ def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
                 "cos_min_ratio": train.min_lr_ratio,
             },
         },
+        # Our AdamW is PyTorch's own, which DeepSpeed calls untested. Without the second key it refuses it where states are
+        # offloaded to the host.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
+        "steps_per_print": 10**9,  # never: rank 0 speaks for itself
     }
+    # Gradients of several packs are added up. In bf16 small ones would be lost. ZeRO-0 refuses to add them in float32.
+    if bf16 and recipe.deepspeed.stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.recipe import Section
+from common.rules import obeying
 from data_prep.recipe import CaptureSections
+from train import rules
 from train.losses.recipe import LossRecipe
 from train.schedules.registry import OBJECTIVES
 from train.sizes import sized
 from train.views.budgets import ViewSampler
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class ObjectiveRecipe(Section):
@@ -29,7 +31,7 @@ class ObjectiveRecipe(Section):
     # objective=budgetdraft: the weights of the branch that sees everything and of those that see a budget (lambda)
     full: float = Field(1.0, ge=0)
     sparse: float = Field(0.0, ge=0)
-    budgets: Literal["paper", "sandwich", "fixed"] = "sandwich"  # where they come from while view.budget is null
+    budgets: Literal["paper", "sandwich"] = "sandwich"  # where they come from while view.budget is null
     smallest: int = Field(256, ge=1)
     largest: int = Field(2048, ge=1)
     draws: int = Field(1, ge=0)  # sandwich: budgets beside the smallest
@@ -37,17 +39,7 @@ class ObjectiveRecipe(Section):
 
     @model_validator(mode="after")
     def _a_block_drafts(self):
-        if self.kind == "ttt" and (self.shifted or self.causal or self.prefix):
-            raise ValueError(
-                "objective.shifted, .causal and .prefix are for block-wise drafting; ttt is causal and shifted by nature"
-            )
-        if self.smallest > self.largest:
-            raise ValueError(f"objective.smallest={self.smallest} exceeds objective.largest={self.largest}")
-        if self.kind == "blockwise" and self.slots < 2:
-            raise ValueError(
-                f"objective.slots={self.slots}: slot 0 of a block is the anchor itself, so a block needs at least 2 slots"
-            )
-        return self
+        return obeying(rules.OBJECTIVE, self)
 
 
 class GateRecipe(Section):
@@ -72,21 +64,7 @@ class ReuseRecipe(Section):
 
     @model_validator(mode="after")
     def _keys_that_mean_something(self):
-        if self.kind in ("none", "hidden") and (self.source != "native" or self.kv_layers != "auto"):
-            raise ValueError(f"reuse={self.kind} reads no K/V: reuse.source and reuse.kv_layers are for kv and hybrid")
-        if self.source == "native" and self.kv_layers != "auto":
-            raise ValueError(
-                "reuse.source=native reads the layers of drafter.target_layers; reuse.kv_layers is for the other sources"
-            )
-        if self.kind in ("none", "kv") and self.hidden_layers != "auto":
-            raise ValueError(f"reuse={self.kind} reads no hidden states: reuse.hidden_layers is for hidden and hybrid")
-        if self.kind != "hidden" and self.pairs:
-            raise ValueError("reuse.pairs is for reuse=hidden: a pair is a token and the feature that hidden states give")
-        if self.kind != "hybrid" and self.fusion != "gated_delta":
-            raise ValueError("reuse.fusion is for reuse=hybrid")
-        if (self.kind != "hybrid" or self.fusion == "cross_only") and self.gate != GateRecipe():
-            raise ValueError("reuse.gate is for reuse=hybrid reuse.fusion=gated_delta")
-        return self
+        return obeying(rules.REUSE, self)
 
 
 class DrafterRecipe(Section):
@@ -108,11 +86,7 @@ class DrafterRecipe(Section):
 
     @model_validator(mode="after")
     def _a_language_model_brings_its_own(self):
-        if self.lm:
-            others = ("warm_start", "qk_norm", "vocabulary", "sequential")
-            if set_too := [name for name in others if getattr(self, name) is not None] + ["own_head"] * self.own_head:
-                raise ValueError(f"drafter.lm brings layers, norms, vocabulary and head; leave out drafter.{set_too[0]}")
-        return self
+        return obeying(rules.DRAFTER, self)
 
 
 class TrainSection(Section):
@@ -209,76 +183,7 @@ class TrainRecipe(CaptureSections):
 
     @model_validator(mode="after")
     def _a_cell_that_exists(self):
-        kind, source, blockwise = self.reuse.kind, self.reuse.source, self.objective.kind == "blockwise"
-        if self.reuse.fusion == "cross_only" and blockwise:
-            raise ValueError("reuse.fusion=cross_only with objective=blockwise has no hidden memory left: that is reuse=kv")
-        if self.drafter.sequential and not blockwise:
-            raise ValueError("drafter.sequential is for objective=blockwise; every step of ttt reads the token before it")
-        if self.drafter.norm_before_residual and (blockwise or kind not in ("hidden", "hybrid")):
-            raise ValueError("drafter.norm_before_residual is for ttt over hidden states, where a row reads a feature")
-        if (self.loss.kv_align or self.loss.query_align) and kind not in ("kv", "hybrid"):
-            raise ValueError(
-                f"loss.kv_align and loss.query_align compare K/V and queries with the target's; reuse={kind} reads no K/V"
-            )
-        if self.loss.query_align and source.startswith("projected"):
-            raise ValueError(
-                f"loss.query_align with reuse.source={source}: projected keys have their own space; use native or head_concat"
-            )
-        if self.reuse.pairs:
-            self._check_pairs()
-        pairs = kind in ("hidden", "hybrid") and not blockwise
-        if self.drafter.fc_norm and not (pairs or self.reuse.pairs):
-            raise ValueError(
-                "drafter.fc_norm norms what fc joins for pairs of token and feature: objective=ttt with reuse=hidden or hybrid, "
-                "or reuse.pairs=true"
-            )
-        if self.drafter.norm_output and not pairs:
-            raise ValueError(
-                "drafter.norm_output is of the stream that one step leaves to the next: objective=ttt with reuse=hidden or hybrid"
-            )
-        if self.drafter.lm and (kind != "none" or blockwise):
-            raise ValueError("drafter.lm drafts token by token with K/V of its own: reuse=none objective=ttt, or budgetdraft")
-        self._check_view()
-        return self
-
-    def _check_pairs(self) -> None:
-        objective = self.objective
-        if objective.kind == "ttt":
-            raise ValueError("reuse.pairs is for objective=blockwise; ttt over hidden states reads pairs by nature")
-        if not (objective.shifted and objective.causal):
-            raise ValueError(
-                "reuse.pairs=true: the anchor's own pair drafts and is memory later, which sees nothing behind it: say "
-                "objective.shifted=true objective.causal=true"
-            )
-        if objective.prefix:
-            raise ValueError(
-                "objective.prefix shows tokens whose features no block has when it is drafted; it is not for reuse.pairs=true"
-            )
-
-    def _check_view(self) -> None:
-        view, objective = self.view, self.objective
-        if view.kind == "auto":
-            raise ValueError("view=auto is for evaluation; training needs to know the view: full, sink_recent, topk_chunk, ...")
-        if (view.kind == "full") != (objective.sparse == 0):
-            raise ValueError(
-                "objective=budgetdraft with view=full has nothing to hide; choose another view, or objective=ttt"
-                if objective.sparse
-                else f"view={view.kind} is practised by objective=budgetdraft; the other objectives train under the full view"
-            )
-        if view.budget == 0:
-            raise ValueError("view.budget=0 (everything) trains no sparse branch; name a budget, or null to draw them")
-        if self.view_sampler is None:
-            return
-        if objective.budgets == "fixed" and view.budget is None:
-            raise ValueError("objective.budgets=fixed needs view.budget")
-        if (least := min(self.view_sampler.judged)) < view.least:
-            raise ValueError(f"a budget of {least}: {view.too_small}")
-        if self.loss.kv_align or self.loss.query_align:
-            raise ValueError(
-                "loss.kv_align and loss.query_align are for objective=ttt and blockwise, where each anchor has one view"
-            )
-        if view.positions == "in_cache" and self.reuse.source == "projected":
-            raise ValueError("view.positions=in_cache turns keys to other positions; reuse.source=projected mixes turned keys")
+        return obeying(rules.RECIPE, self)
 
     @property
     def view_sampler(self) -> ViewSampler | None:

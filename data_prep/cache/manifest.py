@@ -23,7 +23,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int
-    target: dict  # id, revision, weights_hash, and the sizes of target.Architecture
+    target: dict  # id, revision, weights_hash, and the sizes of target.architecture.Architecture
     tokenizer_hash: str
     chat_template_hash: str
     hidden_layers: list[int]

@@ -20,7 +20,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import read_seal, seal, write_seal
 from data_prep.recipe import DataPrepRecipe, TargetRecipe, location
 from data_prep.sources.documents import Digest
-from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 
 SAMPLE = 256  # documents whose states are looked at for norms
 

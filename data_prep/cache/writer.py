@@ -70,7 +70,7 @@ def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
     """Write each name's pieces, joined along the first axis, and return the file's xxh3.
 
     The library's own `save_file` would need them joined in memory first and copies every byte once more: three to ten times
-    slower (docs/log.md).
+    slower (docs/research/log.md).
     """
     shapes = {name: (t[0].dtype, (sum(map(len, t)), *t[0].shape[1:])) for name, t in tensors.items()}
     return stream_safetensors(path, shapes, tensors.__getitem__)

@@ -25,12 +25,14 @@ from data_prep.recipe import CacheRecipe, CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
-from data_prep.target.target import Sizes, Target, load_target, load_tokenizer, target_sizes, tokenizer_hashes
+from data_prep.target.architecture import Sizes, target_sizes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.target import Target
 
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
     """`count` layers spaced uniformly (KVShot), the first and the last among them: a drafter that starts as the target
-    with its middle layers left out is the best start measured (docs/log.md)."""
+    with its middle layers left out is the best start measured (docs/research/log.md)."""
     return sorted(set(torch.linspace(0, num_layers - 1, count).round().long().tolist()))
 
 
@@ -79,7 +81,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
             "id": recipe.target.id,
             "revision": recipe.target.revision,
             "weights_hash": "",
-            "architecture": sizes._asdict(),
+            "architecture": asdict(sizes),
             "mask_token_id": recipe.target.mask_token_id,
         },
         tokenizer_hash=tokenizer_hash,

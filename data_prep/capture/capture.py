@@ -18,7 +18,8 @@ from data_prep.cache.manifest import Manifest, is_teacher
 from data_prep.cache.writer import CacheWriter
 from data_prep.sources.documents import Documents
 from data_prep.sources.tokens import TokenDocument
-from data_prep.target.target import States, Target
+from data_prep.target.states import States
+from data_prep.target.target import Target
 
 UNDERWAY = 2  # batches whose states exist beside those that are being computed
 

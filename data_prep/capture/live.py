@@ -19,7 +19,7 @@ from data_prep.capture.capture import Batch, batches
 from data_prep.recipe import CaptureSections
 from data_prep.sources.documents import Documents
 from data_prep.sources.sides import refuse_one_side
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 
 
 class LiveReader:

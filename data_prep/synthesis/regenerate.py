@@ -23,7 +23,7 @@ from data_prep.sources import records as sources
 from data_prep.sources.tokens import LeftOut, messages_of
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.turns import Turns
-from data_prep.target.target import load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer
 
 TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
 THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them

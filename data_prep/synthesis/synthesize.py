@@ -27,7 +27,8 @@ from data_prep.synthesis.candidates import Author, Texts
 from data_prep.synthesis.filters import repeats
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.turns import Turns
-from data_prep.target.target import load_target, load_tokenizer, target_sizes, tokenizer_hashes
+from data_prep.target.architecture import target_sizes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 
 WINDOW = 1000  # candidates: of the last so many
 LEAST = 0.01  # must be kept, or the command gives up

@@ -1,145 +1,39 @@
-"""The frozen target. All knowledge of `transformers` internals lives in this file.
+"""The frozen target: its forward, and the states that it hands out.
 
-Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
+What is inside of a model of `transformers` is known to transformers_private.py alone.
+
+Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary, H query heads, G key/value heads, D head size.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import xxhash
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
-from common.ranks import on_gpu
-from data_prep.decoding.products import Product, as_they_stand, lay_out
-from data_prep.recipe import CaptureRecipe, TargetRecipe
+from data_prep.decoding import torch_private
+from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target import transformers_private as private
+from data_prep.target.architecture import STATIC_ROPE, Architecture, refuse_family
 from data_prep.target.from_gguf import plain
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-GIVEN = "understudy_given"  # the attention of `Target.forward_through`
-_given: ContextVar[Callable] = ContextVar("given")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
-
-
-@torch._dynamo.disable
-def _given_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **options):
-    """transformers' interface: [B, H, T, D] in, [B, T, H, D] out."""
-    return _given.get()(module.layer_idx, *(t.transpose(1, 2) for t in (query, key, value))), None
+# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-AttentionInterface.register(GIVEN, _given_attention)
-
-
-@torch._dynamo.disable  # a compiled layer would forget what it sets
+@torch.compiler.disable  # a compiled layer would forget what it sets
 def _take(module: nn.Module, inputs, output) -> None:
+    """A forward hook. Some versions of transformers return a tuple from a layer."""
     module.taken = output[0] if isinstance(output, tuple) else output
-
-
-@dataclass
-class States:
-    """What the target's forward yields at each position i (it has read x_0 .. x_i).
-
-    hidden[l] [..., T, E]: the residual stream after layer l (0-based; the embedding is not a layer).
-    key[l], value[l] [..., T, G, D]: layer l's keys and values; keys are **before** RoPE.
-    last_hidden [..., T, E]: after the final norm, the LM head's input.
-    query[l] [..., T, H, D]: layer l's queries (H query heads), **before** RoPE as the keys are.
-    """
-
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    key: dict[int, Tensor] = field(default_factory=dict)
-    value: dict[int, Tensor] = field(default_factory=dict)
-    last_hidden: Tensor | None = None
-    query: dict[int, Tensor] = field(default_factory=dict)
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in an order of their own."""
-        kinds = (self.hidden, self.key, self.value, self.query)
-        return [t for kind in kinds for _, t in sorted(kind.items())] + [self.last_hidden]
-
-    def map(self, function) -> "States":
-        """The same states with `function` applied to every tensor."""
-        kinds = (self.hidden, self.key, self.value, self.query)
-        hidden, key, value, query = ({layer: function(t) for layer, t in kind.items()} for kind in kinds)
-        return States(hidden, key, value, None if self.last_hidden is None else function(self.last_hidden), query)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes and the rotary embedding that a drafter shares with its target; plain numbers, ready for JSON."""
-
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    qk_norm: bool
-    qkv_bias: bool
-    inv_freq: list[float]  # RoPE angles per position, [D/2]
-    rope_scale: float  # what cos and sin are multiplied by (YaRN)
-    max_positions: int
-
-
-class FrozenHead:
-    """The target's input embedding and LM head: shared by every drafter, never trained, sharded or saved with one."""
-
-    def __init__(self, embedding_VE: Tensor, head_VE: Tensor):
-        self.embedding_VE, self.head_VE = embedding_VE.detach(), head_VE.detach()
-        self.product = Product(self.head_VE)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.embedding_VE)
-
-    def to(self, device, dtype) -> "FrozenHead":
-        embedding = self.embedding_VE.to(device, dtype)
-        tied = self.head_VE.data_ptr() == self.embedding_VE.data_ptr()
-        return FrozenHead(embedding, embedding if tied else self.head_VE.to(device, dtype))
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """`auto`: the GPU this process may use (DS_ACCELERATOR=cpu: none), else the CPU. Raises UserError when cuda is asked
-    for and absent."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("target.device=cuda, but this machine has no GPU that PyTorch can use")
-    if device == "cuda" or (device == "auto" and on_gpu()):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on a GPU, float32 on a CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, dtype)
-
-
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Raises UserError when there is no tokenizer at `path`."""
-    try:
-        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
 
 
 class Target:
@@ -159,30 +53,40 @@ class Target:
         spread: str = "none",
     ):
         transformers_logging.disable_progress_bar()
-        folder = plain(path, revision)
-        over = {"none": dict, "device_map": lambda: {"device_map": "auto"}, "tp": _tensor_parallel}[spread]()
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
-            )
-            self.model = (model if over else model.to(device)).eval()
-        # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
-        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-            raise UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})") from error
-        if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
-            raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
-        self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
-        self.folder = folder  # what transformers and servers load: of a GGUF file, what it was dequantised to
-        if spread == "device_map":
-            self.device = self.model.get_input_embeddings().weight.device
+        self.path = path
+        self.revision = revision
+        self.dtype = dtype
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
-        self.model.requires_grad_(False)
+        self.folder = plain(path, revision)  # what transformers and servers load: of a GGUF file, what it was dequantised to
+        self.model = self._load(attention, _spreading(spread), torch.device(device))
         self._refuse_unsupported()
+        self.device = self.model.get_input_embeddings().weight.device if spread == "device_map" else torch.device(device)
+        self._sources: list[tuple[str, int, nn.Module]] = []  # (kind, layer, the module whose output that state is)
+        self._hooks: list[RemovableHandle] = []
         self._look_inside()
 
+    def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                revision=self.revision,
+                dtype=self.dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **spreading,
+            )
+            model = (model if spreading else model.to(device)).eval()
+        # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
+        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+            raise UserError(f"target.path={self.path}: no causal LM can be loaded there ({first_line(error)})") from error
+        # transformers would go on with random values for them.
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
+        return model.requires_grad_(False)
+
     def _look_inside(self) -> None:
-        self.layers = self.model.model.layers
-        self._sources, self._hooks = [], []
+        """What is looked up in `model`, again whenever that is another one."""
+        self.layers = private.layers(self.model)
         self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
@@ -190,17 +94,21 @@ class Target:
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
         buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
         other = copy.copy(self)
+        # A copy of a hook would still be ours, and a compiled layer cannot be copied.
         with self.as_loaded():
             other.model = copy.deepcopy(self.model, weights | buffers)
         other.device = torch.device(device)
         other.dtype = dtype
+        other._sources = []
+        other._hooks = []
         other._look_inside()
         return other
 
     @property
     def architecture(self) -> Architecture:
-        config, attention = self.model.config, self.layers[0].self_attn
-        rotary = self.model.model.rotary_emb
+        config = self.model.config
+        modules = private.weighted_modules(self.layers[0])
+        inv_freq, rope_scale = private.rotary(self.model)
         return Architecture(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -208,24 +116,24 @@ class Target:
             num_layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
+            head_dim=private.head_dim(self.model),
             norm_eps=config.rms_norm_eps,
-            qk_norm=hasattr(attention, "k_norm"),
-            qkv_bias=attention.k_proj.bias is not None,
-            inv_freq=rotary.inv_freq.double().tolist(),
-            rope_scale=float(rotary.attention_scaling),
+            qk_norm="k_norm" in modules,
+            qkv_bias=modules["k"].bias is not None,
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
             max_positions=config.max_position_embeddings,
         )
 
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
-        """Choose whose states `forward` hands out. Raises UserError for a layer that does not exist."""
+        """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist."""
         for layer in {*hidden_layers, *kv_layers, *query_layers}:
             if not 0 <= layer < len(self.layers):
                 raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
         self._unhook()
         kinds = {"hidden": hidden_layers, "key": kv_layers, "value": kv_layers, "query": query_layers}
         wanted = [(kind, layer) for kind, layers in kinds.items() for layer in sorted({*layers})]
-        self._sources = [(kind, layer, self._source(kind, layer)) for kind, layer in wanted]
+        self._sources = [(kind, layer, private.state_module(self.layers[layer], kind)) for kind, layer in wanted]
         self._hook()
 
     def _hook(self) -> None:
@@ -244,17 +152,10 @@ class Target:
         return self._run(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
 
     @torch.no_grad()
-    def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend) -> States:
-        """The forward with another attention: `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated) -> [B, T, H, D], to
-        whom it is left what came before and what each row sees."""
-        config = self.model.config
-        usual, given = config._attn_implementation, _given.set(attend)
-        config._attn_implementation = GIVEN
-        try:
+    def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend: Attend) -> States:
+        """The forward with another attention: `attend` decides what came before these rows, and what each of them sees."""
+        with private.attention_given(self.model, attend):
             return self._run(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
-        finally:
-            config._attn_implementation = usual
-            _given.reset(given)
 
     @torch.no_grad()
     def forward_packed(self, ids_P: Tensor, lengths: Tensor) -> States:
@@ -274,7 +175,7 @@ class Target:
         )
 
     def _run(self, **inputs) -> States:
-        states = States(last_hidden=self.model.model(**inputs).last_hidden_state)
+        states = States(last_hidden=private.decoder(self.model)(**inputs).last_hidden_state)
         for kind, layer, module in self._sources:
             getattr(states, kind)[layer] = self._taken(kind, module)
         return states
@@ -283,30 +184,19 @@ class Target:
         """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
         (torch.compile; all layers share it). On a CPU, lay their weights out."""
         if self.device.type == "cpu":
-            if lay_out(self.model.model, self.frozen_head.head_VE.nbytes):
+            if lay_out(private.decoder(self.model), self.frozen_head.head_VE.nbytes):
                 self.frozen_head.product.lay_out()
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # `capture` may change its mind
-        for layer in self.layers:
-            layer.compile(dynamic=False)
+        torch_private.compile_for_widths(self.layers)
 
-    @contextmanager
-    def uncompiled(self):
+    def uncompiled(self) -> AbstractContextManager[None]:
         """For forwards of any length, each of which would be compiled."""
-        calls = [layer._compiled_call_impl for layer in self.layers]
-        try:
-            for layer in self.layers:
-                layer._compiled_call_impl = None
-            yield
-        finally:
-            for layer, call in zip(self.layers, calls):
-                layer._compiled_call_impl = call
+        return torch_private.uncompiled(self.layers)
 
     @contextmanager
-    def as_loaded(self):
+    def as_loaded(self) -> Iterator[None]:
         """The model as transformers made it, for its own `generate`: without hooks of ours, which break what it compiles."""
         self._unhook()
         try:
@@ -331,20 +221,7 @@ class Target:
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
         """One layer under the names of `train/drafter/layers.py`."""
-        layer, attention = self.layers[index], self.layers[index].self_attn
-        modules = {
-            "q": attention.q_proj,
-            "k": attention.k_proj,
-            "v": attention.v_proj,
-            "o": attention.o_proj,
-            "input_norm": layer.input_layernorm,
-            "post_norm": layer.post_attention_layernorm,
-            "gate": layer.mlp.gate_proj,
-            "up": layer.mlp.up_proj,
-            "down": layer.mlp.down_proj,
-        }
-        if hasattr(attention, "k_norm"):
-            modules |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        modules = private.weighted_modules(self.layers[index])
         weights = {f"{name}.weight": module.weight for name, module in modules.items()}
         return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
 
@@ -362,7 +239,7 @@ class Target:
 
     @property
     def final_norm_weight(self) -> Tensor:
-        return self.model.model.norm.weight
+        return private.final_norm(self.model).weight
 
     def weights_hash(self) -> str:
         """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
@@ -373,64 +250,39 @@ class Target:
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _source(self, kind: str, index: int) -> nn.Module:
-        """Whose output a state is. Keys and queries are taken after the projection (and its norm, where there is one) and so
-        before RoPE: un-rotating bf16 keys costs 3e-3 of relative error. hidden_states[-1] of transformers is already normed."""
-        layer, attention = self.layers[index], self.layers[index].self_attn
-        return {
-            "hidden": layer,
-            "key": getattr(attention, "k_norm", attention.k_proj),
-            "value": attention.v_proj,
-            "query": getattr(attention, "q_norm", attention.q_proj),
-        }[kind]
-
     def _taken(self, kind: str, module: nn.Module) -> Tensor:
         output = module.__dict__.pop("taken")
         if kind == "hidden":
             return output
-        output = output if output.dim() == 4 else output.unflatten(-1, (-1, self.layers[0].self_attn.head_dim))
+        output = output if output.dim() == 4 else output.unflatten(-1, (-1, private.head_dim(self.model)))
         config = self.model.config
         return _all_heads(output, config.num_attention_heads if kind == "query" else config.num_key_value_heads)
 
     def _refuse_unsupported(self) -> None:
         config = self.model.config
-        _refuse_family(self.path, config)
+        refuse_family(self.path, config)
         sliding = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
         if sliding or (config.model_type == "mistral" and config.sliding_window):
             raise UserError(
                 f"target {self.path}: layers with {', '.join(sorted(sliding)) or 'a sliding window'} are not supported"
             )
-        if (
-            config.hidden_act != "silu"
-            or self.model.model.layers[0].self_attn.o_proj.bias is not None
-            or getattr(config, "mlp_bias", False)
-        ):
+        output = private.weighted_modules(private.layers(self.model)[0])["o"]
+        if config.hidden_act != "silu" or output.bias is not None or getattr(config, "mlp_bias", False):
             raise UserError(
                 f"target {self.path}: only SiLU MLPs without biases, and attention outputs without one, are supported"
             )
-        rope = getattr(self.model.model.rotary_emb, "rope_type", "default")
+        rope = private.rope_type(self.model)
         if rope not in STATIC_ROPE:
             raise UserError(
                 f"target {self.path}: rope type '{rope}' changes with the length; supported: {', '.join(STATIC_ROPE)}"
             )
 
 
-def _refuse_family(path: str, config) -> None:
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"target {path} is a '{config.model_type}'; Understudy reads the states of {', '.join(FAMILIES)}. "
-            "Others differ where it would go unnoticed (norms, scales, rotary layout)"
-        )
-
-
-def _tensor_parallel() -> dict:
-    """What `from_pretrained` takes to spread every layer over all processes."""
-    try:
-        from transformers.distributed import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    except (ImportError, TypeError):  # transformers 5.17
-        return {"tp_plan": "auto"}
+def _spreading(spread: str) -> dict:
+    """What `from_pretrained` takes for `capture.spread`; nothing where the model lies on one device."""
+    if spread == "tp":
+        return private.tensor_parallel()
+    return {"device_map": "auto"} if spread == "device_map" else {}
 
 
 def _all_heads(local_BTGD: Tensor, heads: int) -> Tensor:
@@ -440,87 +292,3 @@ def _all_heads(local_BTGD: Tensor, heads: int) -> Tensor:
     parts = [torch.empty_like(local_BTGD) for _ in range(heads // local_BTGD.shape[-2])]
     torch.distributed.all_gather(parts, local_BTGD.contiguous())
     return torch.cat(parts, dim=-2)
-
-
-def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> Target:
-    """The target of a `TargetRecipe`, on its device and in its dtype; with the attention and the spread of `capture`."""
-    device = pick_device(recipe.device)
-    dtype = pick_dtype(recipe.dtype, device)
-    if capture is None:
-        return Target(recipe.location, recipe.revision, dtype, device)
-    half = device.type == "cuda" and dtype == torch.bfloat16
-    attention = capture.attention
-    if attention == "auto":
-        attention = "flash_attention_2" if half and find_spec("flash_attn") else None
-    elif attention == "flash_attention_2" and not half:
-        raise UserError("capture.attention=flash_attention_2 needs a GPU and bf16")
-    return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread)
-
-
-class Sizes(NamedTuple):
-    """What the configuration alone says of a target."""
-
-    num_layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
-    vocab_size: int
-
-
-def target_sizes(recipe: TargetRecipe) -> Sizes:
-    """Raises UserError when there is no configuration of a causal LM at the target's path."""
-    try:
-        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
-        _refuse_family(recipe.path, config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        positions, vocabulary = config.max_position_embeddings, config.vocab_size
-        return Sizes(config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim, positions, vocabulary)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({first_line(error)})") from error
-
-
-class Rotary(NamedTuple):
-    """A rotary embedding: angles per position of positions that are divided by `factor` first, and what cos and sin are
-    multiplied by."""
-
-    inv_freq: list[float]
-    scale: float
-    factor: float
-
-
-def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
-    """What a configuration of Llama's or Qwen3's layers says, with transformers' own defaults; their rotary embedding. Raises
-    UserError, which names `where`, for layers of another kind."""
-    kind = fields.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise UserError(f"{where} has layers of model_type={kind}; those of llama and qwen3 are read")
-    try:
-        config = AutoConfig.for_model(kind, **{name: value for name, value in fields.items() if name != "model_type"})
-        if not config.head_dim:
-            config.head_dim = config.hidden_size // config.num_attention_heads
-        factor, rope = 1.0, config.rope_parameters
-        if fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
-            raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
-        if rope["rope_type"] not in STATIC_ROPE:
-            raise UserError(f"{where}: rope type '{rope['rope_type']}' changes with the length; read: {', '.join(STATIC_ROPE)}")
-        if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
-            factor = float(rope["factor"])
-            config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        embedding = LlamaRotaryEmbedding(config)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
-    return config, Rotary(embedding.inv_freq.double().tolist(), float(embedding.attention_scaling), factor)
-
-
-def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(hash of the vocabulary and its rules, hash of the chat template)."""
-    rules = (
-        tokenizer.backend_tokenizer.to_str()
-        if hasattr(tokenizer, "backend_tokenizer")
-        else str(sorted(tokenizer.get_vocab().items()))
-    )
-    return (xxhash.xxh3_128_hexdigest(rules.encode()), xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template or "").encode()))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling, distribution, drawn
-from data_prep.target.target import FrozenHead, States
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
 from eval.caches.static import StaticMemory, static_attention
 from eval.engine.tree import Growing, Tree, TreeShape
 from train.attention.visibility import Places

@@ -18,13 +18,11 @@ from torch import Tensor
 from common.errors import UserError
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.graphs import Graphed
-from data_prep.decoding.sampling import Sampling
 from data_prep.target.target import Target
-from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticDrafting
 from eval.engine.lengths import Lengths
 from eval.engine.request import Request, Stops
-from eval.engine.rounds import Rounds
+from eval.engine.rounds import Rounds, Verification
 from eval.oracle.decode import Generation, Round, clock
 
 PREFILL_CHUNK = 1024  # tokens of each prompt that one forward reads
@@ -34,7 +32,9 @@ class Stopwatch:
     """Seconds by name, of the device's work where there is a GPU; read after a synchronisation."""
 
     def __init__(self, cuda: bool):
-        self._cuda, self._seconds, self._events = cuda, defaultdict(float), []
+        self._cuda = cuda
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple] = []  # (name, event at the beginning, event at the end), not yet read
 
     @contextmanager
     def __call__(self, name: str):
@@ -43,11 +43,13 @@ class Stopwatch:
             yield
             self._seconds[name] += time.perf_counter() - started
             return
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
+        # The host runs ahead of the GPU, so that its own clock would say how long launching took.
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        begin.record()
         yield
-        pair[1].record()
-        self._events.append((name, *pair))
+        end.record()
+        self._events.append((name, begin, end))
 
     def seconds(self, name: str) -> float:
         for what, begin, end in self._events:
@@ -57,8 +59,8 @@ class Stopwatch:
 
 
 def room_for(prompt: int, new_tokens: int, longest: int, partial_tokens: int = 0) -> int:
-    """Places that a request needs. It may end with a whole draft kept, wait for an audit that keeps another one, and then writes
-    another beside those that go on."""
+    """Places of a cache that a request needs. It may end with a whole draft kept, and wait for an audit that keeps another one.
+    When it is done it still writes a draft in each round of the others."""
     return prompt + new_tokens + 3 * longest + partial_tokens + 1
 
 
@@ -68,10 +70,9 @@ class Engine:
     Args:
         cache: the target's, of B requests and L places; several engines may share it, one at a time.
         lengths: how many tokens are drafted in each round.
-        partial: verify over a part of the cache (lossy), with full steps in between; None: every step is full.
-        audited: full steps also check what was verified partially since the last one, and go back to the first mistake (greedy
-            decoding only, which is lossless again).
+        verification: how the target samples and verifies.
         graphs: CUDA graphs (a GPU only, and drafters that leave the host alone).
+        prefill_chunk: tokens of each prompt that one forward reads.
     """
 
     def __init__(
@@ -79,25 +80,26 @@ class Engine:
         target: Target,
         drafting: StaticDrafting,
         cache: StaticCache,
-        sampling: Sampling,
         lengths: Lengths,
-        partial: PartialCache | None = None,
-        audited: bool = False,
+        verification: Verification,
         graphs: bool = True,
         prefill_chunk: int = PREFILL_CHUNK,
     ):
-        self.lengths, self.partial, self._chunk = lengths, partial, prefill_chunk
-        self._rounds = Rounds(target, drafting, cache, sampling, lengths.longest, partial, audited)
+        self.lengths = lengths
+        self.verification = verification
+        self._rounds = Rounds(target, drafting, cache, verification, lengths.longest)
+        self._chunk = prefill_chunk
         self._cuda = target.device.type == "cuda"
-        self._graphed, self._pool = graphs and self._cuda and drafting.graphs, None
+        self._graphed = graphs and self._cuda and drafting.graphs
+        self._pool = None
         self._graphs: dict[tuple, Graphed] = {}
         self._news: dict[torch.Size, Tensor] = {}
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, seeds: list[int], stops: Stops) -> list[Generation]:
         """Continue as many prompts as the engine has places for, or fewer. What a request gets depends on its prompt and its seed
-        alone, not on those beside it; where verification is lossy also on when the batch takes a full step, and above temperature
-        0 on the lengths of its drafts. Each `Generation` bears its share of the batch's seconds."""
+        alone, not on those beside it. Where verification is lossy it depends also on when the batch takes a full round, and above
+        temperature 0 on the lengths of its drafts. Each `Generation` bears its share of the batch's seconds."""
         try:
             next(self.stream(prompts, max_new_tokens, seeds, stops, apart=False))
         except StopIteration as end:
@@ -110,18 +112,24 @@ class Engine:
         """`generate` for who wants to see texts as they come: before each round, what is known of the requests. What is done
         meanwhile does not count, and for that each round waits until the device is done. Left at any time, it leaves an engine
         that can be used again. Not `apart`: all rounds at a stretch."""
-        paused = 0.0
-        rounds, watch, count = self._rounds, Stopwatch(self._cuda), len(prompts)
-        partial_tokens = self.partial.recipe.partial_tokens if self.partial else 0
-        needed = room_for(max(map(len, prompts)), max_new_tokens, self.lengths.longest, partial_tokens)
-        if needed > rounds.cache.room:
-            raise UserError(f"prompts of {max(map(len, prompts))} tokens need {needed} places of a cache of {rounds.cache.room}")
+        rounds = self._rounds
+        self._check_room(prompts, max_new_tokens)
         self.reserve(max_new_tokens)
+
+        # 1. Prefill: read the prompts and draw the first tokens.
         rounds.begin(prompts, max_new_tokens, seeds)
         started = clock(rounds.target)
-        first = rounds.prefill([len(p) for p in prompts], self._chunk)
-        requests = [Request(len(p), max_new_tokens, stops, rounds.audited, [token]) for p, token in zip(prompts, first.tolist())]
-        full, going, steps, decoding = True, None, 0, clock(rounds.target)
+        first = rounds.prefill([len(p) for p in prompts], self._chunk).tolist()
+        requests = [Request(len(p), max_new_tokens, stops, rounds.audited, [token]) for p, token in zip(prompts, first)]
+
+        # 2. Rounds, until every request is done.
+        watch = Stopwatch(self._cuda)
+        partial_tokens = self.verification.partial_tokens
+        full = True
+        going = None
+        count = 0
+        paused = 0.0
+        decoding = clock(rounds.target)
         while not all(r.done for r in requests):
             if apart:
                 left = clock(rounds.target)
@@ -129,56 +137,78 @@ class Engine:
                 paused += time.perf_counter() - left
             if going != [not r.done for r in requests]:
                 going = [not r.done for r in requests]
-                rounds.active_B[:count].copy_(torch.tensor(going))
-            steps += 1
-            length, begun = self.lengths.choose(), time.perf_counter()
-            with watch("draft"):
-                proposal = self._graph(rounds.propose, length)()
-            with watch("verify"):
-                states, news_BU = self._graph(rounds.verify, length, full)(proposal)
-            news, arrived = self._sent(news_BU)
-            with watch("draft"):
-                self._graph(rounds.observe, length, full)(states)
-            arrived()  # the round's only wait
-            news = news[:count].tolist()
-            self.lengths.saw(length, [kept for (_, _, kept, *_), on in zip(news, going) if on], time.perf_counter() - begun)
-            for request, (start, drafted, kept, refused, *emitted) in zip(requests, news):
-                guesses = [*emitted[:kept], *[refused] * (kept < drafted and refused >= 0)]
-                request.take(Round(start, drafted, kept, drafted_tokens=guesses), emitted[: kept + 1], full)
-            full = self.partial is None or any(r.wants_full(rounds.deepest, partial_tokens) for r in requests)
+                rounds.active_B[: len(going)].copy_(torch.tensor(going))
+            count += 1
+            length = self.lengths.choose()
+            begun = time.perf_counter()
+            news = self._round(length, full, watch)[: len(requests)]
+            kept_of_active = [kept for (_, _, kept, *_), on in zip(news, going) if on]
+            self.lengths.saw(length, kept_of_active, time.perf_counter() - begun)
+            for request, one in zip(requests, news):
+                _take(request, one, full)
+            # One request's full round is the whole batch's, since all are rows of one forward.
+            full = self.verification.partial is None or any(r.wants_full(rounds.deepest, partial_tokens) for r in requests)
         ended = clock(rounds.target)
-        timings = (decoding - started, watch.seconds("draft"), watch.seconds("verify"), ended - decoding - paused)
-        longest = int(rounds.length_B.max())
+
+        # 3. What each request has come to, with its share of the batch's seconds and rounds.
+        share = len(prompts)
+        kv_bytes = rounds.drafting.kv_bytes(int(rounds.length_B.max()))
         return [
             Generation(
                 stops.cut(r.output[:max_new_tokens]),
                 r.rounds,
-                *(seconds / count for seconds in timings),
-                rounds.drafting.kv_bytes(longest),
-                r.undone,
-                r.rollbacks,
-                steps / count,
+                prefill_s=(decoding - started) / share,
+                draft_s=watch.seconds("draft") / share,
+                verify_s=watch.seconds("verify") / share,
+                decode_s=(ended - decoding - paused) / share,
+                kv_bytes=kv_bytes,
+                undone=r.undone,
+                rollbacks=r.rollbacks,
+                steps=count / share,
             )
             for r in requests
         ]
 
+    def _check_room(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        longest = max(map(len, prompts))
+        needed = room_for(longest, max_new_tokens, self.lengths.longest, self.verification.partial_tokens)
+        room = self._rounds.cache.room
+        if needed > room:
+            raise UserError(f"prompts of {longest} tokens need {needed} places of a cache of {room}")
+
+    def _round(self, length: int, full: bool, watch: Stopwatch) -> list[list[int]]:
+        """One round of the whole batch: what is new of each place (`Rounds.verify`)."""
+        rounds = self._rounds
+        with watch("draft"):
+            proposal = self._graph(rounds.propose, length)()
+        with watch("verify"):
+            states, news_BU = self._graph(rounds.verify, length, full)(proposal)
+        # The news travels to the host while the drafter observes.
+        news, arrived = self._sent(news_BU)
+        with watch("draft"):
+            self._graph(rounds.observe, length, full)(states)
+        arrived()  # the round's only wait
+        return news.tolist()
+
     @torch.no_grad()
     def reserve(self, max_new_tokens: int) -> None:
-        """Make room for outputs of so many tokens, and record the graphs, which are of one size."""
+        """Make room for outputs of `max_new_tokens` tokens, and record the graphs, which are of one size."""
         if not self._rounds.reserve(max_new_tokens) or not self._graphed:
             return
         # What an old pool's last graph leaves behind cannot be recorded into again.
-        self._graphs, self._pool = {}, torch.cuda.graph_pool_handle()
+        self._graphs = {}
+        self._pool = torch.cuda.graph_pool_handle()
         self._capture()
 
     def _capture(self) -> None:
-        """Every graph, behind a prompt of nothing. No request is active, so that no length moves."""
+        """Record every graph, with empty requests. No request is active, so that no length moves."""
         rounds = self._rounds
         rounds.begin([], 1, [])
         rounds.prefill([], self._chunk)
+        kinds = [True] if self.verification.partial is None else [True, False]
         for length in self.lengths.choices:
             proposal = self._graph(rounds.propose, length)()
-            for full in [True] + [False] * (self.partial is not None):
+            for full in kinds:
                 states, _ = self._graph(rounds.verify, length, full)(proposal)
                 self._graph(rounds.observe, length, full)(states)
 
@@ -195,8 +225,19 @@ class Engine:
         if not self._cuda:
             return news_BU, lambda: None
         if news_BU.shape not in self._news:
+            # Only a copy into pinned memory lets the host go on meanwhile.
             self._news[news_BU.shape] = torch.empty_like(news_BU, device="cpu", pin_memory=True)
-        event, news = torch.cuda.Event(), self._news[news_BU.shape]
+        news = self._news[news_BU.shape]
+        event = torch.cuda.Event()
         news.copy_(news_BU, non_blocking=True)
         event.record()
         return news, event.synchronize
+
+
+def _take(request: Request, news: list[int], full: bool) -> None:
+    """Tell a request of its part of a round's news."""
+    start, drafted, kept, refused, *emitted = news
+    guesses = emitted[:kept]
+    if kept < drafted and refused >= 0:
+        guesses.append(refused)
+    request.take(Round(start, drafted, kept, drafted_tokens=guesses), emitted[: kept + 1], full)

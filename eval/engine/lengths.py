@@ -17,7 +17,7 @@ class Lengths:
         return self.choices[-1]
 
     def saw(self, length: int, kept: list[int], seconds: float) -> None:
-        """A round that drafted `length` tokens kept so many of each request's, and took so long."""
+        """A round drafted `length` tokens for each request, kept `kept` of them, and took `seconds`."""
 
 
 def lengths_of(draft_length: int | str | None, longest: int) -> Lengths:
@@ -26,18 +26,20 @@ def lengths_of(draft_length: int | str | None, longest: int) -> Lengths:
 
 
 class Adaptive(Lengths):
-    """Any length up to `longest`: the one that emits most tokens a second by what was seen lately.
+    """Any length up to `longest`: the one that emits most tokens per second by what was seen lately.
 
-    cond_j, how often the j-th token is kept where the ones before it are, and a round's seconds at each length are running means.
-    Tokens that were not drafted tell nothing of themselves: cond_j stands until rounds reach it again, and every `explore`-th
-    round drafts one token more than seems best, or one fewer, by turns: a length may seem slow because the machine was slow when
-    it was tried. What a length took long ago gives way to what it takes now. The choice precedes a round's tokens and leaves
-    their distribution alone.
+    Two things are measured as running means: cond_j, how often the j-th token is kept where the ones before it are, and a round's
+    seconds at each length. A token that was not drafted says nothing, so cond_j stays as it is until rounds reach slot j again.
+    Every `explore`-th round drafts one token more than seems best, or one fewer, by turns: a length may seem slow only because
+    the machine was slow when it was tried. Old measurements of seconds give way to new ones. The length is chosen before a
+    round's tokens are known, so that their distribution stays the target's.
     """
 
     def __init__(self, longest: int, decay: float = 0.95, explore: int = 16):
         self.choices = range(1, longest + 1)
-        self._decay, self._explore, self._rounds = decay, explore, 0
+        self._decay = decay
+        self._explore = explore
+        self._rounds = 0
         self._cond = [0.75] * longest  # until something is seen
         self._seconds: dict[int, float] = {}
         self._seen: dict[int, int] = {}  # the last round of each length
@@ -48,9 +50,12 @@ class Adaptive(Lengths):
         if unseen:
             return unseen[-1]  # the longest first, which tells of every slot
         best = max(self.choices, key=lambda length: self._emitted(length) / self._seconds[length])
-        turn, on = divmod(self._rounds, self._explore)
-        beside = 0 if on else 1 if turn % 2 else -1
-        return min(max(best + beside, 1), self.longest)
+        turn, since = divmod(self._rounds, self._explore)
+        if since:
+            return best
+        # Now and then a neighbour of the best length, so that its measured seconds do not grow old.
+        neighbour = best + 1 if turn % 2 else best - 1
+        return min(max(neighbour, 1), self.longest)
 
     def _emitted(self, length: int) -> float:
         joint = total = 1.0
@@ -60,10 +65,11 @@ class Adaptive(Lengths):
         return total
 
     def saw(self, length: int, kept: list[int], seconds: float) -> None:
-        mean = lambda old, new: self._decay * old + (1 - self._decay) * new
         for one in kept:
+            # The first refused token was seen too; those behind it were not judged.
             for slot in range(min(one + 1, length)):
-                self._cond[slot] = mean(self._cond[slot], slot < one)
+                self._cond[slot] = self._decay * self._cond[slot] + (1 - self._decay) * (slot < one)
+        # The older the last measurement of this length, the less it weighs beside the new one.
         old = self._decay ** (self._rounds - self._seen.get(length, self._rounds))
         self._seconds[length] = old * self._seconds.get(length, seconds) + (1 - old) * seconds
         self._seen[length] = self._rounds

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import States
+from data_prep.target.states import States
 from eval.engine.drafting import Proposal
 from eval.oracle.drafting import Trained
 

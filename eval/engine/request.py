@@ -20,7 +20,7 @@ class Stops:
         """Whether one of the last `new` tokens ends the output."""
         if not self.end_tokens.isdisjoint(output[len(output) - new :]):
             return True
-        # A token is a byte at least, so that a stop string begins so many tokens back at most.
+        # A token is a byte at least, so that a stop string of n bytes begins n tokens back at most.
         reach = max((len(s.encode()) for s in self.strings), default=0)
         return bool(reach) and self._says(output[max(0, len(output) - new - reach) :])
 
@@ -37,13 +37,21 @@ class Stops:
 
 
 class Request:
-    """What the host knows of one request. When verification is audited, tokens are sure once a full step has seen them."""
+    """What the host knows of one request. When verification is audited, tokens are sure once a full round has seen them."""
 
     def __init__(self, prompt: int, limit: int, stops: Stops, audited: bool, output: list[int]):
-        self._prompt, self._limit, self._stops, self._audited = prompt, limit, stops, audited
-        self.output, self.rounds, self.undone, self.rollbacks = output, [], 0, 0
-        self._sure, self._since = 1, 0
-        self.done = self._ended = self._ends(1)
+        self._prompt = prompt  # tokens
+        self._limit = limit
+        self._stops = stops
+        self._audited = audited
+        self.output = output
+        self.rounds: list[Round] = []
+        self.undone = 0  # tokens that audits took back, in `rollbacks` rounds
+        self.rollbacks = 0
+        self._sure = 1  # tokens of the output that no audit can take back
+        self._since = 0  # tokens verified partially since the last full round
+        self._ended = self._ends(1)  # as far as is known; an audit may find otherwise
+        self.done = self._ended
 
     def take(self, round: Round, emitted: list[int], full: bool) -> None:
         """One round's news: the tokens behind the position `round.anchor`."""
@@ -55,22 +63,26 @@ class Request:
         self.output[kept:] = emitted
         self.rounds.append(round)
         self._since = 0 if full else self._since + len(emitted)
-        self._ended = self._ends(len(self.output) - self._sure if self._audited else len(emitted))
+        # An audit may have replaced any token that was not sure, so that all of those are looked at.
+        new = len(self.output) - self._sure if self._audited else len(emitted)
+        self._ended = self._ends(new)
         self.done = self._ended and (full or not self._audited)
         if full:
             self._sure = len(self.output)
 
     def _rolled_back(self, round: Round, count: int) -> Round:
         """Take tokens from the rounds that emitted them. This round's draft stood behind them, and was not judged."""
-        self.undone, self.rollbacks = self.undone + count, self.rollbacks + 1
+        self.undone += count
+        self.rollbacks += 1
         for back in range(len(self.rounds) - 1, -1, -1):
-            lost = min(count, self.rounds[back].kept + 1)
+            emitted = self.rounds[back].kept + 1
+            lost = min(count, emitted)
             self.rounds[back] = replace(self.rounds[back], kept=self.rounds[back].kept - lost)
             count -= lost
         return replace(round, drafted=0, drafted_tokens=None)
 
     def wants_full(self, deepest: int, partial_tokens: int) -> bool:
-        """Whether the next step has to be a full one: the buffer may overflow, or the end is still to be made sure of."""
+        """Whether the next round has to be a full one: the buffer may overflow, or the end is still to be made sure of."""
         return not self.done and (self._ended or self._since + deepest + 1 > partial_tokens)
 
     def _ends(self, new: int) -> bool:

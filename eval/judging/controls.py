@@ -6,7 +6,7 @@ Shapes: P positions of one request, B requests, T positions of each.
 import torch
 from torch import Tensor
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 
 
 def zero_memory(states: States, position: Tensor) -> States:

@@ -38,7 +38,8 @@ def demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         {"prompts": [figures of each, "kind" and "text" of the answer], "total": figures}; see `figures`.
     """
     decoders = Decoders(recipe, target, drafter, temperature=0.0, side_by_side=True)
-    console, most = Console(highlight=False, markup=False, emoji=False), recipe.demo.max_new_tokens
+    console = Console(highlight=False, markup=False, emoji=False)
+    most = recipe.demo.max_new_tokens
     if not console.is_terminal:
         console.width = WIDTH
     tokens = [asked(decoders.tokenizer, one.messages, recipe.chat.thinking) for one in recipe.demo.prompts]

@@ -9,10 +9,12 @@ from rich.text import Text
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
+from eval.engine.rounds import Verification
 from eval.judging import measure
 from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
@@ -47,10 +49,13 @@ class Answer:
 
     def step(self) -> Text:
         """The next round, and before the first one the prompt's forward: the text that it brought."""
-        shown, started = len(self.so_far.tokens), time.perf_counter()
+        shown = len(self.so_far.tokens)
+        started = time.perf_counter()
         try:
             (request,) = next(self._rounds)
-            tokens, rounds = list(request.output), list(request.rounds)  # not at its end: nothing is to be cut
+            # The request is not at its end, so that nothing is to be cut.
+            tokens = list(request.output)
+            rounds = list(request.rounds)
             seconds = self.so_far.decode_s + (time.perf_counter() - started if self._begun else 0.0)
             self.so_far = Generation(tokens, rounds, decode_s=seconds)
             self._begun = True
@@ -60,7 +65,8 @@ class Answer:
         return self._read(shown)
 
     def _read(self, shown: int) -> Text:
-        tokenizer, new = self.stops.tokenizer, Text()
+        tokenizer = self.stops.tokenizer
+        new = Text()
         special = set(tokenizer.all_special_ids) | self.stops.end_tokens
         kept = [piece for piece in measure.pieces(self.prompt, self.so_far, tokenizer, shown) if piece[1] != "rejected"]
         for token, (text, kind) in zip(self.so_far.tokens[shown:], kept):
@@ -87,7 +93,10 @@ class Decoders:
     """
 
     def __init__(self, recipe: EvalRecipe, target: Target, drafter: Drafter, temperature: float, side_by_side: bool):
-        self.recipe, self.target, self.drafter, self._side_by_side = recipe, target, drafter, side_by_side
+        self.recipe = recipe
+        self.target = target
+        self.drafter = drafter
+        self._side_by_side = side_by_side
         self.sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
         self.tokenizer = load_tokenizer(target.path, target.revision)
         self.stops = Stops(target.end_tokens, tuple(recipe.stop), self.tokenizer)
@@ -112,7 +121,8 @@ class Decoders:
         return Answer(self._engines[drafted], prompt, limit, seed, self.stops)
 
     def _make(self, room: int) -> None:
-        a, target = self.target.architecture, self.target
+        a = self.target.architecture
+        target = self.target
         self._engines.clear()  # and their caches, before there are new ones
         alone = self.recipe.model_copy(update={"batch": 1, "controls": False})
         everyone = contenders(alone, target, self.drafter, OtherMemory(1, room))
@@ -121,6 +131,6 @@ class Decoders:
             if cache is None or self._side_by_side:
                 cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
             self._engines[drafted] = Engine(
-                target, everyone[name], cache, self.sampling, self._lengths[drafted], graphs=self.recipe.graphs
+                target, everyone[name], cache, self._lengths[drafted], Verification(self.sampling), graphs=self.recipe.graphs
             )
         self._room = room

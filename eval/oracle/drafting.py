@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from data_prep.decoding.sampling import distribution, sample
-from data_prep.target.target import FrozenHead, States
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
 from eval.caches.sparse import SparseCache
 from train.attention.visibility import Places
 from train.drafter.base import Drafter
 from train.schedules.schedule import Source, Start
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class Draft(NamedTuple):

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from common.cli import without_local_rank
 from common.recipe import ROOT
 from data_prep.recipe import CaptureRecipe, TargetRecipe
-from data_prep.target.target import Target, load_target, pick_device
+from data_prep.target.loading import load_target, pick_device
+from data_prep.target.target import Target
 
 QWEN3_8B = dict(
     vocab_size=151936,

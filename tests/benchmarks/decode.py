@@ -21,6 +21,7 @@ from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import Lengths
 from eval.engine.request import Stops
+from eval.engine.rounds import Verification
 from eval.engine.tree import TreeShape
 from tests.benchmarks import line, options, target_of
 from train.drafter.base import Drafter
@@ -115,8 +116,9 @@ def main() -> None:
 
         def run(who: str, graphs: bool, partial: PartialCache | None = None, what: str = "full") -> dict:
             length = {"none": 0, "tree kv": o.nodes}.get(who, o.length)
+            verification = Verification(sampling, partial)
             engine = Engine(
-                target, drafters[who](), cache, sampling, Lengths(length), partial=partial, graphs=graphs, prefill_chunk=o.chunk
+                target, drafters[who](), cache, Lengths(length), verification, graphs=graphs, prefill_chunk=o.chunk
             )
             runs = [engine.generate(prompts, o.new, list(range(o.batch)), Stops()) for _ in range(4)][1:]
             ms = lambda kind: median(1e3 * o.batch * getattr(r[0], f"{kind}_s") / len(r[0].rounds) for r in runs)

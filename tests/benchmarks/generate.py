@@ -20,7 +20,8 @@ from data_prep.decoding.generate import Ask, BatchGenerator
 from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources.records import records
 from data_prep.synthesis.turns import Turns
-from data_prep.target.target import Target, load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.target import Target
 from tests.benchmarks import line, options
 
 QUESTIONS = ("What does this code do?", "Explain this code to a beginner.", "Which mistakes are in this code?")

@@ -20,9 +20,10 @@ from data_prep.cache.codec import encode
 from data_prep.cache.manifest import FORMAT_VERSION, Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import CacheWriter
-from data_prep.target.target import pick_device
+from data_prep.target.loading import pick_device
 from tests.benchmarks import architecture_of, line, options
-from train.data.packs import PackStream, loaded
+from train.data.loader import loaded
+from train.data.stream import PackStream, StreamSettings
 
 
 def write_random(folder: Path, manifest: Manifest, size: int, shard_bytes: int) -> None:
@@ -83,7 +84,7 @@ def main() -> None:
     def one_pass() -> float:
         reader = CacheReader(folder)
         names = ["input_ids", "loss_mask", *manifest.states]
-        stream = PackStream(reader, np.arange(len(reader)), names, o.pack_tokens, 32, seed=0)
+        stream = PackStream(reader, np.arange(len(reader)), names, StreamSettings(o.pack_tokens, 32, seed=0))
         began = time.perf_counter()
         for _ in loaded(stream, range(len(stream.passes(0))), device, o.workers):
             pass

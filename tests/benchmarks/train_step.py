@@ -15,6 +15,7 @@ pack's, by token.
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -22,17 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from common.ranks import single_process_defaults
-from data_prep.target.target import Architecture, FrozenHead, pick_device, pick_dtype
+from data_prep.target.architecture import Architecture
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.loading import pick_device, pick_dtype
 from tests.benchmarks import QWEN3_8B, line, options
 from train.attention.choose import attention_backend
-from train.data.packs import Pack, make_pack
+from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.run.ranks import connect
 from train.views.budgets import ViewSampler
-from train.views.plan import View
+from train.views.recipe import View
 
 TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768}
@@ -76,10 +79,11 @@ def pack_of(o, a: Architecture, config: DrafterConfig, documents: int, length: i
 
     rng, all_of_them = np.random.default_rng(0), np.arange(1, length - 1)
     anchors = [np.sort(rng.choice(all_of_them, o.anchors, replace=False)) if o.anchors else all_of_them for _ in range(documents)]
-    drawn = {}
+    made = [PackDocument("d", document(), one) for one in anchors]
     if o.objective == "budgetdraft":
-        drawn = {"budgets": [sandwich(o).budgets(0, "d")] * documents, "ages": [one * 0 for one in anchors]}
-    return make_pack(["d"] * documents, [document() for _ in range(documents)], anchors, **drawn)
+        budgets = sandwich(o).budgets(0, "d")
+        made = [replace(one, budgets=budgets, ages=one.anchors * 0) for one in made]
+    return make_pack(made)
 
 
 def sandwich(o) -> ViewSampler:

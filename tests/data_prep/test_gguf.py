@@ -19,8 +19,10 @@ from common.errors import UserError
 from common.recipe import ROOT
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import from_gguf, gguf_contents
+from data_prep.target.architecture import target_sizes
 from data_prep.target.from_gguf import cache_folder, is_whole, plain
-from data_prep.target.target import Target, load_target, load_tokenizer, target_sizes
+from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.target import Target
 from tests.conftest import SMALL, command, fetch_smollm2
 from tests.support.gguf_files import TINY, small_model, tiny_tokenizer, write_gguf
 
@@ -288,7 +290,7 @@ def test_a_folder_is_made_once_and_again_when_it_or_the_file_changed(tmp_path, h
 
 def test_processes_that_ask_at_once_get_one_folder(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), MIXED)
-    program = f"from data_prep.from_gguf import plain; print('folder', plain({str(file)!r}))"
+    program = f"from data_prep.target.from_gguf import plain; print('folder', plain({str(file)!r}))"
     asking = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = [process.communicate(timeout=300)[0] for process in asking]
     assert all(process.returncode == 0 for process in asking)
@@ -391,8 +393,8 @@ def test_a_disk_that_is_full_or_fills_up(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), MIXED)
     filling = f"""
         import os, shutil
-        from data_prep import from_gguf
-        from data_prep.errors import UserError
+        from data_prep.target import from_gguf
+        from common.errors import UserError
         write = from_gguf.stream_safetensors
         def full(*words, **more):
             with open(os.environ["HF_HOME"] + "/other", "wb") as other:

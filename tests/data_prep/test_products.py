@@ -9,7 +9,7 @@ from common.recipe import ROOT
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import Product, as_they_stand, can_be_laid_out, lay_out
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from eval.engine.drafting import StaticTrained
 from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders

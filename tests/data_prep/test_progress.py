@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 SLOW = """
 import time
-from data_prep.progress import Progress
+from common.progress import Progress
 with Progress("tokens", every_s=0.2) as progress:
     task = progress.add_task("capture", total=3000)
     progress.update(task, advance=1000, tau=1.5)

@@ -20,7 +20,8 @@ from common.ranks import free_port
 from common.recipe import ROOT
 from data_prep.recipe import DataPrepRecipe
 from data_prep.synthesis.regenerate import check_regeneration, regenerate
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from tests.conftest import command
 
 TINY = str(ROOT / "data_prep/targets/tiny")

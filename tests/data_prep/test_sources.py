@@ -18,7 +18,7 @@ from data_prep.recipe import DataRecipe
 from data_prep.sources.documents import Digest, Documents, tokenized, write_documents
 from data_prep.sources.records import Record, is_validation, records
 from data_prep.sources.tokens import LeftOut, TokenDocument, encode
-from data_prep.target.target import load_tokenizer
+from data_prep.target.loading import load_tokenizer
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

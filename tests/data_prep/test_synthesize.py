@@ -30,7 +30,8 @@ from data_prep.synthesis.filters import looping, repeats, shingles, similarity
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.synthesize import check_synthesis, synthesize
 from data_prep.synthesis.turns import Turns
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from tests.conftest import command
 
 TINY = str(ROOT / "data_prep/targets/tiny")
@@ -580,7 +581,7 @@ def test_bad_texts_are_refused_before_the_target_is_loaded(target, texts, tmp_pa
     bad = tmp_path / "texts.jsonl"
     bad.write_text(texts.read_text() + line + "\n")
     recipe = recipe_of(target, tmp_path / "out.jsonl", f"synthesize.texts={bad}", "synthesize.count=3")
-    monkeypatch.setattr("data_prep.synthesize.load_target", None)
+    monkeypatch.setattr("data_prep.synthesis.synthesize.load_target", None)
     with pytest.raises(UserError, match=message):
         run(recipe)
     bad.write_text('{"id": 1, "body": "x"}\n')
@@ -606,7 +607,7 @@ def test_when_texts_run_out_what_there_is_can_be_had(target, texts, tmp_path, mo
     words = [f"synthesize.texts={few}", *only("translate"), "synthesize.filters.near=0.3", "synthesize.reply.max_tokens=12"]
     words += ["synthesize.kinds.translate.templates=['Translate: {passage}']", "synthesize.filters.reply_characters=1"]
     out = tmp_path / "out.jsonl"
-    monkeypatch.setattr("data_prep.synthesize.WINDOW", 100)
+    monkeypatch.setattr("data_prep.synthesis.synthesize.WINDOW", 100)
     with pytest.raises(UserError, match=r"of the last 100 candidates . could be kept \(") as refused:
         run(recipe_of(target, out, "synthesize.count=150", *words))
     count = int(re.search(r"synthesize.count=(\d+)", str(refused.value))[1])

@@ -20,11 +20,11 @@ from data_prep.capture import build as prepare
 from data_prep.capture.build import build, estimate
 from data_prep.capture.live import LiveReader, manifest_of, open_cache
 from data_prep.recipe import DataPrepRecipe
-from data_prep.target.target import load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer
 from tests.conftest import SMALL, command, deepspeed
 from tests.data_prep.test_sources import conversation, write_lines
 from tests.launchers.test_commands import rewrite
-from train.data.packs import PackStream
+from train.data.stream import PackStream, StreamSettings
 from train.recipe import TrainRecipe
 
 TEXTS = [{"id": f"t{i}", "text": f"def f{i}(x):\n    return x + {i}\n" * (2 + i % 3)} for i in range(12)]
@@ -203,7 +203,7 @@ def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, co
     target = load_target(recipe.target)
     target.capture([], [], [0, 5])
     for pack_tokens in (4096, 20):  # all in one pack; every document cropped
-        packs = [PackStream(r, everything, names, pack_tokens, 4, seed=0).read(everything) for r in readers]
+        packs = [PackStream(r, everything, names, StreamSettings(pack_tokens, 4, seed=0)).read(everything) for r in readers]
         for pack in (p.to(torch.device("cpu")) for p in packs):
             assert pack.query.keys() == {0, 5} and not pack.states.query and pack.mask_P.sum() == len(pack.last_hidden_RE)
             starts = pack.places.position[pack.places.document.diff(prepend=torch.tensor([-1])).nonzero().squeeze(1)]
@@ -237,8 +237,8 @@ def test_three_ways_to_the_states_train_alike(tmp_path, codec):
 
 
 def test_the_ten_lines_of_the_documentation_read_a_cache(tmp_path, monkeypatch):
-    """docs/cache.md's reader, run as it stands there, on an fp8 cache of the embedded target."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/cache.md").read_text(), re.S)
+    """docs/reference/cache.md's reader, run as it stands there, on an fp8 cache of the embedded target."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reference/cache.md").read_text(), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10 and "data_prep" not in code
     captured(tmp_path, "cache", TEXTS, "cache=fp8")
     monkeypatch.chdir(tmp_path)

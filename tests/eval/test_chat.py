@@ -16,7 +16,7 @@ import pytest
 from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from eval.live.chat import Chat
 from eval.prompts.asking import asked
 from eval.recipe import EvalRecipe, check_evaluation, room_of

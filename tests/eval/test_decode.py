@@ -11,7 +11,7 @@ from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
 from eval.oracle.verify import verify
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
-from train.views.plan import View
+from train.views.recipe import View
 
 CELLS = [
     (objective, reuse)
@@ -55,9 +55,9 @@ def test_greedy_output_is_generate_s_in_float64(exact_target, objective, reuse):
 def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup (test_engine.py: in batches)."""
     from data_prep.recipe import DataRecipe, TargetRecipe
-    from data_prep.target.target import load_target, load_tokenizer
-    from eval.prompts.suites import heldout_prompts
-    from eval.recipe import PromptsRecipe
+    from data_prep.target.loading import load_target, load_tokenizer
+    from eval.prompts.load import heldout_prompts
+    from eval.prompts.suites import PromptsRecipe
     from train.drafter.build import new_drafter
     from train.drafter.config import DrafterConfig
 
@@ -218,7 +218,7 @@ def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(objective, reu
     view, drafter = VIEWS[view], drafter_of(exact_target, objective, reuse, layers=2)
     prompt = prompts(1, length=20)[0]
     results = [
-        decode(exact_target, Trained(drafter, exact_target.frozen_head, REFERENCE, v), prompt, 60, 0.0, 0, keep_drafts=True)
+        decode(exact_target, Trained(drafter, exact_target.frozen_head, REFERENCE, v), prompt, 60, 0.0, 0)
         for v in (None, view)
     ]
     assert results[0].tokens == results[1].tokens == generated(exact_target, prompt, 60)

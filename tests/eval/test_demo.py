@@ -15,7 +15,7 @@ import torch
 
 from common import cli
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from eval.live import demo
 from eval.live.stream import Decoders
 from eval.prompts.asking import asked

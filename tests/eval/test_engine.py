@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 import eval.engine.rounds
 import eval.engine.tree
-import train.data.packs
+import train.data.stream
 from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import capture
 from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.records import VALIDATION
 from data_prep.sources.tokens import TokenDocument
-from data_prep.target.target import load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer
 from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.engine.lengths import Adaptive
 from eval.engine.one_by_one import OneByOne
@@ -35,15 +35,15 @@ from eval.judging.controls import OtherMemory
 from eval.judging.score import score
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
-from eval.prompts.suites import heldout_prompts
-from eval.recipe import PromptsRecipe
+from eval.prompts.load import heldout_prompts
+from eval.prompts.suites import PromptsRecipe
 from tests.data_prep.test_cache import manifest_of
 from tests.eval.test_decode import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.views.plan import View
+from train.views.recipe import View
 
 OBJECTIVES = ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal", "blockwise+markov", "blockwise_shifted+gru")
 SOURCES = ("kv+projected", "kv+projected_rope", "kv+head_concat", "hybrid+cross_only", "hidden+vocab", "kv+vocab")
@@ -315,7 +315,7 @@ def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, 
 
     def tau(shift):
         anchors = lambda id, *_: np.array([r.anchor + shift for r in rounds[id]])
-        monkeypatch.setattr(train.data.packs, "sample_anchors", anchors)
+        monkeypatch.setattr(train.data.stream, "sample_anchors", anchors)
         return score(recipe, target, drafter)[0]["greedy"].tau
 
     kept = [r.kept for found in rounds.values() for r in found]

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import eval.main
 from common import cli
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import Target, load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.target import Target
 from eval.engine.drafting import StaticNobody
 from eval.engine.lengths import Adaptive
 from eval.engine.request import Stops
@@ -172,7 +173,7 @@ def harmed(monkeypatch, chance, closer=float("inf")):
         wrong_BK &= best_BK2[..., 0] - best_BK2[..., 1] < closer
         return accept(proposal.tokens_BJ, torch.where(wrong_BK, second_BK, first_BK), proposal.count_B)
 
-    monkeypatch.setattr(Rounds, "_accepted", accepted)
+    monkeypatch.setattr(Rounds, "_accept_chain", accepted)
 
 
 def first(a, b):

@@ -8,7 +8,7 @@ import torch
 
 from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from eval.caches.partial import PartialCache, PartialRecipe
 from eval.engine.drafting import StaticLookup, StaticNobody
 from eval.engine.request import Stops
@@ -207,7 +207,7 @@ def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, au
     """After many rounds, with rollbacks, each block before the tail has the least and the greatest of its keys as they are."""
     prompts = texts[0][10:16]
     found, engine = run(target, name, TIGHT, audited, prompts, 50)
-    part, grown = engine.partial, 0
+    part, grown = engine.verification.partial, 0
     for b, prompt in enumerate(prompts):
         tail = int(part.tail_B[b])
         grown += (tail - TIGHT.sink) // TIGHT.block - max(0, len(prompt) - TIGHT.window - TIGHT.sink) // TIGHT.block

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import Target, load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.target import Target
 from eval.recipe import EvalRecipe, check_target
 from tests.conftest import ROOT, command
 from tests.support.gguf_files import small_model, write_gguf

@@ -24,7 +24,8 @@ from common import cli
 from common.errors import UserError
 from common.ranks import free_port
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.judging.measure import sampling_p_value
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
@@ -470,8 +471,8 @@ import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {str(ROOT)!r})
-from eval.servers import ServerRecipe
-from eval.started import started
+from eval.serving.servers import ServerRecipe
+from eval.serving.started import started
 command = [sys.executable, {str(tmp_path / "stubborn.py")!r}, "healthy"]
 with started(ServerRecipe(concurrency=[1], wait_s=60), command, Path({str(tmp_path / "log")!r})):
     Path({str(ready)!r}).touch()

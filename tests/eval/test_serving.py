@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.conftest import ROOT, without_vllm
 from tests.train.test_export import drafter_for
 from train.attention.choose import BACKENDS
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.drafter.formats.export import save_export
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
@@ -89,7 +90,7 @@ def taught(target, drafter, prompts):
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
     for _ in range(STEPS[config.objective]):
         anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
-        objective(make_pack(names, documents, anchors)).share.backward()
+        objective(make_pack(list(map(PackDocument, names, documents, anchors)))).share.backward()
         optimizer.step()
         optimizer.zero_grad()
     return drafter.eval()
@@ -102,7 +103,7 @@ def accepted(target, drafter, prompts):
     target.capture(drafter.config.hidden_layers, [])
     for prompt in prompts:
         who = Trained(drafter, target.frozen_head, BACKENDS["reference"], None)
-        generation = decode(target, who, prompt, NEW, 0, 0, keep_drafts=True)
+        generation = decode(target, who, prompt, NEW, 0, 0)
         outputs.append(generation.tokens)
         rounds += generation.rounds
     best_R2 = torch.cat([r.draft.logits_JV for r in rounds]).topk(2).values
@@ -170,7 +171,7 @@ def test_a_fault_in_an_export_is_seen(served):
 
 def test_vllm_on_a_cpu_norms_all_keys_with_the_first_layers_weight(served):
     """The fault of vLLM 0.32 that `own_key_norms` repairs; an export of several DFlash layers says so. When this fails, vLLM has
-    mended it: the repair, this test and the note in train/drafter/formats/export.py can go."""
+    mended it: the repair, this test and the note in train/drafter/formats/served.py can go."""
     answer, ours = served
     faulty, (outputs, drafts, counts, _) = answer["dflash, as vLLM is"], ours["dflash"]
     assert faulty["outputs"] == outputs

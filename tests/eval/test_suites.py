@@ -15,10 +15,11 @@ import pytest
 from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target, load_tokenizer, tokenizer_hashes
-from eval.prompts.suites import SuiteRecipe, cut, load_prompts
+from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from eval.prompts.load import load_prompts
+from eval.prompts.suites import SuiteRecipe, cut
 from eval.recipe import EvalRecipe, check_evaluation
-from eval.reports.report import gather
+from eval.reports.sweep import gather
 from tests.conftest import ROOT
 from train.drafter.build import load_config, new_drafter
 from train.drafter.config import DrafterConfig

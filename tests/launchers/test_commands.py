@@ -52,7 +52,6 @@ def test_budgetdraft_brings_a_view_and_a_number_is_the_only_budget():
     assert compose().view.kind == "topk_chunk" and compose("view=h2o").view.kind == "h2o"
     assert compose().view_sampler.sampler == "sandwich" and compose("objective.budgets=paper").view_sampler.sampler == "paper"
     assert compose("view.budget=512").view_sampler.judged[1:] == [512]
-    assert compose("view.budget=512", "objective.budgets=fixed").view_sampler == compose("view.budget=512").view_sampler
     block = compose("objective.kind=blockwise", "objective.slots=8", "objective.decay=4")
     assert block.objective.kind == "blockwise" and block.view_sampler.sparse == 0.5
     assert cli.compose("train", TrainRecipe, ["objective=ttt"]).view_sampler is None
@@ -134,7 +133,7 @@ def test_recipes_say_what_they_follow():
         (["objective=budgetdraft", "view.budget=79"], "always shows 8 sinks and 64 recent positions.*the least budget is 80"),
         (["objective=budgetdraft", "objective.smallest=79"], "a budget of 79: view=topk_chunk always shows 8 sinks"),
         (["objective=budgetdraft", "objective.smallest=300", "objective.largest=299"], "objective.smallest=300 exceeds"),
-        (["objective=budgetdraft", "objective.budgets=fixed"], "objective.budgets=fixed needs view.budget"),
+        (["objective=budgetdraft", "objective.budgets=fixed"], "objective.budgets=fixed is now view.budget=N"),
         (["objective=budgetdraft", "view.scorer=best"], "view.scorer: Input should be 'mean', 'lastkey', 'minmax' or 'quest'"),
         (["objective=budgetdraft", "view.sink=4"], "view.sink=4 is not whole chunks of view.chunk=8"),
         (["objective=budgetdraft", "view.refresh=0"], "a selection lasts 1 token or more"),

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.ranks import free_port
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.launchers.test_launch import losses, wait_for
-from train.run.ranks import free_port
 
 pytestmark = pytest.mark.slow
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.ranks import free_port
 from data_prep.cache.manifest import flatten
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.launchers.test_commands import rewrite
-from train.run.ranks import free_port
 
 pytestmark = pytest.mark.slow
 TRAIN = ROOT / "train/main.py"

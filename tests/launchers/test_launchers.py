@@ -10,12 +10,13 @@ import yaml
 
 from common import cli
 from common.errors import UserError
+from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.launchers.test_launch import losses
 from train import build as prepare
 from train.recipe import TrainRecipe
-from train.run.ranks import free_port, loss_of_a_rank
+from train.run.ranks import loss_of_a_rank
 
 TRAIN, BIN = ROOT / "train/main.py", os.path.dirname(sys.executable)
 SHORT = ["deepspeed=zero2", "train.batch=2", "train.max_steps=3", "train.diagnose=false", *SMALL]
@@ -72,7 +73,7 @@ def test_the_manifest_for_kubernetes_says_what_the_command_takes(cache):
     # The embedded target stands in for the one whose weights are not here, and its cache for the one on the cluster.
     here = [word for word in words if not word.startswith(("target=", "cache.dir="))]
     recipe = cli.compose("train", TrainRecipe, [*here, f"cache.dir={cache}"])
-    prepare.check_capture(recipe)
+    prepare.check_training(recipe)
     assert recipe.train.batch % (int(env["NODES"]) * int(env["GPUS"])) == 0
     cli.compose("train", TrainRecipe, words)
     # Its command line, as the operator's environment completes it.

@@ -8,6 +8,7 @@ from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import Lengths
+from eval.engine.rounds import Verification
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
 
@@ -22,13 +23,13 @@ def exact_target(family="qwen3"):
     return target
 
 
-def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, **options):
+def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, audited=False, **options):
     """`length`: of drafts (of trees: their nodes), or `Lengths`. `longest`: tokens of a prompt."""
     a, lengths = target.architecture, length if isinstance(length, Lengths) else Lengths(length)
     room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
     cache = StaticCache(a.num_layers, batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
     partial = PartialCache(cache, recipe, lengths.longest + 1) if recipe else None
-    return Engine(target, drafting, cache, sampling, lengths, partial=partial, **options)
+    return Engine(target, drafting, cache, lengths, Verification(sampling, partial, audited), **options)
 
 
 def trained(target, objective, reuse, layers=1, **options):

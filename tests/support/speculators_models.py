@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.target.target import States, Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from tests.conftest import ROOT
 from train.drafter.base import Drafter
-from train.drafter.formats.export import exported_weights
 from train.drafter.formats.names import method_of, served_names
+from train.drafter.formats.served import exported_weights
 from train.drafter.formats.served_config import speculators_config
 
 TINY = ROOT / "data_prep/targets/tiny"

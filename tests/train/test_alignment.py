@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
-from train.views.plan import FULL, View
+from train.views.recipe import FULL, View
 
 CELLS = [
     (objective, reuse)
@@ -71,7 +71,7 @@ def decoded(target, drafter, temperature=0.0, rounds=60, view=None):
     target.capture(HIDDEN_LAYERS, KV_LAYERS)
     prompt = torch.randint(0, 11, (23,), generator=torch.Generator().manual_seed(5)).tolist()
     trained = Trained(drafter, target.frozen_head, BACKENDS["reference"], view)
-    generation = decode(target, trained, prompt, 120, temperature, seed=3, keep_drafts=True)
+    generation = decode(target, trained, prompt, 120, temperature, seed=3)
     return prompt, generation, generation.rounds[:rounds]
 
 
@@ -93,7 +93,7 @@ def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None
     documents = [cached(target, t) for t in ([others[0], tokens, others[1]] if packing else [tokens])]
     marks = [np.zeros(0, dtype=np.int64)] * len(documents)
     marks[len(documents) // 2] = np.asarray(anchors)
-    pack = make_pack([str(i) for i in range(len(documents))], documents, marks)
+    pack = make_pack([PackDocument(str(i), *one) for i, one in enumerate(zip(documents, marks))])
     if view:
         budgets = [FULL, view.budget + 7, view.budget]
         pack.budget_VN, pack.age_N = torch.tensor(budgets)[:, None].expand(-1, len(anchors)), ages(anchors, view.refresh)

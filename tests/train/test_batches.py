@@ -12,12 +12,15 @@ from common.errors import UserError
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.build import build
 from data_prep.capture.live import LiveReader
-from data_prep.target.target import load_target
+from data_prep.target.loading import load_target
 from tests.support.models import drafter_of, small_target
 from tests.train.test_alignment import cached
 from train.attention.choose import BACKENDS
 from train.build import drafter_config
-from train.data.packs import PackStream, loaded, make_pack, sample_anchors, split
+from train.data.loader import loaded
+from train.data.pack import PackDocument, make_pack
+from train.data.split import split
+from train.data.stream import PackStream, StreamSettings, sample_anchors
 from train.drafter.build import new_drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance
@@ -53,11 +56,11 @@ def test_packing_two_documents_is_running_them_apart(kind, reuse):
         loss.backward()
         return loss.detach(), torch.cat([p.grad.flatten() for p in drafter.parameters()])
 
-    together = gradient([make_pack(["a", "b"], documents, anchors)])
-    apart = gradient([make_pack([n], [d], [a]) for n, d, a in zip("ab", documents, anchors)])
+    together = gradient([make_pack(list(map(PackDocument, "ab", documents, anchors)))])
+    apart = gradient([make_pack([PackDocument(n, d, a)]) for n, d, a in zip("ab", documents, anchors)])
     torch.testing.assert_close(together[0], apart[0], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(together[1], apart[1], rtol=1e-6, atol=1e-8)
-    other = gradient([make_pack(["a", "b"], documents, [anchors[0], anchors[1][:2]])])
+    other = gradient([make_pack(list(map(PackDocument, "ab", documents, [anchors[0], anchors[1][:2]])))])
     assert (other[1] - apart[1]).abs().max() > 1e-3  # the control: one anchor more or less is seen
 
 
@@ -87,15 +90,14 @@ def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
     drafter = new_drafter(config).start(target, target.frozen_head)
     objective = objective_of(target, drafter)
     indices = np.arange(len(cache))
-    packs = [
-        PackStream(r, indices, config.tensors, 4096, 16, seed=0).read(indices).to(torch.device("cpu")) for r in (cache, live)
-    ]
+    settings = StreamSettings(4096, 16, seed=0)
+    packs = [PackStream(r, indices, config.tensors, settings).read(indices).to(torch.device("cpu")) for r in (cache, live)]
     if codec == "fp32":
         target.capture(config.hidden_layers, config.kv_layers)
         documents = [cached(target, cache.read(i, ["input_ids"])["input_ids"].tolist(), capture=False) for i in indices]
         masks = [cache.read(i, ["loss_mask"])["loss_mask"].numpy().astype(bool) for i in indices]
         anchors = [sample_anchors(cache.id(i), mask, 16, 0, 0) for i, mask in zip(indices, masks)]
-        packs.append(make_pack([cache.id(i) for i in indices], documents, anchors))
+        packs.append(make_pack(list(map(PackDocument, [cache.id(i) for i in indices], documents, anchors))))
     with torch.no_grad():
         one, *others = [objective(pack) for pack in packs]
     assert one.valid.sum() > 80
@@ -110,7 +112,7 @@ def test_a_slot_counts_iff_it_and_all_before_it_are_supervised_in_the_document()
     first["loss_mask"] = torch.tensor([0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.uint8)
     keep = first["loss_mask"][1:].bool()
     first["last_hidden"] = first["last_hidden"][keep]
-    pack = make_pack(["a", "b"], [first, second], [np.array([1, 5]), np.array([4])])
+    pack = make_pack([PackDocument("a", first, np.array([1, 5])), PackDocument("b", second, np.array([4]))])
     assert pack.valid(3).int().tolist() == [
         [1, 1, 0],  # x_2, x_3 supervised, x_4 not
         [1, 1, 0],  # x_6, x_7, then the next document
@@ -124,7 +126,7 @@ def test_a_slot_counts_iff_it_and_all_before_it_are_supervised_in_the_document()
 
 def test_anchor_zero_never_counts():
     target = small_target()
-    pack = make_pack(["a"], [cached(target, texts(8)[0])], [np.array([], dtype=np.int64)])
+    pack = make_pack([PackDocument("a", cached(target, texts(8)[0]), np.array([], dtype=np.int64))])
     assert pack.anchor_N.tolist() == [0] and not pack.valid(3).any()
     outcome = objective_of(target, drafter_of(target, "ttt", "hybrid"))(pack)
     outcome.share.backward()
@@ -148,7 +150,7 @@ def test_stream_is_the_same_from_any_position(cache):
     training, validation = split(reader, 8)
     assert not {reader.id(i).rsplit("#")[0] for i in training} & {reader.id(i).rsplit("#")[0] for i in validation}
     names = ["input_ids", "loss_mask", "last_hidden"]
-    stream = lambda: PackStream(reader, training, names, 256, 4, seed=3)
+    stream = lambda: PackStream(reader, training, names, StreamSettings(256, 4, seed=3))
     forward = stream()
     packs = [forward[i] for i in range(60)]  # more than one pass
     fresh = stream()
@@ -230,7 +232,7 @@ def test_reading_ahead_changes_nothing(cache, device, workers):
     tensors of a pack survive the reading of the next ones."""
     reader = CacheReader(cache)
     names = ["input_ids", "loss_mask", "last_hidden", "hidden.0", "key.5", "value.5"]
-    stream = PackStream(reader, np.arange(len(reader)), names, 512, 4, seed=3)
+    stream = PackStream(reader, np.arange(len(reader)), names, StreamSettings(512, 4, seed=3))
     numbers = range(1, 2 * len(stream.passes(0)), 2)  # as one rank of two
     kept = list(loaded(stream, numbers, torch.device(device), workers))
     assert len(kept) == len(numbers)
@@ -240,7 +242,7 @@ def test_reading_ahead_changes_nothing(cache, device, workers):
 
 
 def test_what_a_reading_thread_raises_is_raised(cache):
-    stream = PackStream(CacheReader(cache), np.arange(4), ["input_ids", "no such tensor"], 512, 4, seed=3)
+    stream = PackStream(CacheReader(cache), np.arange(4), ["input_ids", "no such tensor"], StreamSettings(512, 4, seed=3))
     with pytest.raises(KeyError):
         list(loaded(stream, range(3), torch.device("cpu"), 2))
 
@@ -250,7 +252,7 @@ def test_long_documents_are_cropped_elsewhere_in_every_pass(cache):
     reader = CacheReader(cache)
     names = ["input_ids", "loss_mask", "last_hidden"]
     long = np.flatnonzero(reader.lengths > 100)
-    stream = PackStream(reader, long, names, 40, None, seed=0)
+    stream = PackStream(reader, long, names, StreamSettings(40, None, seed=0))
     starts = set()
     for number in range(2 * len(long)):
         pack = stream[number]

@@ -10,12 +10,13 @@ from data_prep.cache.reader import CacheReader
 from tests.support.models import drafter_of, small_target
 from tests.train.test_objectives import document
 from train.attention.choose import BACKENDS
-from train.data.packs import PackStream, make_pack, sample_ages
-from train.losses import chunked
+from train.data.pack import PackDocument, make_pack
+from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
+from train.losses import choose
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.views.budgets import PAPER, ViewSampler
-from train.views.plan import FULL, View
+from train.views.recipe import FULL, View
 
 VIEW = View(kind="topk_chunk", sink=2, recent=2, chunk=2)
 IN_CACHE = View(kind="topk_chunk", sink=2, recent=2, chunk=2, positions="in_cache")
@@ -39,7 +40,9 @@ def packed(target, budgets, ages=True):
     documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
     anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
     each = budgets if isinstance(budgets[0], list) else [budgets, budgets]
-    return make_pack(["a", "b"], documents, anchors, budgets=each, ages=[np.minimum(a - 1, 2 * ages) for a in anchors])
+    old = [np.minimum(a - 1, 2 * ages) for a in anchors]
+    rows = zip("ab", documents, anchors, each, old)
+    return make_pack([PackDocument(name, d, a, budgets=b, ages=age) for name, d, a, b, age in rows])
 
 
 def objective(target, drafter, loss, view=VIEW, view_weights=(1.0,), detach=False, dpace=False):
@@ -99,9 +102,9 @@ def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
     """And for the slots of all anchors that it serves; twice only where a chunk ends between its rows."""
     drafter, asked = drafter_of(target, "ttt", "kv"), []
     monkeypatch.setattr(
-        chunked,
+        choose,
         "reference_loss",
-        lambda loss, chunk, learns, of=chunked.reference_loss: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
+        lambda loss, chunk, learns, of=choose.reference_loss: asked.append(len(chunk.target_TV)) or of(loss, chunk, learns),
     )
     for budgets, weights in (([FULL], [1.0]), ([FULL, 8, 9, 10], [1.0, 0.1, 0.1, 0.1])):
         asked.clear()
@@ -165,10 +168,9 @@ def test_sandwich_draws_the_smallest_and_log_uniform_ones():
 def test_packs_carry_the_budgets_of_their_step(cache):
     """Whoever reads a pack, and whenever: a rank of two, one process, a resumed run."""
     reader, sandwich = CacheReader(cache), sampler_of("sandwich", smallest=20, largest=90)
-    stream = lambda: PackStream(
-        reader, np.arange(len(reader)), ["input_ids", "loss_mask", "last_hidden"], 256, 4, 3,
-        budgets=sandwich.budgets, ages=lambda id, anchors, number: sample_ages(id, anchors, 5, 3, number), batch=3,
-    )  # fmt: skip
+    views = ViewDraws(sandwich.budgets, lambda id, anchors, number: sample_ages(id, anchors, 5, 3, number))
+    settings = StreamSettings(256, 4, 3, views=views, batch=3)
+    stream = lambda: PackStream(reader, np.arange(len(reader)), ["input_ids", "loss_mask", "last_hidden"], settings)
     packs = [stream()[number] for number in range(9)]
     for number, pack in enumerate(packs):
         document_N = pack.places.document[pack.anchor_N].tolist()
@@ -184,8 +186,10 @@ def test_packs_carry_the_budgets_of_their_step(cache):
 
 def test_a_pack_without_anchors_has_as_many_views(target):
     """So that every rank runs the same forwards."""
-    documents, none = [document(target, 17, 1), document(target, 26, 2)], [np.array([], dtype=np.int64)] * 2
-    pack = make_pack(["a", "b"], documents, none, budgets=[[FULL, 8], [FULL, 9]], ages=none)
+    none = np.array([], dtype=np.int64)
+    first = PackDocument("a", document(target, 17, 1), none, budgets=[FULL, 8], ages=none)
+    second = PackDocument("b", document(target, 26, 2), none, budgets=[FULL, 9], ages=none)
+    pack = make_pack([first, second])
     assert pack.budget_VN.tolist() == [[FULL], [8]] and pack.age_N.tolist() == [0]
     for view in (VIEW, IN_CACHE):
         outcome = objective(target, drafter_of(target, "ttt", "kv"), LossRecipe(kl=1), view, [1.0, 0.5])(pack)

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.models import drafter_of, small_target
 from tests.train.test_objectives import document, from_layer_zero, objective_of, packed
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
 from train.objectives.align import Watch
@@ -63,7 +63,7 @@ def test_attention_on_draft_keys_by_hand(target):
     drafter = drafter_of(target, "ttt", "kv")
     with torch.no_grad():
         drafter.layers[0].branches["kv"].q.weight.zero_()
-    pack = make_pack(["a"], [document(target, 20, 1)], [np.array([4, 9])])
+    pack = make_pack([PackDocument("a", document(target, 20, 1), np.array([4, 9]))])
     found = diagnosed(target, drafter, pack)["attention"]["layer0.kv.draft_mass"]
     assert found == pytest.approx([(j / (4 + j) + j / (9 + j)) / 2 for j in (1, 2, 3, 4)], abs=1e-6)
 
@@ -75,7 +75,7 @@ def test_another_document_s_memory(target):
     for p in range(len(pack.ids_P)):
         length, begin = (26, 17) if places.document[p] == 0 else (17, 0)
         torch.testing.assert_close(other.value[1][p], values[begin + int(places.position[p]) % length])
-    alone = make_pack(["a"], [document(target, 20, 1)], [np.array([4])])
+    alone = make_pack([PackDocument("a", document(target, 20, 1), np.array([4]))])
     assert diagnostics._others(alone, alone) is None  # nobody else is there: the control is left out
     assert "other_memory" not in diagnosed(target, drafter_of(target, "ttt", "kv"), alone)["acceptance"]
     torch.testing.assert_close(diagnostics._others(alone, pack).value[1], values[:20])

@@ -13,12 +13,12 @@ from common import cli
 from common.errors import UserError
 from tests.support.models import drafter_of, small_target
 from tests.train.test_objectives import document, objective_of, packed
-from train.build import parameter_groups
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.drafter import warm_start as exchange
 from train.drafter.build import load_drafter, new_drafter
 from train.drafter.formats.export import save_export
 from train.drafter.layers import Rope
+from train.gate import parameter_groups
 from train.losses.recipe import LossRecipe
 from train.recipe import TrainRecipe
 
@@ -47,7 +47,7 @@ def logits(target, drafter, pack=None):
 def test_a_drafter_that_reuses_nothing_is_a_language_model(target):
     """ttt, reuse=none: step j of anchor a is step 1 of anchor a + j - 1, whose prefix is then memory instead of earlier steps."""
     drafter = random_weights(drafter_of(target, "ttt", "none", layers=2))
-    pack = make_pack(["a"], [document(target, 20, 1)], [np.arange(1, 16)])
+    pack = make_pack([PackDocument("a", document(target, 20, 1), np.arange(1, 16))])
     found = logits(target, drafter, pack)
     for a in range(12):
         for j in range(1, 4):

@@ -14,7 +14,7 @@ from data_prep.target.target import Target
 from tests.support.models import drafter_of, small_target
 from tests.support.speculators_models import LENGTH, TINY, model_of, package, real_text
 from tests.train.test_objectives import objective_of
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.export import check_export, save_export
@@ -78,7 +78,7 @@ def ours(target, drafter, text, anchors):
         "last_hidden": states.last_hidden[:-1],
         **{f"hidden.{i}": t for i, t in states.hidden.items()},
     }
-    pack = make_pack(["text"], [document], [np.array(anchors)])
+    pack = make_pack([PackDocument("text", document, np.array(anchors))])
     logits, kept_D = objective_of(target, drafter, KL).logits(pack), drafter.head.kept_D
     return logits if kept_D is None else logits[..., kept_D]
 

@@ -20,7 +20,7 @@ from train.losses.recipe import LossRecipe
 from train.schedules.blockwise import Blockwise, block_rows
 from train.schedules.registry import OBJECTIVES
 
-REFUSALS = ("train/recipe.py", "train/refusals.py")  # may name objectives: they say which keys exclude one another
+REFUSALS = ("train/rules.py",)  # may name objectives: they say which keys exclude one another
 
 
 class TwoHalves(Blockwise):

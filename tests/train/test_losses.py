@@ -4,11 +4,15 @@ import importlib
 
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.losses import chunked, divergences, weights
-from train.losses.chunked import HeadInput, Heads, chunked_loss
+from common.errors import UserError
+from common.recipe import ROOT
+from train.losses import choose, divergences, reference, terms, weights
+from train.losses.chunked import chunked_loss
 from train.losses.recipe import LossRecipe
+from train.losses.types import Chunk, HeadInput, Heads
 
 ROWS, HIDDEN, VOCAB = 37, 16, 211
 # How far apart drafter and teacher are: the first two agree in being flat or sharp, the last is sharp where p is not.
@@ -60,6 +64,15 @@ def in_vocabulary(label, kept):
 
 
 PER_SLOT = ["kl", "reverse_kl", "ce", "ce_greedy", "tv", "lk_alpha", "lk_lambda"]
+
+
+def test_every_term_of_the_table_is_judged_here_and_has_its_key():
+    """A term that is new in the table also needs a definition above, and a key in conf/loss/_terms.yaml."""
+    assert list(terms.per_slot()) == PER_SLOT
+    keys = yaml.safe_load((ROOT / "conf/loss/_terms.yaml").read_text())
+    assert set(keys) == {*terms.TERMS, "eta"} == set(LossRecipe.model_fields)
+    assert keys == {name: field.default for name, field in LossRecipe.model_fields.items()}
+    assert terms.parts() == ("slots", "expected_length", "kv_align", "query_align")
 
 
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])
@@ -136,7 +149,7 @@ def test_gradients_are_those_of_the_paper():
     tv = 0.5 * q * (s - (q * s).sum(-1, keepdim=True))
     alpha = torch.minimum(p, q).sum(-1, keepdim=True)
     for name, expected in (("kl", q - p), ("tv", tv), ("lk_alpha", tv / alpha)):
-        loss = divergences.DIVERGENCES[name](logits.log_softmax(-1), log_p, label).sum()
+        loss = terms.TERMS[name].definition(logits.log_softmax(-1), log_p, label).sum()
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
 
 
@@ -293,6 +306,38 @@ def fused():
         yield kernels.fused
 
 
+@pytest.fixture
+def unfused(monkeypatch) -> str:
+    """The name of a term that the reference knows and the kernel lacks: Hellinger's distance, squared."""
+    distance = lambda log_q, log_p, label, mix=None: 1 - ((log_q + log_p) / 2).exp().sum(-1)
+    monkeypatch.setitem(terms.TERMS, "hellinger", terms.Term("1 - sum_v sqrt(p q)", distance))
+    return "hellinger"
+
+
+def test_a_term_that_the_kernel_lacks_is_refused_and_not_trained_as_zero(fused, unfused):
+    logits, one, none = torch.randn(1, VOCAB), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    chunk = Chunk(logits, logits.clone(), none, None, none, one, one, None)
+    with pytest.raises(UserError, match="loss.hellinger is no part of the fused kernel"):
+        fused({"kl": 1.0, unfused: 1.0}, chunk, True)
+    fused({"kl": 1.0, unfused: 0.0}, chunk, True)  # without a weight there is nothing to train
+
+
+def test_a_gpu_trains_a_term_without_a_kernel_by_the_reference_and_says_so(fused, unfused):
+    gpu = torch.device("cuda")
+    assert choose.loss_kernel(EVERYTHING, gpu, torch.bfloat16).__name__ == "fused"
+    assert choose.loss_kernel(EVERYTHING, gpu, torch.float64) is reference.reference_loss
+    assert choose.loss_kernel(EVERYTHING, torch.device("cpu"), torch.float32) is reference.reference_loss
+    assert choose.loss_kernel({**EVERYTHING, unfused: 0.1}, gpu, torch.bfloat16) is reference.reference_loss
+    assert choose.slower_on_a_gpu(EVERYTHING) is None
+    assert "loss.hellinger: no part of the fused kernel" in choose.slower_on_a_gpu({"kl": 1.0, unfused: 0.1})
+
+
+def test_the_table_and_the_kernel_name_the_same_terms(fused):
+    kernel = importlib.import_module("train.losses.fused")._loss_kernel
+    others = {"OVERLAP", "LEARNS", "BLOCK"}
+    assert {name for name in kernel.arg_names if name.isupper()} == {name.upper() for name in terms.in_kernel()} | others
+
+
 EVERYTHING = {"kl": 0.2, "reverse_kl": 0.2, "ce": 0.3, "ce_greedy": 0.1, "tv": 0.7, "lk_alpha": 0.4, "lk_lambda": 0.5}
 
 
@@ -310,7 +355,7 @@ def test_fused_kernels_equal_eager(fused, loss, kept):
         kept_D = None if kept is None else kept.to(device)
         own = (head if kept is None else head[kept_D]).clone().requires_grad_()
         found = []
-        for kernel in (chunked.reference_loss, fused):
+        for kernel in (reference.reference_loss, fused):
             inputs = row_inputs(draft, teacher, in_vocabulary(label.cpu(), kept).to(device), mix)
             inputs = inputs._replace(index_R=inputs.index_R.to(device), teacher_R=inputs.teacher_R.to(device) // 2)
             extra = overlap_weight * weight if overlap_weight else None
@@ -327,8 +372,9 @@ def test_fused_kernels_know_distributions_that_hardly_meet(fused):
     one, none = torch.ones(1), torch.zeros(1, dtype=torch.long)
     if torch.cuda.is_available():
         logits, target, one, none = (t.cuda() for t in (logits, target, one, none))
-    chunk = chunked.Chunk(logits, target, none, None, none + 2, one, one, None)
-    (_, expected), (statistics, gradient) = (kernel({"lk_alpha": 1.0}, chunk, True) for kernel in (chunked.reference_loss, fused))
+    chunk = Chunk(logits, target, none, None, none + 2, one, one, None)
+    _, expected = reference.reference_loss({"lk_alpha": 1.0}, chunk, True)
+    statistics, gradient = fused({"lk_alpha": 1.0}, chunk, True)
     assert statistics.overlap.item() == 0 and statistics.loss.item() == pytest.approx(200, rel=1e-3)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
 
@@ -343,8 +389,8 @@ def test_fused_kernels_pass_nan_on(fused, loss, side):
         (logits if side == "drafter" else target)[0, place] = torch.nan
         one, none = torch.ones(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
         found = []
-        for kernel in (chunked.reference_loss, fused):
-            chunk = chunked.Chunk(logits.clone(), target, none, None, none + 5, one, one, None)
+        for kernel in (reference.reference_loss, fused):
+            chunk = Chunk(logits.clone(), target, none, None, none + 5, one, one, None)
             found.append(kernel({loss: 1.0}, chunk, True)[0])
         for name in ("loss", "overlap", "label_probability"):
             mine, expected = (getattr(one, name).isnan() for one in reversed(found))
@@ -364,7 +410,7 @@ def test_fused_kernels_in_bf16_on_a_gpu(loss):
         *(torch.rand(600, generator=g).cuda() for _ in "ab"),
     )
     found = []
-    for kernel in (chunked.reference_loss, None):
+    for kernel in (reference.reference_loss, None):
         leaves = [draft.clone().requires_grad_(), (0.05 * head).requires_grad_()]
         inputs = HeadInput(leaves[0], index, teacher, teacher_R, label, mix)
         total, statistics = chunked_loss(inputs, Heads(leaves[1], 0.05 * head), loss, weight, 256, 0.1 * weight, kernel)

@@ -13,7 +13,7 @@ from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from tests.support.speculators_models import model_of, package
 from tests.train.test_drafter import random_weights
 from tests.train.test_objectives import document, objective_of
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 
 LENGTH = 40
@@ -41,7 +41,7 @@ def text(target):
 @torch.no_grad()
 def ours(target, drafter, text):
     """[N, J, V]."""
-    pack = make_pack(["text"], [text], [np.array(ANCHORS)])
+    pack = make_pack([PackDocument("text", text, np.array(ANCHORS))])
     return objective_of(target, drafter, LossRecipe(kl=1)).logits(pack)
 
 

@@ -8,7 +8,8 @@ import torch
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from tests.train.test_losses import definition
 from train.attention.choose import BACKENDS
-from train.data.packs import make_pack, sample_prefix
+from train.data.pack import PackDocument, make_pack
+from train.data.stream import sample_prefix
 from train.losses import divergences, weights
 from train.losses.recipe import LossRecipe
 from train.objectives.align import Watch, target_queries
@@ -41,7 +42,7 @@ def packed(target, prefix=None):
     """Two documents, one with a gap in its loss mask; an anchor whose last slots fall into the gap, and one at the end."""
     documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
     anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
-    return make_pack(["a", "b"], documents, anchors, prefix=prefix)
+    return make_pack([PackDocument(*one[:3], prefix=one[3]) for one in zip("ab", documents, anchors, prefix or [None, None])])
 
 
 def objective_of(target, drafter, loss, weight_J="default"):
@@ -268,7 +269,7 @@ def test_recomputing_and_compiling_change_nothing(target, cell, request):
     changed.recompute = True
     if slow:
         changed.compile_parts()
-    for pack in (packed(target), make_pack(["a"], [document(target, 23, 4)], [np.array([3, 9])])):
+    for pack in (packed(target), make_pack([PackDocument("a", document(target, 23, 4), np.array([3, 9]))])):
         for one, other in zip(*(share_and_gradients(target, drafter, pack) for drafter in (plain, changed))):
             torch.testing.assert_close(one, other)
 
@@ -294,8 +295,8 @@ def test_fp8_products_stay_near_the_others():
 @pytest.mark.parametrize("start", [0, 11], ids=["whole", "cropped"])
 def test_a_pack_without_anchors_teaches_nothing(target, cell, start):
     """Its one filler stands at the first token, which has nothing before it, also where the document was cropped."""
-    drafter, none = drafter_of(target, *cell), [np.zeros(0, dtype=np.int64)]
-    pack = make_pack(["a"], [document(target, 17, 1)], none, starts=[start])
+    drafter, none = drafter_of(target, *cell), np.zeros(0, dtype=np.int64)
+    pack = make_pack([PackDocument("a", document(target, 17, 1), none, start)])
     assert not pack.valid(4).any() and not pack.row_index(4)[1].any()
     share, *gradients = share_and_gradients(target, drafter, pack)
     assert share.item() == 0 and not any(g.any() for g in gradients if g is not None)

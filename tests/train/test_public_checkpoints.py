@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import UserError
-from data_prep.target.target import Target, load_tokenizer
+from data_prep.target.loading import load_tokenizer
+from data_prep.target.target import Target
 from tests.conftest import ROOT
 from tests.support.speculators_models import LENGTH, TINY, package
 from tests.train.test_export import ANCHORS, assert_same, block_logits, drafter_for, eagle3_logits

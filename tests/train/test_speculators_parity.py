@@ -25,7 +25,7 @@ from tests.support.models import small_target
 from tests.support.speculators_models import LENGTH, TINY, ascending, model_of, names_of, package, real_text
 from tests.train.test_export import HIDDEN, aux, drafter_for
 from tests.train.test_objectives import objective_of
-from train.data.packs import make_pack
+from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 
 STEPS = 4
@@ -64,7 +64,7 @@ def pack_of(text, anchors):
         "last_hidden": states.last_hidden[:-1],
         **{f"hidden.{i}": t for i, t in states.hidden.items()},
     }
-    return make_pack(["text"], [document], [np.array(anchors)])
+    return make_pack([PackDocument("text", document, np.array(anchors))])
 
 
 def step_of_ours(target, drafter, text, anchors, loss, weight_J, divisor):

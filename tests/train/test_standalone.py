@@ -18,7 +18,7 @@ from train.drafter.config import DrafterConfig
 from train.drafter.standalone import Standalone, check_vocabulary, lm_config
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
-from train.views.plan import FULL
+from train.views.recipe import FULL
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 11}
 SIZES |= {"max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_prep.recipe import TargetRecipe
-from data_prep.target.target import load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer
 from eval.engine.drafting import Proposal, StaticNobody
 from eval.engine.request import Stops
 from tests.eval.test_decode import generated

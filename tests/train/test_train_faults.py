@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from common.errors import UserError
+from common.ranks import free_port
 from tests.conftest import SMALL, command, deepspeed
 from tests.launchers.test_launch import TRAIN, assert_same_run, losses, wait_for
 from train.drafter.build import load_drafter
-from train.run.checkpoint import latest
-from train.run.ranks import free_port
+from train.run.folder import latest
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

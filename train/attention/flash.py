@@ -16,11 +16,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from train.attention.backend import Keys, backend
 from train.attention.visibility import Visibility
 
-Keys = Tensor | tuple[Tensor, ...]  # [K, G, D], or the memory's and each step's
 
-
+@backend(takes_parts=True)
 def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
     assert visibility.selection is None
@@ -33,9 +33,6 @@ def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Te
     sizes = [len(memory.position), *[len(q_QHD)] * steps]
     (k_PGD, *k_steps), (v_PGD, *v_steps) = (t.split(sizes) if isinstance(t, Tensor) else t for t in (k_KGD, v_KGD))
     return _Joint.apply(q_QHD, k_PGD, v_PGD, place_Q, memory.bounds, *k_steps, *v_steps)
-
-
-flash.apart = True
 
 
 class _Joint(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.attention.backend import backend
 from train.attention.visibility import TILE, Visibility
 
 # Below 128 queries PyTorch would take its decoding kernel, which has no choice for symbolic sizes and refuses to compile.
@@ -24,6 +25,7 @@ def _compiled(dynamic: bool):
     return torch.compile(attention, dynamic=dynamic)
 
 
+@backend(takes_parts=False)
 def flex(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]."""
     mask = visibility.block_mask(q_QHD.shape[1] // k_KGD.shape[1])

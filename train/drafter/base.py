@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import publish, write_text
-from data_prep.target.target import FrozenHead, States, Target
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead

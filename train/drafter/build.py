@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from data_prep.target.target import Architecture, Sizes
+from data_prep.target.architecture import Architecture, Sizes
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.imported import imported_config

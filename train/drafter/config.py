@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.target.target import Architecture
+from data_prep.target.architecture import Architecture
 from train.schedules.registry import OBJECTIVES
 from train.schedules.schedule import Schedule
 

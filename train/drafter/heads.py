@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.decoding.products import Product
-from data_prep.target.target import FrozenHead
+from data_prep.target.frozen_head import FrozenHead
 from train.drafter.config import DrafterConfig
-from train.losses.chunked import HeadInput, Heads, RowStatistics, chunked_loss
+from train.losses.chunked import chunked_loss
+from train.losses.types import HeadInput, Heads, RowStatistics
 from train.precision import fp8
 
 

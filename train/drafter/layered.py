@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_prep.target.target import FrozenHead, States, Target
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
 from train.drafter.config import DrafterConfig
@@ -176,8 +178,7 @@ class LayeredDrafter(Drafter):
             inputs = layer.inputs(x, token)
             own = layer.keys_values(inputs, rope)
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
-            apart = getattr(attend, "apart", False)
-            keys = {name: steps.after(memory.layers[index][name], apart) for name, steps in kept[index].items()}
+            keys = {name: steps.after(memory.layers[index][name], attend.takes_parts) for name, steps in kept[index].items()}
             x = self._through(layer, x, inputs, rope, keys, visibility[index], attend)
         return x, kept
 

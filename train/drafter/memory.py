@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 from train.attention.visibility import Places, Selection
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV, Rope

@@ -25,7 +25,10 @@ from transformers import (
 )
 
 from common.errors import UserError, first_line
-from data_prep.target.target import STATIC_ROPE, FrozenHead, States, Target
+from data_prep.target.architecture import STATIC_ROPE
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
+from data_prep.target.target import Target
 from train.attention.reference import reference
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
-from data_prep.target.target import FrozenHead
+from data_prep.target.frozen_head import FrozenHead
 from train.drafter.base import Drafter
 from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_names, read_fields

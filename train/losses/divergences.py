@@ -3,8 +3,10 @@
 q is the drafter's distribution over its own vocabulary. p is the target's over *its* vocabulary, at the drafter's tokens only:
 where the draft vocabulary is reduced it sums to less than one, because what the drafter cannot say it cannot get accepted.
 
-Shapes: R rows, D draft vocabulary. Every function maps (log_q [R, D], log_p [R, D], label [R]) to a loss [R] in nats
-(tv: a probability). A label of -1 is a token that the drafter cannot say.
+`train/losses/terms.py` lists which of them a configuration can give a weight.
+
+Shapes: R rows, D draft vocabulary. Every per-slot loss maps (log_q [R, D], log_p [R, D], label [R], mix [R]) to [R], in nats
+(tv: a probability). A label of -1 is a token that the drafter cannot say. `mix` is lk_lambda's lambda, which no other loss reads.
 """
 
 import torch
@@ -12,23 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def kl(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+def kl(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """Forward KL(p || q) = sum_v p (log p - log q). The only term in which p is renormalised over the draft vocabulary (LK
     losses, section 3): as it is, the drafter would be asked to sum to less than one."""
     return F.kl_div(log_q, log_p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
-def reverse_kl(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+def reverse_kl(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """KL(q || p) = sum_v q (log q - log p)."""
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
-def ce(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+def ce(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """-log q(label): cross entropy with the text's own token (DFlash). A label outside the draft vocabulary teaches nothing."""
     return F.nll_loss(log_q, label, reduction="none", ignore_index=-1)
 
 
-def ce_greedy(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+def ce_greedy(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """-log q(argmax p): cross entropy with the target's own most likely token, among those that the drafter can say
     (BudgetDraft's hard label)."""
     return F.nll_loss(log_q, log_p.argmax(-1), reduction="none")
@@ -39,28 +41,19 @@ def overlap(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.minimum(log_p, log_q).exp().sum(-1)
 
 
-def tv(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+def tv(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """1 - alpha; over a full vocabulary the total variation, half of the L1 distance."""
     return 1 - overlap(log_q, log_p)
 
 
-def lk_alpha(log_q: Tensor, log_p: Tensor, label: Tensor) -> Tensor:
+def lk_alpha(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """-log alpha (LK losses, equation 6), by log-sum-exp: alpha itself underflows for distributions that hardly meet."""
     return -torch.minimum(log_p, log_q).logsumexp(-1)
 
 
-DIVERGENCES = {"kl": kl, "reverse_kl": reverse_kl, "ce": ce, "ce_greedy": ce_greedy, "tv": tv, "lk_alpha": lk_alpha}
-
-
-def mixture(weights: dict[str, float], log_q: Tensor, log_p: Tensor, label: Tensor, mix_R: Tensor) -> Tensor:
-    """Weighted sum of per-slot losses, [R]. `mix_R` is lk_lambda's lambda: how much of each row is KL, the rest being TV."""
-    total = torch.zeros_like(mix_R)
-    for name, weight in weights.items():
-        if name == "lk_lambda":
-            total = total + weight * (mix_R * kl(log_q, log_p, label) + (1 - mix_R) * tv(log_q, log_p, label))
-        else:
-            total = total + weight * DIVERGENCES[name](log_q, log_p, label)
-    return total
+def lk_lambda(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor) -> Tensor:
+    """mix KL + (1 - mix) TV (LK losses): KL while little is accepted, total variation once much is."""
+    return mix * kl(log_q, log_p, label) + (1 - mix) * tv(log_q, log_p, label)
 
 
 def expected_accepted(overlap_NJ: Tensor, valid_NJ: Tensor) -> Tensor:

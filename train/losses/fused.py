@@ -1,4 +1,4 @@
-"""What `chunked.reference_loss` does between a chunk's logits and their gradient, as Triton kernels: one program a row, which
+"""What `reference.reference_loss` does between a chunk's logits and their gradient, as Triton kernels: one program per row, which
 reads the drafter's logits three times (twice where no term needs a sum first) and overwrites them with the gradient.
 
 With log_q = z - lse(z), a loss of gradient g_v in log_q_v has the gradient g_v - q_v sum_u g_u in z_v. Of the terms:
@@ -16,10 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.losses.chunked import Chunk, RowStatistics
+from common.errors import UserError
+from train.losses import terms
+from train.losses.choose import without_kernel
+from train.losses.types import Chunk, RowStatistics
 
-BLOCK, WARPS = 4096, 8
-NAMES = ("kl", "reverse_kl", "ce", "ce_greedy", "tv", "lk_alpha", "lk_lambda")
+BLOCK = 4096  # tokens of a row that are looked at together
+# 256 threads hold 16 tokens each, and about ten running values for each token, in registers. A row has as many as 50,000 tokens
+# and more, so that one program has enough to do, and a chunk has rows enough to fill a GPU.
+WARPS = 8
 
 
 @triton.jit
@@ -154,7 +159,13 @@ def _loss_kernel(
 
 
 def fused(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatistics, Tensor | None]:
-    """`chunked.reference_loss`; the gradient takes the place of the drafter's logits."""
+    """`reference_loss`; the gradient takes the place of the drafter's logits.
+
+    Raises:
+        UserError: a term has a weight that the kernel lacks. It would train at zero.
+    """
+    if missing := without_kernel(loss):
+        raise UserError(f"loss.{missing[0]} is no part of the fused kernel (train/losses/fused.py); docs/extend/loss.md")
     lse_whole_T, best_whole_T = _softmax(chunk.target_TV)
     target, lse_kept_T, best_kept_T = chunk.target_TV, lse_whole_T, best_whole_T
     if chunk.kept_D is not None:
@@ -166,7 +177,7 @@ def fused(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatis
     overlap_weight_C = chunk.weight_C if chunk.overlap_weight_C is None else chunk.overlap_weight_C
     _loss_kernel[(count,)](
         chunk.draft_CD, target, chunk.teacher_C, lse_whole_T, lse_kept_T, best_kept_T, chunk.label_C, chunk.mix_C, chunk.weight_C,
-        overlap_weight_C, found_3C, best_C, size, **{name.upper(): float(loss.get(name, 0)) for name in NAMES},
+        overlap_weight_C, found_3C, best_C, size, **{name.upper(): float(loss.get(name, 0)) for name in terms.in_kernel()},
         OVERLAP=chunk.overlap_weight_C is not None, LEARNS=learns, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     best_q_C = best_C.long() if chunk.kept_D is None else chunk.kept_D[best_C]

@@ -1,39 +1,39 @@
-"""What a loss is made of. `train/objectives` joins the terms; this file only names them."""
+"""What a loss is made of: a key for each term of the table (`train/losses/terms.py`). `train/objectives` joins the terms."""
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from common.recipe import Section
+from common.rules import obeying
+from train.losses.terms import TERMS, per_slot
+from train.rules import LOSS
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-class LossRecipe(Section):
-    """A weighted sum of terms. The first seven are per slot and share the slot weights; the others are averaged by themselves.
+class _Loss(Section):
+    """A weighted sum of terms. Per-slot terms share the slot weights; the others are averaged by themselves.
 
     Each term's sum over all ranks is divided by its own sum of weights, so a term's weight means the same at any size.
     """
 
-    kl: Weight = 0.0  # forward KL(p || q)
-    reverse_kl: Weight = 0.0  # KL(q || p)
-    ce: Weight = 0.0  # cross entropy with the text's own token
-    ce_greedy: Weight = 0.0  # cross entropy with the target's most likely token
-    tv: Weight = 0.0  # total variation; half of an L1 distance
-    lk_alpha: Weight = 0.0  # -log sum_v min(p, q)
-    lk_lambda: Weight = 0.0  # lambda KL + (1 - lambda) TV, lambda = exp(-eta alpha)
-    eta: float = Field(3.0, gt=0)  # of lk_lambda
-    expected_length: Weight = 0.0  # 1 - E/J, E the expected number of accepted slots, through the product of overlaps
-    kv_align: Weight = 0.0  # the drafter's own K/V against the target's, at the slot's own position
-    query_align: Weight = 0.0  # its queries against those with which the target made the slot's teacher
-
     @property
     def per_slot(self) -> dict[str, float]:
-        names = ("kl", "reverse_kl", "ce", "ce_greedy", "tv", "lk_alpha", "lk_lambda")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        """The weight of each per-slot term that has one."""
+        return {name: getattr(self, name) for name in per_slot() if getattr(self, name)}
 
     @model_validator(mode="after")
     def _something_to_learn(self):
-        if not self.per_slot and not self.expected_length:
-            raise ValueError("no term has a weight; say loss=kl, or loss.tv=1")
-        return self
+        return obeying(LOSS, self)
+
+
+def _keys() -> dict[str, tuple]:
+    """A key for each term, by which it gets its weight, and eta behind the terms that it belongs to."""
+    weights = {name: (Weight, Field(0.0, description=term.meaning)) for name, term in TERMS.items()}
+    keys = {name: weights[name] for name in per_slot()}
+    keys["eta"] = (float, Field(3.0, gt=0, description="lk_lambda: how fast KL gives way to TV as acceptance grows"))
+    return keys | weights
+
+
+LossRecipe = create_model("LossRecipe", __base__=_Loss, __module__=__name__, __doc__=_Loss.__doc__, **_keys())

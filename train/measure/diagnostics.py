@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.target.target import States
+from data_prep.target.states import States
 from train.attention.visibility import DraftRows, Visibility
-from train.data.packs import Pack
+from train.data.pack import Pack
 from train.drafter.base import Drafter
 from train.measure import acceptance
 from train.objectives.align import Watch, target_queries

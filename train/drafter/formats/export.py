@@ -17,69 +17,96 @@ The features' layers are written in ascending order, as servers concatenate them
     eagle_config.eagle_aux_hidden_state_layer_ids                   SGLang: the layer's output
     dflash_config.target_layer_ids, target_layer_ids                both: the layer's output
 
+A format is a row of `FORMATS` below. docs/extend/format.md shows how to add one.
+
 What the tests run: eagle3, peagle and dflash in vLLM 0.32 on a CPU, and all four in speculators 0.9.0. SGLang 0.5.23 and vLLM's
-DSpark, which needs a GPU, were read and not run. docs/serving.md has the table.
+DSpark, which needs a GPU, were read and not run. docs/guide/serving.md has the table.
 """
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from common.errors import UserError
-from common.files import publish, write_text
-from data_prep.target.target import Architecture, Target
+from data_prep.target.target import Target
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.formats.names import MASK_FILE, method_of, served_names
-from train.drafter.formats.served_config import plain_config, speculators_config
+from train.drafter.formats.names import method_of
+from train.drafter.formats.served import save_served, unfit_for_servers
 
 METHODS = ("eagle3", "peagle", "dflash", "dspark")
-FORMATS = {"eagle3": ("eagle3",), "dflash": ("dflash",), "dspark": ("dspark",), "speculators": METHODS}
+
+
+def _nothing(config: DrafterConfig) -> dict[str, bool]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How drafters are written.
+
+    Args:
+        kinds: which drafters over hidden states it holds, by `names.method_of`; None: any drafter at all.
+        save: writes a drafter, with what it needs of its target, into a folder. Returns what whoever loads it does otherwise, a
+            sentence each.
+        unfit: why a drafter of these kinds cannot be written all the same: {reason: whether it holds}.
+    """
+
+    kinds: tuple[str, ...] | None
+    save: Callable[[Drafter, Target, Path], list[str]]
+    unfit: Callable[[DrafterConfig], dict[str, bool]] = _nothing
+
+
+def _save_native(drafter: Drafter, target: Target, folder: Path) -> list[str]:
+    """Our own format. In bf16 it has half the bytes."""
+    drafter.to(torch.bfloat16).save_pretrained(folder)
+    return []
+
+
+# The choices of `format=`, in the order in which refusals name them.
+FORMATS = {
+    "eagle3": Format(("eagle3",), partial(save_served, format="eagle3"), unfit_for_servers),
+    "dflash": Format(("dflash",), partial(save_served, format="dflash"), unfit_for_servers),
+    "dspark": Format(("dspark",), partial(save_served, format="dspark"), unfit_for_servers),
+    "speculators": Format(METHODS, partial(save_served, format="speculators"), unfit_for_servers),
+    "drafter": Format(None, _save_native),
+}
 
 
 def check_export(config: DrafterConfig, format: str) -> None:
-    """Raises UserError when no server could load the drafter as a checkpoint of this format."""
-    if format == "drafter":
-        return
-    reasons = {
-        "it is a language model of its own (drafter.lm), and the format holds a head over the target's states": bool(config.lm),
-        "reuse=none reads no hidden states, of which the format is made": config.reuse == "none",
-        f"reuse={config.reuse} reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter": config.uses_kv,
-    }
+    """Raises UserError when nobody could load the drafter as a checkpoint of this format."""
+    kinds = FORMATS[format].kinds
+    reasons = {} if kinds is None else _unfit_for_hidden(config)
+    if kinds is not None and not any(reasons.values()):
+        # Only a drafter over hidden states has a method.
+        reasons = _unfit_for_kinds(config, kinds)
     if not any(reasons.values()):
-        reasons = _unfit(config, format)
+        reasons = FORMATS[format].unfit(config)
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         raise UserError(f"the drafter cannot be exported as format={format}: {reason}")
 
 
-def _unfit(config: DrafterConfig, format: str) -> dict[str, bool]:
-    """Why a drafter over hidden states does not fit the format."""
-    method, blocks = method_of(config), not config.schedule.token_by_token
-    suited = " or ".join(f"format={name}" for name, methods in FORMATS.items() if method in methods)
+def _unfit_for_hidden(config: DrafterConfig) -> dict[str, bool]:
+    """Why a drafter is none over hidden states alone."""
     return {
-        f"it is for {' and '.join(FORMATS[format])}, and this is {method}: {suited}": method not in FORMATS[format],
-        "its projections have biases, and the layers of vLLM 0.32 and SGLang 0.5.23 have others or none": (
-            config.architecture.qkv_bias
-        ),
-        f"drafter.rope_factor={config.rope_factor:g} on top of the target's own scaling has no name in a configuration": (
-            config.rope_factor != 1 and not _plain(config.architecture)
-        ),
-        "vLLM 0.32 and SGLang 0.5.23 run no GRU that corrects what the LM head reads (drafter.sequential=gru)": (
-            config.sequential == "gru"
-        ),
-        "DFlash and DSpark norm queries and keys (train with drafter.qk_norm=true)": (
-            method in ("dflash", "dspark") and not config.normed
-        ),
-        "servers embed MASK as a token, and target.mask_token_id was null": blocks and config.mask_token_id is None,
+        "it is a language model of its own (drafter.lm), and the format holds a head over the target's states": bool(config.lm),
+        "reuse=none reads no hidden states, of which the format is made": config.reuse == "none",
+        f"reuse={config.reuse} reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter": config.uses_kv,
     }
+
+
+def _unfit_for_kinds(config: DrafterConfig, kinds: tuple[str, ...]) -> dict[str, bool]:
+    method = method_of(config)
+    suited = " or ".join(f"format={name}" for name, format in FORMATS.items() if method in (format.kinds or ()))
+    return {f"it is for {' and '.join(kinds)}, and this is {method}: {suited}": method not in kinds}
 
 
 @torch.no_grad()
 def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> list[str]:
-    """`config.json` and `model.safetensors` as servers read them (and a learned MASK of DFlash beside them).
+    """Write the drafter into `folder` as a checkpoint of this format.
 
     Returns:
         what a server will do otherwise, a sentence each. Drafts then differ; what is verified, and so the output, does not.
@@ -88,152 +115,4 @@ def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> 
         UserError: no server could load it.
     """
     check_export(drafter.config, format)
-    if format == "drafter":
-        drafter.to(torch.bfloat16).save_pretrained(folder)
-        return []
-    mine, theirs = ([a.rope_scale, *a.inv_freq] for a in (drafter.config.architecture, target.architecture))
-    if not torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=0):
-        raise UserError(f"format={format} has the target's rotary embedding; this drafter, which was imported, has another")
-    folder.mkdir(parents=True, exist_ok=True)
-    described = speculators_config if format == "speculators" else plain_config
-    config = described(drafter.config, target, str(drafter.dtype).removeprefix("torch."))
-    tensors = exported_weights(drafter, target, format)
-    (folder / "config.json").unlink(missing_ok=True)  # a folder without it is no checkpoint
-    (folder / MASK_FILE).unlink(missing_ok=True)
-    if _mask_goes_beside(drafter, target):
-        mask = {"mask_token_id": drafter.config.mask_token_id, "embedding": drafter.mask.weight[0].detach().cpu().clone()}
-        torch.save(mask, folder / f"{MASK_FILE}.tmp")
-        publish(folder / f"{MASK_FILE}.tmp", folder / MASK_FILE)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    write_text(folder / "config.json", json.dumps(config, indent=1))
-    return _notes(drafter, target, format)
-
-
-def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint, under its servers' name."""
-    config, method = drafter.config, method_of(drafter.config)
-    ours = _ascending(drafter)
-    first_layer = "midlayer" if format == "eagle3" and config.depth == 1 else "layers.0"
-    tensors = {theirs: ours[name] for name, theirs in served_names(config, first_layer).items()}
-    if format == "eagle3":  # SGLang norms the stream of later layers under this name
-        for index in range(1, config.depth):
-            tensors[f"layers.{index}.hidden_norm.weight"] = ours[f"layers.{index}.input_norm.weight"].clone()
-    tensors |= _head(drafter, target)
-    if method == "dspark":
-        tensors |= _markov_head(drafter, target)
-    if method == "peagle":
-        tensors["mask_hidden"] = ours["mask_hidden.weight"][None]
-    if method in ("dspark", "peagle") and not _mask_is_a_token(drafter, target):
-        table_VE = target.frozen_head.embedding_VE.to(drafter.dtype).clone()
-        table_VE[config.mask_token_id] = drafter.mask.weight[0]
-        tensors["embed_tokens.weight"] = table_VE
-    return tensors
-
-
-def _ascending(drafter: Drafter) -> dict[str, Tensor]:
-    """The drafter's weights under its own names; what belongs to a layer of the target stands by ascending layer."""
-    weights, layers = dict(drafter.state_dict()), drafter.config.hidden_layers
-    order = sorted(range(len(layers)), key=lambda i: layers[i])
-    for name in {"fc.weight", "mask_hidden.weight"} & weights.keys():
-        chunks = weights[name].chunk(len(layers), dim=1)
-        weights[name] = torch.cat([chunks[i] for i in order], dim=1)
-    if drafter.config.fc_norm:
-        norms = [weights[f"fc_norm.{i}.weight"] for i in order]
-        weights |= {f"fc_norm.{place}.weight": norm for place, norm in enumerate(norms)}
-    return weights
-
-
-def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
-    """The LM head [D, E], unless it is the target's whole one. A reduced vocabulary has `d2t` [D], draft token i being target
-    token i + d2t[i], and `t2d` [V], what can be said; vLLM refuses the two beside a whole one."""
-    config, kept_D = drafter.config, drafter.head.kept_D
-    if not (config.own_head or config.draft_vocab):
-        return {}
-    tensors = {"lm_head.weight": drafter.head.heads(target.frozen_head).draft_DE}
-    if kept_D is not None:
-        tensors["d2t"] = kept_D - torch.arange(len(kept_D), device=kept_D.device)
-        sayable_V = torch.zeros(config.architecture.vocab_size, dtype=torch.bool, device=kept_D.device)
-        tensors["t2d"] = sayable_V.index_fill_(0, kept_D, True)
-    return tensors
-
-
-def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
-    """W1 [V, r] and W2 [D, r], so that W2 W1[x] is what our head adds to the logits: head up down e(x). Without one, zeros of
-    rank one: SGLang 0.5.23 refuses rank 0."""
-    head = target.frozen_head
-    draft_DE = drafter.head.heads(head).draft_DE.to(drafter.dtype)
-    embedding_VE = head.embedding_VE.to(drafter.dtype)
-    if drafter.sequential is None:
-        previous_VR, next_DR = embedding_VE.new_zeros(len(embedding_VE), 1), draft_DE.new_zeros(len(draft_DE), 1)
-    else:
-        previous_VR = embedding_VE @ drafter.sequential.down.weight.T
-        next_DR = draft_DE @ drafter.sequential.up.weight
-    return {"markov_head.markov_w1.weight": previous_VR, "markov_head.markov_w2.weight": next_DR}
-
-
-def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
-    """What servers do with it otherwise than we."""
-    config, method = drafter.config, method_of(drafter.config)
-    learned = not config.schedule.token_by_token and not _mask_is_a_token(drafter, target)
-    beside = _mask_goes_beside(drafter, target)
-    table_mib = target.frozen_head.embedding_VE.numel() * drafter.norm.weight.itemsize / 2**20
-    notes = {
-        "vLLM 0.32 runs DSpark on GPUs only": method == "dspark",
-        "vLLM 0.32 on a CPU norms the keys of all DFlash layers with the first layer's weight, so that less is accepted there": (
-            method == "dflash" and config.depth > 1
-        ),
-        f"the learned MASK makes the checkpoint {table_mib:,.0f} MiB larger: it holds the target's embeddings with MASK's row": (
-            learned and not beside
-        ),
-    }
-    if format == "speculators":
-        notes["SGLang 0.5.23 does not read format=speculators"] = method != "peagle"
-        notes |= {f"the learned MASK is in {MASK_FILE}, which vLLM reads and the speculators package does not": beside}
-    else:
-        notes |= _sglang_notes(config, learned)
-    return [note for note, holds in notes.items() if holds]
-
-
-def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
-    """What SGLang 0.5.23 does with a checkpoint of a format that it reads."""
-    method, last, token = method_of(config), config.architecture.num_layers - 1, config.mask_token_id
-    reduced, dspark = bool(config.draft_vocab), method == "dspark"
-    return {
-        f"SGLang 0.5.23 hands out no hidden state of the target's last layer, {last}, which is read": (
-            max(config.hidden_layers) == last
-        ),
-        "SGLang 0.5.23 has no class for EAGLE-3 with norms of queries and keys, and refuses it": (
-            method == "eagle3" and config.normed
-        ),
-        "SGLang 0.5.23 does not know drafter.norm_before_residual, so that less is accepted there": config.norm_before_residual,
-        "SGLang 0.5.23 leaves out fc where one hidden state alone is read, so that less is accepted there": (
-            method == "eagle3" and len(config.hidden_layers) == 1
-        ),
-        "SGLang 0.5.23 does not load DSpark with a reduced vocabulary": dspark and reduced,
-        "SGLang 0.5.23 drafts with the target's LM head instead of the drafter's own": (
-            (method == "dflash" and (reduced or config.own_head)) or (dspark and config.own_head and not reduced)
-        ),
-        f"SGLang 0.5.23 writes the learned MASK over the target's own embedding of token {token}, which no text should hold": (
-            method == "dflash" and learned
-        ),
-        f"SGLang 0.5.23 passes over the learned MASK and embeds token {token}": dspark and learned,
-    }
-
-
-def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:
-    """Whether MASK is what servers make of it: the target's embedding of `mask_token_id`."""
-    return torch.equal(drafter.mask.weight[0], target.frozen_head.embedding_VE[drafter.config.mask_token_id])
-
-
-def _mask_goes_beside(drafter: Drafter, target: Target) -> bool:
-    """Whether the checkpoint needs vLLM's file of one embedding: DFlash's readers know no other small place for it."""
-    return method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
-
-
-def _plain(a: Architecture) -> bool:
-    """Whether the target's RoPE is unscaled: a geometric series from 1 on."""
-    inv_freq = torch.tensor(a.inv_freq, dtype=torch.float64)
-    ratio = inv_freq[-1] ** (1 / max(1, len(inv_freq) - 1))
-    return a.rope_scale == 1 and torch.allclose(inv_freq, ratio ** torch.arange(len(inv_freq)), rtol=1e-4)
+    return FORMATS[format].save(drafter, target, folder)

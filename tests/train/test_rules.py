@@ -1,0 +1,98 @@
+"""Every combination that training refuses has a case that meets it, on the command line where one can."""
+
+from dataclasses import replace
+
+import pytest
+
+from common import cli
+from common.errors import UserError
+from common.rules import first_broken
+from data_prep.cache.reader import CacheReader
+from data_prep.target.architecture import Architecture
+from tests.support.rules import by_name, pattern
+from train import rules
+from train.build import check_training
+from train.recipe import TrainRecipe
+
+RULES = by_name(rules.TABLES)
+SPARSE = "objective=budgetdraft"
+LINES = {
+    "keys of blocks under ttt": ["objective=ttt", "+objective.causal=true"],
+    "smallest above largest": [SPARSE, "objective.smallest=300", "objective.largest=299"],
+    "block of one slot": ["objective.slots=1"],
+    "K/V keys without K/V": ["reuse=none", "+reuse.source=projected"],
+    "kv_layers of native K/V": ["reuse=kv", "reuse.kv_layers=[0]"],
+    "hidden_layers without hidden states": ["reuse=kv", "+reuse.hidden_layers=[0]"],
+    "pairs without hidden states": ["reuse=kv", "+reuse.pairs=true"],
+    "fusion of one memory": ["reuse=kv", "+reuse.fusion=cross_only"],
+    "gate that does not exist": ["reuse=kv", "+reuse.gate.floor=0.1"],
+    "keys of layers beside lm": ["objective=ttt", "reuse=none", "drafter.lm=x", "drafter.own_head=true"],
+    "loss without a term": ["loss.kl=0"],
+    "refresh below one token": [SPARSE, "view.refresh=0"],
+    "budget of the full view": ["view.budget=256"],
+    "sinks in parts of chunks": [SPARSE, "view.sink=4"],
+    "no recent positions": [SPARSE, "view.recent=null"],
+    "recent of sink_recent": [SPARSE, "view=sink_recent", "+view.recent=9"],
+    "snapkv without a window": [SPARSE, "view=snapkv", "view.pool=4"],
+    "budget below the least": [SPARSE, "view.budget=79"],
+    "cross_only in blocks": ["reuse.fusion=cross_only"],
+    "sequential head under ttt": ["objective=ttt", "drafter.sequential=gru"],
+    "norm_before_residual without a feature": ["drafter.norm_before_residual=true"],
+    "align losses without K/V": ["reuse=hidden", "loss.kv_align=1"],
+    "query_align of projected keys": ["reuse.source=projected", "loss.query_align=1"],
+    "pairs under ttt": ["objective=ttt", "reuse=hidden", "reuse.pairs=true"],
+    "pairs in a block that looks ahead": ["reuse=hidden", "reuse.pairs=true"],
+    "prefix of pairs": ["experiment=peagle", "objective.prefix=0.9"],
+    "fc_norm without pairs": ["reuse=hidden", "drafter.fc_norm=true"],
+    "norm_output without a stream": ["objective=ttt", "reuse=none", "drafter.norm_output=true"],
+    "language model that reads the target": ["objective=ttt", "drafter.lm=x"],
+    "view=auto": ["view=auto"],
+    "budgetdraft under the full view": [SPARSE, "view=full"],
+    "view without budgetdraft": ["view=topk_chunk"],
+    "budget of everything": [SPARSE, "view.budget=0"],
+    "judged budget below the least": [SPARSE, "objective.smallest=79"],
+    "align losses under views": [SPARSE, "loss.kv_align=1"],
+    "in_cache positions of mixed keys": [SPARSE, "reuse.source=projected", "view.positions=in_cache"],
+    "recompute of a language model": ["objective=ttt", "reuse=none", "drafter.lm=x", "train.recompute=true"],
+    "fp8 without what it needs": ["train.fp8=true", "train.precision=bf16", "deepspeed=zero3"],
+    "kind that the cache lacks": ["loss.query_align=1"],
+    "more draft layers than captured ones": ["drafter.layers=9"],
+    "target_layers of another number": ["drafter.target_layers=[0,5]"],
+    "layer that the target lacks": ["drafter.target_layers=[77]"],
+    "layer that the cache lacks": ["drafter.target_layers=[3]"],
+    "keys that are normed differently": ["drafter.qk_norm=false"],
+    "vocabulary that is not reduced": ["drafter.vocabulary=8192"],
+    "mask outside the vocabulary": ["target.mask_token_id=8192"],
+}
+
+
+def contexts(manifest) -> dict:
+    """(words of the line, context) of rules about machines, caches and models that are not here."""
+    small = replace(Architecture(**manifest.target["architecture"]), hidden_size=100)
+    lm = {"path": "x", "positions": 2048}
+    return {
+        "batch that ranks cannot share": (["train.batch=8"], 3),
+        "fp8 on an older GPU": (["train.fp8=true"], rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
+        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], rules.Shapes(small, tile=16)),
+        "documents beyond a language model": (
+            ["objective=ttt", "reuse=none", "drafter.lm=x"],
+            rules.Documents(longest=4096, lm=lm),
+        ),
+        "cache of another tokenizer": ([], rules.Tokens(manifest, "another")),
+    }
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_that_meets_the_rule_is_refused_with_its_words(cache, name):
+    with pytest.raises(UserError, match=pattern(RULES[name])):
+        check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *LINES[name]]))
+
+
+def test_rules_of_what_is_not_here_speak_too(cache):
+    for name, (words, context) in contexts(CacheReader(cache).manifest).items():
+        recipe = cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words])
+        assert first_broken([RULES[name]], recipe, context), name
+
+
+def test_every_rule_has_a_case(cache):
+    assert {*LINES, *contexts(CacheReader(cache).manifest)} == set(RULES)

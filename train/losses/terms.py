@@ -1,0 +1,64 @@
+"""The terms of a loss, in one table. From it derive the keys of `conf/loss/` (`LossRecipe`), the reference, what the fused kernel
+is asked for, and what the objective divides by. `docs/extend/loss.md` says how to add a term.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from train.losses import divergences
+
+
+class Term(NamedTuple):
+    """One term of a loss.
+
+    Args:
+        meaning: what it is, in a line, with its paper where it has one.
+        definition: the plain definition. Of a per-slot term a function (log_q [R, D], log_p [R, D], label [R], mix [R]) -> [R],
+            see `divergences`; of another term whatever its caller in `train/objectives/` asks for.
+        per_slot: its rows are summed under the slot weights, with those of all per-slot terms. Otherwise it is averaged by
+            itself, with a divisor of its own.
+        in_kernel: the Triton kernel (`train/losses/fused.py`) has it. Only of per-slot terms: no other passes through the kernel.
+    """
+
+    meaning: str
+    definition: Callable[..., Tensor]
+    per_slot: bool = True
+    in_kernel: bool = False
+
+
+TERMS: dict[str, Term] = {
+    "kl": Term("forward KL(p || q); EAGLE-3", divergences.kl, in_kernel=True),
+    "reverse_kl": Term("KL(q || p)", divergences.reverse_kl, in_kernel=True),
+    "ce": Term("cross entropy with the text's own token; DFlash", divergences.ce, in_kernel=True),
+    "ce_greedy": Term("cross entropy with the target's most likely token; BudgetDraft", divergences.ce_greedy, in_kernel=True),
+    "tv": Term("total variation; half of an L1 distance", divergences.tv, in_kernel=True),
+    "lk_alpha": Term("-log sum_v min(p, q); LK losses, equation 6", divergences.lk_alpha, in_kernel=True),
+    "lk_lambda": Term("lambda KL + (1 - lambda) TV, lambda = exp(-eta alpha); LK losses", divergences.lk_lambda, in_kernel=True),
+    "expected_length": Term(
+        "1 - E/J, E the expected number of accepted slots, through the product of overlaps",
+        divergences.expected_accepted,
+        per_slot=False,
+    ),
+    "kv_align": Term(
+        "the drafter's own K/V against the target's, at the slot's own position", divergences.relative_error, per_slot=False
+    ),
+    "query_align": Term(
+        "its queries against those with which the target made the slot's teacher", divergences.relative_error, per_slot=False
+    ),
+}
+
+
+def parts() -> tuple[str, ...]:
+    """What is averaged by itself, in the order of `Outcome.terms_T`: all per-slot terms together ("slots"), then each other."""
+    return ("slots", *(name for name, term in TERMS.items() if not term.per_slot))
+
+
+def per_slot() -> tuple[str, ...]:
+    return tuple(name for name, term in TERMS.items() if term.per_slot)
+
+
+def in_kernel() -> tuple[str, ...]:
+    """The terms that the Triton kernel has."""
+    return tuple(name for name, term in TERMS.items() if term.in_kernel)

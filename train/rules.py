@@ -1,0 +1,465 @@
+"""Every combination of keys that training refuses: (condition, words), tried in order. See common/rules.py.
+
+The first tables need nothing but the recipe, and are applied when it is composed. The others also need the machine, the cache
+or the target, and are applied by `train/build.py`. This module imports no other part of `train`, so that all of them may use it.
+
+r: the recipe, or the section that the table is of. c: the context, which each table names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from common.rules import Rule
+
+if TYPE_CHECKING:
+    from data_prep.cache.manifest import Manifest
+    from data_prep.target.architecture import Architecture
+    from train.recipe import TrainRecipe
+
+
+# Over ObjectiveRecipe.
+OBJECTIVE = (
+    Rule(
+        "keys of blocks under ttt",
+        lambda r: r.kind == "ttt" and (r.shifted or r.causal or r.prefix),
+        "objective.shifted, .causal and .prefix are for block-wise drafting; ttt is causal and shifted by nature",
+    ),
+    Rule(
+        "smallest above largest",
+        lambda r: r.smallest > r.largest,
+        "objective.smallest={r.smallest} exceeds objective.largest={r.largest}",
+    ),
+    Rule(
+        "block of one slot",
+        lambda r: r.kind == "blockwise" and r.slots < 2,
+        "objective.slots={r.slots}: slot 0 of a block is the anchor itself, so a block needs at least 2 slots",
+    ),
+)
+
+# Over ReuseRecipe.
+REUSE = (
+    Rule(
+        "K/V keys without K/V",
+        lambda r: r.kind in ("none", "hidden") and (r.source != "native" or r.kv_layers != "auto"),
+        "reuse={r.kind} reads no K/V: reuse.source and reuse.kv_layers are for kv and hybrid",
+    ),
+    Rule(
+        "kv_layers of native K/V",
+        lambda r: r.source == "native" and r.kv_layers != "auto",
+        "reuse.source=native reads the layers of drafter.target_layers; reuse.kv_layers is for the other sources",
+    ),
+    Rule(
+        "hidden_layers without hidden states",
+        lambda r: r.kind in ("none", "kv") and r.hidden_layers != "auto",
+        "reuse={r.kind} reads no hidden states: reuse.hidden_layers is for hidden and hybrid",
+    ),
+    Rule(
+        "pairs without hidden states",
+        lambda r: r.kind != "hidden" and r.pairs,
+        "reuse.pairs is for reuse=hidden: a pair is a token and the feature that hidden states give",
+    ),
+    Rule(
+        "fusion of one memory",
+        lambda r: r.kind != "hybrid" and r.fusion != "gated_delta",
+        "reuse.fusion is for reuse=hybrid",
+    ),
+    Rule(
+        "gate that does not exist",
+        lambda r: (r.kind != "hybrid" or r.fusion == "cross_only") and r.gate != type(r.gate)(),
+        "reuse.gate is for reuse=hybrid reuse.fusion=gated_delta",
+    ),
+)
+
+
+def _beside_a_language_model(r) -> dict | None:
+    """The first key of a layered drafter that is set beside drafter.lm."""
+    if r.lm is None:
+        return None
+    keys = [name for name in ("warm_start", "qk_norm", "vocabulary", "sequential") if getattr(r, name) is not None]
+    if r.own_head:
+        keys.append("own_head")
+    return {"key": keys[0]} if keys else None
+
+
+# Over DrafterRecipe.
+DRAFTER = (
+    Rule(
+        "keys of layers beside lm",
+        _beside_a_language_model,
+        "drafter.lm brings layers, norms, vocabulary and head; leave out drafter.{key}",
+    ),
+)
+
+# Over LossRecipe.
+LOSS = (
+    Rule(
+        "loss without a term",
+        lambda r: not r.per_slot and not r.expected_length,
+        "no term has a weight; say loss=kl, or loss.tv=1",
+    ),
+)
+
+# Over View, in training and in evaluation.
+VIEW = (
+    Rule(
+        "refresh below one token",
+        lambda r: isinstance(r.refresh, int) and r.refresh < 1,
+        "view.refresh={r.refresh}: a selection lasts 1 token or more; or verify, or never",
+    ),
+    Rule(
+        "budget of the full view",
+        lambda r: r.kind == "full" and r.budget,
+        "view=full shows everything; view.budget is for the other views (0: everything)",
+    ),
+    Rule(
+        "sinks in parts of chunks",
+        lambda r: r.sink % r.chunk,
+        "view.sink={r.sink} is not whole chunks of view.chunk={r.chunk}",
+    ),
+    Rule(
+        "no recent positions",
+        lambda r: r.kind in ("topk_chunk", "snapkv") and r.recent is None,
+        "view={r.kind} needs view.recent, the positions that are always visible",
+    ),
+    Rule(
+        "recent of sink_recent",
+        lambda r: r.kind == "sink_recent" and r.recent is not None,
+        "view=sink_recent shows all that its sinks leave of the budget; it has no view.recent",
+    ),
+    Rule(
+        "snapkv without a window",
+        lambda r: r.kind == "snapkv" and not (r.recent and r.pool % 2),
+        "view=snapkv observes the last view.recent queries (1 or more), and view.pool is odd",
+    ),
+    Rule(
+        "budget below the least",
+        lambda r: r.budget and r.kind not in ("auto", "full") and r.budget < r.least,
+        "view.budget={r.budget}: {r.too_small}",
+    ),
+)
+
+
+def _over_pairs(r: TrainRecipe) -> bool:
+    """Whether ttt reads pairs of token and feature."""
+    return r.objective.kind == "ttt" and r.reuse.kind in ("hidden", "hybrid")
+
+
+def _judged_too_small(r: TrainRecipe) -> dict | None:
+    if r.view_sampler is None:
+        return None
+    least = min(r.view_sampler.judged)
+    return {"least": least} if least < r.view.least else None
+
+
+# Over TrainRecipe.
+RECIPE = (
+    Rule(
+        "cross_only in blocks",
+        lambda r: r.reuse.fusion == "cross_only" and r.objective.kind == "blockwise",
+        "reuse.fusion=cross_only with objective=blockwise has no hidden memory left: that is reuse=kv",
+    ),
+    Rule(
+        "sequential head under ttt",
+        lambda r: r.drafter.sequential and r.objective.kind != "blockwise",
+        "drafter.sequential is for objective=blockwise; every step of ttt reads the token before it",
+    ),
+    Rule(
+        "norm_before_residual without a feature",
+        lambda r: r.drafter.norm_before_residual and not _over_pairs(r),
+        "drafter.norm_before_residual is for ttt over hidden states, where a row reads a feature",
+    ),
+    Rule(
+        "align losses without K/V",
+        lambda r: (r.loss.kv_align or r.loss.query_align) and r.reuse.kind not in ("kv", "hybrid"),
+        "loss.kv_align and loss.query_align compare K/V and queries with the target's; reuse={r.reuse.kind} reads no K/V",
+    ),
+    Rule(
+        "query_align of projected keys",
+        lambda r: r.loss.query_align and r.reuse.source.startswith("projected"),
+        "loss.query_align with reuse.source={r.reuse.source}: projected keys have their own space; use native or head_concat",
+    ),
+    Rule(
+        "pairs under ttt",
+        lambda r: r.reuse.pairs and r.objective.kind == "ttt",
+        "reuse.pairs is for objective=blockwise; ttt over hidden states reads pairs by nature",
+    ),
+    Rule(
+        "pairs in a block that looks ahead",
+        lambda r: r.reuse.pairs and not (r.objective.shifted and r.objective.causal),
+        "reuse.pairs=true: the anchor's own pair drafts and is memory later, which sees nothing behind it: say "
+        "objective.shifted=true objective.causal=true",
+    ),
+    Rule(
+        "prefix of pairs",
+        lambda r: r.reuse.pairs and r.objective.prefix,
+        "objective.prefix shows tokens whose features no block has when it is drafted; it is not for reuse.pairs=true",
+    ),
+    Rule(
+        "fc_norm without pairs",
+        lambda r: r.drafter.fc_norm and not (_over_pairs(r) or r.reuse.pairs),
+        "drafter.fc_norm norms what fc joins for pairs of token and feature: objective=ttt with reuse=hidden or hybrid, "
+        "or reuse.pairs=true",
+    ),
+    Rule(
+        "norm_output without a stream",
+        lambda r: r.drafter.norm_output and not _over_pairs(r),
+        "drafter.norm_output is of the stream that one step leaves to the next: objective=ttt with reuse=hidden or hybrid",
+    ),
+    Rule(
+        "language model that reads the target",
+        lambda r: r.drafter.lm and (r.reuse.kind != "none" or r.objective.kind == "blockwise"),
+        "drafter.lm drafts token by token with K/V of its own: reuse=none objective=ttt, or budgetdraft",
+    ),
+    Rule(
+        "view=auto",
+        lambda r: r.view.kind == "auto",
+        "view=auto is for evaluation; training needs to know the view: full, sink_recent, topk_chunk, ...",
+    ),
+    Rule(
+        "budgetdraft under the full view",
+        lambda r: r.view.kind == "full" and r.objective.sparse,
+        "objective=budgetdraft with view=full has nothing to hide; choose another view, or objective=ttt",
+    ),
+    Rule(
+        "view without budgetdraft",
+        lambda r: r.view.kind != "full" and not r.objective.sparse,
+        "view={r.view.kind} is practised by objective=budgetdraft; the other objectives train under the full view",
+    ),
+    Rule(
+        "budget of everything",
+        lambda r: r.view.budget == 0,
+        "view.budget=0 (everything) trains no sparse branch; name a budget, or null to draw them",
+    ),
+    Rule("judged budget below the least", _judged_too_small, "a budget of {least}: {r.view.too_small}"),
+    Rule(
+        "align losses under views",
+        lambda r: r.view_sampler and (r.loss.kv_align or r.loss.query_align),
+        "loss.kv_align and loss.query_align are for objective=ttt and blockwise, where each anchor has one view",
+    ),
+    Rule(
+        "in_cache positions of mixed keys",
+        lambda r: r.view_sampler and r.view.positions == "in_cache" and r.reuse.source == "projected",
+        "view.positions=in_cache turns keys to other positions; reuse.source=projected mixes turned keys",
+    ),
+)
+
+# c: the number of ranks.
+RANKS = (
+    Rule(
+        "batch that ranks cannot share",
+        lambda r, world: r.train.batch % world,
+        "train.batch={r.train.batch} packs a step cannot be shared by {c} ranks; make it a multiple of the world size",
+    ),
+)
+
+
+class Machine(NamedTuple):
+    """Where a training is to run. `capability` and `name` are a GPU's; None on a CPU."""
+
+    bf16: bool
+    capability: tuple[int, int] | None
+    name: str | None
+
+
+# c: Machine.
+MACHINE = (
+    Rule(
+        "recompute of a language model",
+        lambda r, c: r.drafter.lm and r.train.recompute,
+        "train.recompute=true is not for drafter.lm",
+    ),
+    Rule(
+        "fp8 without what it needs",
+        lambda r, c: r.train.fp8 and (r.drafter.lm or not c.bf16 or r.deepspeed.stage == 3),
+        "train.fp8=true needs bf16 (train.precision=bf16), ZeRO 0 to 2, and no drafter.lm",
+    ),
+    Rule(
+        "fp8 on an older GPU",
+        lambda r, c: r.train.fp8 and c.capability and c.capability < (8, 9),
+        "train.fp8=true: {c.name} has no fp8 products; use train.fp8=false",
+    ),
+)
+
+
+class Held(NamedTuple):
+    """What a recipe needs of a cache, and what the cache holds, by kind of state (hidden, kv, query). `available`: layers that
+    drafter.target_layers=auto chooses from."""
+
+    needs: dict[str, bool]
+    layers: dict[str, list[int]]
+    available: list[int]
+
+
+def _kind_not_held(r: TrainRecipe, c: Held) -> dict | None:
+    lacking = next((name for name, needed in c.needs.items() if needed and not c.layers[name]), None)
+    if lacking is None:
+        return None
+    wants = "loss.query_align" if lacking == "query" else f"reuse={r.reuse.kind}"
+    kinds = ",".join(name for name in c.layers if c.needs[name] or c.layers[name])
+    return {"wants": wants, "kind": lacking, "kinds": kinds}
+
+
+def _too_few_layers(r: TrainRecipe, c: Held) -> dict | None:
+    too_few = r.drafter.target_layers == "auto" and len(c.available) < r.drafter.layers
+    return {"held": len(c.available)} if too_few else None
+
+
+def _other_count_of_layers(r: TrainRecipe, c: Held) -> dict | None:
+    named = r.drafter.target_layers
+    return {"named": len(named)} if named != "auto" and len(named) != r.drafter.layers else None
+
+
+# c: Held.
+HELD = (
+    Rule(
+        "kind that the cache lacks",
+        _kind_not_held,
+        "{wants} needs {kind} states, which the cache {r.cache.dir} does not hold; capture it with cache.kinds=[{kinds}]",
+    ),
+    Rule(
+        "more draft layers than captured ones",
+        _too_few_layers,
+        "drafter.layers={r.drafter.layers}, but the cache holds {held} layer(s); name drafter.target_layers, "
+        "or capture more layers",
+    ),
+    Rule(
+        "target_layers of another number",
+        _other_count_of_layers,
+        "drafter.target_layers names {named} layers for drafter.layers={r.drafter.layers}",
+    ),
+)
+
+
+class ReadLayers(NamedTuple):
+    """Layers of the target that a drafter reads or starts from. `reads`: by kind, those whose states it needs; `held`: by kind,
+    those of the cache; `deepest`: the target's last layer."""
+
+    named: list[int]
+    reads: dict[str, list[int]]
+    held: dict[str, list[int]]
+    deepest: int
+
+
+def _no_such_layer(r: TrainRecipe, c: ReadLayers) -> dict | None:
+    wrong = [layer for layer in c.named if not 0 <= layer <= c.deepest]
+    return {"layer": wrong[0]} if wrong else None
+
+
+def _layer_not_held(r: TrainRecipe, c: ReadLayers) -> dict | None:
+    for name, layers in c.reads.items():
+        if missing := sorted(set(layers) - set(c.held[name])):
+            return {"kind": name, "missing": missing, "held": c.held[name]}
+    return None
+
+
+# c: ReadLayers.
+LAYERS = (
+    Rule(
+        "layer that the target lacks",
+        _no_such_layer,
+        "the target has layers 0 to {c.deepest}; there is no layer {layer}",
+    ),
+    Rule(
+        "layer that the cache lacks",
+        _layer_not_held,
+        "reuse={r.reuse.kind} needs {kind} states of layer(s) {missing}; the cache {r.cache.dir} holds {held}",
+    ),
+)
+
+
+class Shapes(NamedTuple):
+    """The target's architecture, and how many rows and columns an fp8 product takes at a time."""
+
+    architecture: Architecture
+    tile: int
+
+
+def _no_whole_tiles(r: TrainRecipe, c: Shapes) -> dict | None:
+    sizes = [c.architecture.hidden_size, c.architecture.intermediate_size]
+    if not r.drafter.own_head:
+        sizes.append(r.drafter.vocabulary or c.architecture.vocab_size)
+    return {"sizes": sizes} if r.train.fp8 and any(size % c.tile for size in sizes) else None
+
+
+def _normed_differently(r: TrainRecipe, c: Shapes) -> dict | None:
+    # Draft keys stand beside the target's own in one softmax only where those are read as they are.
+    beside = r.reuse.kind in ("kv", "hybrid") and r.reuse.source in ("native", "head_concat")
+    differs = r.drafter.qk_norm not in (None, c.architecture.qk_norm)
+    return {"norm": str(r.drafter.qk_norm).lower()} if beside and differs else None
+
+
+# c: Shapes.
+SHAPES = (
+    Rule(
+        "fp8 of sizes that are no whole tiles",
+        _no_whole_tiles,
+        "train.fp8=true needs sizes that are whole {c.tile}s; the target's states, MLP and head have {sizes}",
+    ),
+    Rule(
+        "keys that are normed differently",
+        _normed_differently,
+        "drafter.qk_norm={norm} with reuse.source={r.reuse.source}: draft keys and the target's would be normed differently; "
+        "drafter.qk_norm=null follows the target",
+    ),
+)
+
+
+class Documents(NamedTuple):
+    """The longest document of a cache, and the language model that is to read it (its path and positions)."""
+
+    longest: int
+    lm: dict | None
+
+
+def _beyond_the_language_model(r: TrainRecipe, c: Documents) -> dict | None:
+    positions = c.lm and c.lm["positions"]
+    if not positions or c.longest <= r.drafter.rope_factor * positions:
+        return None
+    return {"positions": positions, "factor": -(-c.longest // positions)}
+
+
+# c: Documents.
+DOCUMENTS = (
+    Rule(
+        "documents beyond a language model",
+        _beyond_the_language_model,
+        "drafter.lm={c.lm[path]} knows {positions} positions, the cache's documents have up to {c.longest}; scale its "
+        "positions with drafter.rope_factor={factor}, or cut the documents (data.max_length)",
+    ),
+)
+
+
+class Tokens(NamedTuple):
+    """The cache's manifest, and the hash of the target's tokenizer."""
+
+    manifest: Manifest
+    tokenizer_hash: str
+
+    @property
+    def vocabulary(self) -> int:
+        return self.manifest.target["architecture"]["vocab_size"]
+
+
+# c: Tokens.
+TOKENIZER = (
+    Rule(
+        "cache of another tokenizer",
+        lambda r, c: c.tokenizer_hash != c.manifest.tokenizer_hash,
+        "the cache {r.cache.dir} was captured with another tokenizer than that of target {r.target.path}",
+    ),
+)
+VOCABULARY = (
+    Rule(
+        "vocabulary that is not reduced",
+        lambda r, c: r.drafter.vocabulary and r.drafter.vocabulary >= c.vocabulary,
+        "drafter.vocabulary={r.drafter.vocabulary} is no less than the target's {c.vocabulary}; leave it out",
+    ),
+    Rule(
+        "mask outside the vocabulary",
+        lambda r, c: r.target.mask_token_id is not None and r.target.mask_token_id >= c.vocabulary,
+        "target.mask_token_id={r.target.mask_token_id} is outside the vocabulary of {c.vocabulary}",
+    ),
+)
+
+TABLES = (OBJECTIVE, REUSE, DRAFTER, LOSS, VIEW, RECIPE, RANKS, MACHINE, HELD, LAYERS, SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)
