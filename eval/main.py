@@ -31,10 +31,11 @@ from eval.live.demo import PICTURE, demo  # noqa: E402
 from eval.recipe import EvalRecipe, check_evaluation, check_target, named_view, view_of  # noqa: E402
 from eval.reports import compare, page, report, sweep
 from eval.serving import served, side_by_side  # noqa: E402
+from train.drafter.base import Drafter  # noqa: E402
+from train.drafter.build import load_drafter
 from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.formats.export import save_export  # noqa: E402
 from train.drafter.formats.imported_weights import bind  # noqa: E402
-from train.drafter.model import Drafter  # noqa: E402
 from train.measure import pictures  # noqa: E402
 from train.run.tracking import Tracker  # noqa: E402
 
@@ -42,7 +43,7 @@ from train.run.tracking import Tracker  # noqa: E402
 def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
     """The target and the drafter that was trained for it, or with `any_target` for one like it. Raises UserError when they do
     not belong together."""
-    drafter = Drafter.from_pretrained(recipe.drafter, lambda: target_sizes(recipe.target))
+    drafter = load_drafter(recipe.drafter, lambda: target_sizes(recipe.target))
     target = load_target(recipe.target)
     check_target(recipe, drafter.config, target.architecture, target.weights_hash())
     if not drafter.config.is_bound:

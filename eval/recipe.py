@@ -24,6 +24,7 @@ from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
+from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.export import FORMATS, check_export
 from train.recipe import TrackingRecipe
@@ -282,7 +283,7 @@ def _check_served(recipe: EvalRecipe) -> None:
     if server.start:
         if recipe.drafter is None:
             raise UserError(f"server.start={server.start} serves a drafter: say which, drafter=RUN/checkpoints/best")
-        config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
+        config = load_config(recipe.drafter, lambda: target_sizes(recipe.target))
         if not is_foreign(read_fields(recipe.drafter)):
             check_export(config, "speculators")
         if recipe.draft.length and not config.schedule.causal(config):
@@ -318,7 +319,7 @@ def check_evaluation(recipe: EvalRecipe) -> None:
             return
     if recipe.drafter is None:
         raise UserError(f"mode={recipe.mode} judges a drafter: say which, drafter=RUN/checkpoints/best")
-    config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
+    config = load_config(recipe.drafter, lambda: target_sizes(recipe.target))
     if not any(folder_of(recipe.drafter).glob("*.safetensors")):
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
     view = view_of(recipe, config)

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.recipe import TrainRecipe
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data_prep.target.states import States
 from train.attention.visibility import Places
+from train.drafter.base import Drafter
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.views.layout import chunking, layout, reserve
 from train.views.recipe import View
 from train.views.scores import Observed, ranked, scores, votes

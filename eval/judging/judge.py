@@ -17,17 +17,20 @@ from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
 from eval.engine.engine import PREFILL_CHUNK, Engine, room_for
 from eval.engine.lengths import lengths_of
+from eval.engine.one_by_one import OneByOne
 from eval.engine.request import Stops
 from eval.engine.rounds import Verification
 from eval.judging import lossless, measure
+from eval.judging.controls import OtherMemory, zero_memory
 from eval.judging.session import Session
 from eval.oracle.decode import Generation
-from eval.oracle.drafting import OneByOne, OtherMemory, Trained, zero_memory
+from eval.oracle.drafting import Trained
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.reports import report
 from train.attention.choose import attention_backend
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
+from train.drafter.build import new_drafter
 
 FULLY = "full_verification"  # the trained drafter again, verified over the whole cache
 
@@ -57,7 +60,7 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
         kept_D = drafter.head.kept_D
         counts_V = None if kept_D is None else torch.zeros(len(head.head_VE)).index_fill_(0, kept_D.cpu(), 1)
         try:
-            untrained = Drafter.of(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
+            untrained = new_drafter(drafter.config).to(target.device, target.dtype).start(target, head, counts_V)
             found["untrained"] = make(untrained)
         except UserError as error:  # the language model that it began as is no longer there
             print(f"the report has no untrained drafter: {error}")

@@ -16,7 +16,7 @@ from train.attention.choose import attention_backend
 from train.data.pack import Pack
 from train.data.split import judging
 from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
 from train.objectives.align import Watch

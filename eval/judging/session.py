@@ -10,8 +10,8 @@ from eval.engine.engine import Engine
 from eval.engine.request import Stops
 from eval.judging import measure
 from eval.judging.baseline import Transformers
+from eval.judging.controls import OtherMemory
 from eval.oracle.decode import Generation
-from eval.oracle.drafting import OtherMemory
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe
 

@@ -12,7 +12,7 @@ from data_prep.target.target import Target
 from eval.live.stream import Answer, Decoders
 from eval.prompts.asking import asked
 from eval.recipe import EvalRecipe, room_of
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 
 COMMANDS = "/plain switches the drafter off and on, /new forgets the conversation, /quit ends"
 

@@ -23,7 +23,7 @@ from eval.live.stream import Answer, Decoders
 from eval.prompts.asking import DemoPrompt, asked
 from eval.recipe import EvalRecipe
 from eval.reports.page import KINDS
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 
 PICTURE = "demo.svg"
 WIDTH = 110  # characters, of the picture and where there is no terminal

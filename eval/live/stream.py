@@ -16,12 +16,12 @@ from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
 from eval.engine.rounds import Verification
 from eval.judging import measure
+from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
 from eval.oracle.decode import Generation
-from eval.oracle.drafting import OtherMemory
 from eval.recipe import EvalRecipe
 from eval.reports.page import KINDS
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 
 LEAST_ROOM = 1024  # places of a cache
 UNPRINTABLE = re.compile(r"[^\n\t -~\u00a0-\U0010ffff]")  # what could steer a terminal

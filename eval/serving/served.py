@@ -40,10 +40,10 @@ from eval.recipe import EvalRecipe, prompts_of, prompts_within
 from eval.serving.servers import Answer, Asked, Server, Vllm, find_server, margin
 from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
 from eval.serving.started import interpreter, started, without_drafter, words
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.export import save_export
 from train.drafter.formats.names import MASK_FILE, method_of
-from train.drafter.model import Drafter
 
 
 @dataclass

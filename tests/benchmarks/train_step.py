@@ -29,8 +29,8 @@ from data_prep.target.loading import pick_device, pick_dtype
 from tests.benchmarks import QWEN3_8B, line, options
 from train.attention.choose import attention_backend
 from train.data.pack import Pack, PackDocument, make_pack
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.run.ranks import connect
@@ -169,7 +169,7 @@ def main() -> None:
     config = drafter_config(o, a)
     with torch.device(device):
         head = FrozenHead(*(torch.randn(a.vocab_size, a.hidden_size, dtype=dtype) * 0.02 for _ in range(2)))
-        drafter = Drafter(config).to(dtype)  # a draft vocabulary of the first tokens
+        drafter = new_drafter(config).to(dtype)  # a draft vocabulary of the first tokens
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     drafter.recompute = o.recompute

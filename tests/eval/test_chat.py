@@ -23,8 +23,7 @@ from eval.recipe import EvalRecipe, check_evaluation, room_of
 from tests.conftest import ROOT, command
 from tests.eval.test_decode import generated
 from tests.eval.test_released import save_tiny_drafter
-from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
+from train.drafter.build import load_config, load_drafter
 
 GREEN = "38;2;42;157;111"  # #2a9d6f, the report's colour of accepted tokens
 LAST = re.compile(r"^\[tau (\d+\.\d\d), (\d+\.\d) tokens/s(.*)\]$", re.MULTILINE)
@@ -70,7 +69,7 @@ def typed_into(chat, text, monkeypatch):
 def test_replies_are_the_targets_own_behind_the_whole_conversation(drafter, monkeypatch, capsys):
     words = [f"drafter={drafter}", "mode=chat", "chat.max_new_tokens=16", "chat.system=Be brief.", "draft.length=adaptive"]
     recipe = cli.compose("eval", EvalRecipe, words)
-    target, loaded = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), Drafter.from_pretrained(drafter)
+    target, loaded = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), load_drafter(drafter)
     target.capture(loaded.config.hidden_layers, loaded.config.kv_layers)
     chat = Chat(recipe, target, loaded)
     long = "import os\n" * 800  # beyond the first caches
@@ -177,7 +176,7 @@ def test_mistakes_are_one_line_before_the_target_is_loaded(drafter, words, messa
 
 def test_a_table_of_positions_is_all_the_room_there_is(drafter, monkeypatch):
     """Of a language model with learned positions: known before it is asked, by both commands."""
-    recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), DrafterConfig.load(drafter)
+    recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), load_config(drafter)
     assert room_of(recipe, config) == 32768 - config.slots
     assert room_of(recipe, dataclasses.replace(config, positions=64)) == 32768 - config.slots  # turned keys reach farther
     monkeypatch.setattr(type(config), "position_table", True)

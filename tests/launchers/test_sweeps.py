@@ -20,7 +20,7 @@ from eval.reports import compare, sweep
 from tests.conftest import ROOT, SMALL, command, deepspeed
 from tests.launchers.test_launch import losses
 from train.build import drafter_config
-from train.drafter.model import Drafter
+from train.drafter.build import new_drafter
 from train.recipe import TrainRecipe
 
 EVAL = ROOT / "eval/main.py"
@@ -54,7 +54,7 @@ def drafter(cache, tmp_path_factory):
     recipe = cli.compose("train", TrainRecipe, [*SPARSE, f"cache.dir={cache}", *SMALL])
     target = load_target(recipe.target)
     folder = tmp_path_factory.mktemp("drafter")
-    Drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(folder)
+    new_drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(folder)
     return folder
 
 
@@ -206,7 +206,7 @@ def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path
     """One that began at random has known as many positions as its documents; in the cache it needs no more than its budget."""
     recipe = cli.compose("train", TrainRecipe, [*SPARSE, f"cache.dir={cache}", "drafter.start=random", *SMALL])
     target = load_target(recipe.target)
-    Drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(tmp_path)
+    new_drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(tmp_path)
 
     def check(*words) -> str:
         check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))

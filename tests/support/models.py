@@ -6,8 +6,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from data_prep.target.target import Target
+from train.drafter.base import Drafter
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 
 HIDDEN_LAYERS = (0, 1, 2)
 
@@ -67,7 +68,7 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         **options,
     )
     counts_V = torch.arange(target.architecture.vocab_size)  # a reduced vocabulary lacks the first tokens
-    drafter = Drafter(config).to(target.dtype).start(target, target.frozen_head, counts_V)
+    drafter = new_drafter(config).to(target.dtype).start(target, target.frozen_head, counts_V)
     if sequential:
         torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
     return drafter

@@ -15,10 +15,10 @@ from tests.support.models import drafter_of, small_target
 from tests.support.speculators_models import LENGTH, TINY, model_of, package, real_text
 from tests.train.test_objectives import objective_of
 from train.data.pack import PackDocument, make_pack
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.export import check_export, save_export
 from train.drafter.formats.names import MASK_FILE
-from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 
 KL = LossRecipe(kl=1)
@@ -59,7 +59,7 @@ def drafter_for(target, objective, **changes):
     )
     config = DrafterConfig(**options | changes)
     counts_V = torch.randint(0, 99, (config.architecture.vocab_size,), generator=torch.Generator().manual_seed(0))
-    drafter, g = Drafter(config).start(target, target.frozen_head, counts_V), torch.Generator().manual_seed(2)
+    drafter, g = new_drafter(config).start(target, target.frozen_head, counts_V), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in drafter.named_parameters():
             if name != "mask.weight":

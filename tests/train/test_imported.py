@@ -13,11 +13,11 @@ from tests.conftest import ROOT, SMALL, command
 from tests.support.speculators_models import TINY, model_of, package, real_text
 from tests.train.test_export import ANCHORS, assert_same, differ, drafter_for
 from tests.train.test_export import ours as logits_of
-from train.drafter.config import DrafterConfig
+from train.drafter.base import Drafter
+from train.drafter.build import load_config, load_drafter
 from train.drafter.formats.export import save_export
 from train.drafter.formats.imported_weights import MARKOV, bind
 from train.drafter.formats.names import MASK_FILE, method_of
-from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, warm_start
 
 
@@ -37,7 +37,7 @@ def ours(target, drafter, text):
 
 
 def imported(folder, target) -> Drafter:
-    drafter = Drafter.from_pretrained(folder, lambda: target.architecture)
+    drafter = load_drafter(folder, lambda: target.architecture)
     assert not drafter.config.is_bound
     bind(drafter, folder, "named", target)
     assert drafter.config.is_bound and drafter.config.target["weights_hash"] == target.weights_hash()
@@ -47,7 +47,7 @@ def imported(folder, target) -> Drafter:
 
 def refused(folder, target, message):
     with pytest.raises(UserError, match=message) as caught:
-        bind(Drafter.from_pretrained(folder, lambda: target.architecture), folder, "named", target)
+        bind(load_drafter(folder, lambda: target.architecture), folder, "named", target)
     assert "\n" not in str(caught.value)
 
 
@@ -111,7 +111,7 @@ def test_what_we_export_comes_back_as_it_was(target, text, tmp_path, kind, chang
     assert again.config.hidden_layers == [0, 2, 3] and ("speculators" in again.config.imported) == (format == "speculators")
     # The native format holds it too, bound to the target beside which it was read.
     again.save_pretrained(tmp_path / "native")
-    assert DrafterConfig.load(tmp_path / "native") == again.config
+    assert load_config(tmp_path / "native") == again.config
     options = {key: value for key, value in changes.items() if key != "learned"} | {"hidden_layers": [0, 2, 3]}
     options |= {"slots": again.config.slots}
     fresh = drafter_for(target, kind, **options | {"own_head": again.config.own_head, "seed": 9})

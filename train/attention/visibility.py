@@ -51,6 +51,12 @@ class Places:
         return Places(torch.cat([self.document, other.document]), torch.cat([self.position, other.position]))
 
 
+def known_rows(places: Places) -> DraftRows:
+    """Rows of known tokens: step 1 of an anchor at each, which sees the memory before it and itself."""
+    order = torch.arange(len(places.position), device=places.position.device)
+    return DraftRows(places.document, places.position, order, torch.ones_like(order), places.position)
+
+
 class Anchors(NamedTuple):
     """Where rounds begin, [N] each: the anchor token's place in the pack, its document and its position there."""
 

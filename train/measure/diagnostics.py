@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from data_prep.target.states import States
 from train.attention.visibility import DraftRows, Visibility
 from train.data.pack import Pack
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.measure import acceptance
 from train.objectives.align import Watch, target_queries
 from train.objectives.objective import Objective, grid

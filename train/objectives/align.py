@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from train.attention.backend import AttentionBackend, Keys
 from train.attention.visibility import Visibility
 from train.data.pack import Pack
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.losses.divergences import relative_error
 
 

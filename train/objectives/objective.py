@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Anchors, Places
 from train.data.pack import Pack
+from train.drafter.base import Drafter
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.losses import divergences, terms, weights
 from train.losses.recipe import LossRecipe
 from train.losses.types import HeadInput, RowStatistics

@@ -1,4 +1,4 @@
-"""Checkpoints: `step-N/engine` (what a run resumes from) and `step-N/drafter` (a plain folder that `Drafter.from_pretrained`
+"""Checkpoints: `step-N/engine` (what a run resumes from) and `step-N/drafter` (a plain folder that `load_drafter`
 loads). Written aside, fsynced, then renamed; `best` and `last` are links to a `drafter` folder.
 """
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.files import write_text
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.run.folder import checkpoint_folders, latest, step_of
 from train.run.state import KINDS, WEIGHTS, EngineState
 

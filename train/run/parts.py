@@ -17,8 +17,9 @@ from data_prep.target.target import Target
 from train.build import attention, check_target, drafter_config, engine_config, slot_weights, token_counts, uses_bf16
 from train.data.split import split
 from train.data.stream import PackStream, Prefix, StreamSettings, ViewDraws, sample_ages
+from train.drafter.base import Drafter
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, other_positions, warm_start
 from train.gate import parameter_groups, start_gates
 from train.losses.choose import slower_on_a_gpu
@@ -112,7 +113,7 @@ def _make_drafter(context: RunContext, config: DrafterConfig, target: Target, tr
     counts_V = None  # how often each token is supervised: a reduced vocabulary keeps the most frequent ones
     if config.draft_vocab:
         counts_V = token_counts(context.reader, training, config.architecture.vocab_size)
-    drafter = Drafter.of(config).start(target, target.frozen_head, counts_V)
+    drafter = new_drafter(config).start(target, target.frozen_head, counts_V)
     if config.lm and recipe.view.positions == "in_cache":
         drafter.check_in_cache()
     start_gates(drafter, recipe)

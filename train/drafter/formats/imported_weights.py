@@ -15,9 +15,9 @@ from common.errors import UserError, first_line
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.loading import load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, served_names
-from train.drafter.model import Drafter
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")  # [V, R] and [D, R]
 LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding", *MARKOV}  # tensors that need no place of their own
