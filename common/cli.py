@@ -4,6 +4,7 @@ Hydra reports a mistake on many lines, on every rank, with exit code 1. Here the
 command line is composed and checked *before* Hydra runs, and a mistake is one line and exit code 2.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,8 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from common import hydra_private
 from common.errors import UserError
 from common.hashing import stable_hash
 from common.ranks import rank
@@ -67,8 +67,12 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
 
 def _wrong(one: dict) -> str:
     """What pydantic says of one key, or of a whole section (whose content would fill the line)."""
-    where, got = ".".join(map(str, one["loc"])), one["input"]
-    return f"{where}: " * bool(where) + one["msg"].removeprefix("Value error, ") + f" (got {got!r})" * (not isinstance(got, dict))
+    where = ".".join(map(str, one["loc"]))
+    got = one["input"]
+    message = one["msg"].removeprefix("Value error, ")
+    if where:
+        message = f"{where}: {message}"
+    return message if isinstance(got, dict) else f"{message} (got {got!r})"
 
 
 def git_revision() -> str | None:
@@ -89,15 +93,13 @@ def refuse_file(key: str, path: str) -> None:
             return
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     """Hydra's own flags and the overrides. Raises UserError for a flag that Hydra does not have."""
-    parser = get_args_parser()
 
-    def refuse(message: str):
+    def refuse(message: str) -> None:
         raise UserError(f"{message}; overrides are written key=value, see --help")
 
-    parser.error = refuse
-    return parser.parse_args()
+    return hydra_private.read_arguments(refuse)
 
 
 def parsed(overrides: list[str]) -> list[Override]:
@@ -115,7 +117,7 @@ def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: one, or under `-m` every point of the sweep."""
     if not multirun:
         return [overrides]
-    return [job for batch in BasicSweeper.split_arguments(parsed(overrides), max_batch_size=None) for job in batch]
+    return hydra_private.points_of(parsed(overrides))
 
 
 def quoted(text: str) -> str:

@@ -10,24 +10,22 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from common import ranks  # noqa: E402
 
 ranks.wait_without_spinning()
-ranks.die_with_parent()  # before the slow imports: a launcher killed meanwhile takes this process with it
+# Before the slow imports: a launcher that is killed meanwhile takes this process with it.
+ranks.die_with_parent()
 
 import torch  # noqa: E402
 
-from common import cli
+from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
 from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
 from data_prep.capture import build as prepare  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
-from data_prep.synthesis.regenerate import (
-    check_regeneration,  # noqa: E402
-    regenerate,  # noqa: E402
-)
-from data_prep.synthesis.synthesize import (
-    check_synthesis,  # noqa: E402
-    synthesize,  # noqa: E402
-)
+from data_prep.synthesis.regenerate import check_regeneration, regenerate  # noqa: E402
+from data_prep.synthesis.synthesize import check_synthesis, synthesize  # noqa: E402
+
+# Modes that one process does; the others of a launcher have nothing to do.
+ALONE = {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}
 
 
 def check_data_prep(recipe: DataPrepRecipe) -> None:
@@ -51,6 +49,7 @@ def check_data_prep(recipe: DataPrepRecipe) -> None:
 
 
 def run(recipe: DataPrepRecipe) -> None:
+    """Do what `mode` says, in every process of the launcher."""
     if ranks.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
@@ -62,7 +61,7 @@ def run(recipe: DataPrepRecipe) -> None:
             case "synthesize":
                 synthesize(recipe, ranks.barrier())
             case _ if ranks.rank() == 0:
-                {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}[recipe.mode](recipe)
+                ALONE[recipe.mode](recipe)
     except OSError as error:  # a disk that is full, read-only or gone, wherever it happens
         raise UserError(f"{error.filename or recipe.cache.dir}: {error.strerror or error}") from error
 

@@ -29,20 +29,21 @@ from eval.judging.score import diagnose, score  # noqa: E402
 from eval.live.chat import chat  # noqa: E402
 from eval.live.demo import PICTURE, demo  # noqa: E402
 from eval.recipe import EvalRecipe, check_evaluation, check_target, named_view, view_of  # noqa: E402
-from eval.reports import compare, page, report
+from eval.reports import compare, page, report, sweep
 from eval.serving import served, side_by_side  # noqa: E402
+from train.drafter.base import Drafter  # noqa: E402
+from train.drafter.build import load_drafter
 from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.formats.export import save_export  # noqa: E402
 from train.drafter.formats.imported_weights import bind  # noqa: E402
-from train.drafter.model import Drafter  # noqa: E402
-from train.measure import diagnostics  # noqa: E402
+from train.measure import pictures  # noqa: E402
 from train.run.tracking import Tracker  # noqa: E402
 
 
 def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
     """The target and the drafter that was trained for it, or with `any_target` for one like it. Raises UserError when they do
     not belong together."""
-    drafter = Drafter.from_pretrained(recipe.drafter, lambda: target_sizes(recipe.target))
+    drafter = load_drafter(recipe.drafter, lambda: target_sizes(recipe.target))
     target = load_target(recipe.target)
     check_target(recipe, drafter.config, target.architecture, target.weights_hash())
     if not drafter.config.is_bound:
@@ -79,7 +80,8 @@ def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     }
 
 
-UNCHARTED = ("drafter", "target", "prompts", "verify", "engine", "software", "commit", "examples")  # no figures, nor are
+# Keys of a report that are no figures, which tracking does not draw.
+UNCHARTED = ("drafter", "target", "prompts", "verify", "engine", "software", "commit", "examples")
 UNCHARTED += ("runs", "differ", "server", "tested", "said", "view", "context")
 DRAWN = {
     "report.json": (report.draw, page.write_page),
@@ -106,62 +108,84 @@ def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
 
 
 def run(recipe: EvalRecipe) -> None:
+    # Modes that load the target themselves, when they have room for it, or not at all.
     if recipe.mode == "compare":
-        found = compare.compare(compare.load(recipe.runs), recipe.seed)
-        publish(recipe, "compare.json", found)
-        compare.print_table(found)
-        print(f"comparison: {Path(recipe.out) / 'compare.json'}, {Path(recipe.out) / 'compare.html'}")
-        return
+        return _compare(recipe)
     if recipe.mode == "served":
-        found = served.served(recipe, load, described)
-        publish(recipe, "served.json", found)
-        side_by_side.print_table(found)
-        print(f"served: {Path(recipe.out) / 'served.json'}, {Path(recipe.out) / 'served.html'}")
-        return
+        return _served(recipe)
     if pick_device(recipe.target.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the point of a sweep that came before
     target, drafter = load(recipe)
+    RUNS[recipe.mode](recipe, target, drafter)
+
+
+def _compare(recipe: EvalRecipe) -> None:
     out = Path(recipe.out)
-    if recipe.mode == "score":
-        accepted, loss, apart = score(recipe, target, drafter)
-        found = {kind: vars(a) for kind, a in accepted.items()}
-        result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found}
-        publish(recipe, "score.json", result | ({"by_positions": apart} if apart else {}))
-        print(f"score: {out / 'score.json'}; KL {loss:.4f} nats a slot")
-        for kind, a in found.items():
-            print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
-        for name in ("within", "beyond"):
-            if apart and name in apart:
-                taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())
-                print(f"{name} the {apart['known']} positions that it knows: {apart[name]['anchors']} anchors, tau {taus}")
-        return
-    if recipe.mode == "chat":
-        chat(recipe, target, drafter)
-        return
-    if recipe.mode == "demo":
-        publish(recipe, "demo.json", described(recipe, target, drafter) | demo(recipe, target, drafter))
-        print(f"picture: {out / PICTURE}; figures: {out / 'demo.json'}")
-        return
-    if recipe.mode == "diagnose":
-        found = diagnose(recipe, target, drafter)
-        report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "diagnostics.json")
-        diagnostics.draw(found, out / "diagnostics.png")
-        print(f"diagnostics: {out / 'diagnostics.json'}, {out / 'diagnostics.png'}")
-        return
-    if recipe.mode == "export":
-        notes = save_export(drafter, target, out, recipe.format)
-        print(f"{recipe.format}: {out}", *notes, sep="\n")
-        return
+    found = compare.compare(compare.load(recipe.runs), recipe.seed)
+    publish(recipe, "compare.json", found)
+    compare.print_table(found)
+    print(f"comparison: {out / 'compare.json'}, {out / 'compare.html'}")
+
+
+def _served(recipe: EvalRecipe) -> None:
+    out = Path(recipe.out)
+    found = served.served(recipe, load, described)
+    publish(recipe, "served.json", found)
+    side_by_side.print_table(found)
+    print(f"served: {out / 'served.json'}, {out / 'served.html'}")
+
+
+def _decode(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+    out = Path(recipe.out)
     result = described(recipe, target, drafter) | judge(recipe, target, drafter)
     publish(recipe, "report.json", result)
     report.print_table(result)
     print(f"report: {out / 'report.json'}, {out / 'report.png'}, {out / 'report.html'}")
 
 
+def _score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+    accepted, loss, apart = score(recipe, target, drafter)
+    found = {kind: vars(a) for kind, a in accepted.items()}
+    result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found}
+    if apart:
+        result["by_positions"] = apart
+    publish(recipe, "score.json", result)
+    print(f"score: {Path(recipe.out) / 'score.json'}; KL {loss:.4f} nats a slot")
+    for kind, a in found.items():
+        print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
+    for name in ("within", "beyond"):
+        if apart and name in apart:
+            taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())
+            print(f"{name} the {apart['known']} positions that it knows: {apart[name]['anchors']} anchors, tau {taus}")
+
+
+def _diagnose(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+    out = Path(recipe.out)
+    found = diagnose(recipe, target, drafter)
+    report.write_json(out, {"drafter": recipe.drafter, "cache": recipe.cache.dir, **found}, "diagnostics.json")
+    pictures.draw(found, out / "diagnostics.png")
+    print(f"diagnostics: {out / 'diagnostics.json'}, {out / 'diagnostics.png'}")
+
+
+def _demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+    out = Path(recipe.out)
+    publish(recipe, "demo.json", described(recipe, target, drafter) | demo(recipe, target, drafter))
+    print(f"picture: {out / PICTURE}; figures: {out / 'demo.json'}")
+
+
+def _export(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+    out = Path(recipe.out)
+    notes = save_export(drafter, target, out, recipe.format)
+    print(f"{recipe.format}: {out}", *notes, sep="\n")
+
+
+RUNS = {"decode": _decode, "score": _score, "diagnose": _diagnose, "chat": chat, "demo": _demo, "export": _export}
+
+
 def gather(folder: Path) -> None:
     """What a sweep's points say together. Points of other modes than decode and score say nothing together."""
     if any(path for name in ("report.json", "score.json") for path in folder.rglob(name)):
-        report.gather([folder], folder)
+        sweep.gather([folder], folder)
 
 
 if __name__ == "__main__":

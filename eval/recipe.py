@@ -18,15 +18,17 @@ from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hash
 from eval.caches.partial import PartialRecipe
 from eval.engine.tree import TreeShape
 from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
-from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
+from eval.prompts.load import load_prompts
+from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe
 from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
+from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.export import FORMATS, check_export
 from train.recipe import TrackingRecipe
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class ScoreRecipe(Section):
@@ -281,7 +283,7 @@ def _check_served(recipe: EvalRecipe) -> None:
     if server.start:
         if recipe.drafter is None:
             raise UserError(f"server.start={server.start} serves a drafter: say which, drafter=RUN/checkpoints/best")
-        config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
+        config = load_config(recipe.drafter, lambda: target_sizes(recipe.target))
         if not is_foreign(read_fields(recipe.drafter)):
             check_export(config, "speculators")
         if recipe.draft.length and not config.schedule.causal(config):
@@ -317,7 +319,7 @@ def check_evaluation(recipe: EvalRecipe) -> None:
             return
     if recipe.drafter is None:
         raise UserError(f"mode={recipe.mode} judges a drafter: say which, drafter=RUN/checkpoints/best")
-    config = DrafterConfig.load(recipe.drafter, lambda: target_sizes(recipe.target))
+    config = load_config(recipe.drafter, lambda: target_sizes(recipe.target))
     if not any(folder_of(recipe.drafter).glob("*.safetensors")):
         raise UserError(f"{recipe.drafter} holds no weights (model.safetensors)")
     view = view_of(recipe, config)

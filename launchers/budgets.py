@@ -30,14 +30,16 @@ def arms_of(budgets: list[int]) -> dict[str, list[str]]:
 
 
 def train(o) -> None:
-    longest, cache = max(o.contexts) + 256, f"cache.dir={o.runs / 'cache'}"
+    longest = max(o.contexts) + 256
+    cache = f"cache.dir={o.runs / 'cache'}"
     capture = [str(ROOT / "data_prep/main.py"), "data.long=join", f"data.max_length={longest}", f"data.max_tokens={o.tokens}"]
     named = [word for word in o.overrides if word.startswith(("target", "data", "cache", "capture"))]
     each(1, [("capture", [*capture, "cache.kinds=[kv]", *named, cache], o.runs / "capture.log", None)])
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:
-            run, own = o.runs / arm / f"seed{seed}", [f"train.pack_tokens={longest}", f"train.seed={seed}"]
+            run = o.runs / arm / f"seed{seed}"
+            own = [f"train.pack_tokens={longest}", f"train.seed={seed}"]
             words = [*arms_of(o.budgets)[arm], *SHARED, *own, *o.overrides]
             words = [str(ROOT / "train/main.py"), *words, cache, f"run.dir={run}"]
             work.append((f"{arm}, seed {seed}", words, run.with_suffix(".log"), None))
@@ -62,10 +64,10 @@ def judge(o) -> None:
 def table(o) -> None:
     from common.cli import fail
     from common.errors import UserError
-    from eval.reports import report
+    from eval.reports import sweep
 
     try:
-        report.gather([o.runs / arm for arm in o.arms], o.runs)
+        sweep.gather([o.runs / arm for arm in o.arms], o.runs)
     except UserError as error:
         fail(error)
 
@@ -85,7 +87,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     o = parser.parse_intermixed_args()
     known = arms_of(o.budgets)
-    o.arms, o.runs = o.arms or list(known), o.runs.absolute()
+    o.arms = o.arms or list(known)
+    o.runs = o.runs.absolute()
     if unknown := sorted(set(o.arms) - set(known)):
         parser.error(f"no arm is called {', '.join(unknown)}; there are {', '.join(known)}")
     {"train": train, "judge": judge, "table": table}[o.stage](o)

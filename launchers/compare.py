@@ -21,7 +21,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOTS = 5  # drafted tokens, in every arm
-TTT, SAME, SHIFTED = (f"objective.slots={SLOTS}", f"objective.slots={SLOTS + 1}", f"objective.slots={SLOTS}")
+TTT = f"objective.slots={SLOTS}"
+SAME = f"objective.slots={SLOTS + 1}"
+SHIFTED = f"objective.slots={SLOTS}"
 # What every arm shares. One loss for all, so that the arms differ in what their names say.
 SHARED = """
     loss.ce=0 loss.tv=0 loss.kl=1 objective.anchors=64
@@ -115,7 +117,8 @@ def judge(o) -> None:
                 f"cache.dir={o.runs / 'cache'}",
                 *o.overrides,
             ]
-            report, diagnosis = run / "report", run / "diagnosis"
+            report = run / "report"
+            diagnosis = run / "diagnosis"
             work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={report}"], run / "report.log", report))
             if seed == 0:
                 words = [*words, "mode=diagnose", f"out={diagnosis}"]
@@ -151,7 +154,8 @@ def interval(statistic, *arms: np.ndarray) -> tuple[float, float, float]:
     for three seeds), and that of the prompts, a bootstrap over prompts with all seeds kept. The seeds' error has some of the
     prompts' in it, so that the interval is rather too wide than too narrow. One seed: the prompts' alone.
     """
-    value, (seeds, prompts) = statistic(*arms), arms[0].shape[:2]
+    value = statistic(*arms)
+    (seeds, prompts) = arms[0].shape[:2]
     rng = np.random.default_rng(0)
     draws = (rng.integers(prompts, size=prompts) for _ in range(1000))
     error = 1.96 * np.std([statistic(*(arm[:, draw] for arm in arms)) for draw in draws])
@@ -169,8 +173,16 @@ def difference(block: np.ndarray, block_control: np.ndarray, step: np.ndarray, s
     return gain(block, block_control) - gain(step, step_control)
 
 
+HEADS = ["arm", "parameters", "GFLOP an anchor", "tau T=1", "tau T=0", "acceptance by slot, T=1"]
+HEADS += ["control", "gain at T=1", "verdict"]
+HEADS += ["seed 0, held-out tau", "zero memory", "another's memory", "oracle queries", "draft ms"]
+ACCEPTANCE = ("trained", "zero_memory", "other_memory", "oracle_queries")  # of the diagnosis
+Counts = dict[tuple[str, str], np.ndarray]  # {(arm, temperature): [seeds, prompts, 2]}
+
+
 def table(o) -> None:
     """An arm and its control are compared on the same seeds and prompts."""
+    # 1. Every report, all of them made alike.
     every = {arm: reports(o, arm) for arm in o.arms}
     settings = {json.dumps([r["prompts"], list(r["temperatures"])], sort_keys=True) for found in every.values() for r in found}
     if len(settings) > 1:
@@ -178,53 +190,56 @@ def table(o) -> None:
             "error: the reports were made with different prompts or temperatures; say `judge` again with one set of overrides"
         )
     found = {(arm, t): counts(every[arm], t) for arm in o.arms for t in ("1", "0")}
-    rows, picture = [], {}
+
+    # 2. A row for each arm, then the differences between gains.
+    lines = [HEADS, ["---"] * len(HEADS)]
     for arm in o.arms:
-        control, first = ARMS[arm][0], every[arm][0]
         diagnosis = json.loads((o.runs / arm / "seed0/diagnosis/diagnostics.json").read_text())
-        acceptance = {name: kinds["sampled"]["tau"] for name, kinds in diagnosis["acceptance"].items()}
-        cells = [arm, f"{first['drafter']['parameters'] / 1e6:.2f}M", f"{diagnosis['compute']['gflop_per_anchor']:.2f}"]
-        for t in ("1", "0"):
-            value, low, high = interval(tau, found[arm, t])
-            cells.append(f"**{value:.2f}** [{low:.2f}, {high:.2f}]")
-        picture[arm] = interval(tau, found[arm, "1"])
-        cells.append(" ".join(f"{np.mean(c):.2f}" for c in zip(*(r["temperatures"]["1"]["conditional"] for r in every[arm]))))
-        if control in o.arms:
-            value, low, high = interval(gain, found[arm, "1"], found[control, "1"])
-            verdict = "beats it" if low > 0 else "WORSE" if high < 0 else "no difference shown"
-            cells += [control, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
-        else:
-            cells += ["", "", ""]
-        cells += [
-            f"{acceptance[n]:.2f}" if n in acceptance else ""
-            for n in ("trained", "zero_memory", "other_memory", "oracle_queries")
-        ]
-        cells.append(f"{np.mean([r['temperatures']['1']['round_ms']['draft'] for r in every[arm]]):.1f}")
-        rows.append(cells)
-    heads = [
-        "arm",
-        "parameters",
-        "GFLOP an anchor",
-        "tau T=1",
-        "tau T=0",
-        "acceptance by slot, T=1",
-        "control",
-        "gain at T=1",
-        "verdict",
-    ]
-    heads += ["seed 0, held-out tau", "zero memory", "another's memory", "oracle queries", "draft ms"]
-    lines = [heads, ["---"] * len(heads), *rows]
-    if contrasts := {name: arms for name, arms in CONTRASTS.items() if set(arms) <= set(o.arms)}:
-        lines += [[], ["difference of gains at T=1", "block-wise", "ttt", "difference"], ["---"] * 4]
-    for name, arms in contrasts.items():
-        counted = [found[arm, "1"] for arm in arms]
-        value, low, high = interval(difference, *counted)
-        gains = [f"{gain(*counted[:2]):+.2f}", f"{gain(*counted[2:]):+.2f}"]
-        lines.append([name, *gains, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
+        lines.append(_row(arm, every[arm], diagnosis, found))
+    lines += _contrasts(o.arms, found)
+
+    # 3. The table and the picture.
     text = "\n".join("| " + " | ".join(cells) + " |" if cells else "" for cells in lines)
     (o.runs / "compare.md").write_text(text + "\n")
     print(text)
-    draw(picture, o.runs / "compare.png")
+    draw({arm: interval(tau, found[arm, "1"]) for arm in o.arms}, o.runs / "compare.png")
+
+
+def _row(arm: str, every: list[dict], diagnosis: dict, found: Counts) -> list[str]:
+    """An arm's cells under `HEADS`."""
+    cells = [arm, f"{every[0]['drafter']['parameters'] / 1e6:.2f}M", f"{diagnosis['compute']['gflop_per_anchor']:.2f}"]
+    for t in ("1", "0"):
+        value, low, high = interval(tau, found[arm, t])
+        cells.append(f"**{value:.2f}** [{low:.2f}, {high:.2f}]")
+    conditional = zip(*(report["temperatures"]["1"]["conditional"] for report in every))
+    cells.append(" ".join(f"{np.mean(seeds):.2f}" for seeds in conditional))
+
+    control = ARMS[arm][0]
+    if (control, "1") in found:
+        value, low, high = interval(gain, found[arm, "1"], found[control, "1"])
+        verdict = "beats it" if low > 0 else "WORSE" if high < 0 else "no difference shown"
+        cells += [control, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
+    else:
+        cells += ["", "", ""]
+
+    acceptance = {name: kinds["sampled"]["tau"] for name, kinds in diagnosis["acceptance"].items()}
+    cells += [f"{acceptance[name]:.2f}" if name in acceptance else "" for name in ACCEPTANCE]
+    draft_ms = np.mean([report["temperatures"]["1"]["round_ms"]["draft"] for report in every])
+    return [*cells, f"{draft_ms:.1f}"]
+
+
+def _contrasts(arms: list[str], found: Counts) -> list[list[str]]:
+    """A table below the first one, of those contrasts whose arms are all there."""
+    held = {name: four for name, four in CONTRASTS.items() if set(four) <= set(arms)}
+    if not held:
+        return []
+    lines = [[], ["difference of gains at T=1", "block-wise", "ttt", "difference"], ["---"] * 4]
+    for name, four in held.items():
+        counted = [found[arm, "1"] for arm in four]
+        value, low, high = interval(difference, *counted)
+        gains = [f"{gain(*counted[:2]):+.2f}", f"{gain(*counted[2:]):+.2f}"]
+        lines.append([name, *gains, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    return lines
 
 
 def draw(found: dict[str, tuple[float, float, float]], path: Path) -> None:

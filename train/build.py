@@ -15,9 +15,9 @@ from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hash
 from train import rules
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
+from train.gate import gate_floor
 from train.precision.fp8 import TILE
 from train.recipe import ObjectiveRecipe, TrainRecipe
 from train.schedules.registry import OBJECTIVES
@@ -29,7 +29,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     Raises:
         UserError: the cache lacks a layer or a kind that the recipe needs.
     """
-    reuse, count = recipe.reuse, recipe.drafter.layers
+    reuse = recipe.reuse
+    count = recipe.drafter.layers
     if recipe.drafter.lm:
         return [], [], []
     needs = {
@@ -65,7 +66,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
-    lm, sampler = recipe.drafter.lm and lm_config(recipe.drafter.lm), recipe.view_sampler
+    lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
+    sampler = recipe.view_sampler
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
     refuse(rules.SHAPES, recipe, rules.Shapes(architecture, TILE))
     return DrafterConfig(
@@ -81,7 +83,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         source=recipe.reuse.source,
         source_layers=source_layers,
         fusion=recipe.reuse.fusion,
-        gate_floor=recipe.reuse.gate.floor,
+        gate_floor=gate_floor(recipe),
         qk_norm=qk_norm,
         draft_vocab=recipe.drafter.vocabulary,
         own_head=recipe.drafter.own_head,
@@ -113,8 +115,10 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
 
 def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
     """The backend that trains this recipe. Raises UserError as `attention_backend` does."""
+    # FlashAttention knows one mask, the causal one: one row of each anchor, without views. A
+    # language model attends by its own means.
     flash = OBJECTIVES[recipe.objective.kind].token_by_token and recipe.view_sampler is None and recipe.drafter.lm is None
-    if device.type == "cuda":
+    if device.type == "cuda":  # what its kernels take
         flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
         flash &= torch.cuda.get_device_capability(device) >= (8, 0)
     return attention_backend(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
@@ -126,7 +130,8 @@ def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int 
     Raises:
         UserError: the documents are longer than what a language model was made for.
     """
-    factor, longest = recipe.drafter.rope_factor, manifest.max_length
+    factor = recipe.drafter.rope_factor
+    longest = manifest.max_length
     if lm is None:
         return min(longest, recipe.train.pack_tokens) if recipe.drafter.start == "random" else None
     refuse(rules.DOCUMENTS, recipe, rules.Documents(longest, lm))
@@ -188,19 +193,10 @@ def slot_weights(objective: ObjectiveRecipe, slots: int) -> torch.Tensor:
     return OBJECTIVES[objective.kind].slot_weights(slots, objective.decay)
 
 
-def parameter_groups(drafter: Drafter, recipe: TrainRecipe) -> list[dict]:
-    """All parameters; the gates' in a group of their own where they learn at another rate."""
-    ratio, gates = recipe.reuse.gate.lr_ratio, [p for fuse in drafter.fusions for p in fuse.parameters()]
-    if ratio == 1:
-        return [{"params": list(drafter.parameters())}]
-    others = [p for p in drafter.parameters() if all(p is not gate for gate in gates)]
-    return [{"params": others}, {"params": gates, "lr": ratio * recipe.train.lr}]
-
-
 def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabulary: int) -> torch.Tensor:
     """How often the documents supervise each token, [V]."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
-    for part in np.array_split(documents, -(-len(documents) // 1000)):
+    for part in np.array_split(documents, -(-len(documents) // 1000)):  # a thousand at a time: a text is read, not kept
         supervised = [ids[mask.bool()] for ids, mask in map(reader.text, part)]
         counts += torch.bincount(torch.cat(supervised).long(), minlength=vocabulary)
     return counts
@@ -208,15 +204,13 @@ def token_counts(reader: CacheReader | LiveReader, documents: np.ndarray, vocabu
 
 def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
     """DeepSpeed's configuration, every default that matters spelled out."""
-    train, stage = recipe.train, recipe.deepspeed.stage
-    return {
+    train = recipe.train
+    config = {
         **recipe.deepspeed.model_dump(),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": train.batch // world_size(),
         "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
         "bf16": {"enabled": bf16},
-        # ZeRO-0 refuses float32 accumulation of bf16 gradients.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage else {}),
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
@@ -227,7 +221,13 @@ def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
                 "cos_min_ratio": train.min_lr_ratio,
             },
         },
+        # Our AdamW is PyTorch's own, which DeepSpeed calls untested. Without the second key it refuses it where states are
+        # offloaded to the host.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
+        "steps_per_print": 10**9,  # never: rank 0 speaks for itself
     }
+    # Gradients of several packs are added up. In bf16 small ones would be lost. ZeRO-0 refuses to add them in float32.
+    if bf16 and recipe.deepspeed.stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

@@ -1,6 +1,5 @@
 """deepspeed train/main.py objective=blockwise reuse=hybrid cache.dir=CACHE run.dir=RUN [-m reuse=hidden,kv,hybrid]"""
 
-import json
 import os
 import sys
 import traceback
@@ -22,8 +21,10 @@ from common.errors import UserError  # noqa: E402
 from data_prep.target.loading import pick_device  # noqa: E402
 from train.build import check_training  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
-from train.run.ranks import Sweep, loss_of_a_rank  # noqa: E402
+from train.run.folder import begun  # noqa: E402
+from train.run.ranks import loss_of_a_rank  # noqa: E402
 from train.sizes import spoken  # noqa: E402
+from train.sweep import Sweep  # noqa: E402
 
 UNNAMED = ("run.dir", "cache.dir", "cache.on_missing", "tracking", "run.group")  # keys that do not make another run
 
@@ -36,13 +37,6 @@ def run_name(overrides: list[str]) -> str:
     """A folder's name from the overrides, without a timestamp, so that the same command finds its run again."""
     kept = sorted(word for word in overrides if key_of(word) not in UNNAMED and not key_of(word).startswith("hydra"))
     return cli.folder_name(",".join(kept) or "default")
-
-
-def begun(run_dir: Path) -> dict:
-    """The recipe of a run that goes on; empty where none does."""
-    path = run_dir / "recipe.json"
-    goes_on = path.exists() and any(run_dir.glob("checkpoints/step-*/engine"))  # train.checkpoint would import DeepSpeed
-    return json.loads(path.read_text()) if goes_on else {}
 
 
 def run(recipe: TrainRecipe, run_dir: str) -> None:
@@ -60,7 +54,9 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
         train(recipe, Path(run_dir))
     except UserError as error:
         cli.fail(error)
-    except Exception as error:  # leave at once: a failed rank that waits for its collectives is never noticed by the launcher
+    except Exception as error:
+        # Leave at once, without the interpreter's usual end: a failed rank that waits for its collectives there is never noticed
+        # by the launcher.
         if lost := loss_of_a_rank(error, recipe.train.timeout_s):
             cli.fail(lost, code=1)  # not a mistake: what starts jobs may try again
         traceback.print_exc()
@@ -73,30 +69,40 @@ def main() -> None:
         arguments = cli.arguments()
     except UserError as error:
         cli.fail(error)
-    overrides = arguments.overrides
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         if ranks.rank() == 0:
             hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: None)()
         return
+    # Every rank composes and checks every point before Hydra runs: a mistake is one line, and costs no GPU.
     try:
-        recipes = [cli.compose("train", TrainRecipe, job) for job in cli.jobs_of(overrides, arguments.multirun)]
-        run_dir = recipes[0].run.dir or f"runs/{run_name(overrides)}"
+        recipes = [cli.compose("train", TrainRecipe, job) for job in cli.jobs_of(arguments.overrides, arguments.multirun)]
+        run_dir = recipes[0].run.dir or f"runs/{run_name(arguments.overrides)}"
         if not arguments.multirun:
             recipes = [recipes[0].going_on(begun(Path(run_dir)))]
         for recipe in recipes:
             check_training(recipe)
     except UserError as error:
         cli.fail(error)
-    if not arguments.multirun:
-        if ranks.rank() == 0:
-            hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: run(recipes[0], run_dir))()
-        else:
-            run(recipes[0], run_dir)
-        return
+    if arguments.multirun:
+        run_sweep(arguments.overrides, run_dir)
+    elif ranks.rank() == 0:
+        hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")(lambda config: run(recipes[0], run_dir))()
+    else:
+        run(recipes[0], run_dir)
+
+
+def launcher_of(overrides: list[str]) -> str:
+    """Raises UserError where Hydra's launcher would start ranks of which there are already some."""
+    launcher = next((word.value() for word in cli.parsed(overrides) if word.key_or_group == "hydra/launcher"), "basic")
+    if launcher != "basic" and "RANK" in os.environ:
+        raise UserError(f"hydra/launcher={launcher} starts ranks itself: run it with python, not with deepspeed or torchrun")
+    return launcher
+
+
+def run_sweep(overrides: list[str], run_dir: str) -> None:
+    """Every point of a `-m` sweep, each in processes of its own, in a folder of its own under `run_dir`."""
     try:
-        launcher = next((word.value() for word in cli.parsed(overrides) if word.key_or_group == "hydra/launcher"), "basic")
-        if launcher != "basic" and "RANK" in os.environ:
-            raise UserError(f"hydra/launcher={launcher} starts ranks itself: run it with python, not with deepspeed or torchrun")
+        launcher = launcher_of(overrides)
     except UserError as error:
         cli.fail(error)
     sweep = Sweep(str(Path(__file__).resolve()))

@@ -13,7 +13,7 @@ from train.losses.recipe import LossRecipe
 from train.schedules.registry import OBJECTIVES
 from train.sizes import sized
 from train.views.budgets import ViewSampler
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class ObjectiveRecipe(Section):

@@ -1,5 +1,5 @@
-"""Sizes that nobody named (`auto` in conf/): today's usual ones on a GPU, and on a machine without one those that a CPU is done
-with in minutes. A key that the line or an experiment names is never touched."""
+"""Sizes that nobody named (`auto` in conf/): the usual ones on a GPU, and on a machine without one smaller ones, with which a CPU
+takes minutes. A key that the command line or an experiment names is never touched."""
 
 from common.ranks import world_size
 from data_prep.capture.live import missing
@@ -36,7 +36,8 @@ def sized(config: dict) -> dict:
     values = dict(GPU)
     if device in (AUTO, "cpu", "cuda") and pick_device(device).type == "cpu":
         world = world_size()
-        values = CPU | {"train.batch": -(-CPU["train.batch"] // world) * world}  # every rank gets as many packs
+        packs = -(-CPU["train.batch"] // world) * world  # rounded up, so that every rank gets as many packs
+        values = CPU | {"train.batch": packs}
     chosen = []
     config = {name: dict(part) if isinstance(part, dict) else part for name, part in config.items()}
     for key, value in values.items():
@@ -48,9 +49,14 @@ def sized(config: dict) -> dict:
 
 
 def spoken(recipe: CaptureSections) -> str:
-    """The line that says which sizes were chosen, and how to choose others; empty where none was. Those of `data` are for a cache
-    yet to be made."""
+    """The line that says which sizes were chosen, and how to choose others; empty where none was. Sizes of `data` count only
+    while the cache has yet to be made."""
     keys = [key for key in recipe.chosen if missing(recipe) or not key.startswith("data.")]
-    values = ((key, getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1])) for key in keys)
-    chosen = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values)
-    return f"no GPU here: sizes for a CPU, {chosen}; name a key on the line to set it" if keys else ""
+    if not keys:
+        return ""
+    words = []
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        words.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
+    return f"no GPU here: sizes for a CPU, {' '.join(words)}; name a key on the line to set it"

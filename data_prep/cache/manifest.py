@@ -13,7 +13,9 @@ from common.errors import UserError
 from data_prep.cache.codec import SCALE, stored
 
 FORMAT_VERSION = 2
-MANIFEST, INDEX, FILES = "manifest.json", "index.parquet", "files.json"
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+FILES = "files.json"
 DOCUMENTS = "documents.arrow"  # the tokenised source, in the cache's folder while it is being captured
 
 
@@ -44,7 +46,8 @@ class Manifest(BaseModel):
     def states(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of one row of every state that is stored; rows are tokens, or teachers (`is_teacher`)."""
         sizes = self.target["architecture"]
-        state, head = (sizes["hidden_size"],), (sizes["kv_heads"], sizes["head_dim"])
+        state = (sizes["hidden_size"],)
+        head = (sizes["kv_heads"], sizes["head_dim"])
         return {
             "last_hidden": state,
             **{f"hidden.{layer}": state for layer in self.hidden_layers},
@@ -98,7 +101,8 @@ def each_document(
         teachers = length if last_hidden == "all" else supervised
         rows = {True: slice(teacher, teacher + teachers), False: slice(place, place + length)}
         yield place, teacher, supervised, {name: t[rows[is_teacher(name)]] for name, t in tensors.items()}
-        place, teacher = place + length, teacher + teachers
+        place += length
+        teacher += teachers
 
 
 def software_versions() -> dict[str, str]:
@@ -135,11 +139,3 @@ def flatten(value, prefix: str = "") -> dict:
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
     return {name: leaf for key, inner in value.items() for name, leaf in flatten(inner, f"{prefix}{key}.").items()}
-
-
-def file_hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

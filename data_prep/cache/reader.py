@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
+from common.hashing import file_hash
 from data_prep.cache.codec import SCALE
-from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, file_hash, is_teacher, read_manifest
+from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, is_teacher, read_manifest
 from data_prep.cache.writer import document_hash
 from data_prep.sources.documents import Digest
 from data_prep.sources.tokens import TokenDocument
@@ -78,8 +79,10 @@ class CacheReader:
             UserError: the shard is not as it was when the cache was opened. (It is read, not mapped into memory: a look behind a
                 mapped file's end kills the process.)
         """
-        offset, length = int(self._offset[index]), int(self.lengths[index])
-        teacher, supervised = int(self._teacher_offset[index]), int(self.supervised[index])
+        offset = int(self._offset[index])
+        length = int(self.lengths[index])
+        teacher = int(self._teacher_offset[index])
+        supervised = int(self.supervised[index])
         start, stop = span or (0, length)
         names = [*names, *(name + SCALE for name in names if name + SCALE in self._rows)]
         tensors = {}
@@ -119,7 +122,8 @@ class CacheReader:
                 yield f"{name}: checksum differs"
         digest = Digest()
         for index in range(len(self)):
-            id, where = self.id(index), f"{self._shard_names[self._shard[index]]}: document {self.id(index)}"
+            id = self.id(index)
+            where = f"{self._shard_names[self._shard[index]]}: document {self.id(index)}"
             tensors = self._stored(index)
             if document_hash(tensors) != self._xxh3[index].as_py():
                 yield f"{where}: checksum differs"
@@ -154,11 +158,13 @@ class CacheReader:
         def rows(name: str, first: int, count: int) -> Tensor:
             dtype, row = self._rows[name]
             tensor = torch.empty((count, *row), dtype=dtype)
-            at, left = offsets[name] + first * math.prod(row) * dtype.itemsize, tensor.flatten().view(torch.uint8).numpy()
+            at = offsets[name] + first * math.prod(row) * dtype.itemsize
+            left = tensor.flatten().view(torch.uint8).numpy()
             while len(left):
                 if not (got := os.preadv(file.fileno(), [left], at)):
                     raise EOFError
-                at, left = at + got, left[got:]
+                at += got
+                left = left[got:]
             return tensor
 
         try:

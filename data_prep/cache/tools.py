@@ -62,7 +62,8 @@ def _against_target(reader: CacheReader, recipe: TargetRecipe) -> list[str]:
 def inspect(recipe: DataPrepRecipe) -> None:
     """Print a table and a few examples with the supervised tokens marked; draw lengths, supervised share and norms."""
     reader = CacheReader(recipe.cache.dir)
-    manifest, console = reader.manifest, Console()
+    manifest = reader.manifest
+    console = Console()
     size = sum(path.stat().st_size for path in reader.folder.iterdir())
     share = reader.supervised / reader.lengths
     chosen = np.linspace(0, len(reader) - 1, min(SAMPLE, len(reader))).astype(int)
@@ -108,7 +109,8 @@ def _norms(reader: CacheReader, chosen: np.ndarray) -> dict[str, np.ndarray]:
 
 def _marked(ids: list[int], mask: list[int], tokenizer, limit: int = 400) -> Text:
     """The document's text, its supervised runs between » and «, in bold green."""
-    text, start = Text(), 0
+    text = Text()
+    start = 0
     for end in range(1, min(len(ids), limit) + 1):
         if end == min(len(ids), limit) or mask[end] != mask[start]:
             run = tokenizer.decode(ids[start:end])
@@ -159,14 +161,16 @@ def merge(recipe: DataPrepRecipe) -> None:
         if again := seen.intersection(ids):
             raise UserError(f"{reader.folder}: document '{min(again)}' stands in another of these caches too; nothing is written")
         seen.update(ids)
-    folder, manifest = Path(recipe.cache.dir), first.model_copy(update={"source": source})
+    folder = Path(recipe.cache.dir)
+    manifest = first.model_copy(update={"source": source})
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another cache.dir")
     building = folder.with_name(folder.name + ".merging")
     shutil.rmtree(building, ignore_errors=True)  # of a merge that was killed
     building.mkdir(parents=True)
     for number, path in enumerate(p for reader in readers for p in sorted(reader.folder.glob("shard-*.parquet"))):
-        name, rows = f"shard-{number:05d}", read_seal(path)
+        name = f"shard-{number:05d}"
+        rows = read_seal(path)
         _link(path.with_suffix(".safetensors"), building / f"{name}.safetensors")
         columns = [tuple(row.values()) for row in rows.to_pylist()]
         write_seal(building / f"{name}.parquet", columns, rows.schema.metadata[b"xxh3"].decode())

@@ -2,35 +2,23 @@
 processes, each of which writes shards of its own."""
 
 import fcntl
-import itertools
-import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 import xxhash
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import publish, write_text
-from data_prep.cache.manifest import (
-    DOCUMENTS,
-    FILES,
-    INDEX,
-    MANIFEST,
-    Manifest,
-    canonical,
-    each_document,
-    file_hash,
-    read_manifest,
-)
+from common.hashing import file_hash
+from common.tensor_files import raw, write_safetensors
+from data_prep.cache.manifest import DOCUMENTS, FILES, INDEX, MANIFEST, Manifest, canonical, each_document, read_manifest
 
 SCHEMA = pa.schema(
     [
@@ -42,19 +30,6 @@ SCHEMA = pa.schema(
         ("xxh3", pa.string()),
     ]
 )
-SAFETENSORS = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-}
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def document_hash(tensors: dict[str, Tensor]) -> str:
@@ -63,44 +38,6 @@ def document_hash(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(raw(tensors[name]))
-    return digest.hexdigest()
-
-
-def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
-    """Write each name's pieces, joined along the first axis, and return the file's xxh3.
-
-    The library's own `save_file` would need them joined in memory first and copies every byte once more: three to ten times
-    slower (docs/research/log.md).
-    """
-    shapes = {name: (t[0].dtype, (sum(map(len, t)), *t[0].shape[1:])) for name, t in tensors.items()}
-    return stream_safetensors(path, shapes, tensors.__getitem__)
-
-
-def stream_safetensors(
-    path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Callable[[str], Iterable[Tensor]], **metadata: str
-) -> str:
-    """The same for tensors that need not exist at once: `pieces`(name) yields the rows of one of `shapes`, in their order.
-
-    Widest dtype first, as the library does, so that every tensor is aligned.
-    """
-    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
-    names = sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n))
-    place = 0
-    for name in names:
-        dtype, shape = shapes[name]
-        end = place + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    parts = itertools.chain([len(text).to_bytes(8, "little"), text], (raw(t) for name in names for t in pieces(name)))
-    digest = xxhash.xxh3_128()
-    with open(path, "wb", buffering=0) as file:
-        for part in parts:
-            digest.update(part)
-            part = memoryview(part)
-            while part:  # one call writes at most 2 GiB
-                part = part[file.write(part) :]
     return digest.hexdigest()
 
 
@@ -129,26 +66,35 @@ class CacheWriter:
         barrier: Callable[[], None] = lambda: None,
         claimed: int | None = None,
     ):
-        self.folder, self.shard_bytes = Path(folder), shard_bytes
-        self.rank, self.world, self.barrier = rank, world, barrier
+        self.folder = Path(folder)
+        self.shard_bytes = shard_bytes
+        self.rank = rank
+        self.world = world
+        self.barrier = barrier
+        # Of the shard that is being collected: pieces by tensor, rows of its table, and how much there is.
         self._parts: dict[str, list[Tensor]] = {}
         self._rows: list[tuple] = []
         self._bytes = self._tokens = self._teachers = 0
-        self._thread, self._pending = ThreadPoolExecutor(1), None
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future | None = None  # the shard that the thread is sealing
+        # Only rank 0 may make the folder and write the manifest; the others wait until both are there.
         if rank == 0:
             self._open_folder(manifest, claimed)
         barrier()
         self.manifest = read_manifest(self.folder)
         if rank != 0:
+            # A shared lock on the folder, like rank 0's by now: it ends with the process, however that ends.
             self._lock = os.open(self.folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         self.removed = [name for path in self._seals()[rank::world] if (name := self._remove_damaged(path))]
-        barrier()  # what each process found damaged is gone
+        # What each process found damaged is gone.
+        barrier()
         seals = self._seals()
         tables = [pq.read_table(path, columns=["id"])["id"] for path in seals]
         self.done: pa.Array = pa.concat_arrays([c for t in tables for c in t.chunks] or [pa.array([], pa.string())])
         self._next = 1 + rank + max((int(path.stem.removeprefix("shard-")) for path in seals), default=-1)
-        barrier()  # all have read the same seals before one of them writes another
+        # All have read the same seals before one of them writes another.
+        barrier()
 
     def add(self, id: str, tensors: dict[str, Tensor]) -> None:
         """One document: the tensors of `Manifest.tensors()`, on the CPU, T rows each (last_hidden and queries: one a teacher)."""
@@ -195,7 +141,9 @@ class CacheWriter:
         except UserError:
             os.close(self._lock)
             raise
-        try:  # every process of this capture shares it until it ends; in between (it is not one step) another could come in
+        # Every process of this capture shares the lock until it ends. From exclusive to shared is not one operation: another
+        # capture could take it in between, and is then the owner.
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self.folder} is being written by another process") from error
@@ -211,6 +159,7 @@ class CacheWriter:
                 return None
         except UserError:
             pass
+        # In this order a kill in between leaves tensors without a seal, which do not count, and never a seal without tensors.
         (self.folder / FILES).unlink(missing_ok=True)
         path.unlink()
         tensors.unlink(missing_ok=True)
@@ -221,12 +170,16 @@ class CacheWriter:
             return
         name = f"shard-{self._next:05d}"
         with self._naming(name):
-            (self.folder / FILES).unlink(missing_ok=True)  # from here on the capture is unfinished again
+            # From here on the capture is unfinished again: readers must not find checksums of other files.
+            (self.folder / FILES).unlink(missing_ok=True)
             tensors = {key: self._parts[key] for key in self.manifest.tensors()}
             checksum = write_safetensors(self.folder / f"{name}.safetensors.tmp", tensors)
-        self._wait()  # one shard at most waits for the disk
+        # One shard at most waits for the disk: memory holds two.
+        self._wait()
         self._pending = self._thread.submit(self._seal, name, self._rows, checksum)
-        self._next, self._parts, self._rows = self._next + self.world, {}, []
+        self._next += self.world  # numbers between are those of the other processes
+        self._parts = {}
+        self._rows = []
         self._bytes = self._tokens = self._teachers = 0
 
     def _seal(self, name: str, rows: list[tuple], checksum: str) -> None:
@@ -265,7 +218,8 @@ def claim(folder: Path) -> int:
         UserError: another capture is writing it, or it holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # a folder can be locked: no lock file is left in the cache
+    # A folder can be locked: no lock file is left in the cache, and the kernel frees it when the process dies.
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -319,6 +273,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
         )
     _write_table(index, folder / INDEX)
     sums = {name: file_hash(folder / name) for name in (MANIFEST, INDEX, *(p.name for p in parts))}
+    # The index is whole before FILES is written: a reader takes a folder with FILES for finished.
     # A shard's checksum is the one it was written with: what was damaged since must not be recorded as good.
     sums |= {f"{p.stem}.safetensors": t.schema.metadata[b"xxh3"].decode() for p, t in tables.items()}
     write_text(folder / FILES, canonical(sums))

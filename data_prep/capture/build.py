@@ -168,7 +168,9 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
     Raises:
         UserError: the folder holds another cache, the source gives nothing or too little, or the disk cannot hold the cache.
     """
-    folder, claimed, manifest = Path(recipe.cache.dir), None, None
+    folder = Path(recipe.cache.dir)
+    claimed = None
+    manifest = None
     try:
         if rank() == 0:
             claimed = claim(folder)
@@ -219,7 +221,8 @@ def estimate(recipe: CaptureSections) -> None:
             stored = batch.tensors(batch.forward(target), manifest)
             {name: tensor.cpu() for name, tensor in stored.items()}
             if number:  # the first one warms up
-                tokens, seconds = tokens + len(batch.ids_P), seconds + time.perf_counter() - began
+                tokens += len(batch.ids_P)
+                seconds += time.perf_counter() - began
     rate = tokens / seconds
     hours = manifest.source["tokens"] / rate / 3600
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
@@ -243,7 +246,9 @@ def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
     shape = target.architecture
     a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
     b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)
-    operations, count, spent = 2 * a.shape[0] * b.numel(), 0, 0.0
+    operations = 2 * a.shape[0] * b.numel()
+    count = 0
+    spent = 0.0
     a @ b  # the first one warms up
     while spent < 0.3:
         began = time.perf_counter()

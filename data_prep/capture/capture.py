@@ -39,7 +39,8 @@ class Batch:
         """States [P, ...] of every token, on the target's device."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         if target.packs:
-            ids_P, lengths = self.ids_P.long().to(target.device), lengths.to(target.device)
+            ids_P = self.ids_P.long().to(target.device)
+            lengths = lengths.to(target.device)
             return target.forward_packed(ids_P, lengths).map(lambda t: t[0])
         ids_BT = torch.zeros(len(lengths), max(self.lengths), dtype=torch.long)
         real_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
@@ -56,7 +57,8 @@ class Batch:
             "last_hidden": states.last_hidden,
             **{f"{kind}.{i}": t for kind in ("hidden", "key", "value", "query") for i, t in getattr(states, kind).items()},
         }
-        out, teachers = {"input_ids": self.ids_P, "loss_mask": self.mask_P}, self.teacher_P.nonzero().squeeze(1)
+        out = {"input_ids": self.ids_P, "loss_mask": self.mask_P}
+        teachers = self.teacher_P.nonzero().squeeze(1)
         for name in manifest.states:
             state = named[name]
             if is_teacher(name) and manifest.last_hidden == "supervised":
@@ -67,7 +69,9 @@ class Batch:
 
 def batches(indices: np.ndarray, lengths: np.ndarray, batch_tokens: int, packed: bool) -> list[np.ndarray]:
     """`indices`, longest first, cut into batches of at most `batch_tokens`, padding included (or one document alone)."""
-    cuts, longest, tokens = [], 0, 0
+    cuts = []
+    longest = 0
+    tokens = 0
     for place, index in enumerate(indices):
         length = int(lengths[index])
         size = tokens + length if packed else longest * (place - (cuts[-1] if cuts else 0) + 1)
@@ -85,7 +89,9 @@ class Outbox:
     bounds the memory."""
 
     def __init__(self, writer: CacheWriter):
-        self.writer, self._thread, self._pending = writer, ThreadPoolExecutor(1), deque[Future]()
+        self.writer = writer
+        self._thread = ThreadPoolExecutor(1)
+        self._pending = deque[Future]()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def put(self, batch: Batch, states: States) -> None:

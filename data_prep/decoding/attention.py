@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from data_prep.decoding.torch_private import attention_with_lse
+
 Part = tuple[Tensor, Tensor]
-FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # PyTorch's private name
 
 
 def over_cache(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, growing: bool) -> Part:
@@ -57,7 +58,8 @@ def over_rows(q_BTHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, seen_BTR: Tensor) ->
 
 def merge(one: Part, other: Part) -> Tensor:
     """Softmax attention over both parts' keys, [B, T, H, D]."""
-    (a, a_lse), (b, b_lse) = one, other
+    a, a_lse = one
+    b, b_lse = other
     share = torch.sigmoid(b_lse - a_lse)[..., None]
     return (a + share * (b - a)).to(a.dtype)
 
@@ -102,16 +104,17 @@ def _filled(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, gro
 
 def _fused(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Part:
     """The kernel behind `scaled_dot_product_attention` on a CPU; that function does not hand out the log-sum-exp."""
-    heads, size = k_BLGD.shape[2], q_BTHD.shape[-1]
-    rows, sharing = q_BTHD.shape[1], q_BTHD.shape[2] // heads
+    _, rows, query_heads, size = q_BTHD.shape
+    heads = k_BLGD.shape[2]
+    sharing = query_heads // heads
     k, v = (t.transpose(1, 2) for t in (k_BLGD, v_BLGD))
     if causal:
-        out_BHTD, lse_BHT = FUSED(q_BTHD.transpose(1, 2), k, v, is_causal=True)
+        out_BHTD, lse_BHT = attention_with_lse(q_BTHD.transpose(1, 2), k, v, causal=True)
         return out_BHTD.transpose(1, 2), lse_BHT.transpose(1, 2)
     # Query heads that share a KV head stand beside each other as rows: a key is then read once for all of them.
     q_BGRD = q_BTHD.unflatten(2, (heads, sharing)).transpose(1, 2).reshape(len(q_BTHD), heads, rows * sharing, size)
     mask = mask if mask is None else mask.repeat_interleave(sharing, dim=2)
-    out_BGRD, lse_BGR = FUSED(q_BGRD, k, v, attn_mask=mask)
+    out_BGRD, lse_BGR = attention_with_lse(q_BGRD, k, v, mask)
     out_BTHD = out_BGRD.unflatten(2, (rows, sharing)).transpose(1, 2).flatten(2, 3)
     return out_BTHD, lse_BGR.unflatten(2, (rows, sharing)).transpose(1, 2).flatten(2, 3)
 

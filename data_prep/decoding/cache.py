@@ -25,7 +25,9 @@ class StaticCache:
     def first(self, count: int) -> "StaticCache":
         """The first `count` places of the batch, as a cache that shares their memory."""
         part = StaticCache.__new__(StaticCache)
-        part.key, part.value, part.row_B1 = self.key[:, :count], self.value[:, :count], self.row_B1[:count]
+        part.key = self.key[:, :count]
+        part.value = self.value[:, :count]
+        part.row_B1 = self.row_B1[:count]
         return part
 
     @property

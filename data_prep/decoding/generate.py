@@ -164,7 +164,8 @@ class BatchGenerator:
         """
         try:
             self._run(Line(iter(dialogues)))
-        finally:  # after an error nobody is left for another run
+        finally:
+            # After an error nobody is left for another run.
             self._taken.clear()
             self._draining = False
 
@@ -210,7 +211,8 @@ class BatchGenerator:
             self._taken.update(zip(places, group))
 
     def _prefill(self, group: list[Request], places: list[int]) -> None:
-        device, state = self._target.device, self._places
+        device = self._target.device
+        state = self._places
         place_N = torch.tensor(places, device=device)
         size_N = torch.tensor([len(r.ask.tokens) for r in group])
         ids_NT = torch.zeros(len(group), int(size_N.max()), dtype=torch.long)
@@ -222,7 +224,8 @@ class BatchGenerator:
                 random_U[: ask.max_tokens] = torch.rand(ask.max_tokens, generator=own, dtype=torch.float64)
         ids_NT, size_N, random_NU = (t.to(device) for t in (ids_NT, size_N, random_NU))
         position_NT = torch.arange(ids_NT.shape[1], device=device).expand_as(ids_NT)
-        keys, values = self._cache.key, self._cache.value
+        keys = self._cache.key
+        values = self._cache.value
 
         def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor) -> Tensor:
             keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
@@ -233,7 +236,8 @@ class BatchGenerator:
             states = self._target.forward_through(ids_NT, position_NT, attend)
         last_hidden = states.last_hidden[torch.arange(len(group), device=device), size_N - 1]
         numbers = lambda field: torch.tensor([getattr(r.ask, field) for r in group], device=device)
-        temperature_N, top_p_N = numbers("temperature").float(), numbers("top_p").float()
+        temperature_N = numbers("temperature").float()
+        top_p_N = numbers("top_p").float()
         first_N = self._chosen(self._target.logits(last_hidden), temperature_N, top_p_N, random_NU[:, 0])
         state.text_PL[place_N, : ids_NT.shape[1]] = ids_NT
         state.text_PL[place_N, size_N] = first_N
@@ -250,7 +254,9 @@ class BatchGenerator:
         width = self._width(max(self._taken) + 1)
         key = (width, self._samples, self._cuts)
         if key not in self._graphs:
-            places, cache = self._places.first(width), self._cache.first(width)
+            places = self._places.first(width)
+            cache = self._cache.first(width)
+            # A graph holds the addresses of these tensors: whoever makes new ones (`_reserve`) has to forget the graphs.
             self._graphs[key] = Graphed(lambda: self._advance(places, cache), self._pool)
         with nullcontext() if width == self._count else self._target.uncompiled():
             self._graphs[key]()
@@ -263,6 +269,7 @@ class BatchGenerator:
         u_P = places.random_PU.gather(1, answered_P1.clamp(max=places.random_PU.shape[1] - 1))[:, 0]
         logits_PV = self._target.logits(states.last_hidden[:, 0])
         next_P = self._chosen(logits_PV, places.temperature_P, places.top_p_P, u_P)
+        # No branch on who is going: a graph has none.
         # Who is not going keeps its text: the token is written where its last one stands already.
         behind_P1 = (places.length_P + places.going_P)[:, None]
         old_P1 = places.text_PL.gather(1, behind_P1)
@@ -286,6 +293,7 @@ class BatchGenerator:
         """Who has ended, and with what. Their places are free again."""
         if not self._taken:
             return []
+        # The host waits for the device here, and nowhere else between two looks.
         going = self._places.going_P.tolist()
         places = [place for place in self._taken if not going[place]]
         if not places:
@@ -330,10 +338,12 @@ class BatchGenerator:
     def _reserve(self, positions: int, draws: int) -> bool:
         """Make room for requests of so many positions and answers of so many tokens. False: there is no memory for caches beside
         those in use, so that everybody who is going has to end first; then places may be fewer."""
-        old, cache = self._places, self._cache
+        old = self._places
+        cache = self._cache
         if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:
             return True
-        if old is not None:  # by a quarter at least: to grow is to copy
+        if old is not None:
+            # By a quarter at least: to grow is to copy, and to record all graphs anew.
             positions = max(positions, cache.room + cache.room // 4 * (cache.room < positions))
             draws = max(draws, old.random_PU.shape[1])
         room = -(-positions // ROOM_STEP) * ROOM_STEP
@@ -341,13 +351,15 @@ class BatchGenerator:
             self._draining = True
             if self._taken:
                 return False
+            # Everybody has ended. The old caches go before new ones are made: there is no memory for both.
             old = cache = None
             self._cache = None
             self._places = None
             self._graphs.clear()
             self._shrink(room)
         self._draining = False
-        a, device = self._target.architecture, self._target.device
+        a = self._target.architecture
+        device = self._target.device
         self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
         self._places = Places(self._count, room, draws, device)
         if old is not None:

@@ -12,13 +12,17 @@ class Graphed:
     """
 
     def __init__(self, function: Callable, pool):
-        self._function, self._pool, self._graph, self._result = function, pool, None, None
+        self._function = function
+        self._pool = pool
+        self._graph = None
+        self._result = None
 
     def __call__(self, *arguments):
         if self._pool is None:
             return self._function(*arguments)
         if self._graph is None:
-            self._function(*arguments)  # whatever is made once is made now
+            # Whatever is made once (workspaces of libraries, compiled code) is made now: a recording must not allocate it.
+            self._function(*arguments)
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=self._pool):

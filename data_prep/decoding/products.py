@@ -13,6 +13,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from data_prep.decoding import torch_private
+
 ROWS = 4  # that a layout is chosen for; it serves any number
 MOST = 0.5  # the share of the free memory that layouts take at most
 
@@ -31,19 +33,16 @@ class Product:
 
     def lay_out(self) -> None:
         if self._laid_out is None and can_be_laid_out(self.weight_NK):
-            self._laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight_NK.detach(), ROWS)  # PyTorch's private name
+            self._laid_out = torch_private.lay_out(self.weight_NK, ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._laid_out is None:
             return nn.functional.linear(x, self.weight_NK, self.bias_N)
-        # PyTorch's private name; its last arguments are an activation that could follow, and here none does.
-        return torch.ops.mkldnn._linear_pointwise(x, self._laid_out, self.bias_N, "none", [], "")
+        return torch_private.laid_out_product(x, self._laid_out, self.bias_N)
 
 
 def can_be_laid_out(weight: Tensor) -> bool:
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    known = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return known and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return torch_private.has_layouts() and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def lay_out(model: nn.Module, more: int = 0) -> bool:
@@ -56,6 +55,7 @@ def lay_out(model: nn.Module, more: int = 0) -> bool:
     for layer in layers:
         product = Product(layer.weight, layer.bias)
         product.lay_out()
+        # An instance's own `forward` goes before its class's; `as_they_stand` takes it away again.
         layer.forward = product
     return True
 

@@ -59,7 +59,9 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
         return
     arguments = (tokenizer, data, os.getpid())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
-    window, others, started = deque(), set(multiprocessing.active_children()), None
+    window = deque()
+    others = set(multiprocessing.active_children())
+    started = None
     try:
         with pool:
             for chunk in chunks:
@@ -139,7 +141,8 @@ def write_documents(path: Path, documents: Iterable[TokenDocument], left_out: Co
     Raises:
         UserError: not one document is left.
     """
-    documents, digest = iter(documents), Digest()
+    documents = iter(documents)
+    digest = Digest()
     counts = Counter(documents=0, tokens=0, supervised=0)
     temporary = path.with_name(path.name + ".tmp")
     with pa.ipc.new_file(temporary, SCHEMA) as file:

@@ -1,11 +1,13 @@
-"""Records: an id and fields. `heldout` records are never captured; evaluation prompts come only from them."""
+"""Where documents come from: each source gives records, an id and fields, of the sides that are asked for (sides.py).
 
-import hashlib
+A new source is a function and an entry of `SOURCES` (docs/extend/source.md).
+"""
+
 import json
 import sysconfig
 import tokenize
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +16,7 @@ import numpy as np
 from common.errors import UserError
 from common.hashing import stable_hash
 from data_prep.recipe import DataRecipe
-
-VALIDATION = "validation/"  # begins the ids of documents that are joined from records on that side of training's split
+from data_prep.sources.sides import is_heldout, is_heldout_module
 
 
 class Record(NamedTuple):
@@ -25,17 +26,9 @@ class Record(NamedTuple):
     fields: dict
 
 
-def is_validation(id: str) -> bool:
-    """Whether joined documents judge a training by this record (one in twenty, by hash) instead of training on it."""
-    return stable_hash(VALIDATION + id) % 20 == 0
-
-
 def check_source(data: DataRecipe) -> None:
     """Raises UserError when the source cannot be there."""
-    if data.source == "jsonl" and not (data.path and Path(data.path).is_file()):
-        raise UserError(f"data.path={data.path} is not a file; it must name a file of one JSON object a line")
-    if data.source == "hub" and not data.name:
-        raise UserError("data=hub needs data.name, the data set as datasets.load_dataset takes it")
+    SOURCES[data.source].check(data)
 
 
 def records(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
@@ -45,18 +38,13 @@ def records(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     Raises:
         UserError: the source is missing, or a record of it is malformed or has another's id.
     """
-    return {"stdlib": _stdlib, "jsonl": _jsonl, "hub": _hub}[data.source](data, heldout)
-
-
-def is_heldout(id: str) -> bool:
-    """Whether a record is kept for evaluation (one in fifty, by hash) and never captured."""
-    return stable_hash(id) % 50 == 0
+    return SOURCES[data.source].read(data, heldout)
 
 
 def _stdlib(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
-    """The interpreter's own standard library. The embedded target has never seen a module whose file name f has
-    md5(f) % 8 == 0 (targets/tiny/README.md): those are held out."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    """The interpreter's own standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
     for path in root.rglob("*.py"):
         if {"site-packages", "__pycache__"} & set(path.relative_to(root).parts):
             continue
@@ -65,7 +53,7 @@ def _stdlib(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):
             continue  # the library's tests of bad encodings are not readable text
-        if heldout in (None, int(hashlib.md5(path.name.encode()).hexdigest(), 16) % 8 == 0):
+        if heldout in (None, is_heldout_module(path.name)):
             found.append(Record(path.relative_to(root).as_posix(), {"text": text}))
     return iter(sorted(found, key=lambda r: stable_hash(r.id)))
 
@@ -78,7 +66,8 @@ class Lines:
         """`hint`: what else a message about an id that stands twice proposes. Raises UserError for that, and for a line that is
         no record."""
         self._id_field = id_field
-        keys, places = array("Q"), array("Q")
+        keys = array("Q")
+        places = array("Q")
         with open(path, "rb") as file:
             place = number = 0
             while line := file.readline():
@@ -109,6 +98,11 @@ class Lines:
         return Record(_id(fields, self._id_field, int(number)), fields)
 
 
+def _check_jsonl(data: DataRecipe) -> None:
+    if not (data.path and Path(data.path).is_file()):
+        raise UserError(f"data.path={data.path} is not a file; it must name a file of one JSON object a line")
+
+
 def _jsonl(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     """One JSON object a line."""
     check_source(data)
@@ -131,6 +125,11 @@ def load_hub(name: str, config: str | None, split: str, files=None, streaming: b
     except Exception as error:  # the library raises whatever its builders and its network raise
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}.name={name}, {key}.split={split}: datasets cannot load it ({what[:300]})") from error
+
+
+def _check_hub(data: DataRecipe) -> None:
+    if not data.name:
+        raise UserError("data=hub needs data.name, the data set as datasets.load_dataset takes it")
 
 
 def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
@@ -161,3 +160,19 @@ def _id(fields: dict, field: str | None, number: int) -> str:
     id = str(number if named is None else named)
     id.encode()  # JSON can spell half a character, which nothing can store; a ValueError
     return id
+
+
+def _nothing_to_check(data: DataRecipe) -> None:
+    pass
+
+
+class Source(NamedTuple):
+    """A kind of source: `read`(data, heldout) gives the records of one side (None: both), each id once, in an order that is a
+    function of ids alone; `check`(data) raises UserError, before anything is loaded, when the source cannot be there."""
+
+    read: Callable[[DataRecipe, bool | None], Iterator[Record]]
+    check: Callable[[DataRecipe], None] = _nothing_to_check
+
+
+# By the value of `data.source`, which `DataRecipe` lists as well.
+SOURCES = {"stdlib": Source(_stdlib), "jsonl": Source(_jsonl, _check_jsonl), "hub": Source(_hub, _check_hub)}

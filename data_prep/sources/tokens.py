@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from data_prep.recipe import DataRecipe
-from data_prep.sources.records import VALIDATION, Record, is_validation
+from data_prep.sources.records import Record
+from data_prep.sources.sides import VALIDATION, is_validation
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
@@ -73,7 +74,8 @@ def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, le
         return
     if len(ids) > length and data.long == "cut":
         left_out[f"kept, but cut to data.max_length={length} tokens"] += 1
-        ids, mask = ids[:length], mask[:length]
+        ids = ids[:length]
+        mask = mask[:length]
     for k, start in enumerate(range(0, max(len(ids), 1), length)):
         piece = np.asarray(ids[start : start + length], dtype=np.int32)
         supervised = np.asarray(mask[start : start + length], dtype=np.uint8)
@@ -99,10 +101,13 @@ def joined(
         prefix = VALIDATION * judged
         name, ids, mask = begun.pop(judged, (prefix + record.id, [], []))
         started = len(ids)
-        ids, mask = ids + one[0] + [end] * (end is not None), mask + one[1] + [1] * (end is not None)
+        ids = ids + one[0] + [end] * (end is not None)
+        mask = mask + one[1] + [1] * (end is not None)
         while len(ids) >= length:
             yield Record(name, {}), (ids[:length], mask[:length])
-            ids, mask, started = ids[length:], mask[length:], started - length
+            ids = ids[length:]
+            mask = mask[length:]
+            started = started - length
             name = f"{prefix}{record.id}@{-started}"
         if ids:
             begun[judged] = name, ids, mask
@@ -164,7 +169,8 @@ def _format(fields: dict, data: DataRecipe) -> str:
 
 
 def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]:
-    ids, mask = fields.get("input_ids"), fields.get("loss_mask")
+    ids = fields.get("input_ids")
+    mask = fields.get("loss_mask")
     mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise LeftOut("'input_ids' and 'loss_mask' are not lists of one length")
@@ -198,10 +204,12 @@ def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data:
             mask = [0] * before + mask[before:]
         return ids, mask
     ids = render(messages)
-    mask, special = [0] * len(ids), set(tokenizer.all_special_ids)
+    mask = [0] * len(ids)
+    special = set(tokenizer.all_special_ids)
     for k in turns:
         after = _prefix(render(messages[: k + 1]), ids, data)
-        start, end = len(_prefix(render(messages[:k], prompt=True), after, data)), len(after)
+        start = len(_prefix(render(messages[:k], prompt=True), after, data))
+        end = len(after)
         ends = [i for i in range(start, end) if after[i] in special]
         if ends and not tokenizer.decode(after[ends[-1] + 1 :]).strip():
             end = ends[-1] + 1  # white space behind the end-of-turn token is the template's, not the model's

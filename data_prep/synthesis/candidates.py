@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.hashing import stable_hash
 from data_prep.decoding.generate import Ask, Dialogue
 from data_prep.recipe import PLACEHOLDER, FiltersRecipe, KindRecipe, SynthesizeRecipe, TurnRecipe
-from data_prep.sources.records import Lines, Record, is_heldout
+from data_prep.sources.records import Lines, Record
+from data_prep.sources.sides import is_heldout
 from data_prep.sources.tokens import HALF, LeftOut
 from data_prep.synthesis.filters import looping
 from data_prep.synthesis.turns import Turns, assistant, user
@@ -68,7 +69,8 @@ class Texts:
             raise LeftOut("no text on its side of the held-out split")
         for attempt in range(ATTEMPTS):
             record = self._lines[int(draws.one(f"text/{attempt}", side))]
-            length, start = draws.uniform(f"length/{attempt}"), draws.uniform(f"start/{attempt}")
+            length = draws.uniform(f"length/{attempt}")
+            start = draws.uniform(f"start/{attempt}")
             piece = passage(_text_of(record, self._path), *kind.passage, length, start)
             marks = "".join(piece.split())  # indented tables have many blanks
             prose = sum(map(str.isalpha, marks)) >= filters.passage_letters * len(marks) and looping(piece) <= filters.loop
@@ -125,8 +127,10 @@ class Author:
 
     def _conversation(self, n: int, name: str, draws: Draws):
         recipe = self._recipe
-        kind, id = self._kinds[name], f"{recipe.seed}-{n}"
-        source, begun = None, draws.one("template", kind.templates)
+        kind = self._kinds[name]
+        id = f"{recipe.seed}-{n}"
+        source = None
+        begun = draws.one("template", kind.templates)
         filled = {word: draws.one(word, values) for word, values in kind.words.items()}
         if "{passage}" in begun:
             source, filled["passage"] = self._texts.passage(id, kind, recipe.filters, draws)

@@ -5,12 +5,9 @@ One JSON line a conversation is appended to `regenerate.out` within a second of 
 
 import asyncio
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from common.errors import UserError
 from common.hashing import stable_hash
@@ -18,32 +15,16 @@ from common.progress import Progress
 from common.ranks import rank, world_size
 from data_prep.capture.build import say
 from data_prep.decoding.generate import Ask, BatchGenerator, Dialogue
-from data_prep.recipe import DataPrepRecipe, RegenerateRecipe
+from data_prep.recipe import DataPrepRecipe
 from data_prep.sources import records as sources
 from data_prep.sources.tokens import LeftOut, messages_of
+from data_prep.synthesis.conversation import Conversation, Write
 from data_prep.synthesis.journal import Journal
+from data_prep.synthesis.server import Server
 from data_prep.synthesis.turns import Turns
 from data_prep.target.loading import load_target, load_tokenizer
 
-TRANSIENT = {408, 409, 425, 429}  # and 5xx: worth another attempt
-THIS_EXAMPLE = {400, 413, 422}  # the server refuses one conversation (too long, say); any other 4xx concerns all of them
 BEGINS = b'{"id": '  # every line of ours
-
-
-class Conversation(NamedTuple):
-    """What stands before each reply: system and user messages, once a reply."""
-
-    id: str
-    prompts: list[list[dict]]
-
-    @property
-    def hash(self) -> str:
-        return f"{stable_hash(json.dumps(self.prompts, ensure_ascii=False)):016x}"
-
-
-class Reply(NamedTuple):
-    message: dict
-    finish: str  # "stop", or "length" when max_tokens cut it
 
 
 def check_regeneration(recipe: DataPrepRecipe) -> None:
@@ -89,7 +70,8 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         barrier()
         journal.share()
         done = _done(journal, out, settings)
-        barrier()  # all have read the same file before one of them appends to it
+        # All have read the same file before one of them appends to it.
+        barrier()
         try:
             left_out = _answer(recipe, settings, done, journal)
         finally:
@@ -119,7 +101,7 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journa
 
         todo = _conversations(recipe, done, left_out)
         if recipe.regenerate.base_url:
-            asyncio.run(_ask_server(recipe.regenerate, settings, todo, write, left_out))
+            asyncio.run(Server(recipe.regenerate, settings, write, left_out).answer(todo))
         else:
             _answer_here(recipe, todo, write, left_out)
     return left_out
@@ -155,9 +137,10 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
             )
 
 
-def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, left_out: Counter) -> None:
+def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Write, left_out: Counter) -> None:
     """The target in this process, `batch` conversations at a time, each turn by turn."""
-    ask, target = recipe.regenerate, load_target(recipe.target)
+    ask = recipe.regenerate
+    target = load_target(recipe.target)
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
     turns = Turns(tokenizer, recipe.target.id, recipe.data.template | thinking)
@@ -187,85 +170,6 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write, le
         write(conversation, history, finish)
 
     BatchGenerator(target, target.end_tokens | {turns.reply_end} - {None}, ask.batch).run(map(dialogue, todo))
-
-
-async def _ask_server(ask: RegenerateRecipe, settings: dict, todo: Iterator[Conversation], write, left_out: Counter) -> None:
-    """An OpenAI-compatible server (vLLM, SGLang), at most `concurrency` conversations at a time."""
-    import httpx
-    import tenacity
-
-    def transient(error: BaseException) -> bool:
-        if isinstance(error, httpx.HTTPStatusError):
-            return error.response.status_code in TRANSIENT or error.response.status_code >= 500
-        return isinstance(error, httpx.TransportError)
-
-    async def reply(client: httpx.AsyncClient, history: list[dict]) -> Reply:
-        body = {key: settings[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")} | {"messages": history}
-        if ask.thinking is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": ask.thinking}
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(ask.attempts),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-            retry=tenacity.retry_if_exception(transient),
-            reraise=True,
-        )
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    answer = await client.post("chat/completions", json=body)
-                    answer.raise_for_status()
-            choice = answer.json()["choices"][0]
-            kept = {k: v for k, v in choice["message"].items() if k in ("content", "reasoning_content") and v is not None}
-            return Reply({"role": "assistant", "content": "", **kept}, choice.get("finish_reason") or "stop")
-        except httpx.HTTPStatusError as error:
-            said = " ".join(error.response.text.split())[:200]
-            if error.response.status_code in THIS_EXAMPLE:
-                what = re.sub(r"\d+", "N", said)[:100]  # numbers differ from example to example
-                raise LeftOut(f"the server refuses it ({error.response.status_code}: {what})") from error
-            raise UserError(f"{ask.base_url} answers {error.response.status_code}: {said}; what is done is kept") from error
-        except httpx.ReadTimeout as error:
-            raise LeftOut(f"no answer within regenerate.timeout_s={ask.timeout_s:g}") from error
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            what = f"{type(error).__name__} {error}".strip()
-            raise UserError(
-                f"{ask.base_url} cannot be reached ({what}); what is done is kept, run the same command again"
-            ) from error
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{ask.base_url} does not answer as an OpenAI-compatible server would") from error
-
-    async def converse(client: httpx.AsyncClient, conversation: Conversation) -> None:
-        history, finish = [], "stop"
-        try:
-            for prompt in conversation.prompts:
-                history += prompt
-                message, finish = await reply(client, history)
-                history.append(message)
-                if finish == "length":
-                    break
-            write(conversation, history, finish)
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
-
-    key = os.environ.get("OPENAI_API_KEY")
-    async with httpx.AsyncClient(
-        base_url=ask.base_url.rstrip("/") + "/",
-        timeout=ask.timeout_s,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        limits=httpx.Limits(max_connections=ask.concurrency),
-    ) as client:
-        running: set[asyncio.Task] = set()
-        try:
-            for conversation in todo:
-                running.add(asyncio.create_task(converse(client, conversation)))
-                if len(running) == ask.concurrency:
-                    finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    [task.result() for task in finished]
-            while running:
-                finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                [task.result() for task in finished]
-        finally:
-            for task in running:
-                task.cancel()
 
 
 def _refuse_foreign(journal: Journal, out: Path, settings: dict) -> None:

@@ -12,7 +12,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -26,6 +25,7 @@ from data_prep.recipe import DataPrepRecipe, SynthesizeRecipe
 from data_prep.synthesis.candidates import Author, Texts
 from data_prep.synthesis.filters import repeats
 from data_prep.synthesis.journal import Journal
+from data_prep.synthesis.place import Account, Place
 from data_prep.synthesis.turns import Turns
 from data_prep.target.architecture import target_sizes
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
@@ -33,76 +33,6 @@ from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hash
 WINDOW = 1000  # candidates: of the last so many
 LEAST = 0.01  # must be kept, or the command gives up
 REPEATED = {"exact": "a first message that another conversation has", "near": "a first message nearly as another conversation's"}
-
-
-@dataclass
-class Account:
-    """What has become of candidates 0 .. candidates - 1."""
-
-    conversations: int = 0
-    tokens: int = 0
-    candidates: int = 0
-    kinds: Counter = field(default_factory=Counter)  # conversations of each kind
-    left_out: Counter = field(default_factory=Counter)  # candidates by reason
-
-    def reached(self, recipe: SynthesizeRecipe) -> bool:
-        return self.tokens >= recipe.tokens if recipe.count is None else self.conversations >= recipe.count
-
-    def add(self, candidate: dict, left_out: str | None) -> None:
-        self.candidates += 1
-        if left_out:
-            self.left_out[left_out] += 1
-            return
-        self.conversations += 1
-        self.tokens += candidate["tokens"]
-        self.kinds[candidate["kind"]] += 1
-
-
-class Place:
-    """The file to write and what stands beside it: OUT.partial while it is made, OUT.json about it once it is finished."""
-
-    def __init__(self, out: str):
-        self.out = Path(out)
-        self.partial = Path(f"{out}.partial")
-        self.about = Path(f"{out}.json")
-
-    def finished(self, settings: dict) -> Account | None:
-        """What the finished file holds. Raises UserError when it is not ours, was changed, or has other settings."""
-        if not self.out.exists():
-            return None
-        try:
-            about = json.loads(self.about.read_text())
-            _refuse_others(self.out, settings, about["settings"])
-            if about["bytes"] != self.out.stat().st_size:
-                raise UserError(f"{self.out} was changed since mode=synthesize wrote it; choose another synthesize.out")
-            names = ("conversations", "tokens", "candidates")
-            counters = {name: Counter(about[name]) for name in ("kinds", "left_out")}
-            return Account(**{name: about[name] for name in names}, **counters)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.out} was not written by mode=synthesize; choose another synthesize.out") from error
-
-    def begun(self, settings: dict) -> dict | None:
-        """The first line of the unfinished file, if it was completed. Raises UserError as `finished` does."""
-        try:
-            with open(self.partial, "rb") as file:
-                line = file.readline()
-        except FileNotFoundError:
-            return None
-        try:
-            if not line.endswith(b"\n"):
-                if b'{"settings": '.startswith(line[:13]):
-                    return None
-                raise ValueError
-            first = json.loads(line)
-            _refuse_others(self.partial, settings, first["settings"])
-            return first
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.partial} was not written by mode=synthesize; choose another synthesize.out") from error
-
-
-def _refuse_others(path: Path, settings: dict, earlier: dict) -> None:
-    if keys := sorted(key for key in settings.keys() | earlier.keys() if settings.get(key) != earlier.get(key)):
-        raise UserError(f"{path} was written with other settings; these differ: {', '.join(keys)}. Choose another synthesize.out")
 
 
 def check_synthesis(recipe: DataPrepRecipe) -> None:
@@ -131,7 +61,8 @@ def check_synthesis(recipe: DataPrepRecipe) -> None:
     turns = _turns(recipe)
     if any(t.endswith("{user}") for kind in ask.used_kinds.values() for t in kind.templates) or max(ask.turn_shares) > 1:
         turns.refuse_without_user()
-    settings, place = _settings(recipe, turns), Place(ask.out)
+    settings = _settings(recipe, turns)
+    place = Place(ask.out)
     if not place.begun(settings):
         place.finished(settings)
 
@@ -154,13 +85,15 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         return
     author = Author(ask, turns, Texts(ask.texts) if ask.texts else None)
     place.out.parent.mkdir(parents=True, exist_ok=True)
-    barrier()  # all have seen what is there before it changes
+    # All have seen what is there before it changes.
+    barrier()
     journal = Journal(place.partial)
     try:
         if rank() == 0:
             journal.lock()
             journal.repair()
-            begun = place.begun(settings)  # once more: another command may have come in between
+            # Once more under the lock: another command may have come in between.
+            begun = place.begun(settings)
             base = None if begun else place.finished(settings)
             if not begun:
                 journal.append({"settings": settings, "base": vars(base or Account())})
@@ -171,6 +104,7 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         with Progress("candidates", silent=rank() != 0) as progress:
             task = progress.add_task("synthesize", total=0)
             while (upto := _next_round(ask, place, journal, barrier)) is not None:
+                # Loading takes long, and a run that only has to finish its file needs no target.
                 if generator is None:
                     target = load_target(recipe.target)
                     ends = target.end_tokens | ({turns.user_end, turns.reply_end} - {None})
@@ -205,7 +139,8 @@ def _settings(recipe: DataPrepRecipe, turns: Turns) -> dict:
 
 def _missing(journal: Journal, upto: int) -> list[int]:
     """This process's share of the candidates below `upto` that are not there yet."""
-    begin, there = 0, set()
+    begin = 0
+    there = set()
     for _, record in _records(journal):
         begin = record["base"]["candidates"] if "base" in record else begin
         there.add(record.get("n"))
@@ -239,6 +174,7 @@ def _next_round(ask: SynthesizeRecipe, place: Place, journal: Journal, barrier: 
 def _decide(ask: SynthesizeRecipe, place: Place, journal: Journal) -> None:
     """Take candidates in order, as far as they are there without a gap. Write the file if there are enough of them, else how far
     the next round goes. Raises UserError when hardly one is worth keeping."""
+    # 1. What the work file holds. Of messages only the first is kept: it is what repetitions are told by.
     found: dict[int, tuple[int, dict]] = {}
     upto = 0
     for where, record in _records(journal):
@@ -253,13 +189,17 @@ def _decide(ask: SynthesizeRecipe, place: Place, journal: Journal) -> None:
     account = Account(**{**base, "kinds": Counter(base["kinds"]), "left_out": Counter(base["left_out"])})
     begin = account.candidates
     earlier = _earlier(place, begin, account.conversations)
+    # 2. Candidates in order, up to the first that is not there.
     ordered = []
     while (n := begin + len(ordered)) in found:
         ordered.append(found[n])
+    # 3. Which of them repeat an earlier conversation, of the finished file or of this one.
     alone = [candidate["first"] for _, candidate in ordered if not candidate.get("left_out")]
     before = [json.loads(line)["messages"][0]["content"] for line in earlier]
     repeated = iter(repeats(before + alone, ask.filters.near)[len(before) :])
-    kept, outcomes = [], []
+    # 4. Take them until there are enough.
+    kept = []
+    outcomes = []
     for where, candidate in ordered:
         if account.reached(ask):
             break
@@ -268,11 +208,12 @@ def _decide(ask: SynthesizeRecipe, place: Place, journal: Journal) -> None:
         outcomes.append(reason)
         if not reason:
             kept.append(where)
+    # 5. Write the file, or say how far the next round goes.
     if account.reached(ask):
         _finish(place, account, earlier, kept, json.loads(next(journal.lines())[1])["settings"])
         return
     if len(ordered) < upto - begin:
-        return  # an interrupted round is completed first
+        return  # a round that was interrupted is completed first
     _refuse_waste(ask, place, account, outcomes[-WINDOW:])
     journal.append({"upto": account.candidates + _more(ask, account)})
     journal.flush()
@@ -329,6 +270,8 @@ def _finish(place: Place, account: Account, earlier: list[bytes], kept: list[int
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        # A kill between the two leaves OUT without what is said about it. OUT.partial is still there, and the same command writes
+        # both again.
         os.replace(temporary, place.out)
         temporary.write_text(json.dumps({**vars(account), "bytes": size, "settings": settings}, indent=1) + "\n")
         os.replace(temporary, place.about)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
 from data_prep.target.from_gguf import plain
+from data_prep.target.transformers_private import rotary_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
@@ -98,7 +98,7 @@ def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
         if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
             factor = float(rope["factor"])
             config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        embedding = LlamaRotaryEmbedding(config)
+        inv_freq, scale = rotary_of(config)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
-    return config, Rotary(embedding.inv_freq.double().tolist(), float(embedding.attention_scaling), factor)
+    return config, Rotary(inv_freq, scale, factor)

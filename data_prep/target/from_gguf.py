@@ -18,8 +18,8 @@ from transformers.utils import cached_file
 
 from common.errors import UserError, first_line
 from common.files import write_text
-from data_prep.cache.manifest import file_hash
-from data_prep.cache.writer import stream_safetensors
+from common.hashing import file_hash
+from common.tensor_files import stream_safetensors
 from data_prep.target.gguf_contents import INTERLEAVED, config_of, dtype_of, generation_of, pieces, read, tensors_of, tokenizer_of
 
 FORMAT = 1  # of the folders that are made: raise it when the same file becomes another folder

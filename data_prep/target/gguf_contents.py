@@ -30,7 +30,9 @@ from common.errors import UserError, first_line
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}  # Mistral's files are called llama, and are
 INTERLEAVED = ("llama",)  # whose queries and keys llama.cpp rotates as neighbours
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+# Of tokenizer.ggml.token_type.
+CONTROL = 3
+USER_DEFINED = 4
 PIECE = 1 << 25  # numbers that are dequantised at once
 
 # Keys of an architecture that are read below. Any other one that says something (is not 0) is refused.

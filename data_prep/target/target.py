@@ -1,42 +1,38 @@
-"""The frozen target. All knowledge of `transformers` internals lives in this file.
+"""The frozen target: its forward, and the states that it hands out.
 
-Shapes: B batch, T positions, E hidden size, V vocabulary, G key/value heads, D head size.
+What is inside of a model of `transformers` is known to transformers_private.py alone.
+
+Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary, H query heads, G key/value heads, D head size.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
+from data_prep.decoding import torch_private
 from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target import transformers_private as private
 from data_prep.target.architecture import STATIC_ROPE, Architecture, refuse_family
 from data_prep.target.from_gguf import plain
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 
-GIVEN = "understudy_given"  # the attention of `Target.forward_through`
-_given: ContextVar[Callable] = ContextVar("given")
+# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-@torch._dynamo.disable
-def _given_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **options):
-    """transformers' interface: [B, H, T, D] in, [B, T, H, D] out."""
-    return _given.get()(module.layer_idx, *(t.transpose(1, 2) for t in (query, key, value))), None
-
-
-AttentionInterface.register(GIVEN, _given_attention)
-
-
-@torch._dynamo.disable  # a compiled layer would forget what it sets
+@torch.compiler.disable  # a compiled layer would forget what it sets
 def _take(module: nn.Module, inputs, output) -> None:
+    """A forward hook. Some versions of transformers return a tuple from a layer."""
     module.taken = output[0] if isinstance(output, tuple) else output
 
 
@@ -57,30 +53,40 @@ class Target:
         spread: str = "none",
     ):
         transformers_logging.disable_progress_bar()
-        folder = plain(path, revision)
-        over = {"none": dict, "device_map": lambda: {"device_map": "auto"}, "tp": _tensor_parallel}[spread]()
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, revision=revision, dtype=dtype, attn_implementation=attention, output_loading_info=True, **over
-            )
-            self.model = (model if over else model.to(device)).eval()
-        # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
-        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-            raise UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})") from error
-        if missing := sorted(report["missing_keys"]):  # transformers would go on with random values
-            raise UserError(f"target.path={path}: the checkpoint lacks {', '.join(missing[:3])}")
-        self.path, self.revision, self.device, self.dtype = path, revision, torch.device(device), dtype
-        self.folder = folder  # what transformers and servers load: of a GGUF file, what it was dequantised to
-        if spread == "device_map":
-            self.device = self.model.get_input_embeddings().weight.device
+        self.path = path
+        self.revision = revision
+        self.dtype = dtype
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
-        self.model.requires_grad_(False)
+        self.folder = plain(path, revision)  # what transformers and servers load: of a GGUF file, what it was dequantised to
+        self.model = self._load(attention, _spreading(spread), torch.device(device))
         self._refuse_unsupported()
+        self.device = self.model.get_input_embeddings().weight.device if spread == "device_map" else torch.device(device)
+        self._sources: list[tuple[str, int, nn.Module]] = []  # (kind, layer, the module whose output that state is)
+        self._hooks: list[RemovableHandle] = []
         self._look_inside()
 
+    def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                revision=self.revision,
+                dtype=self.dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **spreading,
+            )
+            model = (model if spreading else model.to(device)).eval()
+        # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
+        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+            raise UserError(f"target.path={self.path}: no causal LM can be loaded there ({first_line(error)})") from error
+        # transformers would go on with random values for them.
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
+        return model.requires_grad_(False)
+
     def _look_inside(self) -> None:
-        self.layers = self.model.model.layers
-        self._sources, self._hooks = [], []
+        """What is looked up in `model`, again whenever that is another one."""
+        self.layers = private.layers(self.model)
         self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
@@ -88,17 +94,21 @@ class Target:
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
         buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
         other = copy.copy(self)
+        # A copy of a hook would still be ours, and a compiled layer cannot be copied.
         with self.as_loaded():
             other.model = copy.deepcopy(self.model, weights | buffers)
         other.device = torch.device(device)
         other.dtype = dtype
+        other._sources = []
+        other._hooks = []
         other._look_inside()
         return other
 
     @property
     def architecture(self) -> Architecture:
-        config, attention = self.model.config, self.layers[0].self_attn
-        rotary = self.model.model.rotary_emb
+        config = self.model.config
+        modules = private.weighted_modules(self.layers[0])
+        inv_freq, rope_scale = private.rotary(self.model)
         return Architecture(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -106,24 +116,24 @@ class Target:
             num_layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
+            head_dim=private.head_dim(self.model),
             norm_eps=config.rms_norm_eps,
-            qk_norm=hasattr(attention, "k_norm"),
-            qkv_bias=attention.k_proj.bias is not None,
-            inv_freq=rotary.inv_freq.double().tolist(),
-            rope_scale=float(rotary.attention_scaling),
+            qk_norm="k_norm" in modules,
+            qkv_bias=modules["k"].bias is not None,
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
             max_positions=config.max_position_embeddings,
         )
 
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
-        """Choose whose states `forward` hands out. Raises UserError for a layer that does not exist."""
+        """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist."""
         for layer in {*hidden_layers, *kv_layers, *query_layers}:
             if not 0 <= layer < len(self.layers):
                 raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
         self._unhook()
         kinds = {"hidden": hidden_layers, "key": kv_layers, "value": kv_layers, "query": query_layers}
         wanted = [(kind, layer) for kind, layers in kinds.items() for layer in sorted({*layers})]
-        self._sources = [(kind, layer, self._source(kind, layer)) for kind, layer in wanted]
+        self._sources = [(kind, layer, private.state_module(self.layers[layer], kind)) for kind, layer in wanted]
         self._hook()
 
     def _hook(self) -> None:
@@ -142,17 +152,10 @@ class Target:
         return self._run(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None)
 
     @torch.no_grad()
-    def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend) -> States:
-        """The forward with another attention: `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated) -> [B, T, H, D], to
-        whom it is left what came before and what each row sees."""
-        config = self.model.config
-        usual, given = config._attn_implementation, _given.set(attend)
-        config._attn_implementation = GIVEN
-        try:
+    def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend: Attend) -> States:
+        """The forward with another attention: `attend` decides what came before these rows, and what each of them sees."""
+        with private.attention_given(self.model, attend):
             return self._run(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
-        finally:
-            config._attn_implementation = usual
-            _given.reset(given)
 
     @torch.no_grad()
     def forward_packed(self, ids_P: Tensor, lengths: Tensor) -> States:
@@ -172,7 +175,7 @@ class Target:
         )
 
     def _run(self, **inputs) -> States:
-        states = States(last_hidden=self.model.model(**inputs).last_hidden_state)
+        states = States(last_hidden=private.decoder(self.model)(**inputs).last_hidden_state)
         for kind, layer, module in self._sources:
             getattr(states, kind)[layer] = self._taken(kind, module)
         return states
@@ -181,30 +184,19 @@ class Target:
         """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
         (torch.compile; all layers share it). On a CPU, lay their weights out."""
         if self.device.type == "cpu":
-            if lay_out(self.model.model, self.frozen_head.head_VE.nbytes):
+            if lay_out(private.decoder(self.model), self.frozen_head.head_VE.nbytes):
                 self.frozen_head.product.lay_out()
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # `capture` may change its mind
-        for layer in self.layers:
-            layer.compile(dynamic=False)
+        torch_private.compile_for_widths(self.layers)
 
-    @contextmanager
-    def uncompiled(self):
+    def uncompiled(self) -> AbstractContextManager[None]:
         """For forwards of any length, each of which would be compiled."""
-        calls = [layer._compiled_call_impl for layer in self.layers]
-        try:
-            for layer in self.layers:
-                layer._compiled_call_impl = None
-            yield
-        finally:
-            for layer, call in zip(self.layers, calls):
-                layer._compiled_call_impl = call
+        return torch_private.uncompiled(self.layers)
 
     @contextmanager
-    def as_loaded(self):
+    def as_loaded(self) -> Iterator[None]:
         """The model as transformers made it, for its own `generate`: without hooks of ours, which break what it compiles."""
         self._unhook()
         try:
@@ -229,20 +221,7 @@ class Target:
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
         """One layer under the names of `train/drafter/layers.py`."""
-        layer, attention = self.layers[index], self.layers[index].self_attn
-        modules = {
-            "q": attention.q_proj,
-            "k": attention.k_proj,
-            "v": attention.v_proj,
-            "o": attention.o_proj,
-            "input_norm": layer.input_layernorm,
-            "post_norm": layer.post_attention_layernorm,
-            "gate": layer.mlp.gate_proj,
-            "up": layer.mlp.up_proj,
-            "down": layer.mlp.down_proj,
-        }
-        if hasattr(attention, "k_norm"):
-            modules |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        modules = private.weighted_modules(self.layers[index])
         weights = {f"{name}.weight": module.weight for name, module in modules.items()}
         return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
 
@@ -260,7 +239,7 @@ class Target:
 
     @property
     def final_norm_weight(self) -> Tensor:
-        return self.model.model.norm.weight
+        return private.final_norm(self.model).weight
 
     def weights_hash(self) -> str:
         """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
@@ -271,22 +250,11 @@ class Target:
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _source(self, kind: str, index: int) -> nn.Module:
-        """Whose output a state is. Keys and queries are taken after the projection (and its norm, where there is one) and so
-        before RoPE: un-rotating bf16 keys costs 3e-3 of relative error. hidden_states[-1] of transformers is already normed."""
-        layer, attention = self.layers[index], self.layers[index].self_attn
-        return {
-            "hidden": layer,
-            "key": getattr(attention, "k_norm", attention.k_proj),
-            "value": attention.v_proj,
-            "query": getattr(attention, "q_norm", attention.q_proj),
-        }[kind]
-
     def _taken(self, kind: str, module: nn.Module) -> Tensor:
         output = module.__dict__.pop("taken")
         if kind == "hidden":
             return output
-        output = output if output.dim() == 4 else output.unflatten(-1, (-1, self.layers[0].self_attn.head_dim))
+        output = output if output.dim() == 4 else output.unflatten(-1, (-1, private.head_dim(self.model)))
         config = self.model.config
         return _all_heads(output, config.num_attention_heads if kind == "query" else config.num_key_value_heads)
 
@@ -298,29 +266,23 @@ class Target:
             raise UserError(
                 f"target {self.path}: layers with {', '.join(sorted(sliding)) or 'a sliding window'} are not supported"
             )
-        if (
-            config.hidden_act != "silu"
-            or self.model.model.layers[0].self_attn.o_proj.bias is not None
-            or getattr(config, "mlp_bias", False)
-        ):
+        output = private.weighted_modules(private.layers(self.model)[0])["o"]
+        if config.hidden_act != "silu" or output.bias is not None or getattr(config, "mlp_bias", False):
             raise UserError(
                 f"target {self.path}: only SiLU MLPs without biases, and attention outputs without one, are supported"
             )
-        rope = getattr(self.model.model.rotary_emb, "rope_type", "default")
+        rope = private.rope_type(self.model)
         if rope not in STATIC_ROPE:
             raise UserError(
                 f"target {self.path}: rope type '{rope}' changes with the length; supported: {', '.join(STATIC_ROPE)}"
             )
 
 
-def _tensor_parallel() -> dict:
-    """What `from_pretrained` takes to spread every layer over all processes."""
-    try:
-        from transformers.distributed import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    except (ImportError, TypeError):  # transformers 5.17
-        return {"tp_plan": "auto"}
+def _spreading(spread: str) -> dict:
+    """What `from_pretrained` takes for `capture.spread`; nothing where the model lies on one device."""
+    if spread == "tp":
+        return private.tensor_parallel()
+    return {"device_map": "auto"} if spread == "device_map" else {}
 
 
 def _all_heads(local_BTGD: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The target's cache in the host's memory: full steps bring it to the GPU layer by layer, the next one while the last is read.
+"""The target's cache in the host's memory. Full rounds bring it to the GPU layer by layer, the next one while one is read.
 
 Shapes: B requests, T rows of each, L places, G key/value heads, D head size, N layers.
 """
@@ -19,14 +19,18 @@ class OffloadedCache(StaticCache):
         self.row_B1 = self.row_B1.to(device)
         self._stream = torch.cuda.Stream() if torch.device(device).type == "cuda" else None
         if self._stream:
-            self.key, self.value = self.key.pin_memory(), self.value.pin_memory()
-        self._staged = torch.zeros(2, 2, batch, room, heads, size, dtype=dtype, device=device)  # of an even and an odd layer
-        self._holds: list[int | None] = [None, None]
-        self._bases: list[int] = []
-        self._filled = 0
+            # Only pinned memory is copied while the GPU computes.
+            self.key = self.key.pin_memory()
+            self.value = self.value.pin_memory()
+        # Two layers on the device, an even and an odd one, [2, kinds, B, L, G, D]: one is read while the next one comes.
+        self._staged = torch.zeros(2, 2, batch, room, heads, size, dtype=dtype, device=device)
+        self._holds: list[int | None] = [None, None]  # which layers these are
+        self._bases: list[int] = []  # where each request's rows begin
+        self._filled = 0  # places that hold anything, of any request
 
     def attention(self, base_B: Tensor, rows: int, seen_BTT: Tensor | None = None):
-        self._bases, self._holds = base_B.tolist(), [None, None]
+        self._bases = base_B.tolist()
+        self._holds = [None, None]
         self._filled = max(self._filled, *(base + rows for base in self._bases))
         return super().attention(base_B, rows, seen_BTT)
 
@@ -56,6 +60,7 @@ class OffloadedCache(StaticCache):
         if not self._stream:
             self._bring(layer)
             return
+        # The layer that was there may still be read by attention that was launched before.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._bring(layer)

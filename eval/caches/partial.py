@@ -1,11 +1,11 @@
-"""SpecPV: verification over a part of the target's KV cache, made good every few tokens by a full step.
+"""SpecPV: verification over a part of the target's KV cache, made good every few tokens by a full round.
 
 The part holds, of each request, one behind the other:
 
-    sinks | blocks that the last full step's queries like best, for each layer and KV head | tail | buffer
+    sinks | blocks that the last full round's queries like best, for each layer and KV head | tail | buffer
 
 The tail begins at a block's edge, at least a window before the anchor, so that every position before the window is a sink's or
-in a whole block that can be chosen. The buffer is what was verified since, and holds the rows of the step under way.
+in a whole block that can be chosen. The buffer is what was verified since, and holds the rows of the round under way.
 
 Shapes: B requests, T rows, K rows of drafts (the anchor's first), N layers, L places of the full cache, P places of the part, C
 blocks, S positions of a block (or query heads of a KV head), H query heads, G key/value heads, D head size.
@@ -46,17 +46,19 @@ def block_scores(q_BKHD: Tensor, low_BCGD: Tensor, high_BCGD: Tensor) -> Tensor:
     """How much the queries like each block, [B, G, C]: max(q·max k, q·min k), averaged over rows and over the heads that share
     a KV head (SpecPV). Not a bound of the attention: Quest's, which takes the maximum in each channel, is."""
     q_BKGSD = q_BKHD.unflatten(2, (low_BCGD.shape[2], -1)).float()
-    one, other = (torch.einsum("bkgsd,bcgd->bgksc", q_BKGSD, t.float()) for t in (low_BCGD, high_BCGD))
-    return torch.maximum(one, other).mean((2, 3))
+    low_BGKSC = torch.einsum("bkgsd,bcgd->bgksc", q_BKGSD, low_BCGD.float())
+    high_BGKSC = torch.einsum("bkgsd,bcgd->bgksc", q_BKGSD, high_BCGD.float())
+    return torch.maximum(low_BGKSC, high_BGKSC).mean((2, 3))
 
 
 class PartialCache:
     """The part, beside the full cache that it is taken from."""
 
     def __init__(self, full: StaticCache, recipe: PartialRecipe, draft_rows: int):
-        self.full, self.recipe = full, recipe
+        self.full = full
+        self.recipe = recipe
         layers, batch, room, heads, size = full.key.shape
-        self.rows = recipe.partial_tokens + draft_rows  # of a full step
+        self.rows = recipe.partial_tokens + draft_rows  # of a full round
         tail = recipe.window + recipe.block + self.rows
         self.part = StaticCache(
             layers,
@@ -68,11 +70,14 @@ class PartialCache:
             full.row_B1.device,
         )
         blocks = max(1, (room - recipe.sink) // recipe.block)
-        self._low, self._high = torch.zeros(
-            2, layers, batch, blocks, heads, size, dtype=full.key.dtype, device=full.row_B1.device
-        )
-        self.tail_B, self.filled_B = torch.zeros(2, batch, dtype=torch.long, device=full.row_B1.device)
-        self._block_C = torch.arange(blocks, device=full.row_B1.device)
+        device = full.row_B1.device
+        # Written in place from here on: CUDA graphs hold the addresses.
+        summary = (layers, batch, blocks, heads, size)
+        self._low = torch.zeros(summary, dtype=full.key.dtype, device=device)  # least key of each block, channel by channel
+        self._high = torch.zeros(summary, dtype=full.key.dtype, device=device)
+        self.tail_B = torch.zeros(batch, dtype=torch.long, device=device)  # position where the tail begins
+        self.filled_B = torch.zeros(batch, dtype=torch.long, device=device)  # places of the part that count
+        self._block_C = torch.arange(blocks, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +91,8 @@ class PartialCache:
             self._summarise(layer, torch.zeros_like(length_B), len(self._block_C))
 
     def partially(self, anchor_B: Tensor, rows: int, seen_BTT: Tensor | None):
-        """The attention of a partial step (`StaticCache.attention`). The full cache keeps the rows' keys too, as they are, until
-        a full step makes them exact: drafters that read the target's own keys find them there."""
+        """The attention of a partial round (`StaticCache.attention`). The full cache keeps the rows' keys too, as they are, until
+        a full round makes them exact: drafters that read the target's own keys find them there."""
         attend = self.part.attention(self.filled_B, rows, seen_BTT)
         place_BT = anchor_B[:, None] + torch.arange(rows, device=anchor_B.device)
 
@@ -99,18 +104,21 @@ class PartialCache:
         return both
 
     def fully(self, base_B: Tensor, anchor_B: Tensor, rows: int, seen_BTT: Tensor | None):
-        """The attention of a full step over rows that begin at `base_B`; every layer's part is taken anew, by the queries of the
+        """The attention of a full round over rows that begin at `base_B`; every layer's part is taken anew, by the queries of the
         rows from the anchor's on."""
-        attend, recipe = self.full.attention(base_B, rows, seen_BTT), self.recipe
+        attend = self.full.attention(base_B, rows, seen_BTT)
+        recipe = self.recipe
         draft_rows = rows - recipe.partial_tokens
         row_BK = (anchor_B - base_B)[:, None] + torch.arange(draft_rows, device=base_B.device)
-        old_B, new_B = self.tail_B.clone(), self._tail(anchor_B)
+        # Blocks whose keys may have changed: those since the old tail, which this round computes anew.
+        old_B = self.tail_B.clone()
+        new_B = self._tail(anchor_B)
         self.tail_B.copy_(new_B)
         first_B = (old_B - recipe.sink) // recipe.block
 
         def and_choose(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
             output = attend(layer, q_BTHD, k_BTGD, v_BTGD)
-            self._summarise(layer, first_B, self.rows // recipe.block + 2)  # of the longest draft, the last step's
+            self._summarise(layer, first_B, self.rows // recipe.block + 2)  # of the longest draft, the last round's
             q_BKHD = q_BTHD[self.full.row_B1, row_BK]
             self._take(layer, self._choose(layer, q_BKHD, new_B), new_B)
             return output
@@ -118,7 +126,7 @@ class PartialCache:
         return and_choose
 
     def settle(self, length_B: Tensor) -> None:
-        """After a full step: so much of the text is verified now."""
+        """After a full round: the text is verified up to `length_B`."""
         recipe = self.recipe
         taken_B = self._whole(self.tail_B).clamp(max=recipe.chosen) * recipe.block
         self.filled_B.copy_(length_B - self.tail_B + recipe.sink + taken_B)
@@ -134,7 +142,8 @@ class PartialCache:
 
     def _summarise(self, layer: int, first_B: Tensor, count: int) -> None:
         """Least and greatest of each channel, of `count` blocks from `first_B` on."""
-        recipe, blocks = self.recipe, len(self._block_C)
+        recipe = self.recipe
+        blocks = len(self._block_C)
         block_BC = (first_B[:, None] + torch.arange(count, device=first_B.device)).clamp(max=blocks - 1)
         within_S = torch.arange(recipe.block, device=first_B.device)
         place_BCS = (recipe.sink + block_BC[..., None] * recipe.block + within_S).clamp(max=self.full.room - 1)
@@ -155,7 +164,8 @@ class PartialCache:
 
     def _take(self, layer: int, block_BGC: Tensor, tail_B: Tensor) -> None:
         """Copy sinks, blocks and tail into the part."""
-        recipe, heads = self.recipe, block_BGC.shape[1]
+        recipe = self.recipe
+        heads = block_BGC.shape[1]
         taken_B = self._whole(tail_B).clamp(max=recipe.chosen) * recipe.block
         place_P = torch.arange(self.part.room, device=tail_B.device)
         behind_BP = place_P - recipe.sink

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from data_prep.target.states import States
 from train.attention.visibility import Places
+from train.drafter.base import Drafter
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
-from train.views import plan as views
-from train.views.plan import View
+from train.views.layout import chunking, layout, reserve
+from train.views.recipe import View
+from train.views.scores import Observed, ranked, scores, votes
 
 
 @dataclass
@@ -92,7 +93,7 @@ class SparseCache:
 
     def _select(self, count: dict[str, int]) -> None:
         """Rank the chunks as they are now, and take out as many of the best as a round can want."""
-        view, wanted = self._view, {b: views.reserve(self._view, self._view.budget, n) for b, n in count.items()}
+        view, wanted = self._view, {b: reserve(self._view, self._view.budget, n) for b, n in count.items()}
         if not any(most for _, most in wanted.values()):
             return  # nothing to choose, now or later
         queries, seats, searched = [None] * len(self.memory.layers), None, 0
@@ -105,33 +106,33 @@ class SparseCache:
             self._vote(queries, seats)
         for branch, (tail, most) in wanted.items():
             places = self.memory.places[branch]
-            chunks, one = views.chunking(places, view.chunk), lambda value, at=places.position: at.new_tensor([value])
+            chunks, one = chunking(places, view.chunk), lambda value, at=places.position: at.new_tensor([value])
             for layer, kinds in enumerate(self.memory.layers):
                 if view.window is None:
                     scores_1GC = self._votes[layer][branch][None]
                 else:
                     observed = queries[layer] and self._observed(queries[layer][branch], seats, branch)
                     key_PGD = kinds[branch].key
-                    ((_, scores_1GC),) = views.scores(view, key_PGD, chunks, one(0), one(count[branch]), observed)
+                    ((_, scores_1GC),) = scores(view, key_PGD, chunks, one(0), one(count[branch]), observed)
                 searched += kinds[branch].key.nbytes
-                chunk_GC = views.ranked(scores_1GC, chunks, one(0), view, one(tail), most)[0]
+                chunk_GC = ranked(scores_1GC, chunks, one(0), view, one(tail), most)[0]
                 within = torch.arange(view.chunk, device=chunk_GC.device)[:, None]
                 index_KG = (chunk_GC.T[:, None] * view.chunk + within).flatten(0, 1)
                 head_G = torch.arange(index_KG.shape[1], device=index_KG.device)
                 self._picked[layer][branch] = Picked(KV(*(t[index_KG, head_G] for t in kinds[branch])), index_KG)
         self._most("searched", searched)
 
-    def _observed(self, query_RHD: Tensor, seats: Places, branch: str) -> views.Observed:
-        return views.Observed(query_RHD, seats.document, seats.position - self._first[branch])
+    def _observed(self, query_RHD: Tensor, seats: Places, branch: str) -> Observed:
+        return Observed(query_RHD, seats.document, seats.position - self._first[branch])
 
     def _vote(self, queries: list[dict[str, Tensor]], seats: Places) -> None:
         """Add the attention of the tokens that became known since the last selection."""
         self._votes, old = [{} for _ in queries], self._votes
         for layer, kinds in enumerate(queries):
             for branch, query_RHD in kinds.items():
-                chunks = views.chunking(self.memory.places[branch], 1)
+                chunks = chunking(self.memory.places[branch], 1)
                 key_PGD = self.memory.layers[layer][branch].key.float()
-                total_GP = views.votes(self._observed(query_RHD, seats, branch), key_PGD, chunks)
+                total_GP = votes(self._observed(query_RHD, seats, branch), key_PGD, chunks)
                 if old:
                     total_GP[:, : old[layer][branch].shape[1]] += old[layer][branch]
                 self._votes[layer][branch] = total_GP
@@ -141,8 +142,8 @@ class SparseCache:
         """Sinks, the best chunks and the tail of every layer and branch, one behind the other."""
         view, age, sizes = self._view, anchor - self._chosen_at, {}
         for branch, before in count.items():
-            layout = views.layout(view, *(torch.tensor(n) for n in (view.budget, before, before - age)))
-            tail, chunks = map(int, layout)
+            tail_and_chunks = layout(view, *(torch.tensor(n) for n in (view.budget, before, before - age)))
+            tail, chunks = map(int, tail_and_chunks)
             if self._forgets:
                 self._forget(branch, tail)
             sizes[branch] = (view.sink if tail else 0, chunks * view.chunk, tail, before)

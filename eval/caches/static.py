@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_prep.decoding.attention import merge, over_cache, over_rows
+from train.attention.backend import backend
 from train.attention.visibility import Places, Visibility, sees_draft
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
@@ -79,6 +80,7 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
         seen_QR: which draft rows each row sees, where the rule of slots does not say it (trees).
     """
 
+    @backend(takes_parts=False)
     def attend(q_QHD: Tensor, key: Joined, value: Joined, visibility: Visibility) -> Tensor:
         batch = len(key.memory_BLGD)
         q_BTHD = q_QHD.unflatten(0, (batch, -1))

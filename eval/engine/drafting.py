@@ -17,9 +17,9 @@ from data_prep.target.states import States
 from eval.caches.static import StaticMemory, static_attention
 from eval.engine.tree import Growing, Tree, TreeShape
 from train.attention.visibility import Places
+from train.drafter.base import Drafter
 from train.drafter.heads import over_targets
 from train.drafter.layers import KV
-from train.drafter.model import Drafter
 from train.schedules.schedule import Source, Start
 
 

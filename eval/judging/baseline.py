@@ -29,7 +29,8 @@ class Transformers:
 
     def __init__(self, target: Target, sampling: Sampling):
         self._target = target
-        warm, cut = sampling.temperature > 0, {"top_p": sampling.top_p, "top_k": sampling.top_k}
+        warm = sampling.temperature > 0
+        cut = {"top_p": sampling.top_p, "top_k": sampling.top_k}
         # A model's own generation settings may hold more than what we sample by.
         self._options = {"do_sample": warm, "repetition_penalty": 1.0}
         self._options |= {"temperature": sampling.temperature, **cut} if warm else {}
@@ -37,7 +38,8 @@ class Transformers:
             self._options["cache_implementation"] = "static"
 
     def generate(self, prompt: list[int], max_new_tokens: int, seed: int, stops: Stops) -> Generation:
-        target, first = self._target, _FirstToken()
+        target = self._target
+        first = _FirstToken()
         ids = torch.tensor([prompt], device=target.device)
         ends = {"eos_token_id": sorted(stops.end_tokens) or None, "pad_token_id": 0}
         if stops.strings:

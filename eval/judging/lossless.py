@@ -12,20 +12,19 @@ The first alone would let a verification accept wrong tokens wherever two are cl
 long as they are wrong twice. Behind a tie two texts go on that have nothing to do with each other: each later token of the run
 has to be the likeliest, or lie within `bound` of it, by 1. Anything else is a fault, and its prompt is named.
 
-Shapes: B requests, T rows of each, L places of a text, E hidden size, V vocabulary.
+Shapes: T rows, E hidden size, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.target import Target
 from eval.judging import measure
+from eval.judging.replay import Batches, replayed
 from eval.oracle.decode import Generation
 from eval.recipe import EvalRecipe
 
@@ -33,15 +32,6 @@ WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # any oth
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # of dtypes, as reports say them
 SPREAD = 5.0  # standard deviations that `bound` allows
 NAMED = 5  # prompts that are at fault, in words; report.json has all
-
-
-@dataclass(frozen=True)
-class Batches:
-    """How the requests were decoded: those of a group side by side, over `cache`, prompts in chunks of `chunk` tokens."""
-
-    groups: list[range]
-    cache: StaticCache
-    chunk: int
 
 
 @dataclass
@@ -68,7 +58,8 @@ def decide(
     batches: Batches,
 ) -> dict:
     """Whether the trained drafter's outputs are plain decoding's, and by what: `lossless`, `lossless_by` and `ties`."""
-    trained, baseline = runs["trained"], runs["baseline"]
+    trained = runs["trained"]
+    baseline = runs["baseline"]
     unreplayed = {"partial_audited": "partial verification"}.get(recipe.verify.kind, "")
     if recipe.draft.breadth > 1:
         unreplayed = "drafts are trees"
@@ -162,8 +153,8 @@ def _difference(request: int, tokens: list[int], plain: list[int]) -> Difference
     """The first one of two outputs that are not equal."""
     shorter = min(len(tokens), len(plain))
     place = next((i for i in range(shorter) if tokens[i] != plain[i]), shorter)
-    at = lambda output: output[place] if place < len(output) else None
-    found = Difference(request, place, at(tokens), at(plain))
+    token = tokens[place] if place < len(tokens) else None
+    found = Difference(request, place, token, plain[place] if place < len(plain) else None)
     if place == shorter:
         found.fault = f"one output has {len(tokens)} tokens, the other goes on to {len(plain)}, and no token differs"
     elif place == 0:
@@ -211,7 +202,8 @@ def _measure(differences: list[Difference], target: Target, prompts: list[list[i
 
 def _wider(target: Target) -> Target:
     """The target in a dtype of more digits, on its own device if there is room for it."""
-    dtype, device = WIDER.get(target.dtype, torch.float64), target.device
+    dtype = WIDER.get(target.dtype, torch.float64)
+    device = target.device
     if device.type == "cuda":
         needed = 1.2 * dtype.itemsize * sum(p.numel() for p in target.model.parameters())
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -264,59 +256,8 @@ def _replay(
             some = slice(group.start, group.stop)
             best = replayed(target, batches, prompts[some], run[some], places)
             for request, one in asked.items():
-                token, said = best.get(request - group.start), getattr(one, name)
+                token = best.get(request - group.start)
+                said = getattr(one, name)
                 if token != said:
                     who = "the run's" if name == "token" else "plain decoding's"
                     one.fault = f"{who} rows give token {token} when they are computed once more, and the output has {said}"
-
-
-@torch.no_grad()
-def replayed(
-    target: Target, batches: Batches, prompts: list[list[int]], run: Sequence[Generation], places: dict[int, int]
-) -> dict[int, int]:
-    """The likeliest token at `places` {request of the batch: place of its output, above 0}, by the rows that the run's rounds
-    had: an anchor's, and one for each drafted token. Nothing is accepted here: rows hold the text's own tokens. What was refused
-    in a round is not known and does not matter, since no row reads a later one."""
-    cache, device = batches.cache, target.device
-    size, room = cache.key.shape[1:3]
-    text_BL = torch.zeros(size, room + 2, dtype=torch.long)
-    length_B = torch.ones(size, dtype=torch.long)  # a place of the batch without a request reads one token
-    for b, (prompt, one) in enumerate(zip(prompts, run)):
-        text = prompt + one.tokens
-        text_BL[b, : len(text)] = torch.tensor(text)
-        length_B[b] = len(prompt)
-    text_BL = text_BL.to(device)
-    longest = int(length_B.max())
-    for start in range(0, longest, batches.chunk):
-        base_B = torch.full((size,), start)
-        with torch.compiler.set_stance("force_eager"):  # as the engine reads prompts
-            _forward(target, cache, text_BL, base_B, min(batches.chunk, longest - start))
-    found, step = {}, 0
-    while len(found) < len(places):
-        going = [one.rounds[step] for one in run if step < len(one.rounds)]
-        if not going:  # rounds that do not add up to the output
-            break
-        for b, one in enumerate(run):  # who has ended stays where he is
-            if step < len(one.rounds):
-                length_B[b] = one.rounds[step].anchor
-            elif one.rounds:
-                length_B[b] = one.rounds[-1].anchor + one.rounds[-1].kept + 1
-        last_hidden_BTE = _forward(target, cache, text_BL, length_B, going[0].drafted + 1)
-        rows = {}
-        for b, place in places.items():
-            row = len(prompts[b]) + place - 1 - int(length_B[b])
-            if step < len(run[b].rounds) and 0 <= row <= run[b].rounds[step].kept:
-                rows[b] = row
-        if rows:
-            best_BT = target.logits(last_hidden_BTE).argmax(-1)
-            found |= {b: int(best_BT[b, row]) for b, row in rows.items()}
-        step += 1
-    return found
-
-
-def _forward(target: Target, cache: StaticCache, text_BL: Tensor, base_B: Tensor, rows: int) -> Tensor:
-    """Rows of each request from `base_B` on, [B, T, E]."""
-    base_B = base_B.to(target.device)
-    position_BT = base_B[:, None] + torch.arange(rows, device=target.device)
-    ids_BT = text_BL.gather(1, position_BT)
-    return target.forward_through(ids_BT, position_BT, cache.attention(base_B, rows)).last_hidden

@@ -40,7 +40,8 @@ def by_context(runs: dict[str, list[Generation]], bins: int = 8) -> dict[str, di
     positions from .. to (both included), in at most `bins` bins of equal width that all runs share. A bin without a round of
     one run is left out of it."""
     anchors = [r.anchor for generations in runs.values() for g in generations for r in g.rounds]
-    low, high = min(anchors, default=0), max(anchors, default=0)
+    low = min(anchors, default=0)
+    high = max(anchors, default=0)
     width = (high - low) // bins + 1
     found = {}
     for name, generations in runs.items():
@@ -99,7 +100,9 @@ def examples(
 
 def pieces(prompt: list[int], generation: Generation, tokenizer: PreTrainedTokenizerBase, since: int = 0) -> list[list[str]]:
     """[[text, kind], ...] of the output's tokens from place `since` on, of the kinds of `examples`."""
-    output, marks = generation.tokens, [("emitted", None)]  # of each place of the output; the first is the prefill's
+    output = generation.tokens
+    # Of each place of the output: its kind, and the drafted token that was refused there. The first is the prefill's.
+    marks = [("emitted", None)]
     for r in (r for r in generation.rounds if r.kept >= 0):
         drafted = r.drafted_tokens or []
         marks += [("accepted", None)] * r.kept + [("emitted", drafted[r.kept] if r.kept < len(drafted) else None)]

@@ -16,22 +16,25 @@ from train.attention.choose import attention_backend
 from train.data.pack import Pack
 from train.data.split import judging
 from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
 from train.objectives.align import Watch
 from train.objectives.objective import Objective
-from train.views.plan import View
+from train.views.recipe import View
 
 
 def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
-    attend, equal = attention_backend(recipe.attention, target.device, training), torch.ones(drafter.config.draft_length)
+    attend = attention_backend(recipe.attention, target.device, training)
+    equal = torch.ones(drafter.config.draft_length)
     return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024, view=view).eval()
 
 
 def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str], view: View | None = None) -> Iterator[Pack]:
     """Raises UserError when no held-out document is long enough."""
-    reader, names, span = CacheReader(recipe.cache.dir), drafter.config.tensors + queries, recipe.span
+    reader = CacheReader(recipe.cache.dir)
+    names = drafter.config.tensors + queries
+    span = recipe.span
     longest = recipe.score.pack_tokens
     validation = judging(reader)
     if span:
@@ -63,14 +66,16 @@ def _ages(recipe: EvalRecipe, view: View, id: str, anchors: np.ndarray, pass_num
 def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float, dict | None]:
     """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot, tau apart for anchors whose drafts stay within the
     positions that the drafter knows and for those beyond; None: there are none beyond)."""
-    view, known = view_of(recipe, drafter.config), known_positions(recipe, drafter.config)
+    view = view_of(recipe, drafter.config)
+    known = known_positions(recipe, drafter.config)
     objective = _objective(recipe, target, drafter, training=False, view=view)
     total = loss = slots = 0.0
     parts = {name: {"anchors": 0, "counts": 0.0} for name in ("within", "beyond")}
     for pack in _packs(recipe, target, drafter, [], view):
         outcome = objective(pack)
         total = total + acceptance.counts(outcome)[0].cpu()
-        loss, slots = loss + float(outcome.share), slots + int(outcome.valid.sum())
+        loss = loss + float(outcome.share)
+        slots = slots + int(outcome.valid.sum())
         if known is not None:
             beyond_N = pack.anchors.position + drafter.config.slots > known
             for name, here_N in (("within", ~beyond_N), ("beyond", beyond_N)):

@@ -12,7 +12,7 @@ from data_prep.target.target import Target
 from eval.live.stream import Answer, Decoders
 from eval.prompts.asking import asked
 from eval.recipe import EvalRecipe, room_of
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 
 COMMANDS = "/plain switches the drafter off and on, /new forgets the conversation, /quit ends"
 
@@ -21,7 +21,8 @@ class Chat:
     """A conversation, and who answers in it."""
 
     def __init__(self, recipe: EvalRecipe, target: Target, drafter: Drafter):
-        self._recipe, self._positions = recipe, room_of(recipe, drafter.config)
+        self._recipe = recipe
+        self._positions = room_of(recipe, drafter.config)
         self._decoders = Decoders(recipe, target, drafter, recipe.chat.temperature, side_by_side=False)
         self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._drafted = True
@@ -56,7 +57,8 @@ class Chat:
                         self._answer(message, interrupted)
 
     def _answer(self, message: str, interrupted: Callable[[], bool]) -> None:
-        limit, messages = self._recipe.chat.max_new_tokens, [*self._messages, {"role": "user", "content": message}]
+        limit = self._recipe.chat.max_new_tokens
+        messages = [*self._messages, {"role": "user", "content": message}]
         try:
             message.encode()
             prompt = asked(self._decoders.tokenizer, messages, self._recipe.chat.thinking)

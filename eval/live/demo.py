@@ -23,7 +23,7 @@ from eval.live.stream import Answer, Decoders
 from eval.prompts.asking import DemoPrompt, asked
 from eval.recipe import EvalRecipe
 from eval.reports.page import KINDS
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 
 PICTURE = "demo.svg"
 WIDTH = 110  # characters, of the picture and where there is no terminal
@@ -38,7 +38,8 @@ def demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         {"prompts": [figures of each, "kind" and "text" of the answer], "total": figures}; see `figures`.
     """
     decoders = Decoders(recipe, target, drafter, temperature=0.0, side_by_side=True)
-    console, most = Console(highlight=False, markup=False, emoji=False), recipe.demo.max_new_tokens
+    console = Console(highlight=False, markup=False, emoji=False)
+    most = recipe.demo.max_new_tokens
     if not console.is_terminal:
         console.width = WIDTH
     tokens = [asked(decoders.tokenizer, one.messages, recipe.chat.thinking) for one in recipe.demo.prompts]

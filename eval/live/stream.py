@@ -16,12 +16,12 @@ from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
 from eval.engine.rounds import Verification
 from eval.judging import measure
+from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
 from eval.oracle.decode import Generation
-from eval.oracle.drafting import OtherMemory
 from eval.recipe import EvalRecipe
 from eval.reports.page import KINDS
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 
 LEAST_ROOM = 1024  # places of a cache
 UNPRINTABLE = re.compile(r"[^\n\t -~\u00a0-\U0010ffff]")  # what could steer a terminal
@@ -49,10 +49,13 @@ class Answer:
 
     def step(self) -> Text:
         """The next round, and before the first one the prompt's forward: the text that it brought."""
-        shown, started = len(self.so_far.tokens), time.perf_counter()
+        shown = len(self.so_far.tokens)
+        started = time.perf_counter()
         try:
             (request,) = next(self._rounds)
-            tokens, rounds = list(request.output), list(request.rounds)  # not at its end: nothing is to be cut
+            # The request is not at its end, so that nothing is to be cut.
+            tokens = list(request.output)
+            rounds = list(request.rounds)
             seconds = self.so_far.decode_s + (time.perf_counter() - started if self._begun else 0.0)
             self.so_far = Generation(tokens, rounds, decode_s=seconds)
             self._begun = True
@@ -62,7 +65,8 @@ class Answer:
         return self._read(shown)
 
     def _read(self, shown: int) -> Text:
-        tokenizer, new = self.stops.tokenizer, Text()
+        tokenizer = self.stops.tokenizer
+        new = Text()
         special = set(tokenizer.all_special_ids) | self.stops.end_tokens
         kept = [piece for piece in measure.pieces(self.prompt, self.so_far, tokenizer, shown) if piece[1] != "rejected"]
         for token, (text, kind) in zip(self.so_far.tokens[shown:], kept):
@@ -89,7 +93,10 @@ class Decoders:
     """
 
     def __init__(self, recipe: EvalRecipe, target: Target, drafter: Drafter, temperature: float, side_by_side: bool):
-        self.recipe, self.target, self.drafter, self._side_by_side = recipe, target, drafter, side_by_side
+        self.recipe = recipe
+        self.target = target
+        self.drafter = drafter
+        self._side_by_side = side_by_side
         self.sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
         self.tokenizer = load_tokenizer(target.path, target.revision)
         self.stops = Stops(target.end_tokens, tuple(recipe.stop), self.tokenizer)
@@ -114,7 +121,8 @@ class Decoders:
         return Answer(self._engines[drafted], prompt, limit, seed, self.stops)
 
     def _make(self, room: int) -> None:
-        a, target = self.target.architecture, self.target
+        a = self.target.architecture
+        target = self.target
         self._engines.clear()  # and their caches, before there are new ones
         alone = self.recipe.model_copy(update={"batch": 1, "controls": False})
         everyone = contenders(alone, target, self.drafter, OtherMemory(1, room))

@@ -3,21 +3,19 @@
 Shapes: P verified positions, J drafted tokens, V vocabulary, E hidden size.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from data_prep.decoding.sampling import Sampling, distribution, sample
+from data_prep.decoding.sampling import distribution, sample
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from eval.caches.sparse import SparseCache
-from eval.engine.drafting import Proposal
 from train.attention.visibility import Places
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.schedules.schedule import Source, Start
-from train.views.plan import View
+from train.views.recipe import View
 
 
 class Draft(NamedTuple):
@@ -161,77 +159,3 @@ class _Drawn(Source):
 
     def draft(self) -> Draft:
         return Draft(self._tokens[1:], torch.cat(self._q), torch.cat(self._logits))
-
-
-class OneByOne:
-    """For `eval/engine/engine.py`, drafters that keep a memory of each request by itself and meet the host on the way: views.
-
-    Args:
-        make: `Trained` for the request at a place of the batch.
-    """
-
-    graphs, deepest = False, None
-
-    def __init__(self, batch: int, make: Callable[[int], Trained]):
-        self._drafting = [make(b) for b in range(batch)]
-
-    def begin(self, cache) -> None:
-        self._seen = [0] * len(self._drafting)
-        for drafting in self._drafting:
-            drafting.begin()
-
-    def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
-        for b, (base, last) in enumerate(zip(base_B.tolist(), last_B.tolist())):
-            seen, count = self._seen[b], base + last + 1
-            if last >= 0 and count > seen:  # a prompt that ended in an earlier chunk has nothing new
-                known = text_BL[b, seen + (seen > 0) : count + 1].tolist()
-                self._drafting[b].observe(states.map(lambda t: t[b, seen - base : last + 1]), known)
-                self._seen[b] = count
-
-    def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
-        drafts = []
-        for b, anchor in enumerate(anchor_B.tolist()):
-            seed = int(u_BJ[b, 0] * 2**53) if length else 0
-            generator = torch.Generator(device=text_BL.device).manual_seed(seed)
-            drafts.append(self._drafting[b].draft(text_BL[b, : anchor + 1].tolist(), sampling.temperature, generator))
-        tokens_BJ = torch.tensor([d.tokens[:length] for d in drafts], device=text_BL.device)
-        return Proposal(tokens_BJ, torch.stack([d.q_JV[:length] for d in drafts]) if sampling.temperature else None)
-
-    def kv_bytes(self, longest: int) -> dict[str, int]:
-        every = [drafting.kv_bytes() for drafting in self._drafting]
-        return {what: max(one[what] for one in every) for what in every[0]}
-
-
-def zero_memory(states: States, position: Tensor) -> States:
-    """Control: the drafter learns nothing from the target."""
-    return states.map(torch.zeros_like)
-
-
-class OtherMemory:
-    """Control: each request of a batch is shown another one's states at the same positions (repeated where it is shorter)."""
-
-    def __init__(self, batch: int, room: int):
-        self._batch, self._room, self._held = batch, room, None
-
-    def fill(self, b: int, other: States) -> None:
-        """Whose states, [P, ...], the request at place b is shown."""
-        self._reserve(other)
-        self._length_B[b] = len(other.last_hidden)
-        for held, new in zip(self._held.tensors(), other.tensors()):
-            held[b, : len(new)] = new
-
-    def _reserve(self, like: States) -> None:
-        """Once, and in good time: CUDA graphs are recorded before the first request is there."""
-        if self._held is None:
-            self._held = like.map(lambda t: t.new_zeros(self._batch, self._room, *t.shape[1:]))
-            self._length_B = torch.ones(self._batch, dtype=torch.long, device=like.last_hidden.device)
-
-    def __call__(self, states: States, position_BT: Tensor) -> States:
-        self._reserve(states.map(lambda t: t[0]))
-        place_BT = position_BT % self._length_B[:, None]
-        row_B1 = torch.arange(self._batch, device=place_BT.device)[:, None]
-        return self._held.map(lambda t: t[row_B1, place_BT])
-
-    def of(self, b: int):
-        """The change of the request at place b alone: states and positions [P, ...]."""
-        return lambda states, position_P: self._held.map(lambda t: t[b, position_P % self._length_B[b]])

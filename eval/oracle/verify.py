@@ -24,7 +24,8 @@ def verify(draft: list[int], q_JV: Tensor | None, p_JV: Tensor, generator: torch
         How many drafted tokens are kept, and the token emitted after them (the correction, or the bonus).
     """
     for slot, token in enumerate(draft):
-        p, kept = p_JV[slot], float(p_JV[slot, token])
+        p = p_JV[slot]
+        kept = float(p_JV[slot, token])
         q = 1.0 if q_JV is None else float(q_JV[slot, token])
         if float(torch.rand((), generator=generator, device=p_JV.device, dtype=torch.float64)) * q < kept:
             continue

@@ -57,10 +57,12 @@ def check_asking(
     if not tokenizer.chat_template:
         raise UserError(f"mode=chat and mode=demo ask by the chat template, and the tokenizer of {target} has none")
     if demo:
-        mode, limit = "demo", demo.max_new_tokens
+        mode = "demo"
+        limit = demo.max_new_tokens
         prompts = [one.messages for one in demo.prompts]
     else:
-        mode, limit = "chat", chat.max_new_tokens
+        mode = "chat"
+        limit = chat.max_new_tokens
         prompts = [[*chat.begun, {"role": "user", "content": "a"}]]
     try:
         longest = max(len(asked(tokenizer, messages, chat.thinking)) for messages in prompts)

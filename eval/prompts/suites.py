@@ -1,15 +1,11 @@
-"""Where `mode=decode` takes its prompts from: held-out documents, or one of the suites that others report on.
+"""What `mode=decode` asks: held-out documents, or one of the suites that others report on. `load.py` reads them.
 
 A suite is data (`conf/suite/*.yaml`): where its records are, what text they become, how long it may be, what is made of it.
 """
 
-import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
-from string import Formatter
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -17,11 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.recipe import Section
-from data_prep.recipe import DataRecipe
-from data_prep.sources.records import records
-from data_prep.sources.tokens import LeftOut, encode, joined
+from data_prep.sources.tokens import LeftOut
 from eval.prompts.asking import asked
-from eval.prompts.records import numbered_rows
 
 Side = Literal["left", "right", "middle"]
 
@@ -146,11 +139,16 @@ class Style:
         whole = self.render(messages)
         if len(whole) <= self.limit:
             return whole, False
+
+        # What the format writes around the last message: what is there too when the message is empty.
         blank = self.render((*messages[:-1], messages[-1] | {"content": ""}))
         before = _shared(whole, blank)
         behind = _shared(whole[before:][::-1], blank[before:][::-1])
-        if (room := self.limit - before - behind) < 2:
+        room = self.limit - before - behind
+        if room < 2:
             raise UserError(f"suite={self.suite.kind}: {self.limit} tokens leave no room for a prompt")
+
+        # The last message, cut.
         kept = cut(whole[before : len(whole) - behind], room, self.suite.truncate)
         if self.suite.cut_after:
             text = self.tokenizer.decode(kept)
@@ -173,158 +171,3 @@ def cut(ids: list[int], limit: int, side: Side) -> list[int]:
     if side == "middle":
         return ids[: limit // 2] + ids[len(ids) - limit // 2 :]
     return ids[:limit] if side == "right" else ids[len(ids) - limit :]
-
-
-def _turns(place: str, fields: dict, suite: SuiteRecipe) -> list[str]:
-    """The user's turns. Raises UserError for a record without the fields that they are made of."""
-    if suite.turns is None:
-        named = [name for _, name, _, _ in Formatter().parse(suite.template) if name is not None]
-    else:
-        named = [suite.turns]
-    for name in named:
-        root = re.split(r"[.\[]", name)[0]
-        if fields.get(root) is None:
-            raise UserError(f"{place}: no field '{root}', which suite={suite.kind} needs; it has {', '.join(fields) or 'none'}")
-    try:
-        turns = fields[suite.turns] if suite.turns else [suite.template.format_map(fields)]
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: suite.template cannot be filled ({type(error).__name__}: {error})") from error
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise UserError(f"{place}: '{suite.turns or suite.template}' is not a list of the user's turns, none of them empty")
-    try:
-        "".join(turns).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: its text is not valid Unicode") from error
-    return turns
-
-
-def load_prompts(
-    suite: SuiteRecipe, data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase, room: int
-) -> tuple[list[Prompt], dict]:
-    """The prompts, and what a report says of them: where they are from, how they were made, cut and counted.
-
-    Args:
-        data, prompts: for suite=heldout, which knows nothing else.
-        room: positions that a request may take, its new tokens included.
-
-    Raises:
-        UserError: the source cannot be read, a record lacks a field, or a prompt with its new tokens takes more than `room`.
-    """
-    if suite.heldout:
-        found = heldout_prompts(data, prompts, tokenizer)
-        said = {"source": data.source, "format": "plain text, the first tokens of documents", **_lengths(found)}
-        told = ("chat", "thinking", "truncate", "warmup", "warmup_tokens")
-        said |= {"suite": suite.kind, **suite.model_dump(include=set(told)), "positions": prompts.tokens + prompts.max_new_tokens}
-        return found, said | prompts.model_dump()
-    style = Style(suite, tokenizer, suite.prompt_tokens or room - suite.new_tokens, room)
-    if style.limit < 2 or style.limit + suite.new_tokens > room:
-        raise UserError(
-            f"suite.prompt_tokens={suite.prompt_tokens} and suite.new_tokens={suite.new_tokens} exceed the {room} positions that "
-            "the target has for a request"
-        )
-    source = suite.path or suite.name
-    found, cut_, short, positions = [], 0, 0, 0
-    for id, category, turns in _drawn(suite):
-        prompt, was_cut = _prompt(id, category, turns, style)
-        if prompt.takes > room:
-            raise UserError(
-                f"{source}: the conversation '{id}' of {len(turns)} turns may take {prompt.takes} positions with "
-                f"suite.new_tokens={suite.new_tokens}, the target has {room} for a request"
-            )
-        if suite.short == "drop" and len(prompt.tokens) < style.limit and not was_cut:
-            short += 1
-            continue
-        found.append(prompt)
-        cut_, positions = cut_ + was_cut, max(positions, prompt.takes)
-        if len(found) == suite.count:
-            break
-    if not found:
-        raise UserError(f"{source}: no prompt has {style.limit} tokens (suite.short=keep takes shorter ones)")
-    found = [replace(prompt, style=replace(style, room=positions)) for prompt in found]  # later turns take no more than was said
-    said = {"suite": suite.kind, "source": source, "format": style.name}
-    unused = {"config", "split"} if suite.path else set()
-    said |= suite.model_dump(exclude={"kind", "path", "name", "count", "new_tokens"} | unused)
-    said |= {"prompt_tokens": style.limit, "max_new_tokens": suite.new_tokens, "count": len(found), **_lengths(found)}
-    said |= {"truncated": cut_, "left_out_as_short": short, "positions": positions}
-    said["conversation_turns"] = sum(1 + len(p.waiting) for p in found)
-    said["categories"] = dict(Counter(p.category for p in found if p.category is not None))
-    return found, said
-
-
-def _drawn(suite: SuiteRecipe) -> Iterator[tuple[str, str | None, list[str]]]:
-    """Id, category and turns of every record, in the order in which they are taken. Raises UserError for any that is wrong."""
-    if suite.path is None and suite.name is None:
-        raise UserError(f"suite={suite.kind} needs suite.path=FILE; the head of conf/suite/{suite.kind}.yaml says of what")
-    rows = numbered_rows(suite.path, suite.name, suite.config, suite.split)
-    found, seen = [], {}
-    for number, (place, fields) in enumerate(rows):
-        id, category = fields.get(suite.id), fields.get(suite.category)
-        id = str(number if id is None else id)
-        if id in seen:
-            raise UserError(f"{place}: the id '{id}' stands twice ({seen[id]}); suite.id=null numbers the records")
-        seen[id] = place
-        found.append((id, None if category is None else str(category), _turns(place, fields, suite)))
-    if suite.count is not None and suite.count < len(found) and suite.shuffle is not None:
-        random.Random(suite.shuffle).shuffle(found)  # as DFlash draws: the same seed, the same records
-    return iter(_in_turn(found, suite) if suite.balanced else found)
-
-
-def _in_turn(records: list[tuple[str, str | None, list[str]]], suite: SuiteRecipe) -> list[tuple[str, str | None, list[str]]]:
-    """One of each kind, then another one of each, until all are there."""
-    waiting: dict[str, list] = {}
-    for one in records:
-        waiting.setdefault(suite.kind_of(one[1]), []).append(one)
-    rounds = zip_longest(*waiting.values())
-    return [one for taken in rounds for one in taken if one is not None]
-
-
-def _prompt(id: str, category: str | None, turns: list[str], style: Style) -> tuple[Prompt, bool]:
-    """A conversation's first request, and whether it was cut. Only a single turn is cut: what a conversation's later turns speak
-    of must stay."""
-    opening = ({"role": "system", "content": style.suite.system},) if style.suite.system else ()
-    messages = (*opening, {"role": "user", "content": turns[0]})
-    new = style.suite.new_tokens
-    if len(turns) == 1:
-        tokens, was_cut = style.fitted(messages)
-        return Prompt(id, tokens, category, messages, (), style, len(tokens) + new), was_cut
-    whole = list(messages)
-    for turn in turns[1:]:
-        whole += [{"role": "assistant", "content": ""}, {"role": "user", "content": turn}]
-    takes = len(style.render(whole)) + len(turns) * new
-    return Prompt(id, style.render(messages), category, messages, tuple(turns[1:]), style, takes), False
-
-
-def _lengths(prompts: list[Prompt]) -> dict:
-    """Tokens of the first requests: the mean, the least, the most."""
-    lengths = [len(p.tokens) for p in prompts]
-    return {
-        "tokens": round(sum(lengths) / len(lengths)),
-        "least_tokens": min(lengths),
-        "most_tokens": max(lengths),
-        "ids": [p.id for p in prompts],
-    }
-
-
-def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """One prompt a held-out document, in hashed order; with data.long=join the documents are joined first. Raises UserError when
-    there are too few long enough."""
-
-    def encoded():
-        for record in records(data, heldout=True):
-            try:
-                yield record, encode(record, tokenizer, data)
-            except LeftOut:
-                continue
-
-    every, found = encoded(), []
-    if data.long == "join":
-        every = joined(every, prompts.tokens, tokenizer.eos_token_id)
-    for record, (ids, _) in every:
-        if len(ids) >= prompts.tokens:
-            found.append(Prompt(record.id, ids[: prompts.tokens]))
-        if len(found) == prompts.count:
-            return found
-    raise UserError(
-        f"data={data.source} has {len(found)} held-out documents of {prompts.tokens} tokens, fewer than "
-        f"prompts.count={prompts.count}; data.long=join joins shorter ones"
-    )

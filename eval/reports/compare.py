@@ -19,7 +19,7 @@ from common.cli import git_revision
 from common.errors import UserError
 from common.files import write_text
 from data_prep.cache.manifest import flatten
-from eval.reports import page
+from eval.reports import charts, page
 
 CATEGORY_HEADS = ("T", "category", "run", "requests", "tokens", "tau", "speedup")
 RESAMPLES = 2000
@@ -83,7 +83,8 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             figures = report["temperatures"][temperature]
             counts = counted(figures, _requests(report, figures))
             paired = report["prompts"]["ids"] == reports[first]["prompts"]["ids"]
-            value, drawn = statistics(counts.sum(0)), statistics(resampled(counts, seed, 0 if paired else number))
+            value = statistics(counts.sum(0))
+            drawn = statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
             rows[run] |= {"conditional": figures["conditional"], "lossless": page.lossless(figures)}
             rows[run] |= {"by_category": figures.get("by_category", {})}
@@ -102,7 +103,8 @@ def _requests(report: dict, figures: dict) -> list[str]:
 def counted(figures: dict, requests: list[str]) -> np.ndarray:
     """[P, 6], for each prompt, or conversation with all of its turns: tokens emitted by verify steps, verify steps; output
     tokens, seconds; the baseline's output tokens, its seconds."""
-    each, place = np.hstack([np.array(figures[name], float) for name in COUNTED]), {}
+    each = np.hstack([np.array(figures[name], float) for name in COUNTED])
+    place = {}
     found = np.zeros((len(set(requests)), each.shape[1]))
     np.add.at(found, [place.setdefault(one, len(place)) for one in requests], each)
     return found
@@ -111,7 +113,8 @@ def counted(figures: dict, requests: list[str]) -> np.ndarray:
 def statistics(sums: np.ndarray) -> np.ndarray:
     """[..., 6] sums over prompts -> [..., 2]: tau (micro) and speedup, as in a report."""
     emitted, steps, tokens, seconds, base_tokens, base_seconds = np.moveaxis(sums, -1, 0)
-    speed, base_speed = tokens / np.maximum(seconds, 1e-9), base_tokens / np.maximum(base_seconds, 1e-9)
+    speed = tokens / np.maximum(seconds, 1e-9)
+    base_speed = base_tokens / np.maximum(base_seconds, 1e-9)
     return np.stack([1 + (emitted - steps) / np.maximum(steps, 1), speed / np.maximum(base_speed, 1e-9)], axis=-1)
 
 
@@ -224,13 +227,13 @@ def _draw(found: dict) -> str:
                 middle = [one[figure] for one in of.values()]
                 error = [[abs(one[figure] - one[f"{figure}_ci"][side]) for one in of.values()] for side in (0, 1)]
                 axis.errorbar(middle, at, xerr=error, fmt="o", capsize=3, label=f"T = {temperature}")
-            axis.axvline(1, color=page.INK, linestyle=":", linewidth=0.8)
+            axis.axvline(1, color=charts.INK, linestyle=":", linewidth=0.8)
             axis.set_yticks(range(len(runs)), runs if figure == "tau" else [""] * len(runs))
             axis.set_ylim(len(runs) - 0.5, -0.5)
             axis.set(xlabel=figure + " (no drafter: 1)")
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return page.svg("tau and speedup with intervals", 2, 1 + 0.5 * len(runs), draw)
+    return charts.svg("tau and speedup with intervals", 2, 1 + 0.5 * len(runs), draw)
 
 
 def _draw_slots(found: dict) -> str:
@@ -242,4 +245,4 @@ def _draw_slots(found: dict) -> str:
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return page.svg("acceptance by slot of all runs", len(found["temperatures"]), 3.2, draw)
+    return charts.svg("acceptance by slot of all runs", len(found["temperatures"]), 3.2, draw)

@@ -1,16 +1,16 @@
 """A report as one HTML file that opens from disk: text, tables and inline SVG; no script, nothing from any network.
 
-`write_page` is the page of one run; a sweep's and a comparison's are made of the same parts (`document`, `table`, `svg`).
+`write_page` is the page of one run; a sweep's and a comparison's are made of the same parts (`document`, `table`, `charts.svg`).
 """
 
 import base64
-import io
 import re
 from html import escape
 from pathlib import Path
 
 from common.files import write_text
 from data_prep.cache.manifest import flatten
+from eval.reports import charts
 
 BASELINE = "none (baseline)"
 THEIRS = "transformers generate"
@@ -18,8 +18,6 @@ HEADS = ("T", "drafter", "tau", "acceptance by slot", "draft ms", "verify ms", "
 PART_HEADS = ("T", "of which", "requests", "tokens", "tau", "speedup", "prompt lookup: tau", "prompt lookup: speedup")
 PARTS_OF = ("by_category", "by_positions")
 TEXT = {"T", "of which", "category", "drafter", "acceptance by slot", "run", ""}  # columns that are not numbers
-INK = "#010203"  # in a picture: the colour of the page's text, light or dark
-PARTS = {"draft": "#2a9d6f", "verify": "#4c78c8", "overhead": "#9a9a9a"}
 KINDS = {"accepted": "#2a9d6f", "emitted": "#4c78c8", "rejected": "#d64545"}  # of tokens: drafted, the target's own, refused
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -38,13 +36,18 @@ pre span, .key span { border-radius: 3px; padding: 0 1px; margin-right: 1px; } .
 .rejected { text-decoration: line-through #d64545aa; font-size: .85em; }
 """
 STYLE += "".join(f".{kind} {{ background: {colour}44; }}\n" for kind, colour in KINDS.items())
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser refuses whatever this page should not need
+# A browser refuses whatever this page should not need: scripts, and anything from a network.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def contenders(figures: dict) -> dict[str, dict]:
     """Who drafted at one temperature of a report: the trained one first, then what it has to beat."""
-    speed, parts = figures["baseline_tokens_per_s"], figures["baseline_round_ms"]
-    baseline = {"tau_micro": 1.0, "conditional": [], "tokens_per_s": speed, "round_ms": parts}
+    baseline = {
+        "tau_micro": 1.0,
+        "conditional": [],
+        "tokens_per_s": figures["baseline_tokens_per_s"],
+        "round_ms": figures["baseline_round_ms"],
+    }
     found = {"trained": figures, **figures["controls"]}
     if "transformers_tokens_per_s" in figures:  # whose time is not ours to take apart
         found[THEIRS] = baseline | {"tokens_per_s": figures["transformers_tokens_per_s"], "round_ms": None}
@@ -132,25 +135,27 @@ def partly(figures: dict) -> list[str]:
 
 def write_page(out: Path, report: dict) -> None:
     """`report.html`: everything that `report` says, whole or not there at all."""
-    kv, figures = report["drafter_kv"], report["temperatures"]
-    memory = [[name.removesuffix("_mib"), f"{value:.2f}"] for name, value in kv.items()]
+    figures = report["temperatures"]
+    everyone = {temperature: contenders(found) for temperature, found in figures.items()}
+    memory = [[name.removesuffix("_mib"), f"{value:.2f}"] for name, value in report["drafter_kv"].items()]
+    apart = parts(report)
     sections = {
         "What was judged": facts(judged(report)) + folded("everything that was set", facts(flatten(settings(report)))),
         "Acceptance and speed": table(HEADS, rows(report), strong=lambda row: row[1] == "trained")
         + "".join(note(f"T = {t}: lossless: {lossless_line(f)}") for t, f in figures.items())
         + "".join(note(f"T = {t}: {f['lossless_by']}") for t, f in figures.items() if "ties" in f and f["lossless"])
         + "".join(note(f"T = {t}: {text}") for t, f in figures.items() for text in partly(f)),
-        "Acceptance and speed apart": table(PART_HEADS, apart) + note(shared_seconds(report)) if (apart := parts(report)) else "",
+        "Acceptance and speed apart": table(PART_HEADS, apart) + note(shared_seconds(report)) if apart else "",
         "Acceptance by slot": figure(
-            _draw_slots(figures),
+            charts.by_slot(everyone),
             "Conditional: of the rounds whose earlier slots were all accepted. Dashed: the trained drafter's joint acceptance.",
         ),
         "Where a round's time goes": figure(
-            _draw_time(figures),
+            charts.of_a_round(everyone),
             "Milliseconds a round, and what that makes a token of the output. Overhead: all that is neither drafter nor target.",
         ),
         "Acceptance along the text": figure(
-            _draw_context(figures),
+            charts.along_the_text(everyone),
             "tau of the rounds whose anchor stands there; the first positions are those behind the prompt.",
         ),
         "Memory": table(["the drafter's keys and values", "MiB"], memory, text=[0])
@@ -177,7 +182,10 @@ def settings(report: dict) -> dict:
 
 def judged(report: dict) -> dict[str, str]:
     """What the figures are of, in a line each."""
-    drafter, target, view, prompts = (report[name] for name in ("drafter", "target", "view", "prompts"))
+    drafter = report["drafter"]
+    target = report["target"]
+    view = report["view"]
+    prompts = report["prompts"]
     what = drafter["lm"] or f"{drafter['objective']}, reuse {drafter['reuse']}"
     versions = ", ".join(f"{name} {version}" for name, version in report.get("software", {}).items())
     said = {
@@ -210,11 +218,12 @@ def document(title: str, subtitle: str, sections: dict[str, str]) -> str:
 
 
 def table(heads, rows: list[list[str]], strong=lambda row: False, text: list[int] | None = None) -> str:
-    """`text`: columns that are no numbers, to the left; by default those called so."""
+    """`text`: which columns hold words, aligned to the left; by default those whose head is in `TEXT`."""
     left = {i for i, head in enumerate(heads) if head in TEXT} if text is None else set(text)
-    line = lambda tag, row: "".join(
-        f"<{tag}{' class=text' * (i in left)}>{escape(str(cell))}</{tag}>" for i, cell in enumerate(row)
-    )
+
+    def line(tag: str, row) -> str:
+        return "".join(f"<{tag}{' class=text' * (i in left)}>{escape(str(cell))}</{tag}>" for i, cell in enumerate(row))
+
     body = "".join(f"<tr{' class=strong' * bool(strong(row))}>{line('td', row)}</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{line("th", heads)}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
@@ -242,99 +251,6 @@ def folded(title: str, html: str) -> str:
 
 def figure(picture: str, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def svg(label: str, columns: int, height: float, draw, width: float = 10.5) -> str:
-    """What `draw`(axes in a row) draws with matplotlib, as inline SVG in the page's own text colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(inks, INK) | {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-    }
-    style |= {"font.sans-serif": ["DejaVu Sans"], "legend.framealpha": 0, "axes.axisbelow": True, "text.parse_math": False}
-    style |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": label,
-    }  # text stays text; ids are the same every time, and each picture's own
-    text = io.StringIO()
-    with matplotlib.rc_context(style):
-        drawn, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-        draw(axes[0])
-        drawn.savefig(text, format="svg", transparent=True)
-        plt.close(drawn)
-    picture = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text.getvalue(), flags=re.DOTALL).replace(INK, "currentColor")
-    picture = re.sub(r' xmlns(:xlink)?="[^"]*"', "", picture[picture.index("<svg") :])  # HTML knows both
-    return picture.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-
-
-# The pictures of one run.
-
-
-def _look(name: str) -> dict:
-    """How a contender's line looks: the trained drafter's stands out."""
-    order = ("untrained", "prompt_lookup", "zero_memory", "shuffled_memory")
-    if name == "trained":
-        return {"color": "#2a9d6f", "linewidth": 2.4, "marker": "o", "zorder": 3}
-    colours = ("#c77d2e", "#8e62c4", "#8a8a8a", "#4c9bc8", "#c85a9a", "#9a8a3a")
-    at = order.index(name) if name in order else 4 + len(name) % 2
-    return {"color": colours[at], "linewidth": 1.2, "marker": ".", "alpha": 0.9}
-
-
-def _draw_slots(figures: dict) -> str:
-    def draw(axes) -> None:
-        for axis, (temperature, found) in zip(axes, figures.items()):
-            for name, row in contenders(found).items():
-                slots = range(1, len(row["conditional"]) + 1)
-                if slots:
-                    axis.plot(slots, row["conditional"], label=name.replace("_", " "), **_look(name))
-            slots = range(1, len(found["joint"]) + 1)
-            axis.plot(slots, found["joint"], **_look("trained") | {"linestyle": "--", "linewidth": 1.2, "marker": ""})
-            axis.set(xlabel="drafted token of a round", ylabel="acceptance", title=f"T = {temperature}", ylim=(0, 1.02))
-            axis.set_xticks(slots)
-        axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-    return svg("acceptance by slot", len(figures), 3.4, draw)
-
-
-def _draw_context(figures: dict) -> str:
-    def draw(axes) -> None:
-        for axis, (temperature, found) in zip(axes, figures.items()):
-            for name, row in contenders(found).items():
-                if bins := row.get("by_context"):
-                    middle = [(low + high) / 2 for low, high in zip(bins["from"], bins["to"])]
-                    axis.plot(middle, bins["tau"], label=name.replace("_", " "), **_look(name))
-            axis.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-            axis.set(xlabel="position of the anchor in the text", ylabel="tau", title=f"T = {temperature}")
-            axis.set_ylim(bottom=min(0.9, axis.get_ylim()[0]))  # below 1 where audits took tokens back
-        axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-    return svg("tau by position in the text", len(figures), 3.2, draw)
-
-
-def _draw_time(figures: dict) -> str:
-    def draw(axes) -> None:
-        for axis, (temperature, found) in zip(axes, figures.items()):
-            named = {name.replace("_", " "): row for name, row in contenders(found).items() if row["round_ms"]}
-            left = [0.0] * len(named)
-            for part, colour in PARTS.items():
-                widths = [row["round_ms"][part] for row in named.values()]
-                bars = axis.barh(list(named), widths, left=left, color=colour, label=part)
-                left = [one + width for one, width in zip(left, widths)]
-            speeds = (row["tokens_per_s"] for row in named.values())
-            axis.bar_label(bars, [f"{1e3 / speed:.1f} ms a token" if speed else "" for speed in speeds], padding=3, fontsize=8)
-            axis.invert_yaxis()
-            axis.grid(axis="y", visible=False)
-            axis.set(xlabel="ms a round", xlim=(0, 1.5 * max(left)), title=f"T = {temperature}")
-        axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-    return svg("milliseconds of a round", len(figures), 0.8 + 0.38 * max(map(len, map(contenders, figures.values()))), draw)
 
 
 def _examples(examples: dict[str, list[dict]]) -> str:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -39,10 +40,24 @@ from eval.recipe import EvalRecipe, prompts_of, prompts_within
 from eval.serving.servers import Answer, Asked, Server, Vllm, find_server, margin
 from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
 from eval.serving.started import interpreter, started, without_drafter, words
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.export import save_export
 from train.drafter.formats.names import MASK_FILE, method_of
-from train.drafter.model import Drafter
+
+
+@dataclass
+class Asking:
+    """What is asked, and what is known before a server is."""
+
+    prompts: list[Prompt]
+    said: dict  # of the prompts, for the report
+    described: dict = field(default_factory=dict)  # of the drafter
+    config: DrafterConfig | None = None  # None: no drafter was named
+    ends: frozenset[int] | None = None
+    command: list[str] = field(default_factory=list)  # that starts a server; empty: one that runs is asked
+    notes: list[str] = field(default_factory=list)  # what the server does otherwise than we do
+    own: dict[float, Run] = field(default_factory=dict)  # our engine's answers at each temperature
 
 
 def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafter]], described: Callable[..., dict]) -> dict:
@@ -52,62 +67,82 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         UserError: the server refuses, ends or cannot be started.
     """
     server = find_server(recipe.server.url, recipe.target_names) if recipe.server.url else None
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     with tempfile.TemporaryDirectory() as folder:
-        own: dict[float, Run] = {}
-        result: dict = {}
-        ends, command, notes, plain = None, [], [], {}
+        # 1. Our engine's answers, and the checkpoint that a server is to load.
         if recipe.drafter:
-            target, drafter = load(recipe)
-            config = drafter.config
-            slots = min(server.slots, config.draft_length) if server else recipe.longest(config)
-            result = described(recipe, target, drafter)
-            ends = target.end_tokens
-            prompts, said = prompts_of(recipe, config, tokenizer)
-            if not server:
-                place, notes = _checkpoint(recipe, target, drafter, Path(folder) / "drafter")
-                command = _start_of(recipe, target, config, place, slots, said["positions"])
-            own = ours(recipe, target, drafter, prompts, said, slots)
-            del target, drafter  # the server needs the memory
-            gc.collect()
-            torch.cuda.empty_cache()
+            asking = _ask_ours(recipe, load, described, server, Path(folder) / "drafter")
         else:
-            prompts, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - server.slots, tokenizer)
-        starting = started(recipe.server, command, Path(recipe.out) / "server.log") if command else nullcontext(server)
+            tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+            room = target_sizes(recipe.target).max_positions - server.slots
+            asking = Asking(*prompts_within(recipe, room, tokenizer))
+        # The server needs the memory of the target, which nothing holds any more.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+        # 2. The server's answers with the drafter.
+        log = Path(recipe.out) / "server.log"
+        starting = started(recipe.server, asking.command, log) if asking.command else nullcontext(server)
         with starting as url:
             server = server or find_server(url, recipe.target_names)
-            theirs = asyncio.run(_ask_all(recipe, server, prompts, said, ends))
-        if command:  # the same server once more, without the drafter
-            alone = without_drafter(command)
+            theirs = asyncio.run(_ask_all(recipe, server, asking))
+
+        # 3. Those of the same server once more, without the drafter.
+        plain = {}
+        if asking.command:
+            alone = without_drafter(asking.command)
             with started(recipe.server, alone, Path(recipe.out) / "server_plain.log") as url:
                 nobody = find_server(url, recipe.target_names, drafts=False)
-                plain = asyncio.run(_ask_all(recipe, nobody, prompts, said, ends))
-    # Read anew: it made room for the server.
-    judge = load_target(recipe.target) if own and max(recipe.temperatures) > 0 else None
-    result |= {
-        "server": {"kind": server.kind, "version": server.version, "model": server.model, "slots": server.slots}
-        | {"positions": server.positions}
-        | ({"command": command, "notes": notes} if command else {"url": server.url}),
-        "prompts": said | {"seed": recipe.seed},
-        "software": result.get("software", {}),
+                plain = asyncio.run(_ask_all(recipe, nobody, asking))
+
+    # 4. The figures, and what they say.
+    result = _settings(recipe, server, asking)
+    # Loaded anew: it made room for the server.
+    judge = load_target(recipe.target) if asking.own and max(recipe.temperatures) > 0 else None
+    for temperature, levels in theirs.items():
+        name = f"{temperature:g}"
+        mine = asking.own.get(temperature)
+        runs = {OURS: mine} if mine else {}
+        runs |= {str(concurrency): run for concurrency, run in levels.items()}
+        runs |= {f"{PLAIN}{concurrency}": run for concurrency, run in plain.get(temperature, {}).items()}
+        rows = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
+        for who, run in runs.items():
+            if judge and temperature > 0 and who != OURS:
+                rows[who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
+        why_not = _incomparable(server, asking.config, temperature) if mine else None
+        result["temperatures"][name] = rows
+        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
+        result["said"][name] = conclusions(result, name, len(asking.prompts), why_not)
+    return result
+
+
+def _ask_ours(recipe: EvalRecipe, load: Callable, described: Callable, server: Server | None, folder: Path) -> Asking:
+    """Our engine's answers. Where no server runs yet, the checkpoint that one is to load goes into `folder`."""
+    target, drafter = load(recipe)
+    config = drafter.config
+    slots = min(server.slots, config.draft_length) if server else recipe.longest(config)
+    facts = described(recipe, target, drafter)
+    prompts, said = prompts_of(recipe, config, load_tokenizer(recipe.target.location, recipe.target.revision))
+    asking = Asking(prompts, said, facts, config, target.end_tokens)
+    if not server:
+        place, asking.notes = _checkpoint(recipe, target, drafter, folder)
+        asking.command = _start_of(recipe, target, config, place, slots, said["positions"])
+    asking.own = ours(recipe, target, drafter, prompts, said, slots)
+    return asking
+
+
+def _settings(recipe: EvalRecipe, server: Server, asking: Asking) -> dict:
+    """served.json without figures."""
+    facts = {name: getattr(server, name) for name in ("kind", "version", "model", "slots", "positions")}
+    how = {"command": asking.command, "notes": asking.notes} if asking.command else {"url": server.url}
+    return asking.described | {
+        "server": facts | how,
+        "prompts": asking.said | {"seed": recipe.seed},
+        "software": asking.described.get("software", {}),
         "commit": cli.git_revision(),
         "temperatures": {},
         "tested": {},
         "said": {},
     }
-    for temperature, levels in theirs.items():
-        name = f"{temperature:g}"
-        mine = own.get(temperature)
-        runs = ({OURS: mine} if mine else {}) | {str(concurrency): run for concurrency, run in levels.items()}
-        runs |= {f"{PLAIN}{concurrency}": run for concurrency, run in plain.get(temperature, {}).items()}
-        result["temperatures"][name] = {who: figures(run, mine if temperature == 0 else None) for who, run in runs.items()}
-        for who, run in runs.items():
-            if judge and temperature > 0 and who != OURS:
-                result["temperatures"][name][who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
-        why_not = _incomparable(server, config, temperature) if mine else None
-        result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
-        result["said"][name] = conclusions(result, name, len(prompts), why_not)
-    return result
 
 
 def _incomparable(server: Server, config: DrafterConfig, temperature: float) -> str | None:
@@ -161,7 +196,8 @@ def ours(
     recipe: EvalRecipe, target: Target, drafter: Drafter, prompts: list[Prompt], said: dict, slots: int
 ) -> dict[float, Run]:
     """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
-    limit, a = said["max_new_tokens"], target.architecture
+    limit = said["max_new_tokens"]
+    a = target.architecture
     room = room_for(said["positions"] - limit, limit, slots)
     cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
     if recipe.compile:
@@ -174,11 +210,13 @@ def ours(
     for temperature in recipe.temperatures:
         sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
         engine = Engine(target, drafting, cache, lengths_of(None, slots), Verification(sampling), graphs=recipe.graphs)
-        run = found[temperature] = Run(count_C=np.zeros(1 + slots, int))
+        run = Run(count_C=np.zeros(1 + slots, int))
+        found[temperature] = run
         for _ in range(max(1, said["warmup"])):
             engine.generate([prompts[0].tokens], limit, [recipe.seed], stops)
         for first in prompts:
-            prompt, turn = first, 0
+            prompt = first
+            turn = 0
             while prompt:
                 one = engine.generate([prompt.tokens], limit, [recipe.seed + len(run.answers)], stops)[0]
                 kept = [r.kept for r in one.rounds]
@@ -186,7 +224,8 @@ def ours(
                 seconds = one.prefill_s + one.decode_s
                 run.answers[prompt.id, turn] = Answer(prompt.tokens, one.tokens, one.prefill_s, seconds, count_C)
                 run.count_C += count_C
-                prompt, turn = prompt.after(one.tokens), turn + 1
+                prompt = prompt.after(one.tokens)
+                turn += 1
         run.seconds = sum(answer.seconds for answer in run.answers.values())
     return found
 
@@ -194,10 +233,10 @@ def ours(
 # The server's.
 
 
-async def _ask_all(
-    recipe: EvalRecipe, server: Server, prompts: list[Prompt], said: dict, ends: frozenset[int] | None
-) -> dict[float, dict[int, Run]]:
+async def _ask_all(recipe: EvalRecipe, server: Server, asking: Asking) -> dict[float, dict[int, Run]]:
     """{temperature: {concurrency: ...}}"""
+    prompts = asking.prompts
+    said = asking.said
     found: dict[float, dict[int, Run]] = {}
     async with server.client() as client:
         for temperature in recipe.temperatures:
@@ -205,7 +244,7 @@ async def _ask_all(
             for concurrency in recipe.server.concurrency:
                 # Another salt each time: no prompt is read from what an earlier run left in the server's cache.
                 salt = secrets.token_hex(8)
-                limits = (said["max_new_tokens"], temperature, recipe.top_p, recipe.top_k, tuple(recipe.stop), ends)
+                limits = (said["max_new_tokens"], temperature, recipe.top_p, recipe.top_k, tuple(recipe.stop), asking.ends)
                 for _ in range(max(1, said["warmup"])):
                     await server.ask(client, prompts[0].tokens, Asked(*limits, salt=f"{salt} warm-up"), recipe.seed)
                 run = await _level(server, client, prompts, concurrency, Asked(*limits, salt=salt), recipe.seed)
@@ -217,7 +256,9 @@ async def _ask_all(
 
 async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int) -> Run:
     """All prompts, `concurrency` conversations at a time, each behind the server's own answers."""
-    run, waiting, numbers = Run(count_C=np.zeros(1 + server.slots, int)), deque(prompts), count()
+    run = Run(count_C=np.zeros(1 + server.slots, int))
+    waiting = deque(prompts)
+    numbers = count()
     counts = isinstance(server, Vllm) and server.slots > 0  # those of all requests together
     alone = counts and concurrency == 1
     before_C, answered = await server.counted(client) if counts else (None, 0)
@@ -225,14 +266,17 @@ async def _level(server: Server, client, prompts: list[Prompt], concurrency: int
     async def converse() -> None:
         nonlocal before_C, answered
         while waiting:
-            prompt, turn = waiting.popleft(), 0
+            prompt = waiting.popleft()
+            turn = 0
             while prompt:
                 answer = await server.ask(client, prompt.tokens, asked, seed + next(numbers))
                 run.answers[prompt.id, turn] = answer
                 if alone:
                     after_C, answered = await server.counted(client, answered + 1)
-                    answer.count_C, before_C = after_C - before_C, after_C
-                prompt, turn = prompt.after(answer.tokens), turn + 1
+                    answer.count_C = after_C - before_C
+                    before_C = after_C
+                prompt = prompt.after(answer.tokens)
+                turn += 1
 
     begun = time.perf_counter()
     await asyncio.gather(*(converse() for _ in range(concurrency)))

@@ -84,7 +84,8 @@ def samples(text: str) -> list[tuple[str, dict[str, str], float]]:
 
 def vllm_counts(text: str) -> np.ndarray | None:
     """int64 [C] over all engines of a server since its start, from its `/metrics`; None: it does not draft."""
-    rounds, accepted = None, {}
+    rounds = None
+    accepted = {}
     for name, labels, value in samples(text):
         if name == DRAFTS:
             rounds = (rounds or 0) + round(value)
@@ -113,14 +114,19 @@ class Server:
     samples_drafts = False  # above temperature 0; all but SGLang's DSpark draft the likeliest tokens
 
     def __init__(self, url: str, model: str, positions: int | None, slots: int, version: str):
-        self.url, self.model, self.positions, self.slots, self.version = url, model, positions, slots, version
+        self.url = url
+        self.model = model
+        self.positions = positions
+        self.slots = slots
+        self.version = version
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, headers=_key(), timeout=httpx.Timeout(600, connect=30))
 
     async def ask(self, client: httpx.AsyncClient, prompt: list[int], asked: Asked, seed: int) -> Answer:
         """Raises UserError when the server refuses or stops answering."""
-        answer, started = Answer(prompt), time.perf_counter()
+        answer = Answer(prompt)
+        started = time.perf_counter()
         try:
             async for event in self._events(client, prompt, asked, seed):
                 self._take(answer, event)
@@ -228,7 +234,8 @@ class Sglang(Server):
         return "/generate", {"input_ids": prompt, "sampling_params": sampling, "extra_key": asked.salt}
 
     def _take(self, answer: Answer, event: dict) -> None:
-        meta, ids = event["meta_info"], event["output_ids"]
+        meta = event["meta_info"]
+        ids = event["output_ids"]
         whole = len(ids) == meta["completion_tokens"]  # with --incremental-streaming-output only what is new
         answer.tokens = list(ids) if whole else answer.tokens + ids
         if meta.get("finish_reason"):

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from common.files import write_text
 from data_prep.cache.manifest import flatten
-from eval.reports import page
+from eval.reports import charts, page
 from eval.serving.servers import Answer, Vllm, margin
 
 EXCHANGES = 20_000
@@ -76,7 +76,8 @@ def figures(run: Run, own: Run | None) -> dict:
 
 def compared(own: Run, theirs: Run, seed: int) -> list[dict]:
     """{"position" (from 1), "ours", "server", "p"} of every position that both draft."""
-    mine, other = own.by_prompt(), theirs.by_prompt()
+    mine = own.by_prompt()
+    other = theirs.by_prompt()
     ids = [id for id in mine if id in other]
     if not ids:
         return []
@@ -108,7 +109,9 @@ def exchanged(a_PC: np.ndarray, b_PC: np.ndarray, seed: int) -> np.ndarray:
 
 def conclusions(result: dict, temperature: str, prompts: int, why_not: str | None = None) -> list[str]:
     """What the figures of one temperature say, a sentence each. `why_not`: why acceptance was not compared."""
-    rows, tested, server = result["temperatures"][temperature], result["tested"][temperature], result["server"]
+    rows = result["temperatures"][temperature]
+    tested = result["tested"][temperature]
+    server = result["server"]
     levels = [int(name) for name in rows if name.isdigit()]
     found = [f"only {prompts} conversations: never more at a time, whatever the concurrency"] * (max(levels) > prompts)
     if OURS not in rows:
@@ -154,7 +157,8 @@ def conclusions(result: dict, temperature: str, prompts: int, why_not: str | Non
 
 def _counts(theirs: dict, mine: dict) -> list[str]:
     """Greedy outputs that are equal leave nothing to chance: what their counts say."""
-    counts, other = theirs["per_prompt_count"], mine["per_prompt_count"]
+    counts = theirs["per_prompt_count"]
+    other = mine["per_prompt_count"]
     slots = min(len(theirs["joint"]), len(mine["joint"]))
     differ = sum(one[: 1 + slots] != other[id][: 1 + slots] for id, one in counts.items() if id in other)
     if theirs["equal"] < theirs["requests"]:
@@ -211,7 +215,8 @@ def print_table(result: dict) -> None:
 
 def write_page(out: Path, result: dict) -> None:
     """`served.html`, whole or not there at all."""
-    server, temperatures = result["server"], result["temperatures"]
+    server = result["server"]
+    temperatures = result["temperatures"]
     tested = [
         [t, str(one["position"]), f"{one['ours']:.3f}", f"{one['server']:.3f}", f"{one['p']:.4f}"]
         for t, found in result["tested"].items()
@@ -248,4 +253,4 @@ def _draw(temperatures: dict, kind: str) -> str:
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return page.svg("acceptance by position", len(temperatures), 3.4, draw)
+    return charts.svg("acceptance by position", len(temperatures), 3.4, draw)

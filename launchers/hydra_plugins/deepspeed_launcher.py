@@ -55,10 +55,13 @@ class DeepSpeedLauncher(Launcher):
     """
 
     def __init__(self, jobs: int, gpus_per_job: int | None):
-        self.jobs, self.gpus_per_job = jobs, gpus_per_job
+        self.jobs = jobs
+        self.gpus_per_job = gpus_per_job
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.task, self.config = hydra_context, task_function, config
+        self.context = hydra_context
+        self.task = task_function
+        self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from common import cli
@@ -72,10 +75,14 @@ class DeepSpeedLauncher(Launcher):
         except UserError as error:
             cli.fail(error)
         found = [self._prepared(number, list(words)) for number, words in enumerate(job_overrides, initial_job_idx)]
-        waiting, running, failed, ports = list(found), {}, [], set()
+        waiting = list(found)
+        running = {}
+        failed = []
+        ports = set()
         while waiting or running:
             while waiting and free:
-                job, place = waiting.pop(0), free.pop(0)
+                job = waiting.pop(0)
+                place = free.pop(0)
                 running[self._started(job, place, ports)] = job, place
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:

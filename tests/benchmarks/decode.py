@@ -24,8 +24,9 @@ from eval.engine.request import Stops
 from eval.engine.rounds import Verification
 from eval.engine.tree import TreeShape
 from tests.benchmarks import line, options, target_of
+from train.drafter.base import Drafter
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 
 
 def drafter_of(target: Target, objective: str, reuse: str, slots: int) -> Drafter:
@@ -36,7 +37,7 @@ def drafter_of(target: Target, objective: str, reuse: str, slots: int) -> Drafte
         slots=slots, shifted=True, causal=False, seed=0, start="target", mask_token_id=2, architecture=a, target={},
     )  # fmt: skip
     target.capture(config.hidden_layers, config.kv_layers)
-    return Drafter(config).to(target.dtype).start(target, target.frozen_head).to(target.device)
+    return new_drafter(config).to(target.dtype).start(target, target.frozen_head).to(target.device)
 
 
 def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int) -> float:

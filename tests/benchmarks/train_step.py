@@ -29,13 +29,13 @@ from data_prep.target.loading import pick_device, pick_dtype
 from tests.benchmarks import QWEN3_8B, line, options
 from train.attention.choose import attention_backend
 from train.data.pack import Pack, PackDocument, make_pack
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.run.ranks import connect
 from train.views.budgets import ViewSampler
-from train.views.plan import View
+from train.views.recipe import View
 
 TINY = {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192, "num_hidden_layers": 6}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768}
@@ -169,7 +169,7 @@ def main() -> None:
     config = drafter_config(o, a)
     with torch.device(device):
         head = FrozenHead(*(torch.randn(a.vocab_size, a.hidden_size, dtype=dtype) * 0.02 for _ in range(2)))
-        drafter = Drafter(config).to(dtype)  # a draft vocabulary of the first tokens
+        drafter = new_drafter(config).to(dtype)  # a draft vocabulary of the first tokens
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     drafter.recompute = o.recompute

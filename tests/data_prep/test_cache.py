@@ -23,57 +23,8 @@ from data_prep.cache.writer import CacheWriter, claim, read_seal
 from data_prep.capture.capture import Batch, batches, capture
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
-from tests.support.caches import SIZES, manifest_of
+from tests.support.caches import SIZES, assert_holds, document, manifest_of, write
 from tests.support.models import small_target
-
-TEACHERS = ("last_hidden", "query.")  # what has a row a supervised token
-
-
-def document(manifest, mask, seed=0):
-    """Random tensors of one document whose supervised tokens are `mask`."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        "input_ids": torch.randint(0, 1000, (len(mask),), generator=generator, dtype=torch.int32),
-        "loss_mask": torch.tensor(mask, dtype=torch.uint8),
-    }
-    for name, row in manifest.states.items():
-        rows = sum(mask) if name.startswith(TEACHERS) and manifest.last_hidden == "supervised" else len(mask)
-        tensors |= encode(name, torch.randn(rows, *row, generator=generator), manifest.codec)
-    return tensors
-
-
-def write(folder, manifest, documents, shard_bytes):
-    writer = CacheWriter(folder, manifest, shard_bytes)
-    for id, tensors in documents.items():
-        writer.add(id, tensors)
-    writer.finish()
-
-
-def bits(tensor):
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def assert_holds(folder, manifest, documents):
-    """The cache holds exactly these documents, each once, with the same bits."""
-    reader = CacheReader(folder)
-    assert list(reader.problems()) == [] and reader.ids.to_pylist() == sorted(documents)
-    for index, id in enumerate(reader.ids.to_pylist()):
-        names = ["input_ids", "loss_mask", *manifest.states]
-        stored, given = reader.read(index, names), dict(documents[id])
-        third = len(stored["input_ids"]) // 3
-        for span in ((third, len(stored["input_ids"])), (0, third + 1), (third, 2 * third + 1)):
-            part, expected = reader.read(index, names, span), crop(stored, *span)
-            assert part.keys() == expected.keys() and all(torch.equal(bits(part[n]), bits(expected[n])) for n in part)
-        mask = given["loss_mask"].bool()
-        assert (reader.lengths[index], reader.supervised[index]) == (len(mask), mask.sum())
-        if manifest.last_hidden == "all":  # stored for every token, handed out for the teachers
-            teachers = mask[1:].nonzero().squeeze(1)
-            given |= {name: given[name][teachers] for name in given if name.startswith(TEACHERS)}
-        assert stored.keys() == given.keys()
-        for name, tensor in given.items():
-            assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
-            assert torch.equal(bits(stored[name]), bits(tensor))
-
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=39).map(lambda rest: [0, *rest])
 

@@ -11,11 +11,11 @@ from data_prep.decoding.products import Product, as_they_stand, can_be_laid_out,
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target
 from eval.engine.drafting import StaticTrained
+from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
-from eval.oracle.drafting import OtherMemory
 from eval.recipe import EvalRecipe
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 
 pytestmark = pytest.mark.skipif(not can_be_laid_out(torch.zeros(1)), reason="this build of PyTorch has no oneDNN")
 
@@ -80,7 +80,7 @@ def test_every_drafter_that_is_judged_is_laid_out_with_its_head():
     for laid_out in (False, True):
         if laid_out:
             target.compile()
-        drafter = Drafter(config).start(target, target.frozen_head, torch.arange(len(target.frozen_head.head_VE)))
+        drafter = new_drafter(config).start(target, target.frozen_head, torch.arange(len(target.frozen_head.head_VE)))
         everyone = contenders(recipe, target, drafter, OtherMemory(1, 8))
         judged = [one for one in everyone.values() if isinstance(one, StaticTrained)]
         assert len(judged) == 4 and {one._product.is_laid_out for one in judged} == {laid_out}

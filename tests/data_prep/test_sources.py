@@ -15,7 +15,8 @@ from common.hashing import stable_hash
 from common.recipe import ROOT
 from data_prep.recipe import DataRecipe
 from data_prep.sources.documents import Digest, Documents, tokenized, write_documents
-from data_prep.sources.records import Record, is_validation, records
+from data_prep.sources.records import Record, records
+from data_prep.sources.sides import is_validation
 from data_prep.sources.tokens import LeftOut, TokenDocument, encode
 from data_prep.target.loading import load_tokenizer
 from tests.support.conversations import conversation, write_lines

@@ -23,7 +23,7 @@ from common.recipe import ROOT
 from data_prep.decoding.generate import Answer
 from data_prep.decoding.sampling import distribution, drawn
 from data_prep.recipe import DataPrepRecipe, KindRecipe
-from data_prep.sources.records import is_heldout
+from data_prep.sources.sides import is_heldout
 from data_prep.synthesis import filters, journal
 from data_prep.synthesis.candidates import Author, Draws, Texts, passage
 from data_prep.synthesis.filters import looping, repeats, shingles, similarity

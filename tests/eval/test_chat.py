@@ -21,8 +21,7 @@ from tests.support.commands import ROOT, command
 from tests.support.decoding import generated
 from tests.support.terminal import GREEN, Terminal
 from tests.support.tiny_drafter import save_tiny_drafter
-from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
+from train.drafter.build import load_config, load_drafter
 
 LAST = re.compile(r"^\[tau (\d+\.\d\d), (\d+\.\d) tokens/s(.*)\]$", re.MULTILINE)
 
@@ -67,7 +66,7 @@ def typed_into(chat, text, monkeypatch):
 def test_replies_are_the_targets_own_behind_the_whole_conversation(drafter, monkeypatch, capsys):
     words = [f"drafter={drafter}", "mode=chat", "chat.max_new_tokens=16", "chat.system=Be brief.", "draft.length=adaptive"]
     recipe = cli.compose("eval", EvalRecipe, words)
-    target, loaded = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), Drafter.from_pretrained(drafter)
+    target, loaded = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), load_drafter(drafter)
     target.capture(loaded.config.hidden_layers, loaded.config.kv_layers)
     chat = Chat(recipe, target, loaded)
     long = "import os\n" * 800  # beyond the first caches
@@ -129,7 +128,7 @@ def test_mistakes_are_one_line_before_the_target_is_loaded(drafter, words, messa
 
 def test_a_table_of_positions_is_all_the_room_there_is(drafter, monkeypatch):
     """Of a language model with learned positions: known before it is asked, by both commands."""
-    recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), DrafterConfig.load(drafter)
+    recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), load_config(drafter)
     assert room_of(recipe, config) == 32768 - config.slots
     assert room_of(recipe, dataclasses.replace(config, positions=64)) == 32768 - config.slots  # turned keys reach farther
     monkeypatch.setattr(type(config), "position_table", True)

@@ -5,13 +5,14 @@ import torch
 
 from data_prep.decoding.sampling import Sampling
 from eval.judging import measure
+from eval.judging.controls import OtherMemory, zero_memory
 from eval.oracle.decode import Generation, Round, decode
-from eval.oracle.drafting import Draft, Nobody, OtherMemory, PromptLookup, Trained, zero_memory
+from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
 from eval.oracle.verify import verify
 from tests.support.decoding import chi_square_p, exact_pairs, generated
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
-from train.views.plan import View
+from train.views.recipe import View
 
 CELLS = [
     (objective, reuse)
@@ -49,9 +50,10 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup (test_engine.py: in batches)."""
     from data_prep.recipe import DataRecipe, TargetRecipe
     from data_prep.target.loading import load_target, load_tokenizer
-    from eval.prompts.suites import PromptsRecipe, heldout_prompts
+    from eval.prompts.load import heldout_prompts
+    from eval.prompts.suites import PromptsRecipe
+    from train.drafter.build import new_drafter
     from train.drafter.config import DrafterConfig
-    from train.drafter.model import Drafter
 
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     found = heldout_prompts(
@@ -62,7 +64,7 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     assert len({p.id for p in found}) == 20
     target.capture([0, 2], [0, 5])
     config = DrafterConfig("blockwise", "hybrid", [0, 5], [0, 2], 4, True, False, 0, "target", 2, target.architecture, {})
-    drafter = Drafter(config).start(target, target.frozen_head)
+    drafter = new_drafter(config).start(target, target.frozen_head)
     kept = 0
     for drafting in (Trained(drafter, target.frozen_head, REFERENCE), PromptLookup(4)):
         for prompt in found:

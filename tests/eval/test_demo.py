@@ -24,8 +24,8 @@ from tests.support.commands import ROOT, command, fetch_smollm2
 from tests.support.decoding import generated
 from tests.support.terminal import GREEN, Terminal
 from tests.support.tiny_drafter import save_tiny_drafter
+from train.drafter.build import load_drafter, new_drafter
 from train.drafter.config import DrafterConfig, released
-from train.drafter.model import Drafter
 
 NUMBER = r"\d+\.\d+"
 ROW = re.compile(rf"^│ (\S.*?) +│ +({NUMBER}) │ +(\d+) │ +({NUMBER}) │ +({NUMBER}) │ +({NUMBER})x │ +(yes|NO) │$", re.MULTILINE)
@@ -42,7 +42,7 @@ def drafter(tmp_path_factory):
 def loaded(drafter):
     """(recipe, target, drafter) of a demo of two prompts."""
     recipe = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo", *TWO])
-    target, own = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), Drafter.from_pretrained(drafter)
+    target, own = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), load_drafter(drafter)
     target.capture(own.config.hidden_layers, own.config.kv_layers)
     return recipe, target, own
 
@@ -159,7 +159,7 @@ def stand_in(folder: Path) -> str:
     about = {"id": "smollm2", "weights_hash": target.weights_hash()}
     about["tokenizer_hash"] = tokenizer_hashes(load_tokenizer(target.path))[0]
     config = DrafterConfig("ttt", "kv", [0, 29], [], 5, False, False, 0, "target", 16, target.architecture, about)
-    Drafter(config).start(target, target.frozen_head).to(torch.bfloat16).save_pretrained(folder)
+    new_drafter(config).start(target, target.frozen_head).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 

@@ -23,24 +23,27 @@ from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import capture
 from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources.documents import Documents, write_documents
-from data_prep.sources.records import VALIDATION
+from data_prep.sources.sides import VALIDATION
 from data_prep.sources.tokens import TokenDocument
 from data_prep.target.loading import load_target, load_tokenizer
 from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.engine.lengths import Adaptive
+from eval.engine.one_by_one import OneByOne
 from eval.engine.request import Stops
 from eval.judging import measure
+from eval.judging.controls import OtherMemory
 from eval.judging.score import score
 from eval.oracle.decode import decode
-from eval.oracle.drafting import Draft, Nobody, OneByOne, OtherMemory, PromptLookup, Trained
-from eval.prompts.suites import PromptsRecipe, heldout_prompts
+from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
+from eval.prompts.load import heldout_prompts
+from eval.prompts.suites import PromptsRecipe
 from tests.support.caches import manifest_of
 from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
-from train.views.plan import View
+from train.views.recipe import View
 
 OBJECTIVES = ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal", "blockwise+markov", "blockwise_shifted+gru")
 SOURCES = ("kv+projected", "kv+projected_rope", "kv+head_concat", "hybrid+cross_only", "hidden+vocab", "kv+vocab")
@@ -183,7 +186,7 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32(tiny):
     plain = [generated(target, p, 8) for p in prompts]
     target.capture([0, 2], [0, 5])
     config = DrafterConfig("blockwise", "hybrid", [0, 5], [0, 2], 4, True, False, 0, "target", 2, target.architecture, {})
-    drafter = Drafter(config).start(target, target.frozen_head)
+    drafter = new_drafter(config).start(target, target.frozen_head)
     for drafting in (StaticTrained(drafter, target.frozen_head), StaticLookup()):
         found = engine_of(target, drafting, 4, 20, 48, 8).generate(prompts, 8, [0] * 20, Stops())
         assert [g.tokens for g in found] == plain

@@ -24,8 +24,8 @@ from eval.recipe import EvalRecipe, check_evaluation
 from eval.reports import page
 from tests.support.engines import engine_of, trained
 from tests.support.models import HIDDEN_LAYERS
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 
 VOCAB, NEW, BATCH = 40, 40, 4
 
@@ -271,7 +271,7 @@ def test_the_report_says_so_everywhere(tmp_path, monkeypatch, capsys):
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hashes(tokenizer)[0]}
     config = DrafterConfig("ttt", "kv", [5], [], 4, False, False, 0, "target", None, target.architecture, about)
-    Drafter(config).start(target, target.frozen_head).save_pretrained(tmp_path / "drafter")
+    new_drafter(config).start(target, target.frozen_head).save_pretrained(tmp_path / "drafter")
     words = [f"drafter={tmp_path / 'drafter'}", "target.dtype=bfloat16", "temperatures=[0]", "batch=4", "controls=false"]
     words += ["prompts.count=12", "prompts.tokens=64", "prompts.max_new_tokens=40"]
     for name, more in (("chain", []), ("tree", ["draft.breadth=2"])):

@@ -17,7 +17,7 @@ from eval.judging import measure
 from eval.main import gather, run
 from eval.oracle.decode import Generation, Round
 from eval.recipe import EvalRecipe, check_evaluation
-from eval.reports import compare, page, report
+from eval.reports import charts, compare, page, report, sweep
 
 ATTACK = "<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(1)>"
 PARTS = {"draft": 9.25, "verify": 6.5, "overhead": 0.25}
@@ -165,7 +165,7 @@ def test_the_page_says_what_the_report_says_and_escapes_it(tmp_path):
     kinds = [attributes.get("class") for tag, attributes in read.elements if tag == "span"]
     assert kinds == ["accepted", "rejected", "emitted", "prompt", "accepted", "rejected", "emitted"]
     assert "no\u21b5\u24234" in read.text and "yes\u21b5\n" in read.text
-    assert sum(tag == "svg" for tag, _ in read.elements) == 3 and "metadata" not in html and page.INK not in html
+    assert sum(tag == "svg" for tag, _ in read.elements) == 3 and "metadata" not in html and charts.INK not in html
     page.write_page(tmp_path, found)
     assert (tmp_path / "report.html").read_text() == html  # the same figures, the same file
     report.print_table(found)
@@ -173,7 +173,7 @@ def test_the_page_says_what_the_report_says_and_escapes_it(tmp_path):
 
 def test_a_sweep_s_page_holds_its_picture(tmp_path):
     report.write_json(tmp_path / "a", made(context=64) | {"drafter": made()["drafter"] | {"budgets": None}})
-    report.gather([tmp_path], tmp_path)
+    sweep.gather([tmp_path], tmp_path)
     read = refuse_outside((tmp_path / "sweep.html").read_text())
     assert "1.90" in read.text and any(tag == "img" for tag, _ in read.elements)
 
@@ -345,7 +345,7 @@ def test_pages_open_from_disk_in_a_browser(tmp_path):
     page.write_page(tmp_path, made())
     compare.write_page(tmp_path, compare.compare({"A": made(), "B": made(2.4)}, seed=0))
     report.write_json(tmp_path / "a", made(context=64) | {"drafter": made()["drafter"] | {"budgets": None}})
-    report.gather([tmp_path], tmp_path)
+    sweep.gather([tmp_path], tmp_path)
     for name, pictures, words in (
         ("report", 3, ("1.23x", "30 of 30 outputs equal", "8.1 ms a token")),
         ("compare", 2, ("+0.50 [+0.", "acceptance")),

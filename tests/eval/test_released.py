@@ -18,8 +18,8 @@ from tests.support.gguf_files import small_model, write_gguf
 from tests.support.tiny_drafter import save_tiny_drafter
 from train.drafter import config as drafter_config
 from train.drafter import warm_start as exchange
-from train.drafter.config import DrafterConfig, folder_of, released
-from train.drafter.model import Drafter
+from train.drafter.build import load_config, load_drafter
+from train.drafter.config import folder_of, released
 
 QUICK = ["prompts.count=2", "prompts.tokens=16", "prompts.max_new_tokens=4", "temperatures=[0]"]
 QUICK += ["controls=false", "transformers=false"]
@@ -44,23 +44,23 @@ def shelf(tmp_path, monkeypatch, drafter) -> Path:
 def test_a_name_means_the_released_drafter_and_a_path_comes_first(shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert released() == ["one", "two"]
-    assert folder_of("one") == shelf / "one" and Drafter.from_pretrained("one").config == DrafterConfig.load(shelf / "two")
-    config = DrafterConfig.load("two")
+    assert folder_of("one") == shelf / "one" and load_drafter("one").config == load_config(shelf / "two")
+    config = load_config("two")
     assert exchange._config("two", config).objective == "ttt" and exchange._weights("two", config, None)
     Path("one").mkdir()  # something of this name lies here
     assert folder_of("one") == Path("one") and folder_of("shelf/../shelf/two") == Path("shelf/../shelf/two")
     with pytest.raises(UserError, match="one holds no drafter"):
-        Drafter.from_pretrained("one")
+        load_drafter("one")
 
 
 def test_an_unknown_name_is_answered_with_those_that_there_are(shelf):
     for name in ("three", "nothing", "../shelf/one", "one/config.json"):
         with pytest.raises(UserError, match="holds no drafter .*; released drafters have names: one, two$"):
-            DrafterConfig.load(name)
+            load_config(name)
     with pytest.raises(UserError, match="config.json holds no drafter"):
-        DrafterConfig.load(shelf / "one/config.json")  # a file that there is
+        load_config(shelf / "one/config.json")  # a file that there is
     with pytest.raises(UserError, match="warm_start=three holds no checkpoint .*; released drafters have names: one, two$"):
-        exchange.check_warm_start("three", DrafterConfig.load("one"))
+        exchange.check_warm_start("three", load_config("one"))
 
 
 def test_what_is_released():
@@ -73,7 +73,7 @@ def test_a_released_drafter_is_whole_small_and_described(name):
     weights = folder / "model.safetensors"
     assert weights.stat().st_size <= 20_000_000 and len((folder / "README.md").read_text()) > 500
     assert {t.dtype for t in load_file(weights).values() if t.is_floating_point()} == {torch.bfloat16}
-    assert Drafter.from_pretrained(name).config.target["weights_hash"]
+    assert load_drafter(name).config.target["weights_hash"]
 
 
 def test_git_keeps_what_is_released():
@@ -109,7 +109,7 @@ def test_another_targets_weights_are_refused_unless_told_otherwise(tmp_path, dra
 
 def test_a_target_of_other_sizes_and_a_cache_of_another_target_are_refused_all_the_same(drafter, cache):
     compose = lambda *words: cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "any_target=true", *words])
-    config = DrafterConfig.load(drafter)
+    config = load_config(drafter)
     check_target(compose(), config, config.architecture, "another")
     with pytest.raises(UserError, match="is for targets with num_layers 6, and data_prep/targets/tiny has 7"):
         check_target(compose(), config, replace(config.architecture, num_layers=7), "another")
@@ -144,7 +144,7 @@ def test_an_export_in_our_own_format_is_the_drafter_in_bf16(tmp_path, drafter):
     assert (drafter / "model.safetensors").read_bytes() == before
     done = command(*words, "out=small", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert DrafterConfig.load(tmp_path / "small") == DrafterConfig.load(drafter)
+    assert load_config(tmp_path / "small") == load_config(drafter)
     small, own = load_file(tmp_path / "small/model.safetensors"), load_file(drafter / "model.safetensors")
     assert small.keys() == own.keys() and all(torch.equal(t, own[name].bfloat16()) for name, t in small.items())
     other = command(*words[:2], "format=eagle3", f"drafter={drafter}", "any_target=true", "out=x", cwd=tmp_path)

@@ -37,8 +37,8 @@ from eval.serving.started import interpreter, started, words
 from tests.support.commands import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
 from tests.support.served_drafters import drafter_for
 from train.attention.choose import attention_backend
+from train.drafter.build import load_drafter
 from train.drafter.formats.export import save_export
-from train.drafter.model import Drafter
 
 TINY = str(ROOT / "data_prep/targets/tiny")
 # /metrics of vLLM 0.32.0 with an EAGLE-3 drafter of four tokens, behind one request of twelve; other metrics are left out.
@@ -551,7 +551,7 @@ def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
 def test_a_server_with_another_drafter_is_told_to_differ(drafter, tmp_path):
     """The negative control: two layers' columns of fc are exchanged in what the server gets. Outputs are the target's all the
     same, and only the counts tell."""
-    target, damaged = Target(TINY), Drafter.from_pretrained(drafter)
+    target, damaged = Target(TINY), load_drafter(drafter)
     with torch.no_grad():
         low, middle, high = damaged.fc.weight.chunk(3, dim=1)
         damaged.fc.weight.copy_(torch.cat([high, middle, low], dim=1))

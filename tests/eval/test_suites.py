@@ -16,12 +16,13 @@ from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
-from eval.prompts.suites import SuiteRecipe, cut, load_prompts
+from eval.prompts.load import load_prompts
+from eval.prompts.suites import SuiteRecipe, cut
 from eval.recipe import EvalRecipe, check_evaluation
-from eval.reports.report import gather
+from eval.reports.sweep import gather
 from tests.support.commands import ROOT
+from train.drafter.build import load_config, new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 
 LONGBENCH = {"input": "Who?", "context": "Long ago.", "answers": ["x"], "length": 2, "dataset": "d", "language": "en"}
 LONGBENCH |= {"all_classes": None, "_id": "3f2a"}
@@ -247,7 +248,7 @@ def drafter(tmp_path_factory, tokenizer):
     folder, target = tmp_path_factory.mktemp("drafter"), load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hashes(tokenizer)[0]}
     config = DrafterConfig("blockwise", "kv", [0], [], 4, False, False, 0, "target", 2, target.architecture, about)
-    Drafter(config).start(target, target.frozen_head).save_pretrained(folder)
+    new_drafter(config).start(target, target.frozen_head).save_pretrained(folder)
     return folder
 
 
@@ -306,7 +307,7 @@ def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path,
     short, path = tmp_path / "short", written(tmp_path, long, {"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"})
     short.mkdir()
     (short / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
-    config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
+    config = dataclasses.asdict(load_config(drafter)) | {"positions": 100}
     (short / "config.json").write_text(json.dumps(config))
     compose = lambda *words: cli.compose("eval", EvalRecipe, [f"drafter={short}", "suite=jsonl", f"suite.path={path}", *words])
     check_evaluation(compose("suite.new_tokens=8", "suite.prompt_tokens=60"))
@@ -333,7 +334,7 @@ def test_a_table_of_positions_has_an_end(drafter, tmp_path):
     """Rotary positions go on; learned ones do not."""
     configs = ({"a": {"rope_type": "default"}}, {})
     rotary, table = ({"path": "lm", "layers": 1, "positions": 100, "config": one} for one in configs)
-    config = dataclasses.asdict(DrafterConfig.load(drafter)) | {"positions": 100}
+    config = dataclasses.asdict(load_config(drafter)) | {"positions": 100}
     (tmp_path / "model.safetensors").write_bytes(b"")
     words = [f"drafter={tmp_path}", "suite=jsonl", f"suite.path={written(tmp_path, {'prompt': 'a b c ' * 30}, {'prompt': 'a'})}"]
     for lm, refused in ((rotary, False), (table, True)):

@@ -41,6 +41,7 @@ def test_every_command_of_the_guides_composes(line):
     multirun = any(word in FLAGS for word in after)
     # Launchers of sweeps and W&B are extras that need not be installed here.
     overrides = [word for word in after if word not in FLAGS and not word.startswith(("hydra", "tracking=wandb"))]
+    overrides = ["target=tiny" if word == "target=TARGET" else word for word in overrides]
     for job in cli.jobs_of(overrides, multirun):
         cli.compose(config, recipe, job)
 
@@ -68,10 +69,11 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_files_that_the_documents_name_exist():
-    """Paths in backquotes that begin with a room of the repository; research/ keeps the names of its day."""
+    """Paths in backquotes that begin with a room of the repository; research/ keeps the names of its
+    day, and extend/ names files that are yet to be written."""
     rooms = r"`((?:common|conf|data_prep|train|eval|launchers|tests|docs)/[\w/.-]+)"
     for page in PAGES:
-        if "research" not in page.parts:
+        if not {"research", "extend"} & set(page.parts):
             missing = [path for path in re.findall(rooms, page.read_text()) if not (ROOT / path).exists()]
             assert not missing, f"{page.name}: {missing}"
 

@@ -16,11 +16,11 @@ from data_prep.cache.reader import CacheReader
 from data_prep.target.loading import load_target
 from eval.main import run
 from eval.recipe import EvalRecipe, check_evaluation
-from eval.reports import compare, report
+from eval.reports import compare, sweep
 from tests.support.commands import ROOT, SMALL, command, deepspeed
 from tests.support.runs import losses
 from train.build import drafter_config
-from train.drafter.model import Drafter
+from train.drafter.build import new_drafter
 from train.recipe import TrainRecipe
 
 EVAL = ROOT / "eval/main.py"
@@ -54,7 +54,7 @@ def drafter(cache, tmp_path_factory):
     recipe = cli.compose("train", TrainRecipe, [*SPARSE, f"cache.dir={cache}", *SMALL])
     target = load_target(recipe.target)
     folder = tmp_path_factory.mktemp("drafter")
-    Drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(folder)
+    new_drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(folder)
     return folder
 
 
@@ -109,13 +109,13 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
     assert text.startswith("|  | context | drafter | 24 | full |")
     for who in ("ttt kv, sandwich", "untrained", "prompt lookup"):
         assert f"| tau T=1 | 100 | {who} | " in text and f"| speedup T=1 | 64 | {who} | " in text
-    both = command(ROOT / "eval/reports/report.py", "decoded", "scored", cwd=tmp_path)
+    both = command(ROOT / "eval/reports/sweep.py", "decoded", "scored", cwd=tmp_path)
     assert both.returncode == 0, both.stderr
     assert "teacher-forced tau T=1" in (tmp_path / "decoded/sweep.md").read_text()
 
 
 def test_a_folder_without_reports_is_one_line(tmp_path):
-    done = command(ROOT / "eval/reports/report.py", tmp_path)
+    done = command(ROOT / "eval/reports/sweep.py", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "no report of a drafter" in done.stderr
 
 
@@ -136,7 +136,7 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
         (tmp_path / name / "score.json").write_text(json.dumps(found | {k: {"tau": tau} for k in ("sampled", "greedy")}))
 
     def gathered():
-        report.gather([tmp_path], tmp_path)
+        sweep.gather([tmp_path], tmp_path)
         lines = (tmp_path / "sweep.md").read_text().splitlines()
         assert lines[0] == "|  | context | drafter | 256 | full |"
         return [line.split("4096 | ")[1] for line in lines if "tau T=1" in line]
@@ -156,7 +156,7 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
         assert f"ttt kv, 512 only, kind h2o ({name}) | {tau:.2f} |  |" in rows
     (tmp_path / "f/score.json").write_text(json.dumps({"drafter": "x"}))
     with pytest.raises(UserError, match="made by an earlier release"):
-        report.gather([tmp_path], tmp_path)
+        sweep.gather([tmp_path], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path)
         with pytest.raises(UserError, match=f"mode={mode} knows the full view only: leave out view.budget"):
             check_evaluation(cli.compose("eval", EvalRecipe, [*words, f"mode={mode}", "view.budget=24"]))
     with pytest.raises(UserError, match="/none: no report of a drafter is there"):
-        report.gather([tmp_path / "none"], tmp_path)
+        sweep.gather([tmp_path / "none"], tmp_path)
     with pytest.raises(UserError, match="""'=' in it is quoted twice: "drafter='a/view.budget=2/best'\""""):
         cli.parsed(["drafter=a/view.budget=2/best"])
     with pytest.raises(UserError, match="/dev/null is a file; it must be a folder"):
@@ -206,7 +206,7 @@ def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path
     """One that began at random has known as many positions as its documents; in the cache it needs no more than its budget."""
     recipe = cli.compose("train", TrainRecipe, [*SPARSE, f"cache.dir={cache}", "drafter.start=random", *SMALL])
     target = load_target(recipe.target)
-    Drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(tmp_path)
+    new_drafter(drafter_config(recipe, CacheReader(cache).manifest)).start(target, target.frozen_head).save_pretrained(tmp_path)
 
     def check(*words) -> str:
         check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))

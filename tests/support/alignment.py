@@ -23,7 +23,7 @@ from train.attention.choose import BACKENDS
 from train.data.pack import Pack, PackDocument, make_pack
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
-from train.views.plan import FULL, View
+from train.views.recipe import FULL, View
 
 VOCABULARY = 11
 PROMPT_TOKENS = 23

@@ -6,8 +6,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from data_prep.target.target import Target
+from train.drafter.base import Drafter
+from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 
 HIDDEN_LAYERS = (0, 1, 2)
 
@@ -33,7 +34,7 @@ def small_target(family: str = "qwen3", dtype: torch.dtype = torch.float32, voca
 
 
 # Objectives by name, as fields of DrafterConfig.
-OBJECTIVES = {
+OBJECTIVE_FIELDS = {
     "ttt": {"objective": "ttt"},
     "blockwise": {"objective": "blockwise"},
     "blockwise_shifted": {"objective": "blockwise", "shifted": True},
@@ -52,7 +53,7 @@ HEAD_CONCAT = {"source": "head_concat", "source_layers": [1, 2]}
 REDUCED_VOCABULARY = {"draft_vocab": 8, "own_head": True}
 EAGLE31_NORMS = {"fc_norm": True, "norm_output": True}
 # Kinds of reuse by name, with what a drafter of this kind has besides: the same.
-REUSES = {
+REUSE_FIELDS = {
     "none": {"reuse": "none"},
     "hidden": {"reuse": "hidden"},
     "hidden+vocab": {"reuse": "hidden", **REDUCED_VOCABULARY},
@@ -83,8 +84,8 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         "sequential_size": 16,
         "architecture": target.architecture,
         "target": {},
-        **OBJECTIVES[objective],
-        **REUSES[reuse],
+        **OBJECTIVE_FIELDS[objective],
+        **REUSE_FIELDS[reuse],
         **options,
     }
     config = DrafterConfig(
@@ -95,7 +96,7 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         **fields,
     )
     counts_V = torch.arange(target.architecture.vocab_size)  # a reduced vocabulary lacks the first tokens
-    drafter = Drafter(config).to(target.dtype).start(target, target.frozen_head, counts_V)
+    drafter = new_drafter(config).to(target.dtype).start(target, target.frozen_head, counts_V)
     if config.sequential:
         # It starts at zero, where it would change nothing that a test sees.
         torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))

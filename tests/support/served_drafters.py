@@ -12,9 +12,10 @@ from common.errors import UserError
 from tests.support.packs import objective_of
 from tests.support.speculators_models import LENGTH
 from train.data.pack import PackDocument, make_pack
+from train.drafter.base import Drafter
+from train.drafter.build import load_drafter, new_drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.imported_weights import bind
-from train.drafter.model import Drafter
 from train.losses.recipe import LossRecipe
 
 KL = LossRecipe(kl=1)
@@ -41,7 +42,7 @@ def drafter_for(target, objective, **changes):
     )
     config = DrafterConfig(**options | changes)
     counts_V = torch.randint(0, 99, (config.architecture.vocab_size,), generator=torch.Generator().manual_seed(0))
-    drafter, g = Drafter(config).start(target, target.frozen_head, counts_V), torch.Generator().manual_seed(2)
+    drafter, g = new_drafter(config).start(target, target.frozen_head, counts_V), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in drafter.named_parameters():
             if name != "mask.weight":
@@ -122,7 +123,7 @@ def differ(theirs, mine):
 
 
 def imported(folder, target) -> Drafter:
-    drafter = Drafter.from_pretrained(folder, lambda: target.architecture)
+    drafter = load_drafter(folder, lambda: target.architecture)
     assert not drafter.config.is_bound
     bind(drafter, folder, "named", target)
     assert drafter.config.is_bound and drafter.config.target["weights_hash"] == target.weights_hash()
@@ -132,5 +133,5 @@ def imported(folder, target) -> Drafter:
 
 def refused(folder, target, message):
     with pytest.raises(UserError, match=message) as caught:
-        bind(Drafter.from_pretrained(folder, lambda: target.architecture), folder, "named", target)
+        bind(load_drafter(folder, lambda: target.architecture), folder, "named", target)
     assert "\n" not in str(caught.value)

@@ -13,10 +13,10 @@ from data_prep.target.loading import load_tokenizer
 from data_prep.target.states import States
 from data_prep.target.target import Target
 from tests.support.commands import ROOT
+from train.drafter.base import Drafter
 from train.drafter.formats.names import method_of, served_names
 from train.drafter.formats.served import exported_weights
 from train.drafter.formats.served_config import speculators_config
-from train.drafter.model import Drafter
 
 TINY = ROOT / "data_prep/targets/tiny"
 LENGTH = 129  # the package's EAGLE-3 repeats its mask of 128 rows, pairs of (token, feature)

@@ -28,7 +28,7 @@ from data_prep.target.states import States
 from tests.support.alignment import VIEWS, Alignment, measure
 from tests.support.models import drafter_of, small_target
 from train.attention.choose import BACKENDS
-from train.views.plan import FULL
+from train.views.recipe import FULL
 
 # Every objective with every kind of reuse, ...
 CELLS = [

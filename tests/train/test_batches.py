@@ -21,7 +21,7 @@ from train.data.loader import loaded
 from train.data.pack import PackDocument, make_pack
 from train.data.split import split
 from train.data.stream import PackStream, StreamSettings, sample_anchors
-from train.drafter.model import Drafter
+from train.drafter.build import new_drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance
 from train.objectives.objective import Objective, Outcome
@@ -87,7 +87,7 @@ def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
     assert all(torch.equal(a, b) for i in range(len(cache)) for a, b in zip(cache.text(i), live.text(i)))
     config = drafter_config(recipe, cache.manifest)
     target = load_target(recipe.target)
-    drafter = Drafter(config).start(target, target.frozen_head)
+    drafter = new_drafter(config).start(target, target.frozen_head)
     objective = objective_of(target, drafter)
     indices = np.arange(len(cache))
     settings = StreamSettings(4096, 16, seed=0)

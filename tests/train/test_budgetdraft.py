@@ -16,7 +16,7 @@ from train.losses import choose
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
 from train.views.budgets import PAPER, ViewSampler
-from train.views.plan import FULL, View
+from train.views.recipe import FULL, View
 
 VIEW = View(kind="topk_chunk", sink=2, recent=2, chunk=2)
 IN_CACHE = View(kind="topk_chunk", sink=2, recent=2, chunk=2, positions="in_cache")

@@ -10,7 +10,7 @@ from tests.support.models import drafter_of, from_layer_zero, small_target
 from tests.support.packs import document, objective_of, packed
 from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
-from train.measure import acceptance, diagnostics
+from train.measure import acceptance, diagnostics, pictures
 from train.objectives.align import Watch
 
 KL = LossRecipe(kl=1)
@@ -141,6 +141,6 @@ def test_every_question_has_its_picture(target, tmp_path):
     found["gradients"] = diagnostics.gradients(drafter, 3)
     sizes = []
     for name, shown in (("all", found), ("some", found | {"gate": {}, "queries": {}, "gradients": {}})):
-        diagnostics.draw(shown, tmp_path / f"{name}.png")
+        pictures.draw(shown, tmp_path / f"{name}.png")
         sizes.append((tmp_path / f"{name}.png").stat().st_size)
     assert sizes[0] > sizes[1] > 10_000 and len(list(tmp_path.iterdir())) == 2

@@ -13,12 +13,12 @@ from common import cli
 from common.errors import UserError
 from tests.support.models import drafter_of, random_weights, small_target
 from tests.support.packs import document, objective_of, packed
-from train.build import parameter_groups
 from train.data.pack import PackDocument, make_pack
 from train.drafter import warm_start as exchange
+from train.drafter.build import load_drafter, new_drafter
 from train.drafter.formats.export import save_export
 from train.drafter.layers import Rope
-from train.drafter.model import Drafter
+from train.gate import parameter_groups
 from train.losses.recipe import LossRecipe
 from train.recipe import TrainRecipe
 
@@ -86,7 +86,7 @@ def test_the_gate_can_be_held_floored_and_started_closed(target, tmp_path):
     fuse.held.fill_(True)
     torch.testing.assert_close(fuse(n, o), n + 0.5 * ((o - n) @ fuse.delta.weight.T))
     drafter.save_pretrained(tmp_path)  # a drafter decodes with the gate that it was saved with
-    assert Drafter.from_pretrained(tmp_path).fusions[0].held
+    assert load_drafter(tmp_path).fusions[0].held
     torch.nn.init.zeros_(fuse.delta.weight)
     torch.testing.assert_close(fuse(n, o), n)
     floored = random_weights(drafter_of(target, "ttt", "hybrid", gate_floor=0.25)).fusions[0]
@@ -253,7 +253,8 @@ def test_what_means_something_else_is_left(target, tmp_path):
 def eagle3(target, **changes):
     options = {"qk_norm": False, "draft_vocab": 8, "own_head": True, "hidden_layers": [2, 0, 1], "start": "random"} | changes
     drafter = drafter_of(target, "ttt", "hidden")
-    return random_weights(Drafter(replace(drafter.config, **options)).double().start(None, target.frozen_head, torch.arange(11)))
+    drafter = new_drafter(replace(drafter.config, **options)).double()
+    return random_weights(drafter.start(None, target.frozen_head, torch.arange(11)))
 
 
 def served(folder, target, pack, steps):

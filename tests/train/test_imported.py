@@ -12,11 +12,11 @@ from data_prep.target.target import Target
 from tests.support.commands import ROOT, SMALL, command
 from tests.support.served_drafters import assert_same, differ, drafter_for, four_slots, imported, refused
 from tests.support.speculators_models import TINY, model_of, package, real_text
-from train.drafter.config import DrafterConfig
+from train.drafter.base import Drafter
+from train.drafter.build import load_config
 from train.drafter.formats.export import save_export
 from train.drafter.formats.imported_weights import MARKOV
 from train.drafter.formats.names import MASK_FILE, method_of
-from train.drafter.model import Drafter
 from train.drafter.warm_start import check_warm_start, warm_start
 
 
@@ -90,7 +90,7 @@ def test_what_we_export_comes_back_as_it_was(target, text, tmp_path, kind, chang
     assert again.config.hidden_layers == [0, 2, 3] and ("speculators" in again.config.imported) == (format == "speculators")
     # The native format holds it too, bound to the target beside which it was read.
     again.save_pretrained(tmp_path / "native")
-    assert DrafterConfig.load(tmp_path / "native") == again.config
+    assert load_config(tmp_path / "native") == again.config
     options = {key: value for key, value in changes.items() if key != "learned"} | {"hidden_layers": [0, 2, 3]}
     options |= {"slots": again.config.slots}
     fresh = drafter_for(target, kind, **options | {"own_head": again.config.own_head, "seed": 9})

@@ -27,7 +27,7 @@ from tests.support.served_drafters import (
     refused,
 )
 from tests.support.speculators_models import TINY, package, real_ids
-from train.drafter.config import DrafterConfig
+from train.drafter.build import load_config
 from train.drafter.formats.export import save_export
 from train.drafter.formats.names import MASK_FILE, method_of
 
@@ -234,7 +234,7 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
     write(tmp_path / "published", config, tensors)
     drafter = imported(tmp_path / "published", target)
     assert (drafter.config.slots, drafter.config.hidden_layers) == (3, [1, 3, 4])
-    assert DrafterConfig.load(tmp_path / "published", lambda: target.architecture).target["id"] == "somebody/llama-8b"
+    assert load_config(tmp_path / "published", lambda: target.architecture).target["id"] == "somebody/llama-8b"
     config["speculators_config"]["verifier"]["name_or_path"] = target.path  # where the package looks for its embedding
     write(tmp_path / "local", config, tensors)
     model = Eagle3DraftModel.from_pretrained(str(tmp_path / "local")).float().eval()

@@ -13,12 +13,12 @@ from tests.support.alignment import VIEWS, Alignment, measure
 from tests.support.models import small_target
 from tests.support.packs import packed_with_budgets
 from train.attention.choose import BACKENDS
+from train.drafter.build import load_drafter, new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.model import Drafter
 from train.drafter.standalone import Standalone, check_vocabulary, lm_config
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective
-from train.views.plan import FULL
+from train.views.recipe import FULL
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 11}
 SIZES |= {"max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -49,7 +49,7 @@ def saved(folder, family, **more):
 def drafter_of(target, path, start="target", **more):
     config = DrafterConfig("ttt", "none", [], [], 4, False, False, 1, start, 4, target.architecture, {}, lm=lm_config(path))
     config = dataclasses.replace(config, **more)
-    return Drafter.of(config).start(target, target.frozen_head)
+    return new_drafter(config).start(target, target.frozen_head)
 
 
 def same_as_decoded(found: Alignment) -> bool:
@@ -92,7 +92,7 @@ def test_saved_and_loaded(target, tmp_path, family):
         for p in drafter.parameters():
             p.add_(torch.randn_like(p) * 0.01)
     drafter.save_pretrained(tmp_path / "out")
-    again = Drafter.from_pretrained(tmp_path / "out")
+    again = load_drafter(tmp_path / "out")
     assert isinstance(again, Standalone) and [n for n, _ in again.named_parameters()] == names
     assert all(torch.equal(a, b) for a, b in zip(drafter.state_dict().values(), again.state_dict().values()))
     assert same_as_decoded(measure(target, again))
@@ -213,7 +213,7 @@ def test_scaled_positions_are_those_of_a_shorter_context(target, tmp_path):
     from train.attention.visibility import Places
 
     own = models.drafter_of(target, "ttt", "none", layers=2)
-    own_scaled = Drafter(dataclasses.replace(own.config, rope_factor=2.0))
+    own_scaled = new_drafter(dataclasses.replace(own.config, rope_factor=2.0))
     own_scaled.load_state_dict(own.state_dict())
     position = torch.arange(9)
     for plain, wide in ((drafter, scaled), (own, own_scaled)):

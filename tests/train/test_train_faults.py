@@ -16,8 +16,8 @@ from common.errors import UserError
 from common.ranks import free_port
 from tests.support.commands import SMALL, TRAIN, command, deepspeed, wait_for
 from tests.support.runs import assert_same_run, losses
-from train.drafter.model import Drafter
-from train.run.checkpoint import latest
+from train.drafter.build import load_drafter
+from train.run.folder import latest
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -74,7 +74,7 @@ def test_kill_9_while_a_checkpoint_is_written(cache, tmp_path):
         assert shared == ["(deleted)"] * 4  # of two ranks, by each: it was in use, and its name was gone
         if victim == "rank":
             assert latest(run / "checkpoints") == good and list((run / "checkpoints").glob("step-*.tmp"))
-        Drafter.from_pretrained(latest(run / "checkpoints") / "drafter")
+        load_drafter(latest(run / "checkpoints") / "drafter")
     assert start(run, *words).wait(300) == 0, run.with_suffix(".log").read_text()
     assert f"resuming {run} after step" in run.with_suffix(".log").read_text()
     assert_same_run(tmp_path / "whole", run)

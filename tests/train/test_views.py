@@ -12,8 +12,10 @@ from train.attention.choose import BACKENDS
 from train.attention.visibility import Anchors, DraftRows, Places, Visibility
 from train.drafter.layers import KV, Rope
 from train.drafter.memory import Memory
-from train.views import plan as views
-from train.views.plan import FULL, View
+from train.views import scores
+from train.views.gather import gather
+from train.views.plan import plan
+from train.views.recipe import FULL, View
 
 INV_FREQ = torch.tensor([1.0, 0.3, 0.1, 0.02])
 KINDS = {
@@ -72,7 +74,7 @@ class Scene:
         return [{n: q[index] for n, q in layer.items()} for layer in self.query], Places(document, position)
 
     def plan(self, view, budget_VN):
-        return views.plan(view, self.memory, self.anchors, self.age_N, budget_VN, self.observe)
+        return plan(view, self.memory, self.anchors, self.age_N, budget_VN, self.observe)
 
     def keys(self, layer, branch, document):
         first, length = self.first[document], self.lengths[document]
@@ -158,7 +160,7 @@ def test_the_plan_is_what_brute_force_selects(scene, name, data):
     view = view_of(name)
     budgets = [data.draw(st.integers(view.least, 30)), data.draw(st.integers(view.least, 60)), FULL]
     count = len(scene.anchors.index)
-    with patch.object(views, "SCORES", data.draw(st.sampled_from([1, 1000, views.SCORES]))):  # in small tiles, or all at once
+    with patch.object(scores, "SCORES", data.draw(st.sampled_from([1, 1000, scores.SCORES]))):  # in small tiles, or all at once
         plan = scene.plan(view, torch.tensor(budgets)[:, None].expand(-1, count))
     for layer in range(2):
         for branch, places in scene.memory.places.items():
@@ -191,7 +193,7 @@ def test_both_executors_are_attention_over_what_is_selected(scene, name, positio
     count, groups = len(scene.anchors.index), 2 * len(scene.anchors.index)
     plan = scene.plan(view, torch.tensor(budgets)[:, None].expand(-1, count))
     everyone = scene.anchors.repeated(2)
-    taken, moved = views.gather(scene.memory, plan, everyone, rotate if positions == "in_cache" else lambda key, moved: key)
+    taken, moved = gather(scene.memory, plan, everyone, rotate if positions == "in_cache" else lambda key, moved: key)
     group, slot = torch.arange(groups).repeat_interleave(2), torch.arange(1, 3).repeat(groups)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2 * groups, h, 8, generator=g) for h in (scene.heads, scene.kv_heads, scene.kv_heads))
@@ -331,7 +333,7 @@ def test_a_plan_of_many_documents_grows_with_them_and_not_with_their_square():
     """Anchors choose among their own document's chunks; scores exist in tiles."""
     sizes = {}
     for count in (16, 32):
-        with Largest() as largest, patch.object(views, "SCORES", 1 << 14):
+        with Largest() as largest, patch.object(scores, "SCORES", 1 << 14):
             queries, memory, drafts, shown = case(0, (64,) * count, 8, (view_of("h2o"), [20, FULL]))
             Visibility(queries, memory, drafts, True, shown).block_mask(2)
         sizes[count] = largest.numel

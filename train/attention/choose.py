@@ -1,17 +1,19 @@
-"""Backends of one visibility rule. A backend maps (q_QHD, k_KGD, v_KGD, Visibility) to [Q, H, D]; one that is `apart` also
-takes keys, and values, as a tuple: the memory's, then each step's."""
+"""Which attention backend (`train/attention/backend.py`) runs where."""
 
 import torch
 
 from common.errors import UserError
+from train.attention.backend import AttentionBackend
 from train.attention.flash import flash
 from train.attention.flex import flex
 from train.attention.reference import reference
 
-BACKENDS = {"reference": reference, "flex": flex, "flash": flash}
+BACKENDS: dict[str, AttentionBackend] = {"reference": reference, "flex": flex, "flash": flash}
 
 
-def attention_backend(name: str, device: torch.device, training: bool = True, flash: bool = False, dense: bool = False):
+def attention_backend(
+    name: str, device: torch.device, training: bool = True, flash: bool = False, dense: bool = False
+) -> AttentionBackend:
     """`auto`: the reference on a CPU, where PyTorch has FlexAttention's forward only; on a GPU flash where it can and pays, else
     flex.
 

@@ -11,50 +11,56 @@ flash-attn where it is installed, PyTorch's own copy elsewhere on a GPU, PyTorch
 Shapes: Q draft rows, P memory positions, J steps, K = P + J x Q keys, H query heads, G key/value heads, S = H / G, D head size.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from train.attention import torch_private
+from train.attention.backend import Keys, backend
 from train.attention.visibility import Visibility
 
-Keys = Tensor | tuple[Tensor, ...]  # [K, G, D], or the memory's and each step's
 
-
+@backend(takes_parts=True)
 def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
     assert visibility.selection is None
-    memory, rows = visibility.memory, visibility.queries
-    begin_Q, end_Q = memory.bounds[rows.document], memory.bounds[rows.document + 1]
+    # 1. Where each row stands among the memory: at the last key that it sees. Causal attention then shows it exactly its own.
+    memory = visibility.memory
+    rows = visibility.queries
+    begin_Q = memory.bounds[rows.document]
+    end_Q = memory.bounds[rows.document + 1]
     count_Q = torch.minimum(rows.anchor - memory.position[begin_Q], end_Q - begin_Q)  # of memory keys that a row sees
     # A row that sees none has no place among the keys: it is sent to one behind them.
     place_Q = torch.where(count_Q > 0, begin_Q + count_Q - 1, len(memory.position))
+    # 2. Keys in parts, whichever way they came.
     steps = len(visibility.drafts.slot) // len(q_QHD)
     sizes = [len(memory.position), *[len(q_QHD)] * steps]
     (k_PGD, *k_steps), (v_PGD, *v_steps) = (t.split(sizes) if isinstance(t, Tensor) else t for t in (k_KGD, v_KGD))
     return _Joint.apply(q_QHD, k_PGD, v_PGD, place_Q, memory.bounds, *k_steps, *v_steps)
 
 
-flash.apart = True
-
-
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_QHD, k_PGD, v_PGD, place_Q, bounds, *steps):
-        own, (forward, _) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
-        q_QHD, (k_JQGD, v_JQGD) = q_QHD.contiguous(), _stacked(steps)
+        own = drafts(q_QHD.is_cuda)
+        forward, _ = kernel(q_QHD.is_cuda)
+        q_QHD = q_QHD.contiguous()
+        k_JQGD, v_JQGD = _stacked(steps)
         memory_PHD, lse_HP, extra = forward(*own.put(place_Q, len(k_PGD), q_QHD), k_PGD.contiguous(), v_PGD.contiguous(), bounds)
         # Where no row stands, no gradient comes from; the kernel's own log-sum-exp there is as good as any.
         out_QHD, lse_QH, lse_HP = own.join(q_QHD, k_JQGD, v_JQGD, memory_PHD, lse_HP, place_Q)
         ctx.steps = len(steps)
+        # Not the stacks: these steps' tensors are shared with all later steps, a stack would be this step's own.
         ctx.save_for_backward(q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *steps, *extra)
         return out_QHD
 
     @staticmethod
     def backward(ctx, grad_QHD):
         q_QHD, k_PGD, v_PGD, out_QHD, lse_QH, lse_HP, place_Q, bounds, *rest = ctx.saved_tensors
-        (k_JQGD, v_JQGD), extra = _stacked(rest[: ctx.steps]), rest[ctx.steps :]
-        own, (_, backward) = drafts(q_QHD.is_cuda), kernel(q_QHD.is_cuda)
+        k_JQGD, v_JQGD = _stacked(rest[: ctx.steps])
+        extra = rest[ctx.steps :]
+        own = drafts(q_QHD.is_cuda)
+        _, backward = kernel(q_QHD.is_cuda)
+        # Given the joint output and log-sum-exp, FlashAttention's backward makes the gradients of the joint softmax.
         put = own.put(place_Q, len(k_PGD), grad_QHD, q_QHD, out_QHD)
         dq_PHD, dk_PGD, dv_PGD = backward(*put, k_PGD.contiguous(), v_PGD.contiguous(), lse_HP, bounds, extra)
         dq_QHD, dk_JQGD, dv_JQGD = own.join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_PHD, place_Q)
@@ -79,10 +85,14 @@ class reference_join:
     @staticmethod
     def join(q_QHD, k_JQGD, v_JQGD, memory_PHD, memory_lse_HP, place_Q) -> tuple[Tensor, Tensor, Tensor]:
         """(output, log-sum-exp) of the rows over memory and draft keys, and the latter [H, P] where the rows stand."""
-        groups, at_Q, none_Q = k_JQGD.shape[2], place_Q.clamp(max=len(memory_PHD) - 1), place_Q >= len(memory_PHD)
+        groups = k_JQGD.shape[2]
+        at_Q = place_Q.clamp(max=len(memory_PHD) - 1)
+        none_Q = place_Q >= len(memory_PHD)
         score_JQGS = _scores(_grouped(q_QHD, groups), k_JQGD)
         memory_lse_QH = memory_lse_HP.T[at_Q].masked_fill(none_Q[:, None], -torch.inf)
-        memory_lse_QGS, memory_QGSD = memory_lse_QH.unflatten(1, (groups, -1)), _grouped(memory_PHD[at_Q], groups)
+        memory_lse_QGS = memory_lse_QH.unflatten(1, (groups, -1))
+        memory_QGSD = _grouped(memory_PHD[at_Q], groups)
+        # Two softmaxes are joined by their shares of the sum of exponentials.
         lse_QGS = torch.logaddexp(score_JQGS.logsumexp(0), memory_lse_QGS)
         drafts_QGSD = ((score_JQGS - lse_QGS).exp()[..., None] * v_JQGD[:, :, :, None]).sum(0)
         out_QGSD = drafts_QGSD + (memory_lse_QGS - lse_QGS).exp()[..., None] * memory_QGSD
@@ -93,14 +103,16 @@ class reference_join:
     @staticmethod
     def join_backward(grad_QHD, q_QHD, k_JQGD, v_JQGD, out_QHD, lse_QH, dq_memory_PHD, place_Q) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k_JQGD and v_JQGD in the joint softmax; `dq_memory_PHD`: what the memory adds to q's."""
-        groups, scale = k_JQGD.shape[2], q_QHD.shape[-1] ** -0.5
+        groups = k_JQGD.shape[2]
+        scale = q_QHD.shape[-1] ** -0.5
         grad, q, out = (_grouped(t, groups) for t in (grad_QHD, q_QHD, out_QHD))
         p_JQGS = (_scores(q, k_JQGD) - lse_QH.unflatten(1, (groups, -1))).exp()
         dp_JQGS = (grad * v_JQGD[:, :, :, None].to(grad.dtype)).sum(-1)
         ds_JQGS1 = (p_JQGS * (dp_JQGS - (grad * out).sum(-1)) * scale)[..., None]
         dq_QHD = (ds_JQGS1 * k_JQGD[:, :, :, None]).sum(0).flatten(1, 2)
         dq_QHD = dq_QHD + torch.cat([dq_memory_PHD, torch.zeros_like(dq_memory_PHD[:1])])[place_Q]
-        dk_JQGD, dv_JQGD = (ds_JQGS1 * q).sum(3), (p_JQGS[..., None] * grad).sum(3)
+        dk_JQGD = (ds_JQGS1 * q).sum(3)
+        dv_JQGD = (p_JQGS[..., None] * grad).sum(3)
         return dq_QHD.to(q_QHD.dtype), dk_JQGD.to(k_JQGD.dtype), dv_JQGD.to(v_JQGD.dtype)
 
 
@@ -126,52 +138,17 @@ def kernel(on_gpu: bool, own: bool = False):
     """(forward, backward) of causal attention within documents; both log-sum-exps are [H, P]. `own`: PyTorch's, in any case."""
     if not on_gpu:
         return _cpu_forward, _cpu_backward
-    if own or not _installed():
-        return _torch_forward, _torch_backward
+    if own or not torch_private.has_flash_attn():
+        return torch_private.own_forward, torch_private.own_backward
     return _package_forward, _package_backward
 
 
-@cache
-def _installed() -> bool:
-    try:
-        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward  # noqa: F401
-    except ImportError:  # not there, or built for another PyTorch
-        return False
-    return True
-
-
 def _package_forward(q_PHD, k_PGD, v_PGD, bounds):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-    lengths, scale = (len(q_PHD), len(k_PGD)), q_PHD.shape[-1] ** -0.5
-    out_PHD, lse_HP, *_ = _flash_attn_varlen_forward(q_PHD, k_PGD, v_PGD, bounds, bounds, *lengths, 0.0, scale, causal=True)
-    return out_PHD, lse_HP, ()
+    return *torch_private.package_forward(q_PHD, k_PGD, v_PGD, bounds), ()
 
 
 def _package_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
-    lengths, found = (len(q_PHD), len(k_PGD)), [torch.empty_like(t) for t in (q_PHD, k_PGD, v_PGD)]
-    _flash_attn_varlen_backward(
-        grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, *found, bounds, bounds, *lengths, 0.0,
-        q_PHD.shape[-1] ** -0.5, True, -1, -1, 0.0, None, False,
-    )  # fmt: skip
-    return found
-
-
-def _torch_forward(q_PHD, k_PGD, v_PGD, bounds):
-    lengths = (len(q_PHD), len(k_PGD))
-    out_PHD, lse_HP, *extra, _ = torch.ops.aten._flash_attention_forward(
-        q_PHD, k_PGD, v_PGD, bounds, bounds, *lengths, 0.0, True, False
-    )
-    return out_PHD, lse_HP, extra
-
-
-def _torch_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
-    lengths = (len(q_PHD), len(k_PGD))
-    return torch.ops.aten._flash_attention_backward(
-        grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, bounds, bounds, *lengths, 0.0, True, *extra
-    )
+    return torch_private.package_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds)
 
 
 def _documents(tensors: tuple[Tensor, ...], bounds: Tensor, heads: int):
@@ -182,15 +159,16 @@ def _documents(tensors: tuple[Tensor, ...], bounds: Tensor, heads: int):
 
 
 def _cpu_forward(q_PHD, k_PGD, v_PGD, bounds):
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found = [attend(*document, 0.0, True) for _, document in _documents((q_PHD, k_PGD, v_PGD), bounds, q_PHD.shape[1])]
+    documents = _documents((q_PHD, k_PGD, v_PGD), bounds, q_PHD.shape[1])
+    found = [torch_private.cpu_forward(*document) for _, document in documents]
     out_HPD, lse_HP = (torch.cat([t[0] for t in column], dim=1) for column in zip(*found))
     return out_HPD.transpose(0, 1), lse_HP, ()
 
 
 def _cpu_backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, extra):
-    backward, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, []
+    found = []
     for part, document in _documents((grad_PHD, q_PHD, k_PGD, v_PGD, out_PHD), bounds, q_PHD.shape[1]):
-        found.append(backward(*document, lse_HP[None, :, part].contiguous(), 0.0, True))
+        found.append(torch_private.cpu_backward(*document, lse_HP[None, :, part].contiguous()))
     dq, dk, dv = (torch.cat([t[0].transpose(0, 1) for t in column]) for column in zip(*found))
+    # The kernel had a key head for each query head: the gradients of those that are the same head add up.
     return dq, *(t.unflatten(1, (k_PGD.shape[1], -1)).sum(2) for t in (dk, dv))

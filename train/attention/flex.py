@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.attention import torch_private
+from train.attention.backend import backend
 from train.attention.visibility import TILE, Visibility
 
 # Below 128 queries PyTorch would take its decoding kernel, which has no choice for symbolic sizes and refuses to compile.
@@ -24,13 +26,14 @@ def _compiled(dynamic: bool):
     return torch.compile(attention, dynamic=dynamic)
 
 
+@backend(takes_parts=False)
 def flex(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]."""
     mask = visibility.block_mask(q_QHD.shape[1] // k_KGD.shape[1])
     # Else every new number of tiles is a new program until PyTorch has understood that they change.
     for listed in (t for t in vars(mask).values() if isinstance(t, Tensor)):
         for dim in range(2, listed.dim()):
-            torch._dynamo.maybe_mark_dynamic(listed, dim)
+            torch_private.may_change(listed, dim)
     whole = lambda t: F.pad(t, (0, 0, 0, 0, 0, -len(t) % TILE)) if len(t) % TILE else t  # padding by nothing would copy
     tiles = (whole(t).unflatten(0, (-1, TILE)) for t in (q_QHD, k_KGD, v_KGD))
     # PyTorch 2.13's C++ template does not compile for symbolic sizes, so a CPU compiles every shape anew.

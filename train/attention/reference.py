@@ -3,9 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.attention.backend import backend
 from train.attention.visibility import Visibility
 
 
+@backend(takes_parts=False)
 def reference(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibility) -> Tensor:
     """Softmax attention of the visible keys, [Q, H, D]."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q_QHD, k_KGD, v_KGD))

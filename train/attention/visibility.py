@@ -51,6 +51,12 @@ class Places:
         return Places(torch.cat([self.document, other.document]), torch.cat([self.position, other.position]))
 
 
+def known_rows(places: Places) -> DraftRows:
+    """Rows of known tokens: step 1 of an anchor at each, which sees the memory before it and itself."""
+    order = torch.arange(len(places.position), device=places.position.device)
+    return DraftRows(places.document, places.position, order, torch.ones_like(order), places.position)
+
+
 class Anchors(NamedTuple):
     """Where rounds begin, [N] each: the anchor token's place in the pack, its document and its position there."""
 
@@ -106,7 +112,9 @@ class Visibility:
     @cached_property
     def dense(self) -> Tensor:
         """bool [Q, P + R], or [G, Q, P + R] under a view; True = attend."""
-        q, m, d = self.queries, self.memory, self.drafts
+        q = self.queries
+        m = self.memory
+        d = self.drafts
         memory = sees_memory(q.document[:, None], q.anchor[:, None], m.document[None], m.position[None])
         drafts = sees_draft(q.group[:, None], q.slot[:, None], d.group[None], d.slot[None], self.causal)
         if self.selection is not None:
@@ -120,6 +128,7 @@ class Visibility:
         """`share`: how many query heads read one KV head."""
         from torch.nn.attention.flex_attention import BlockMask
 
+        # Kept in the instance, which is frozen, as `cached_property` does: all layers that see the same share the mask.
         if "_block_mask" not in self.__dict__:
             some_XY, every_XY = self._tiles()
             sizes = (TILE * some_XY.shape[0], TILE * some_XY.shape[1])
@@ -132,13 +141,26 @@ class Visibility:
         """The predicates over one index of keys. A key that is not of a kind is of document, or group, -1; so are the keys, and
         -2 the rows, that fill up a last tile. In 32 bits: FlexAttention reads all of this for each score of a tile that is not
         whole."""
-        q, s, causal = self.queries, self.selection, self.causal
-        memory, drafts = len(self.memory.position), len(self.drafts.group)
-        of_memory = lambda t: F.pad(_narrow(t), (0, drafts + -(memory + drafts) % TILE), value=-1)
-        of_drafts = lambda t: F.pad(_narrow(t), (memory, -(memory + drafts) % TILE), value=-1)
-        of_rows = lambda t, value: F.pad(_narrow(t), (0, -len(t) % TILE), value=value)
-        k_document, k_position = of_memory(self.memory.document), of_memory(self.memory.position)
-        k_group, k_slot = of_drafts(self.drafts.group), of_drafts(self.drafts.slot)
+        q = self.queries
+        s = self.selection
+        causal = self.causal
+        memory = len(self.memory.position)
+        drafts = len(self.drafts.group)
+        filling = -(memory + drafts) % TILE
+
+        def of_memory(t: Tensor) -> Tensor:
+            return F.pad(_narrow(t), (0, drafts + filling), value=-1)
+
+        def of_drafts(t: Tensor) -> Tensor:
+            return F.pad(_narrow(t), (memory, filling), value=-1)
+
+        def of_rows(t: Tensor, value: int) -> Tensor:
+            return F.pad(_narrow(t), (0, -len(t) % TILE), value=value)
+
+        k_document = of_memory(self.memory.document)
+        k_position = of_memory(self.memory.position)
+        k_group = of_drafts(self.drafts.group)
+        k_slot = of_drafts(self.drafts.slot)
         q_document, q_anchor, q_group, q_slot = (of_rows(t, -2) for t in (q.document, q.anchor, q.group, q.slot))
 
         def whole(batch, head, i, k):
@@ -147,8 +169,13 @@ class Visibility:
 
         if s is None:
             return whole
-        k_index, k_chunk = of_memory(s.index_P), of_memory(s.index_P // s.chunk).clamp(min=0)
-        q_tail, q_selection, chosen, sink = of_rows(s.tail_M[q.group], 0), of_rows(q.group, 0), s.chosen_MGC, s.sink
+        k_index = of_memory(s.index_P)
+        # Keys that are no memory look up some chunk; `sees_memory` says no to them in any case. So do rows that fill up a tile.
+        k_chunk = of_memory(s.index_P // s.chunk).clamp(min=0)
+        q_tail = of_rows(s.tail_M[q.group], 0)
+        q_selection = of_rows(q.group, 0)
+        chosen = s.chosen_MGC
+        sink = s.sink
 
         def viewed(batch, head, i, k):
             in_memory = sees_memory(q_document[i], q_anchor[i], k_document[k], k_position[k])
@@ -160,25 +187,34 @@ class Visibility:
     def _tiles(self) -> tuple[Tensor, Tensor]:
         """(tiles of which something may be visible, tiles that are visible whole), bool [X, Y] each, from the bounds of their
         rows and keys. The first may hold more than need be, the second less: `_rule` decides in tiles that are not whole."""
-        q, m, d, s = self.queries, self.memory, self.drafts, self.selection
-        memory, drafts = m.position.numel(), d.group.numel()
+        q = self.queries
+        m = self.memory
+        d = self.drafts
+        s = self.selection
+        memory = m.position.numel()
+        drafts = d.group.numel()
+        # 1. Memory: tiles whose ranges of documents meet, before the last anchor. Whole ones: one document, before the first.
         document, anchor, group, slot = (_bounds(t)[:, :, None] for t in (q.document, q.anchor, q.group, q.slot))
         k_document, k_position = (_bounds(t, after=drafts) for t in (m.document, m.position))
         k_group, k_slot = (_bounds(t, before=memory) for t in (d.group, d.slot))
         some = (document[0] <= k_document[1]) & (k_document[0] <= document[1]) & (k_position[0] < anchor[1])
         every = (document[0] == k_document[1]) & (document[1] == k_document[0]) & (k_position[1] < anchor[0])
         if s is not None:
-            tail, k_index = _bounds(s.tail_M[q.group])[:, :, None], _bounds(s.index_P, after=drafts)
+            # 2. Of these, what the views of some row leave. A chosen chunk makes no tile whole: other rows chose others.
+            tail = _bounds(s.tail_M[q.group])[:, :, None]
+            k_index = _bounds(s.index_P, after=drafts)
             some &= (
                 (k_index[0] < s.sink) | (k_index[1] >= tail[0]) | self._chosen_tiles(_bounds(s.index_P // s.chunk, after=drafts))
             )
             every &= (k_index[1] < s.sink) | (k_index[0] >= tail[1])
         every[:, memory // TILE :] = False  # where drafts or nothing stand among the keys
+        # 3. Draft rows of the same anchors. No tile of them counts as whole: a tile holds many anchors.
         between = (group[0] <= k_group[1]) & (k_group[0] <= group[1])
         return some | (between & (k_slot[0] <= slot[1]) if self.causal else between), every
 
     def _chosen_tiles(self, k_chunk: Tensor) -> Tensor:
         """bool [X, Y]: some row's group has chosen a chunk that reaches into the keys, for one head or another."""
+        # By running counts: a range of chunks holds a chosen one if its ends' counts differ.
         chosen_MC = F.pad(self.selection.chosen_MGC.any(1).cumsum(1, dtype=torch.int32), (1, 0))
         low, high = (t.clamp(0, chosen_MC.shape[1] - 2) for t in k_chunk)
         some_QY = (chosen_MC[:, high + 1] > chosen_MC[:, low])[self.queries.group]
@@ -186,14 +222,20 @@ class Visibility:
 
 
 def _narrow(values: Tensor) -> Tensor:
+    """In 32 bits. Larger positions, of keys that are not there, stay behind every anchor."""
     return values.clamp(max=torch.iinfo(torch.int32).max).int()
 
 
 def _bounds(values: Tensor, before: int = 0, after: int = 0) -> Tensor:
     """[2, X]: the least and the greatest value of each tile, where so many elements of another kind stand before and after."""
     after += -(before + len(values) + after) % TILE
-    pad = lambda fill: F.pad(values, (before, after), value=fill).view(-1, TILE)
-    return torch.stack([pad(torch.iinfo(values.dtype).max).amin(1), pad(torch.iinfo(values.dtype).min).amax(1)])
+    limits = torch.iinfo(values.dtype)
+
+    def tiles(filling: int) -> Tensor:
+        return F.pad(values, (before, after), value=filling).view(-1, TILE)
+
+    # What fills a tile up must change neither bound; a tile of nothing else gets an empty range, which meets no other.
+    return torch.stack([tiles(limits.max).amin(1), tiles(limits.min).amax(1)])
 
 
 def _listed(tiles_XY: Tensor) -> tuple[Tensor, Tensor]:

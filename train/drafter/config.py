@@ -1,13 +1,13 @@
 """What a drafter is: everything `config.json` beside its weights says."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.target.architecture import Architecture, Sizes
+from data_prep.target.architecture import Architecture
 from train.schedules.registry import OBJECTIVES
 from train.schedules.schedule import Schedule
 
@@ -173,27 +173,6 @@ class DrafterConfig:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
-
-    @staticmethod
-    def load(folder: str | Path, beside: Callable[[], Sizes] | None = None) -> "DrafterConfig":
-        """Raises UserError when `folder`, a path or the name of a released drafter, holds none.
-
-        Args:
-            beside: gives the sizes of the target, of which a checkpoint in another format (formats/imported.py) does not
-                say all. Asked for such a one alone.
-        """
-        fields = read_fields(folder)
-        if is_foreign(fields):
-            from train.drafter.formats.imported import imported_config
-
-            try:
-                return imported_config(folder_of(folder), fields, beside)
-            except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:  # a number where others have a list
-                raise UserError(f"{folder}/config.json is of no checkpoint that is known: {error}") from error
-        try:
-            return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder}/config.json is not the configuration of a drafter: {error}") from error
 
 
 def read_fields(folder: str | Path) -> dict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.attention.backend import AttentionBackend
 from train.attention.visibility import Visibility
 from train.drafter.config import DrafterConfig
 from train.precision import fp8
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         """Rotated, [Q, H, D]."""
         return rope(self.q_norm(self.q(x_QI).unflatten(-1, self.heads)))
 
-    def forward(self, x_QI: Tensor, rope: Rope, keys: KV, visibility: Visibility, attend) -> Tensor:
+    def forward(self, x_QI: Tensor, rope: Rope, keys: KV, visibility: Visibility, *, attend: AttentionBackend) -> Tensor:
         """[Q, E]: the rows' queries over `keys` (memory, then draft rows)."""
         return self.o(attend(self.queries(x_QI, rope), keys.key, keys.value, visibility).flatten(1))
 
@@ -144,7 +145,7 @@ class DraftLayer(nn.Module):
         """The residual stream after the layer, [Q, E]."""
         if self.normed_residual:
             x_QE = inputs_QI[..., x_QE.shape[-1] :]
-        out = [branch(inputs_QI, rope, keys[name], visibility[name], attend) for name, branch in self.branches.items()]
+        out = [branch(inputs_QI, rope, keys[name], visibility[name], attend=attend) for name, branch in self.branches.items()]
         return self.after(x_QE, self.fuse(*out) if self.fuse else out[0])
 
     def after(self, x_QE: Tensor, attended_QE: Tensor) -> Tensor:

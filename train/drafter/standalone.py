@@ -30,12 +30,12 @@ from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from data_prep.target.target import Target
 from train.attention.reference import reference
-from train.attention.visibility import DraftRows, Places
+from train.attention.visibility import DraftRows, Places, known_rows
+from train.drafter.base import Drafter, Past
 from train.drafter.config import DrafterConfig, rope_types
 from train.drafter.heads import DraftHead
-from train.drafter.layers import KV, Rope
+from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter, Past, known_rows
 from train.schedules.schedule import Start, Text
 
 NAME, BRANCH = "understudy", "tokens"
@@ -89,8 +89,8 @@ class Standalone(Drafter):
     """The model as layers over a memory of its own, of tokens. Its embedding and its LM head are its own, and trained."""
 
     def __init__(self, config: DrafterConfig):
-        nn.Module.__init__(self)
-        self.config, self.sequential, self.layers = config, None, []
+        super().__init__(config)
+        self.layers = []  # its own code runs: what looks into draft layers finds none
         self._take(_made(config.lm))
 
     def _take(self, lm: PreTrainedModel) -> None:
@@ -115,6 +115,10 @@ class Standalone(Drafter):
     @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
+
+    @property
+    def inv_freq(self) -> Tensor:
+        return self.body.rotary_emb.inv_freq.float()
 
     def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
         """A token that the model lacks (a target's table is often padded) is read as its last."""
@@ -142,7 +146,7 @@ class Standalone(Drafter):
         self, x_RE: Tensor, rows: DraftRows, drafts: DraftRows, memory: Memory, past: Past | None, attend, keep: bool = False
     ):
         """(output after the final norm [R, E], the draft rows' keys with these, queries). `keep`: the keys become memory too."""
-        visibility, kept, queries = self._visibility(rows, memory, drafts), [], []
+        visibility, kept, queries = self.visibility(rows, memory, drafts), [], []
 
         def attention(layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
             own = KV(k_RGD, v_RGD)
@@ -167,11 +171,6 @@ class Standalone(Drafter):
         if hasattr(self.body, "rotary_emb"):
             return position_R if self.config.rope_factor == 1 else position_R / self.config.rope_factor
         return position_R.clamp(0, self.config.lm["positions"] - 1) if self.config.lm["positions"] else position_R
-
-    def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
-        wide = torch.promote_types(key_PGD.dtype, torch.float32)
-        inv_freq = self.body.rotary_emb.inv_freq.float()
-        return Rope(moved_PG / self.config.rope_factor, inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 
     @torch.no_grad()
     def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Standalone":

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from data_prep.target.frozen_head import FrozenHead
+from train.drafter.base import Drafter
+from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_names, read_fields
 from train.drafter.formats.imported_weights import imported_weights, left_to_target
-from train.drafter.model import Drafter
 
 
 def check_warm_start(folder: str, config: DrafterConfig) -> None:
@@ -96,7 +97,7 @@ def _config(folder: str, config: DrafterConfig) -> DrafterConfig:
     path = folder_of(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors); {known_names()}")
-    return DrafterConfig.load(folder, lambda: config.architecture)
+    return load_config(folder, lambda: config.architecture)
 
 
 def _weights(folder: str, config: DrafterConfig, head: FrozenHead) -> dict[str, Tensor]:

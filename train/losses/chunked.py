@@ -51,15 +51,20 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, draft_ME, head_DE, rows, heads, loss, weight_R, overlap_weight_R, chunk, kernel):
-        wide, count = torch.promote_types(draft_ME.dtype, torch.float32), len(rows.index_R)
-        draft_ME, head_DE = draft_ME.detach(), head_DE.detach()
+        # 1. What is to be found.
+        wide = torch.promote_types(draft_ME.dtype, torch.float32)
+        count = len(rows.index_R)
+        draft_ME = draft_ME.detach()
+        head_DE = head_DE.detach()
         learns_rows, learns_head = ctx.needs_input_grad[:2]
         gradient_ME = torch.zeros_like(draft_ME) if learns_rows else None
         gradient_DE = torch.zeros_like(head_DE, dtype=wide) if learns_head else None  # many chunks add up
         found_R4 = torch.empty(count, 4, dtype=wide, device=draft_ME.device)
+        # 2. Rows in the order of their teachers, and between which teachers each chunk lies. The host has to know: it waits once.
         order_R = rows.teacher_R.argsort(stable=True)
         used_L, teacher_R = rows.teacher_R[order_R].unique_consecutive(return_inverse=True)
         bounds = [[int(t[0]), int(t[-1]) + 1] for t in teacher_R.cpu().split(chunk)]
+        # 3. A chunk at a time: logits, loss, gradient. The logits are gone when the next chunk's come.
         for part, teacher_C, (low, high) in zip(order_R.split(chunk), teacher_R.split(chunk), bounds):
             row = rows.index_R[part]
             draft_CE = draft_ME[row]
@@ -79,7 +84,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 gradient_ME[row] = gradient_CD @ head_DE if heads.narrow is None else heads.narrow.backward(gradient_CD)
             if learns_head:
                 _add_product(gradient_DE, gradient_CD.T, draft_CE)
-        ctx.gradients, ctx.head_dtype = (gradient_ME, gradient_DE), head_DE.dtype
+        # Not by `save_for_backward`, which would forbid to scale them in place.
+        ctx.gradients = (gradient_ME, gradient_DE)
+        ctx.head_dtype = head_DE.dtype
         statistics = RowStatistics(*(t.contiguous() for t in found_R4.unbind(1)))
         total = (statistics.loss * weight_R).sum()
         if overlap_weight_R is not None:
@@ -90,7 +97,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):
         assert ctx.gradients is not None, "a loss can be differentiated once"
-        (gradient_ME, gradient_DE), ctx.gradients = ctx.gradients, None
+        gradient_ME, gradient_DE = ctx.gradients
+        ctx.gradients = None
         # In place: all activations of the step are still there, and this is its peak.
         return (
             None if gradient_ME is None else gradient_ME.mul_(grad_total),

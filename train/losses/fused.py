@@ -29,12 +29,16 @@ WARPS = 8
 
 @triton.jit
 def _row_softmax(logits, row, size, BLOCK: tl.constexpr):
-    """(log-sum-exp, the first of the largest logits) of one row."""
+    """(log-sum-exp, the first of the largest logits) of one row.
+
+    Each lane keeps the largest logit that it met and the sum of exp(z - largest), which is scaled down whenever a larger one
+    comes: one read of the row instead of two. The lanes are merged at the end by the same rule.
+    """
     lane = tl.arange(0, BLOCK)
     top_B = tl.full([BLOCK], float("-inf"), tl.float32)
     where_B = tl.zeros([BLOCK], tl.int32)
     sum_B = tl.zeros([BLOCK], tl.float32)
-    nan_B = tl.zeros([BLOCK], tl.float32)  # maxima pass over NaN
+    nan_B = tl.zeros([BLOCK], tl.float32)  # a GPU's maxima pass over NaN: kept apart, and added to the result
     for start in range(0, size, BLOCK):
         at = start + lane
         z = tl.load(logits + row * size + at, mask=at < size, other=float("-inf")).to(tl.float32)
@@ -44,15 +48,17 @@ def _row_softmax(logits, row, size, BLOCK: tl.constexpr):
         # A lane that has met nothing yet is at minus infinity, from which nothing may be subtracted.
         sum_B = tl.where(top == float("-inf"), 0.0, sum_B * tl.exp(top_B - top) + tl.exp(z - top))
         top_B = top
+    # Merge the lanes. One that met nothing (a row shorter than a block) adds nothing.
     top = tl.max(top_B, 0)
     total = tl.sum(tl.where(top_B == float("-inf"), 0.0, sum_B * tl.exp(top_B - top)), 0)
+    # Of equal logits the first counts, as in `argmax`.
     where = tl.min(tl.where(top_B == top, where_B, size), 0)
     return top + tl.log(total) + tl.sum(nan_B, 0), where
 
 
 @triton.jit
 def _softmax_kernel(logits, lse, best, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # a chunk of rows times the vocabulary outgrows 32 bits
     found, where = _row_softmax(logits, row, size, BLOCK)
     tl.store(lse + row, found)
     tl.store(best + row, where)
@@ -60,21 +66,39 @@ def _softmax_kernel(logits, lse, best, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _loss_kernel(
-    draft, target, teacher, lse_whole, lse_kept, best_kept, label, mix, weight, overlap_weight, found, best, size,
+    # Logits [C, D] and [T, D]; each row's teacher [C]; of the teachers [T] the log-sum-exp over the target's vocabulary, over the
+    # draft vocabulary, and the most likely token of the latter.
+    draft, target, teacher, lse_whole, lse_kept, best_kept,
+    # Of the rows [C]: the text's token, lk_lambda's lambda, what the loss and what the overlap counts.
+    label, mix, weight, overlap_weight,
+    # Results, and D.
+    found, best, size,
+    # The weight of each term, and what is asked for. Constants: code of terms without a weight is not compiled.
     KL: tl.constexpr, REVERSE_KL: tl.constexpr, CE: tl.constexpr, CE_GREEDY: tl.constexpr, TV: tl.constexpr,
     LK_ALPHA: tl.constexpr, LK_LAMBDA: tl.constexpr, OVERLAP: tl.constexpr, LEARNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """found [3, C]: loss, overlap, q(label); best [C]: the drafter's most likely token. `draft` becomes the gradient."""
+    """found [3, C]: loss, overlap, q(label); best [C]: the drafter's most likely token. `draft` becomes the gradient.
+
+    Three reads of a row's logits: the log-sum-exp; then the loss and the sums that a slope needs over the whole row; then the
+    gradient, in place. Where no term needs such a sum, the second read writes the gradient at once.
+    """
     SUMS: tl.constexpr = REVERSE_KL + TV + LK_ALPHA + LK_LAMBDA > 0 or OVERLAP
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     served_by = tl.load(teacher + row).to(tl.int64)
-    mine, theirs = draft + row * size, target + served_by * size
-    lse_p, lse_r, greedy = tl.load(lse_whole + served_by), tl.load(lse_kept + served_by), tl.load(best_kept + served_by)
-    token, mix_here, weight_here = tl.load(label + row), tl.load(mix + row).to(tl.float32), tl.load(weight + row).to(tl.float32)
+    mine = draft + row * size
+    theirs = target + served_by * size
+    # p is normalised over the target's vocabulary, r over the draft vocabulary: KL alone reads r.
+    lse_p = tl.load(lse_whole + served_by)
+    lse_r = tl.load(lse_kept + served_by)
+    greedy = tl.load(best_kept + served_by)
+    token = tl.load(label + row)
+    mix_here = tl.load(mix + row).to(tl.float32)
+    weight_here = tl.load(weight + row).to(tl.float32)
     # Read before the reductions below, which all warps wait for: later the gradient may stand there.
     z_label = tl.load(mine + tl.maximum(token, 0)).to(tl.float32)
     z_greedy = tl.load(mine + greedy).to(tl.float32)
+    # First read.
     lse_q, best_q = _row_softmax(draft, row, size, BLOCK)
     ce_here = CE * (token >= 0).to(tl.float32)  # a label outside the draft vocabulary teaches nothing
     kl_here = KL + LK_LAMBDA * mix_here
@@ -85,25 +109,31 @@ def _loss_kernel(
     least_top_B = tl.full([BLOCK], float("-inf"), tl.float32)
     least_sum_B = tl.zeros([BLOCK], tl.float32)
     least_below_B = tl.zeros([BLOCK], tl.float32)
+    # Second read. Sums are kept by lane and added up once, behind the loop.
     for start in range(0, size, BLOCK):
         at = start + lane
         inside = at < size
         log_q = tl.load(mine + at, mask=inside, other=float("-inf")).to(tl.float32) - lse_q
         p_logit = tl.load(theirs + at, mask=inside, other=float("-inf")).to(tl.float32)
-        log_p, log_r = p_logit - lse_p, p_logit - lse_r
-        q, least = tl.exp(log_q), tl.minimum(log_q, log_p)
+        log_p = p_logit - lse_p
+        log_r = p_logit - lse_r
+        q = tl.exp(log_q)
+        least = tl.minimum(log_q, log_p)
+        # Behind the row's end logits are minus infinity: exp makes them zero. Where infinities would meet, a mask does.
         alpha_B += tl.exp(least)
         if KL + LK_LAMBDA > 0:
             kl_B += tl.where(inside, tl.exp(log_r) * (log_r - log_q), 0.0)
         if REVERSE_KL > 0:
             reverse_B += tl.where(inside, q * (log_q - log_p), 0.0)
         if SUMS:
+            # Half where they are equal, as PyTorch's gradient of a minimum: a perfect drafter gets none.
             t = tl.where(log_q < log_p, 1.0, tl.where(log_q == log_p, 0.5, 0.0))
             below_B += q * t
         if LK_ALPHA > 0:  # overlap and A by log-sum-exp: they underflow for distributions that hardly meet
             top = tl.maximum(least_top_B, least)
             met = top > float("-inf")
-            old, new = tl.exp(least_top_B - top), tl.exp(least - top)
+            old = tl.exp(least_top_B - top)
+            new = tl.exp(least - top)
             least_sum_B = tl.where(met, least_sum_B * old + new, 0.0)
             least_below_B = tl.where(met, least_below_B * old + new * t, 0.0)
             least_top_B = top
@@ -113,8 +143,13 @@ def _loss_kernel(
                 slope -= kl_here * tl.exp(log_r)
             slope -= tl.where(at == token, ce_here, 0.0) + tl.where(at == greedy, CE_GREEDY, 0.0)
             tl.store(mine + at, (weight_here * slope).to(draft.dtype.element_ty), mask=inside)
-    kl, reverse, alpha, below = tl.sum(kl_B, 0), tl.sum(reverse_B, 0), tl.sum(alpha_B, 0), tl.sum(below_B, 0)
-    nan_q, nan_p = lse_q - lse_q, lse_p - lse_p  # zero, or NaN
+    # The loss.
+    kl = tl.sum(kl_B, 0)
+    reverse = tl.sum(reverse_B, 0)
+    alpha = tl.sum(alpha_B, 0)
+    below = tl.sum(below_B, 0)
+    nan_q = lse_q - lse_q  # zero, or NaN
+    nan_p = lse_p - lse_p
     alpha += nan_q + nan_p
     loss = nan_q + kl_here * kl + REVERSE_KL * reverse
     if KL + REVERSE_KL + TV + LK_ALPHA + LK_LAMBDA > 0:  # what reads p; minima pass over NaN too
@@ -134,6 +169,7 @@ def _loss_kernel(
     tl.store(found + rows + row, alpha)
     tl.store(found + 2 * rows + row, nan_q + tl.where(token < 0, 0.0, tl.exp(z_label - lse_q)))
     tl.store(best + row, best_q)
+    # Third read: the gradient, which needs the sums.
     if LEARNS and SUMS:
         overlap_here = -weight_here * (TV + LK_LAMBDA * (1 - mix_here))
         if OVERLAP:
@@ -167,13 +203,16 @@ def fused(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatis
     if missing := without_kernel(loss):
         raise UserError(f"loss.{missing[0]} is no part of the fused kernel (train/losses/fused.py); docs/extend/loss.md")
     lse_whole_T, best_whole_T = _softmax(chunk.target_TV)
-    target, lse_kept_T, best_kept_T = chunk.target_TV, lse_whole_T, best_whole_T
+    target = chunk.target_TV
+    lse_kept_T = lse_whole_T
+    best_kept_T = best_whole_T
     if chunk.kept_D is not None:
         target = chunk.target_TV[:, chunk.kept_D]
         lse_kept_T, best_kept_T = _softmax(target)
     count, size = chunk.draft_CD.shape
     found_3C = torch.empty(3, count, dtype=torch.float32, device=target.device)
     best_C = torch.empty(count, dtype=torch.int32, device=target.device)
+    # A kernel takes a pointer in any case: another one, which OVERLAP=False never reads.
     overlap_weight_C = chunk.weight_C if chunk.overlap_weight_C is None else chunk.overlap_weight_C
     _loss_kernel[(count,)](
         chunk.draft_CD, target, chunk.teacher_C, lse_whole_T, lse_kept_T, best_kept_T, chunk.label_C, chunk.mix_C, chunk.weight_C,

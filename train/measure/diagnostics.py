@@ -14,16 +14,16 @@ Shapes: N anchors, J drafted slots, R rows, K keys, H query heads, G key/value h
 
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from data_prep.target.states import States
 from train.attention.visibility import DraftRows, Visibility
 from train.data.pack import Pack
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
 from train.measure import acceptance
 from train.objectives.align import Watch, target_queries
 from train.objectives.objective import Objective, grid
@@ -36,13 +36,16 @@ class _Slots:
     """Means per name and slot."""
 
     def __init__(self, slots: int):
-        self._slots, self._sum, self._count = slots, {}, {}
+        self._slots = slots
+        self._sum: dict[str, Tensor] = {}
+        self._count: dict[str, Tensor] = {}
 
     def add(self, name: str, slot_R: Tensor, value_R: Tensor) -> None:
-        for table, value in ((self._sum, value_R.double()), (self._count, torch.ones_like(value_R, dtype=torch.float64))):
-            table.setdefault(name, torch.zeros(self._slots, dtype=torch.float64, device=value.device)).index_add_(
-                0, slot_R, value
-            )
+        if name not in self._sum:
+            self._sum[name] = torch.zeros(self._slots, dtype=torch.float64, device=value_R.device)
+            self._count[name] = torch.zeros_like(self._sum[name])
+        self._sum[name].index_add_(0, slot_R, value_R.double())
+        self._count[name].index_add_(0, slot_R, torch.ones_like(value_R, dtype=torch.float64))
 
     def means(self, prefix: str) -> dict[str, list[float]]:
         names = [name for name in self._sum if name.startswith(prefix)]
@@ -52,21 +55,28 @@ class _Slots:
 @torch.no_grad()
 def diagnose(objective: Objective, packs: list[Pack]) -> dict:
     """Everything but the gradients, over these packs. Query figures need `pack.query`."""
-    drafter, config = objective.drafter, objective.drafter.config
-    slots, gates, counted = _Slots(objective.slots), defaultdict(list), defaultdict(lambda: 0)
+    drafter = objective.drafter
+    config = drafter.config
+    slots = _Slots(objective.slots)
+    gates: dict[str, list] = defaultdict(list)
+    counted: dict[str, Tensor | int] = defaultdict(int)
     for number, pack in enumerate(packs):
+        # 1. The drafter as it is.
         memory = objective.remember(pack)
         with Watch(drafter) as watch, _Gates(drafter, gates):
             outcome = objective(pack, memory=memory)
         counted["trained"] += acceptance.counts(outcome)[0]
+        # 2. Controls: the same slots over a memory that says nothing, or something of another document.
         if config.reuse != "none":
             controls = {"zero_memory": pack.states.map(torch.zeros_like), "other_memory": _others(pack, packs[number - 1])}
             for name, states in controls.items():
                 if states is not None:
                     counted[name] += acceptance.counts(objective(replace(pack, states=states)))[0]
+        # 3. What its attention looks at, and how that differs from the target's.
         _attention_figures(slots, watch, pack, outcome.valid)
         if pack.query and config.query_layers:
             _query_figures(slots, watch, drafter, pack, outcome.valid)
+            # 4. The same slots with the target's own queries.
             with Watch(drafter, _oracle(drafter, pack, outcome.valid)):
                 counted["oracle_queries"] += acceptance.counts(objective(pack, memory=memory))[0]
     found = {name: acceptance.summarise(total) for name, total in counted.items()}
@@ -83,7 +93,8 @@ def diagnose(objective: Objective, packs: list[Pack]) -> dict:
 def _others(pack: Pack, before: Pack) -> States | None:
     """Every document's states replaced by those of the next document of the pack, at the same positions (repeated where that is
     shorter). A document alone in its pack gets those of the pack before; None where that is the same."""
-    document, index = pack.places.document, torch.arange(len(pack.ids_P), device=pack.ids_P.device)
+    document = pack.places.document
+    index = torch.arange(len(pack.ids_P), device=pack.ids_P.device)
     lengths = torch.bincount(document)
     first = lengths.cumsum(0) - lengths
     if len(lengths) == 1:
@@ -123,35 +134,45 @@ def _attention_figures(slots: _Slots, watch: Watch, pack: Pack, valid: Tensor) -
 
 def _query_figures(slots: _Slots, watch: Watch, drafter: Drafter, pack: Pack, valid: Tensor) -> None:
     """The target's attention at the slot's teacher, over all that *it* saw, against the drafter's."""
-    own, teacher = ([grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher)] for at_teacher in (False, True))
+    # At the row's own place queries can be compared; at the teacher's, attention maps: there the target saw the tokens before.
+    own = [grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher=False)]
+    teacher = [grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher=True)]
     for layer in range(len(drafter.layers)):
         name = f"queries/layer{layer}"
         for slot, anchor, q, k, v, dense, memory in _rows(watch, (layer, "kv"), valid):
-            slots.add(
-                f"{name}.cosine", slot, torch.cosine_similarity(q.float(), own[layer][anchor, slot].float(), dim=-1).mean(-1)
-            )
-            count, place = len(memory.position), pack.anchor_N[anchor] + slot
+            # 1. Queries.
+            cosine = torch.cosine_similarity(q.float(), own[layer][anchor, slot].float(), dim=-1)
+            slots.add(f"{name}.cosine", slot, cosine.mean(-1))
+            # 2. Attention maps, compared over what both see: the memory before the anchor.
+            count = len(memory.position)
+            place = pack.anchor_N[anchor] + slot
             seen = (memory.document == pack.places.document[place][:, None]) & (
                 memory.position <= pack.places.position[place][:, None]
             )
-            target, mine = _weights(teacher[layer][anchor, slot], k[:count], seen), _weights(q, k, dense)
-            # The maps are compared over what both see: the memory before the anchor.
+            target = _weights(teacher[layer][anchor, slot], k[:count], seen)
+            mine = _weights(q, k, dense)
             p, p_mine = (w[..., :count] * dense[:, None, :count] for w in (target, mine))
             p, p_mine = (w / w.sum(-1, keepdim=True).clamp(min=1e-12) for w in (p, p_mine))
             slots.add(f"{name}.map_kl", slot, (p * (p.clamp(min=1e-12) / p_mine.clamp(min=1e-12)).log()).sum(-1).mean(-1))
-            heads = q.shape[1] // v.shape[1]
-            out, out_mine = (
-                torch.einsum("rhk,khd->rhd", w, t.float().repeat_interleave(heads, 1)).flatten(1)
-                for w, t in ((target, v[:count]), (mine, v))
-            )
+            # 3. What the attention gives.
+            out = _attended(target, v[:count])
+            out_mine = _attended(mine, v)
             slots.add(f"{name}.output_error", slot, (out_mine - out).norm(dim=1) / out.norm(dim=1).clamp(min=1e-12))
+            # 4. How much the target looks at what the drafter has no memory of.
             since = (target * ~dense[:, None, :count]).sum(-1).mean(-1)
             slots.add(f"{name}.target_mass_since_anchor", slot, since)
 
 
+def _attended(weights_RHK: Tensor, v_KGD: Tensor) -> Tensor:
+    """The output of all heads, [R, H x D]."""
+    heads = weights_RHK.shape[1] // v_KGD.shape[1]
+    return torch.einsum("rhk,khd->rhd", weights_RHK, v_KGD.float().repeat_interleave(heads, 1)).flatten(1)
+
+
 def _oracle(drafter: Drafter, pack: Pack, valid: Tensor):
     """Puts the target's own query of a slot's teacher, at the teacher's position, in place of the drafter's."""
-    oracle, config = [grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher=True)], drafter.config
+    config = drafter.config
+    oracle = [grid(q, valid) for q in target_queries(drafter, pack, valid, at_teacher=True)]
 
     def change(layer: int, branch: str, q: Tensor, visibility: Visibility) -> Tensor:
         if branch != "kv":
@@ -168,7 +189,9 @@ class _Gates:
     """While entered, collects (openness, share of the branch in the output) of every fused row."""
 
     def __init__(self, drafter: Drafter, found: dict[str, list]):
-        self._drafter, self._found = drafter, found
+        self._drafter = drafter
+        self._found = found
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
         def hook(index):
@@ -234,68 +257,3 @@ def effective_rank(matrix: Tensor) -> float:
     values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()
     p = values / values.sum().clamp(min=1e-30)
     return float((-(p * p.clamp(min=1e-30).log()).sum()).exp()) if values.sum() > 0 else 0.0
-
-
-def draw(found: dict, path: Path) -> None:
-    """One picture a question; panels without figures are left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    queries = found["queries"]
-    kinds = {
-        "Acceptance by slot, given the slots before (T = 1)": {
-            name.replace("_", " "): kinds["sampled"]["conditional"] for name, kinds in found["acceptance"].items()
-        },
-        "Cosine of draft and target queries": {n.removesuffix(".cosine"): v for n, v in queries.items() if n.endswith("cosine")},
-        "KL of the attention maps over the memory, nats": {
-            n.removesuffix(".map_kl"): v for n, v in queries.items() if n.endswith("map_kl")
-        },
-        "Relative error of the attention's output": {
-            n.removesuffix(".output_error"): v for n, v in queries.items() if n.endswith("output_error")
-        },
-        "Attention on the drafter's own keys": {n.removesuffix(".draft_mass"): v for n, v in found["attention"].items()}
-        | {f"target, {n.split('.')[0]}": v for n, v in queries.items() if n.endswith("since_anchor")},
-    }
-    bars = {}
-    if branches := {n: v for n, v in found.get("gradients", {}).items() if isinstance(v, dict) and "k_over_q" in v}:
-        bars["Gradients of K and V over Q's (kv: draft keys alone)"] = {
-            f"{n} {k[0].upper()}": v[k] for n, v in branches.items() for k in ("k_over_q", "v_over_q")
-        }
-        bars["Effective rank of the gradients"] = {f"{n} {k.upper()}": v[f"rank_{k}"] for n, v in branches.items() for k in "qkv"}
-    if found["gate"]:
-        bars["Gate: quantiles, and share of the output"] = {
-            f"{n} {label}": value
-            for n, gate in found["gate"].items()
-            for label, value in [
-                *zip((f"q{100 * q:.0f}" for q in QUANTILES), gate["quantiles"]),
-                ("mean", gate["mean"]),
-                ("share", gate["share"]),
-            ]
-        }
-    kinds = {title: lines for title, lines in kinds.items() if lines}
-    columns = -(-(len(kinds) + len(bars)) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 8), layout="constrained", squeeze=False)
-    panels = iter(axes.flat)
-    for title, lines in kinds.items():
-        panel = next(panels)
-        for name, values in lines.items():
-            panel.plot(range(1, len(values) + 1), values, "o-", label=name, markersize=4)
-        panel.set_title(title, fontsize=10)
-        panel.set(xlabel="drafted token of a round", ylim=(0, None))
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.legend(fontsize=7)
-    for title, values in bars.items():
-        panel = next(panels)
-        panel.bar_label(panel.barh(list(values), list(values.values())), fmt="%.3g", fontsize=7)
-        panel.invert_yaxis()
-        panel.margins(x=0.15)
-        panel.tick_params(labelsize=7)
-        panel.set_title(title, fontsize=10)
-    for panel in panels:
-        panel.axis("off")
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=100)
-    plt.close(figure)
-    temporary.replace(path)

@@ -6,17 +6,20 @@ will compute at that very position, densely and without waiting for an accepted 
 Shapes: N anchors, S draft rows of an anchor, J drafted slots, Q rows of a call, H query heads, G key/value heads, D head size.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from train.attention.backend import AttentionBackend, Keys
 from train.attention.visibility import Visibility
 from train.data.pack import Pack
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.losses.divergences import relative_error
 
 
@@ -24,13 +27,16 @@ class Watch:
     """While entered, sees every attention call of the drafter: `calls[layer, branch]` is a list of (q, k, v, visibility), one a
     step of ttt, one for a block. `change(layer, branch, q, visibility)` may replace the queries."""
 
-    def __init__(self, drafter: Drafter, change=None):
-        self._drafter, self._change, self.config = drafter, change, drafter.config
+    def __init__(self, drafter: Drafter, change: Callable[[int, str, Tensor, Visibility], Tensor] | None = None):
+        self.config = drafter.config
+        self._drafter = drafter
+        self._change = change
+        self._handles: list[RemovableHandle] = []
         self.calls: dict[tuple[int, str], list[tuple[Tensor, Tensor, Tensor, Visibility]]] = {}
 
     def __enter__(self) -> "Watch":
         self._handles = [
-            branch.register_forward_pre_hook(partial(self._hook, (index, name)))
+            branch.register_forward_pre_hook(partial(self._hook, (index, name)), with_kwargs=True)
             for index, layer in enumerate(self._drafter.layers)
             for name, branch in layer.branches.items()
         ]
@@ -40,17 +46,18 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, where: tuple[int, str], module, arguments: tuple) -> tuple:
-        *rest, attend = arguments
+    def _hook(self, where: tuple[int, str], branch: nn.Module, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+        """Puts a backend that looks on in the place of the one that `branch` is called with (`layers.Attention.forward`)."""
+        attend: AttentionBackend = named["attend"]
 
-        def watched(q, k, v, visibility):
+        def watched(q: Tensor, k: Keys, v: Keys, visibility: Visibility) -> Tensor:
             if self._change is not None:
                 q = self._change(*where, q, visibility)
             whole = (t if isinstance(t, Tensor) else torch.cat(t) for t in (k, v))
             self.calls.setdefault(where, []).append((q, *whole, visibility))
             return attend(q, k, v, visibility)
 
-        return (*rest, watched)
+        return arguments, {**named, "attend": watched}
 
     def own(self, layer: int) -> KV:
         """K/V [N, S, G, D] that the draft rows of one layer produced for the branch over the target's K/V."""
@@ -93,7 +100,8 @@ def target_queries(drafter: Drafter, pack: Pack, valid: Tensor, at_teacher: bool
 
 def query_error(watch: Watch, drafter: Drafter, pack: Pack, valid: Tensor) -> Tensor:
     """Sum over the slots that count of the relative squared error of their queries, per head, averaged over heads and layers."""
-    first, errors = drafter.config.first_slot, []
+    first = drafter.config.first_slot
+    errors = []
     for layer, target in enumerate(target_queries(drafter, pack, valid)):
         errors.append(relative_error(watch.queries(layer)[:, first:][valid], target))
     return torch.stack(errors).mean(0).sum()

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from data_prep.target.frozen_head import FrozenHead
 from train.attention.visibility import Anchors, Places
 from train.data.pack import Pack
+from train.drafter.base import Drafter
 from train.drafter.memory import Memory
-from train.drafter.model import Drafter
 from train.losses import divergences, terms, weights
 from train.losses.recipe import LossRecipe
 from train.losses.types import HeadInput, RowStatistics
 from train.objectives import align
 from train.schedules.schedule import Start, Text
-from train.views import plan as views
+from train.views.gather import gather
+from train.views.plan import Plan, plan
+from train.views.recipe import FULL, View
 
 TERMS = terms.parts()  # what is averaged by itself
 
@@ -63,7 +65,7 @@ class Objective(nn.Module):
         weight_J: Tensor | None,
         attend,
         chunk: int,
-        view: views.View | None = None,
+        view: View | None = None,
         view_weights: Sequence[float] = (1.0,),
         detach: bool = False,
     ):
@@ -139,15 +141,15 @@ class Objective(nn.Module):
         if pack.budget_VN is None:
             return self._drafted(pack, anchors, memory)
         if self._view.positions == "absolute":
-            plan = self._plan(pack, memory, pack.budget_VN)
+            selection = self._plan(pack, memory, pack.budget_VN)
             everyone = anchors.repeated(pack.views)
-            return self._drafted(pack, everyone, replace(memory, selection=plan)).unflatten(0, (pack.views, -1))
+            return self._drafted(pack, everyone, replace(memory, selection=selection)).unflatten(0, (pack.views, -1))
         # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
-        whole = int((pack.budget_VN[0] >= views.FULL).all())
+        whole = int((pack.budget_VN[0] >= FULL).all())
         parts = [self._drafted(pack, anchors, memory)] * whole
         if pack.views > whole:
-            plan = self._plan(pack, memory, pack.budget_VN[whole:])
-            gathered, moved = views.gather(memory, plan, anchors.repeated(pack.views - whole), self.drafter.rotate)
+            found = self._plan(pack, memory, pack.budget_VN[whole:])
+            gathered, moved = gather(memory, found, anchors.repeated(pack.views - whole), self.drafter.rotate)
             parts.append(self._drafted(pack, moved, gathered))
         return torch.cat(parts).unflatten(0, (pack.views, -1))
 
@@ -168,8 +170,8 @@ class Objective(nn.Module):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.drafter.embed(ids, self._head)
 
-    def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> views.Plan:
-        return views.plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
+    def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> Plan:
+        return plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
 
     def _observe(self, pack: Pack, memory: Memory, window: int | None) -> tuple[list[dict[str, Tensor]], Places]:
         """Queries of the `window` tokens up to each selection, oldest first, or of all tokens (None); where they sit."""

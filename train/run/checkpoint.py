@@ -1,4 +1,4 @@
-"""Checkpoints: `step-N/engine` (what a run resumes from) and `step-N/drafter` (a plain folder that `Drafter.from_pretrained`
+"""Checkpoints: `step-N/engine` (what a run resumes from) and `step-N/drafter` (a plain folder that `load_drafter`
 loads). Written aside, fsynced, then renamed; `best` and `last` are links to a `drafter` folder.
 """
 
@@ -14,43 +14,25 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.files import write_text
-from train.drafter.model import Drafter
+from train.drafter.base import Drafter
+from train.run.folder import checkpoint_folders, latest, step_of
 from train.run.state import KINDS, WEIGHTS, EngineState
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint that a run can resume from.
-
-    Raises:
-        UserError: there are checkpoints of an earlier format only.
-    """
-    found = max((path for path in _steps(folder) if (path / "engine").exists()), default=None, key=_number)
-    if found is None and (earlier := [path for path in _steps(folder) if (path / "deepspeed").exists()]):
-        raise UserError(
-            f"{max(earlier, key=_number)} is of an earlier format, from which this release cannot resume; choose another run.dir "
-            "(drafter.warm_start takes the weights of its drafter folder) or remove that folder"
-        )
-    return found
-
-
-def _steps(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if path.suffix != ".tmp"]
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 class Checkpoints:
     """The checkpoints of one run. All ranks call every method together."""
 
     def __init__(self, folder: Path, engine, drafter: Drafter, rank: int, keep_last: int):
-        self.folder, self._drafter, self._rank, self._keep_last = folder, drafter, rank, keep_last
+        self.folder = folder
+        self._drafter = drafter
+        self._rank = rank
+        self._keep_last = keep_last
         self._state = EngineState(engine)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        # No rank may look for checkpoints while rank 0 still removes the halves of old ones.
         dist.barrier()
 
     def save(self, step: int, state: dict) -> None:
@@ -60,9 +42,10 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written, as on a full disk; the checkpoints before it stay as they are.
         """
-        aside, final = self.folder / f"step-{step:06d}.tmp", self.folder / f"step-{step:06d}"
+        final = self.folder / f"step-{step:06d}"
+        aside = final.with_suffix(".tmp")
 
-        def begin():
+        def begin() -> None:
             (aside / "engine").mkdir(parents=True)
             write_text(aside / "engine/state.json", json.dumps(state | {"engine": self._state.counters()}))
 
@@ -70,7 +53,9 @@ class Checkpoints:
         for kind in KINDS:
             self._write(kind, aside, final)
 
-        def finish():
+        def finish() -> None:
+            # In this order: when the name is there, all that it names is on the disk; when an older checkpoint goes, the links no
+            # longer point to it.
             _sync(*aside.rglob("*"), aside)
             os.replace(aside, final)
             self._link(step, state["best_step"])
@@ -79,6 +64,7 @@ class Checkpoints:
         self._on_rank_0(finish, final)
 
     def _write(self, kind: str, aside: Path, final: Path) -> None:
+        """One set of the parameters, and with the weights the drafter's own folder, which is made of them."""
         tensors = self._state.gather(kind, keep=self._rank == 0)
         self._on_rank_0(lambda: save_file(tensors, aside / f"engine/{kind}.safetensors"), final)
         if kind == WEIGHTS:
@@ -90,6 +76,7 @@ class Checkpoints:
         Raises:
             UserError: it cannot be read, or not by all ranks.
         """
+        # Each rank looks for itself. On a file system that they do not share they would resume at different steps.
         path = latest(self.folder)
         seen: list = [None] * dist.get_world_size()
         dist.all_gather_object(seen, path and path.name)
@@ -111,11 +98,12 @@ class Checkpoints:
                 f"{path} cannot be resumed from ({reason}); remove it to go on from the checkpoint before it"
             ) from error
         if self._rank == 0:
-            self._link(_number(path), state["best_step"])  # a run killed between a checkpoint and its links
+            self._link(step_of(path), state["best_step"])  # a run killed between a checkpoint and its links
         return state
 
     def _on_rank_0(self, work: Callable[[], None], final: Path) -> None:
-        """Rank 0 works and the others wait; if it fails, all of them end alike."""
+        """Rank 0 works and the others wait; if it fails, all of them end alike. Without the broadcast the others would go on to
+        their next collective, and wait there for a rank that has left."""
         failure = [None]
         if self._rank == 0:
             try:
@@ -138,16 +126,17 @@ class Checkpoints:
         _sync(self.folder)  # before an older checkpoint goes
 
     def _prune(self, best: int) -> None:
-        for path in sorted(_steps(self.folder), key=_number)[: -self._keep_last]:
+        for path in sorted(checkpoint_folders(self.folder), key=step_of)[: -self._keep_last]:
             # The best drafter stays; what a run resumes from beside it is of no more use.
-            old, gone = path / "engine" if _number(path) == best else path, path.with_suffix(".tmp")
+            old = path / "engine" if step_of(path) == best else path
+            gone = path.with_suffix(".tmp")
             if old.exists():
                 os.replace(old, gone)  # at once: a run killed on the way leaves no half of a checkpoint
                 shutil.rmtree(gone)
 
 
 def _of(drafter: Drafter, tensors: dict) -> dict:
-    """The drafter's own weights, as the engine computes with them, of the engine's float32 ones."""
+    """The drafter's own weights, in the precision in which the engine computes, from the engine's float32 ones."""
     return {name: tensors[f"drafter.{name}"].to(p.dtype) for name, p in drafter.named_parameters()}
 
 

@@ -27,14 +27,7 @@ class Tracker:
         """Numbers and lists of numbers of one optimizer step; nested names are joined with dots."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         if self._wandb:
-            self._wandb.log(
-                {
-                    name if not isinstance(value, list) else f"{name}/{i + 1}": one
-                    for name, value in flatten(figures).items()
-                    for i, one in enumerate(value if isinstance(value, list) else [value])
-                },
-                step=step,
-            )
+            self._wandb.log(_one_by_one(figures), step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         if self._wandb:
@@ -55,7 +48,19 @@ class Tracker:
             self._wandb.finish()
 
 
+def _one_by_one(figures: dict) -> dict:
+    """Names joined with dots -> numbers. A list becomes a number for each slot, from 1 on: W&B draws numbers alone."""
+    found = {}
+    for name, value in flatten(figures).items():
+        if isinstance(value, list):
+            found |= {f"{name}/{slot}": one for slot, one in enumerate(value, start=1)}
+        else:
+            found[name] = value
+    return found
+
+
 def _step(line: str) -> float:
+    """The step that a line of the log is of."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # the drafter's configuration asks its schedule: at run time the imports go the other way
+    from train.drafter.base import Drafter
     from train.drafter.config import DrafterConfig
     from train.drafter.memory import Memory
-    from train.drafter.model import Drafter
 
 
 class Start(NamedTuple):

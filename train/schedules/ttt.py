@@ -18,8 +18,8 @@ from train.losses import weights
 from train.schedules.schedule import Schedule, Source, Start
 
 if TYPE_CHECKING:
+    from train.drafter.base import Drafter
     from train.drafter.config import DrafterConfig
-    from train.drafter.model import Drafter
 
 
 class TrainingTimeTest(Schedule):

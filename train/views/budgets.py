@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.hashing import stable_hash
-from train.views.plan import FULL
+from train.views.recipe import FULL
 
 PAPER = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}
 

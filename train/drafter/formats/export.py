@@ -32,10 +32,10 @@ import torch
 
 from common.errors import UserError
 from data_prep.target.target import Target
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import method_of
 from train.drafter.formats.served import save_served, unfit_for_servers
-from train.drafter.model import Drafter
 
 METHODS = ("eagle3", "peagle", "dflash", "dspark")
 

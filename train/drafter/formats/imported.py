@@ -125,7 +125,8 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
 
 
 def _check_sizes(folder: Path, claims: Claims, layer, sizes: Sizes) -> None:
-    targets, states = claims.says("num_target_layers"), claims.says("target_hidden_size")
+    targets = claims.says("num_target_layers")
+    states = claims.says("target_hidden_size")
     fits = lambda mine, theirs: mine is None or mine == theirs
     refuse(
         folder,
@@ -144,7 +145,8 @@ def _check_sizes(folder: Path, claims: Claims, layer, sizes: Sizes) -> None:
 
 def _check_meaning(folder: Path, claims: Claims, layer) -> None:
     """Raises UserError for a key under which the same weights are another function."""
-    says, dflash = claims.says, claims.kind in ("dflash", "dspark")
+    says = claims.says
+    dflash = claims.kind in ("dflash", "dspark")
     markov = says("markov_head_type") or "vanilla"
     scale = claims.layer.get("logit_scale", 1)
     token = claims.mask_token_id
@@ -193,7 +195,8 @@ def _check_depth(folder: Path, depth: int, layer, tensors: Tensors) -> None:
 
 def _draft_vocabulary(folder: Path, claims: Claims, sizes: Sizes, tensors: Tensors) -> int | None:
     """How many tokens it can say; None: all."""
-    said, kept = claims.says("draft_vocab_size") or sizes.vocab_size, tensors.shape("d2t")
+    said = claims.says("draft_vocab_size") or sizes.vocab_size
+    kept = tensors.shape("d2t")
     kept = kept and kept[0]
     refuse(
         folder,
@@ -224,7 +227,8 @@ def _causal(folder: Path, claims: Claims, layer, depth: int, sizes: Sizes) -> bo
 
 
 def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
-    speculators, dflash = fields.get("speculators_model_type"), fields.get("dflash_config") or {}
+    speculators = fields.get("speculators_model_type")
+    dflash = fields.get("dflash_config") or {}
     if speculators:
         return _speculators_claims(folder, fields, speculators, tensors)
     architectures = fields.get("architectures") or []
@@ -248,8 +252,10 @@ def _claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
             ),
         },
     )
-    block, eagle = kind in ("dflash", "dspark"), fields.get("eagle_config") or {}
-    causal, dflash_causal = fields.get("is_causal"), dflash.get("causal")
+    block = kind in ("dflash", "dspark")
+    eagle = fields.get("eagle_config") or {}
+    causal = fields.get("is_causal")
+    dflash_causal = dflash.get("causal")
     anchor = bool(fields.get("sample_from_anchor", dflash.get("sample_from_anchor", kind == "dspark")))
     slots = (fields.get("block_size") or dflash.get("block_size")) if block else None
     if kind == "dspark" and slots and not anchor:
@@ -302,7 +308,9 @@ def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors)
 def _hidden_layers(folder: Path, claims: Claims, sizes: Sizes) -> list[int]:
     """The layers whose outputs are read, ascending. EAGLE-3 that names none reads the servers' default (vLLM's and SGLang's):
     the inputs of layers 2, L/2 and L - 3."""
-    inputs, outputs, count = claims.inputs, claims.outputs, sizes.num_layers
+    inputs = claims.inputs
+    outputs = claims.outputs
+    count = sizes.num_layers
     if inputs and outputs and sorted(inputs) != sorted(i + 1 for i in outputs):
         raise UserError(f"{folder} names the layers that it reads twice: inputs {inputs}, outputs {outputs}")
     if not inputs and not outputs:

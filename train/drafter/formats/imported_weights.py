@@ -15,9 +15,9 @@ from common.errors import UserError, first_line
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.loading import load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, served_names
-from train.drafter.model import Drafter
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")  # [V, R] and [D, R]
 LOOKED_AT = {"t2d", "d2t", "embed_tokens.weight", "mask_embedding", *MARKOV}  # tensors that need no place of their own
@@ -34,7 +34,8 @@ class Tensors:
 
     def __init__(self, folder: Path):
         self.files: dict[str, Path] = {}  # by the name of a tensor
-        paths, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+        paths = sorted(folder.glob("*.safetensors"))
+        pickles = sorted(folder.glob("*.bin"))
         if not paths and pickles:
             raise UserError(
                 f"{folder} has its weights in {pickles[0].name}, a pickle, which is not read: convert it to model.safetensors "
@@ -88,7 +89,8 @@ def names_of(config: DrafterConfig) -> dict[str, str]:
 def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
     """The checkpoint's weights under our names, but for what it leaves to its target. Raises UserError for tensors that are
     missing or have no place."""
-    tensors, names = Tensors(folder), names_of(config)
+    tensors = Tensors(folder)
+    names = names_of(config)
     absent = [theirs for theirs in names.values() if theirs not in tensors]
     absent += [name for name in MARKOV if config.sequential and name not in tensors]
     confidence = {name for name in tensors.names if name.startswith("confidence_head.")}  # how much to verify: not what to draft
@@ -167,7 +169,8 @@ def _left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead, tenso
 
 def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensors) -> Tensor | None:
     """[1, E]; None under ttt."""
-    token, table_VE = config.mask_token_id, head.embedding_VE
+    token = config.mask_token_id
+    table_VE = head.embedding_VE
     mask_1E = None if token is None else table_VE[token : token + 1].clone()
     if "embed_tokens.weight" in tensors:
         theirs_VE = tensors["embed_tokens.weight"]
@@ -195,7 +198,8 @@ def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensor
 def _factored(folder: Path, table_NR: Tensor, through_NE: Tensor, name: str) -> Tensor:
     """x [E, R] with table = through @ x, by least squares. Raises UserError where the table is no such product."""
     size = through_NE.shape[1]
-    gram_EE, right_ER = torch.zeros(size, size).double(), torch.zeros(size, table_NR.shape[1]).double()
+    gram_EE = torch.zeros(size, size).double()
+    right_ER = torch.zeros(size, table_NR.shape[1]).double()
     parts = list(zip(through_NE.detach().split(8192), table_NR.split(8192)))  # a vocabulary in float64 would be large
     for part_NE, part_NR in parts:
         gram_EE += part_NE.double().T @ part_NE.double()

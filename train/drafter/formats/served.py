@@ -14,10 +14,10 @@ from common.errors import UserError
 from common.files import publish, write_text
 from data_prep.target.architecture import Architecture
 from data_prep.target.target import Target
+from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, method_of, served_names
 from train.drafter.formats.served_config import plain_config, speculators_config
-from train.drafter.model import Drafter
 
 
 def unfit_for_servers(config: DrafterConfig) -> dict[str, bool]:

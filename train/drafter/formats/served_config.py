@@ -37,7 +37,8 @@ def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
 
 def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
     """For `vllm serve DRAFTER` and the speculators package."""
-    method, inputs = method_of(config), [i + 1 for i in sorted(config.hidden_layers)]
+    method = method_of(config)
+    inputs = [i + 1 for i in sorted(config.hidden_layers)]
     folder = Path(target.folder)
     verifier = {
         "name_or_path": str(folder.resolve()) if folder.exists() else target.folder,
@@ -97,7 +98,8 @@ def _markov(config: DrafterConfig) -> dict:
 
 def _layers(config: DrafterConfig, target: Target, dtype: str) -> dict:
     """The draft layers as a transformer of their own."""
-    a, rope = config.architecture, target.rope_config
+    a = config.architecture
+    rope = target.rope_config
     if config.rope_factor != 1:
         linear = {"rope_type": "linear", "factor": config.rope_factor}
         rope |= {"rope_scaling": linear, "rope_parameters": rope["rope_parameters"] | linear}

@@ -1,40 +1,32 @@
-"""The drafter: memory from the target's states, and draft rows that read it. Training and decoding call the same methods.
+"""Drafters of layers like the target's: memory from the target's states, and draft rows that read it.
 
 Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size, I input size of fc.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import UserError
-from common.files import publish, write_text
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from data_prep.target.target import Target
-from train.attention.visibility import DraftRows, Places, Visibility
-from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
+from train.attention.visibility import DraftRows, Places, known_rows
+from train.drafter.base import Drafter, Past
+from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
-from train.drafter.layers import Attention, DraftLayer, GatedDelta, Rope, Steps
+from train.drafter.layers import Attention, DraftLayer, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
 
-Past = list[dict[str, Steps]]  # the draft rows' own keys of earlier ttt steps, for each layer and branch
 
-
-class Drafter(nn.Module):
+class LayeredDrafter(Drafter):
     """A stack of draft layers over one kind of target state, two, or none. The target's embedding and LM head (`FrozenHead`)
     are handed in, not owned."""
 
-    recompute = False  # whether draft rows' activations are made again in the backward instead of kept
-
     def __init__(self, config: DrafterConfig):
-        super().__init__()
-        self.config, a = config, config.architecture
+        super().__init__(config)
+        a = config.architecture
         self.layers = nn.ModuleList(DraftLayer(config, first=i == 0) for i in range(len(config.target_layers)))
         self.norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         self.head = DraftHead(config)
@@ -54,13 +46,12 @@ class Drafter(nn.Module):
         self._inv_freq = torch.tensor(a.inv_freq)  # no buffer: a bf16 engine would round it
 
     @property
-    def fusions(self) -> list[GatedDelta]:
-        """The gated deltas of a hybrid drafter."""
-        return [layer.fuse for layer in self.layers if layer.fuse is not None]
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
+
+    @property
+    def inv_freq(self) -> Tensor:
+        return self._inv_freq
 
     def use_fp8(self) -> None:
         """The products of the MLPs and of a frozen head in fp8, while training."""
@@ -76,20 +67,9 @@ class Drafter(nn.Module):
         self._inv_freq = self._inv_freq.to(position_P.device)  # once: a CUDA graph copies nothing from the host
         return Rope(position_P / self.config.rope_factor, self._inv_freq, self.config.architecture.rope_scale, self.dtype)
 
-    def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
-        """What the drafter reads of tokens, [..., E]."""
-        return head.embed(ids)
-
     def remember(
         self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
     ) -> Memory:
-        """Memory of `past` and of P more verified positions.
-
-        Args:
-            states: the target's states at `places`, [P, ...].
-            token_RE: embeddings of the tokens newly known, at `rows`. With pairs, R = P: the pair (x_{i+1}, f_i) sits at position
-                i + 1. The newest one is the anchor's own, and its anchor's rows do not see it.
-        """
         config = self.config
         memory = Memory.extended(past, len(self.layers), {n: rows if n == config.own_memory else places for n in config.branches})
         if config.uses_kv:
@@ -118,12 +98,6 @@ class Drafter(nn.Module):
     def known_queries(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
     ) -> list[dict[str, Tensor]]:
-        """The queries [R, H, D] with which known tokens at `rows` read all of the memory before them, for each layer and branch:
-        what views choose by.
-
-        Args:
-            feature_RE: with pairs, the feature of the position before each token.
-        """
         x_RE = feature_RE if self.config.reads_pairs else token_RE
         return self._read(replace(memory, selection=None), x_RE, token_RE, rows, attend, keep=False)
 
@@ -134,7 +108,7 @@ class Drafter(nn.Module):
         the rows' keys become memory, which later rows of the pass see too."""
         own_memory, rope, queries = self.config.own_memory, self.rope(places.position), []
         rows = known_rows(places)
-        visibility = self._visibility(rows, memory, rows)
+        visibility = self.visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_RE, token_RE)
             own = layer.keys_values(inputs, rope)
@@ -146,11 +120,6 @@ class Drafter(nn.Module):
                 keys = {n: memory.layers[index][n] + own[n] for n in own}
                 x_RE = self._through(layer, x_RE, inputs, rope, keys, visibility[index], attend)
         return queries
-
-    def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
-        """Keys as they would be so many positions further on."""
-        wide = torch.promote_types(key_PGD.dtype, torch.float32)
-        return Rope(moved_PG / self.config.rope_factor, self._inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 
     def block(
         self,
@@ -198,30 +167,18 @@ class Drafter(nn.Module):
         past: Past | None,
         attend,
     ) -> tuple[Tensor, Tensor, Past]:
-        """One step of ttt for every anchor.
-
-        Args:
-            token_NE: embeddings of x_{a+j−1}.
-            feature_NE: with hidden states fc(f_{a−1}) at step 1, later the stream that the step before returned.
-            earlier, past: rows and keys of the steps before.
-
-        Returns:
-            output after the final norm [N, E], the stream that the next step reads (before that norm; `norm_output`: after it)
-            [N, E], the keys including this step's.
-        """
         drafts = rows if earlier is None else earlier + rows
         x, past = self._run(feature_NE if self.config.reads_pairs else token_NE, token_NE, rows, drafts, memory, past, attend)
         output = self.norm(x)
         return output, output if self.config.norm_output else x, past
 
     def _run(self, x, token, rows, drafts, memory, past, attend):
-        visibility, rope, kept = self._visibility(rows, memory, drafts), self.rope(rows.position), []
+        visibility, rope, kept = self.visibility(rows, memory, drafts), self.rope(rows.position), []
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x, token)
             own = layer.keys_values(inputs, rope)
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
-            apart = getattr(attend, "apart", False)
-            keys = {name: steps.after(memory.layers[index][name], apart) for name, steps in kept[index].items()}
+            keys = {name: steps.after(memory.layers[index][name], attend.takes_parts) for name, steps in kept[index].items()}
             x = self._through(layer, x, inputs, rope, keys, visibility[index], attend)
         return x, kept
 
@@ -229,68 +186,8 @@ class Drafter(nn.Module):
         again = self.recompute and torch.is_grad_enabled()
         return checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
 
-    def _visibility(self, queries: DraftRows, memory: Memory, drafts: DraftRows) -> list[dict[str, Visibility]]:
-        """For each layer and branch; layers that see the same share it."""
-        causal = self.config.schedule.causal(self.config)
-
-        def of(selection: dict) -> dict[str, Visibility]:
-            return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
-
-        return [of({})] * len(memory.layers) if memory.selection is None else [of(selection) for selection in memory.selection]
-
-    def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""
-        names = [{name for name, _ in self.named_parameters(remove_duplicate=once)} for once in (False, True)]
-        return {name: t for name, t in self.state_dict().items() if name not in names[0] - names[1]}
-
-    def save_pretrained(self, folder: str | Path, parameters: dict[str, Tensor] | None = None) -> None:
-        """`config.json` and `model.safetensors`, each whole or absent. `parameters`: their values by name, where an engine has
-        them in parts."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.detach().cpu().contiguous() for name, t in (self.weights() | (parameters or {})).items()}
-        save_file(weights, folder / "model.safetensors.tmp")
-        publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
-        write_text(folder / "config.json", self.config.to_json())
-
-    @staticmethod
-    def of(config: DrafterConfig) -> "Drafter":
-        """A drafter of this configuration, its weights still to be chosen."""
-        if config.lm is None:
-            return Drafter(config)
-        from train.drafter.standalone import Standalone
-
-        return Standalone(config)
-
-    @staticmethod
-    def from_pretrained(folder: str | Path, beside: Callable | None = None) -> "Drafter":
-        """`folder`: a path or the name of a released drafter, or a checkpoint in another format (to which the target still has to
-        give its part: `imported_weights.bind`); `beside` as in `DrafterConfig.load`. Raises UserError when it holds no
-        drafter or its weights do not fit its configuration."""
-        drafter = Drafter.of(DrafterConfig.load(folder, beside))
-        try:
-            if is_foreign(read_fields(folder)):
-                from train.drafter.formats.imported_weights import imported_weights
-
-                weights = imported_weights(folder_of(folder), drafter.config)
-                for name, tensor in drafter.weights().items():
-                    if name.startswith(("mask.", "sequential.")):  # still to come from the target, and felt if it does not
-                        weights[name] = torch.full_like(tensor, torch.nan)
-            else:
-                weights = load_file(folder_of(folder) / "model.safetensors")
-            absent, foreign = drafter.load_state_dict(weights, strict=False)
-            if wrong := [*foreign, *(name for name in absent if name in drafter.weights())]:
-                raise KeyError(f"{len(wrong)} weights, such as {wrong[0]}")
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{folder}: the drafter's weights are missing or do not fit its config.json ({str(error).splitlines()[0]})"
-            ) from error
-        return drafter
-
     @torch.no_grad()
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
+    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "LayeredDrafter":
         """Initial weights, a function of the configuration's seed. start="target": every draft layer begins as its
         target layer (Q, K, V, O, norms, MLP), fc as a copy of the hidden state that layer would have read.
 
@@ -350,9 +247,3 @@ class Drafter(nn.Module):
             value = torch.cat(values, dim=1) / len(values) if name == "o.weight" else torch.cat(values)
             # EAGLE-3's pair: token and feature halves both start as the layer's projection.
             parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)
-
-
-def known_rows(places: Places) -> DraftRows:
-    """Rows of known tokens: step 1 of an anchor at each, which sees the memory before it and itself."""
-    order = torch.arange(len(places.position), device=places.position.device)
-    return DraftRows(places.document, places.position, order, torch.ones_like(order), places.position)

@@ -1,0 +1,64 @@
+"""safetensors files that are written piece by piece, and hashed while they are written."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+# The format's names of the dtypes that are written here.
+SAFETENSORS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
+    """Write each name's pieces, joined along the first axis, and return the file's xxh3.
+
+    The library's own `save_file` would need them joined in memory first and copies every byte once more: three to ten times
+    slower (docs/log.md).
+    """
+    shapes = {name: (t[0].dtype, (sum(map(len, t)), *t[0].shape[1:])) for name, t in tensors.items()}
+    return stream_safetensors(path, shapes, tensors.__getitem__)
+
+
+def stream_safetensors(
+    path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Callable[[str], Iterable[Tensor]], **metadata: str
+) -> str:
+    """The same for tensors that need not exist at once: `pieces`(name) yields the rows of one of `shapes`, in their order.
+
+    Widest dtype first, as the library does, so that every tensor is aligned.
+    """
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    names = sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n))
+    place = 0
+    for name in names:
+        dtype, shape = shapes[name]
+        end = place + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts = itertools.chain([len(text).to_bytes(8, "little"), text], (raw(t) for name in names for t in pieces(name)))
+    digest = xxhash.xxh3_128()
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            digest.update(part)
+            part = memoryview(part)
+            while part:  # one call writes at most 2 GiB
+                part = part[file.write(part) :]
+    return digest.hexdigest()

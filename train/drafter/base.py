@@ -1,0 +1,141 @@
+"""What every drafter is: memory of the verified prefix, and draft rows that read it. Training and decoding call the same methods.
+
+Shapes: P memory positions, R rows of known tokens, N anchors, E hidden size, H query heads, G key/value heads, D head size.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.files import publish, write_text
+from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.states import States
+from data_prep.target.target import Target
+from train.attention.visibility import DraftRows, Places, Visibility
+from train.drafter.config import DrafterConfig
+from train.drafter.heads import DraftHead, SequentialHead
+from train.drafter.layers import DraftLayer, GatedDelta, Rope, Steps
+from train.drafter.memory import Memory
+
+Past = list[dict[str, Steps]]  # the draft rows' own keys of earlier ttt steps, for each layer and branch
+
+
+class Drafter(nn.Module):
+    """The target's embedding and LM head (`FrozenHead`) are handed in, not owned.
+
+    `layers` are the draft layers that the project knows from inside (of a language model: none). `head` is the LM head.
+    `sequential` corrects each slot of a block by the token before it; None: nothing does.
+    """
+
+    recompute = False  # whether draft rows' activations are made again in the backward instead of kept
+    head: DraftHead
+    layers: nn.ModuleList | list[DraftLayer]
+    sequential: SequentialHead | None
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = config
+        self.sequential = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """The inverse frequencies [D / 2] by which its keys are rotated, in float32."""
+        raise NotImplementedError
+
+    @property
+    def fusions(self) -> list[GatedDelta]:
+        """The gated deltas of a hybrid drafter."""
+        return [layer.fuse for layer in self.layers if layer.fuse is not None]
+
+    def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
+        """What the drafter reads of tokens, [..., E]."""
+        return head.embed(ids)
+
+    def remember(
+        self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
+    ) -> Memory:
+        """Memory of `past` and of P more verified positions.
+
+        Args:
+            states: the target's states at `places`, [P, ...].
+            token_RE: embeddings of the tokens newly known, at `rows`. With pairs, R = P: the pair (x_{i+1}, f_i) sits at position
+                i + 1. The newest one is the anchor's own, and its anchor's rows do not see it.
+        """
+        raise NotImplementedError
+
+    def known_queries(
+        self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
+    ) -> list[dict[str, Tensor]]:
+        """The queries [R, H, D] with which known tokens at `rows` read all of the memory before them, for each layer and branch:
+        what views choose by.
+
+        Args:
+            feature_RE: with pairs, the feature of the position before each token.
+        """
+        raise NotImplementedError
+
+    def step(
+        self,
+        token_NE: Tensor,
+        feature_NE: Tensor | None,
+        rows: DraftRows,
+        earlier: DraftRows | None,
+        memory: Memory,
+        past: Past | None,
+        attend,
+    ) -> tuple[Tensor, Tensor | None, Past]:
+        """One step of ttt for every anchor.
+
+        Args:
+            token_NE: embeddings of x_{a+j−1}.
+            feature_NE: with hidden states fc(f_{a−1}) at step 1, later the stream that the step before returned.
+            earlier, past: rows and keys of the steps before.
+
+        Returns:
+            output after the final norm [N, E], the stream that the next step reads (before that norm; `norm_output`: after it)
+            [N, E], or None where it reads none, the keys including this step's.
+        """
+        raise NotImplementedError
+
+    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
+        """Initial weights, a function of the configuration's seed; the drafter itself.
+
+        Args:
+            counts_V: how often the training text supervises each token; a reduced draft vocabulary keeps the most frequent.
+        """
+        raise NotImplementedError
+
+    def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
+        """Keys as they would be so many positions further on."""
+        wide = torch.promote_types(key_PGD.dtype, torch.float32)
+        return Rope(moved_PG / self.config.rope_factor, self.inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
+
+    def visibility(self, queries: DraftRows, memory: Memory, drafts: DraftRows) -> list[dict[str, Visibility]]:
+        """For each layer and branch; layers that see the same share it."""
+        causal = self.config.schedule.causal(self.config)
+
+        def of(selection: dict) -> dict[str, Visibility]:
+            return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
+
+        return [of({})] * len(memory.layers) if memory.selection is None else [of(selection) for selection in memory.selection]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""
+        names = [{name for name, _ in self.named_parameters(remove_duplicate=once)} for once in (False, True)]
+        return {name: t for name, t in self.state_dict().items() if name not in names[0] - names[1]}
+
+    def save_pretrained(self, folder: str | Path, parameters: dict[str, Tensor] | None = None) -> None:
+        """`config.json` and `model.safetensors`, each whole or absent. `parameters`: their values by name, where an engine has
+        them in parts."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.detach().cpu().contiguous() for name, t in (self.weights() | (parameters or {})).items()}
+        save_file(weights, folder / "model.safetensors.tmp")
+        publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        write_text(folder / "config.json", self.config.to_json())

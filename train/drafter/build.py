@@ -1,0 +1,65 @@
+"""A configuration or a folder -> the drafter. The one module that knows every kind of drafter and every format."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from data_prep.target.architecture import Architecture, Sizes
+from train.drafter.base import Drafter
+from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
+from train.drafter.formats.imported import imported_config
+from train.drafter.formats.imported_weights import imported_weights
+from train.drafter.layered import LayeredDrafter
+from train.drafter.standalone import Standalone
+
+
+def new_drafter(config: DrafterConfig) -> Drafter:
+    """A drafter of this configuration, its weights still to be chosen."""
+    return LayeredDrafter(config) if config.lm is None else Standalone(config)
+
+
+def load_config(folder: str | Path, beside: Callable[[], Sizes | Architecture] | None = None) -> DrafterConfig:
+    """Raises UserError when `folder`, a path or the name of a released drafter, holds none.
+
+    Args:
+        beside: gives the sizes of the target, of which a checkpoint in another format (formats/imported.py) does not
+            say all. Asked for such a one alone.
+    """
+    fields = read_fields(folder)
+    if is_foreign(fields):
+        try:
+            return imported_config(folder_of(folder), fields, beside)
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:  # a number where others have a list
+            raise UserError(f"{folder}/config.json is of no checkpoint that is known: {error}") from error
+    try:
+        return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}/config.json is not the configuration of a drafter: {error}") from error
+
+
+def load_drafter(folder: str | Path, beside: Callable[[], Sizes | Architecture] | None = None) -> Drafter:
+    """The drafter in `folder`: a path or the name of a released drafter, or a checkpoint in another format (to which the target
+    still has to give its part: `imported_weights.bind`). `beside` as in `load_config`. Raises UserError when it holds no drafter
+    or its weights do not fit its configuration."""
+    drafter = new_drafter(load_config(folder, beside))
+    try:
+        if is_foreign(read_fields(folder)):
+            weights = imported_weights(folder_of(folder), drafter.config)
+            for name, tensor in drafter.weights().items():
+                if name.startswith(("mask.", "sequential.")):  # still to come from the target, and felt if it does not
+                    weights[name] = torch.full_like(tensor, torch.nan)
+        else:
+            weights = load_file(folder_of(folder) / "model.safetensors")
+        absent, foreign = drafter.load_state_dict(weights, strict=False)
+        if wrong := [*foreign, *(name for name in absent if name in drafter.weights())]:
+            raise KeyError(f"{len(wrong)} weights, such as {wrong[0]}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{folder}: the drafter's weights are missing or do not fit its config.json ({str(error).splitlines()[0]})"
+        ) from error
+    return drafter
