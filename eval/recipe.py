@@ -17,7 +17,7 @@ from data_prep.target.target import Architecture, load_tokenizer, pick_device, t
 from eval.caches.partial import PartialRecipe
 from eval.engine.tree import TreeShape
 from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
-from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe, load_prompts
+from eval.prompts.suites import Prompt, SuiteRecipe, load_prompts
 from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
@@ -34,6 +34,7 @@ class ScoreRecipe(Section):
     documents: int = Field(ge=1)
     anchors: int = Field(ge=1)  # a document
     pack_tokens: int = Field(ge=2)
+    context: int | None = Field(None, ge=2)  # tokens before the first anchor; null: anchors may be anywhere
 
 
 class VerifyRecipe(PartialRecipe):
@@ -64,14 +65,11 @@ class EvalRecipe(Section):
     format: Literal["eagle3", "dflash", "dspark", "speculators", "drafter"]
     runs: list[str] = []  # mode=compare: folders of reports
     out: str
-    # Tokens before the first anchor; null: in mode=decode prompts.tokens or suite.prompt_tokens, in mode=score anywhere.
-    context: int | None = Field(None, ge=2)
     view: View
     tracking: TrackingRecipe
     target: TargetRecipe
     data: DataRecipe
     suite: SuiteRecipe
-    prompts: PromptsRecipe
     cache: FinishedCache
     score: ScoreRecipe
     chat: ChatRecipe
@@ -120,14 +118,11 @@ class EvalRecipe(Section):
 
     @property
     def span(self) -> tuple[int, int] | None:
-        """Positions of the anchors that a context asks for: as many as decoding makes tokens."""
-        if self.asks_suite:
-            context = self.context or self.suite.prompt_tokens
-            return context and (context, context + self.suite.new_tokens)
-        if self.context is None and not self.decodes:
-            return None
-        context = self.context or self.prompts.tokens
-        return context, context + self.prompts.max_new_tokens
+        """Positions of the anchors behind a context, as many as decoding makes tokens; None: a context is not asked for."""
+        context = {"score": self.score.context, "diagnose": self.score.context}.get(self.mode)
+        if self.decodes:
+            context = self.suite.prompt_tokens
+        return context and (context, context + self.suite.new_tokens)
 
 
 def named_view(recipe: EvalRecipe, config: DrafterConfig) -> View:
@@ -151,7 +146,7 @@ def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
 
 
 def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
-    """The prompts of mode=decode, as long as `context` wants them, and what a report says of them. Raises UserError."""
+    """The prompts of mode=decode, and what a report says of them. Raises UserError."""
     room = config.architecture.max_positions - config.slots  # the last round may draft beyond the last token
     found, said = prompts_within(recipe, room, tokenizer)
     if len(found) < 2 and recipe.controls and recipe.mode == "decode":
@@ -161,16 +156,7 @@ def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedT
 
 def prompts_within(recipe: EvalRecipe, room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
     """The same of any drafter: requests take at most `room` positions, their new tokens included."""
-    suite, prompts, context = recipe.suite, recipe.prompts, recipe.span and recipe.span[0]
-    if recipe.asks_suite and prompts != PromptsRecipe(**OmegaConf.load(f"{CONF}/eval.yaml").prompts):
-        raise UserError(
-            f"prompts.* is for suite=heldout; suite={suite.kind} has suite.count, suite.prompt_tokens, suite.new_tokens"
-        )
-    if recipe.asks_suite:
-        suite = suite.model_copy(update={"prompt_tokens": context})
-    else:
-        prompts = prompts.model_copy(update={"tokens": context})
-    return load_prompts(suite, recipe.data, prompts, tokenizer, room)
+    return load_prompts(recipe.suite, recipe.data, tokenizer, room)
 
 
 def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None) -> None:
@@ -327,11 +313,11 @@ def check_evaluation(recipe: EvalRecipe) -> None:
         room, end = config.architecture.max_positions, recipe.span[1]
         if end + config.slots > room:
             raise UserError(
-                f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the "
+                f"{recipe.span[0]} tokens of context and suite.new_tokens={recipe.suite.new_tokens} exceed the "
                 f"target's {room} positions"
             )
         if recipe.decodes:
-            _check_positions(recipe, config, [end + config.slots] * recipe.prompts.count, "prompts")
+            _check_positions(recipe, config, [end + config.slots] * recipe.suite.count, "prompts")
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if config.is_bound and tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(

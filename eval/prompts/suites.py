@@ -26,14 +26,6 @@ from eval.prompts.records import numbered_rows
 Side = Literal["left", "right", "middle"]
 
 
-class PromptsRecipe(Section):
-    """suite=heldout: prompts are the first tokens of held-out documents."""
-
-    count: int = Field(ge=2)  # two at least: the shuffled-memory control shows one the other's states
-    tokens: int = Field(ge=2)
-    max_new_tokens: int = Field(ge=2)
-
-
 class SuiteRecipe(Section):
     """conf/suite/_keys.yaml says what each of these is."""
 
@@ -77,6 +69,11 @@ class SuiteRecipe(Section):
             raise ValueError(f"suite.kinds names the category '{twice[0]}' twice")
         if (self.kinds or self.balanced) and self.category is None:
             raise ValueError("suite.kinds and suite.balanced need suite.category, the field that says what a prompt is")
+        if self.heldout and (self.count is None or self.count < 2 or self.prompt_tokens is None):
+            # The control that shows a drafter another request's memory takes two prompts.
+            raise ValueError(
+                "suite=heldout needs suite.count, 2 or more, and suite.prompt_tokens: how many documents, and how much of each"
+            )
         if not self.heldout and (self.turns is None) == (self.template is None):
             raise ValueError("give suite.turns, the field of a conversation's turns, or suite.template, the only turn, not both")
         if self.cut_after is not None:
@@ -199,23 +196,23 @@ def _turns(place: str, fields: dict, suite: SuiteRecipe) -> list[str]:
 
 
 def load_prompts(
-    suite: SuiteRecipe, data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase, room: int
+    suite: SuiteRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, room: int
 ) -> tuple[list[Prompt], dict]:
     """The prompts, and what a report says of them: where they are from, how they were made, cut and counted.
 
     Args:
-        data, prompts: for suite=heldout, which knows nothing else.
+        data: where suite=heldout takes its documents from.
         room: positions that a request may take, its new tokens included.
 
     Raises:
         UserError: the source cannot be read, a record lacks a field, or a prompt with its new tokens takes more than `room`.
     """
     if suite.heldout:
-        found = heldout_prompts(data, prompts, tokenizer)
+        found = heldout_prompts(data, suite, tokenizer)
         said = {"source": data.source, "format": "plain text, the first tokens of documents", **_lengths(found)}
         told = ("chat", "thinking", "truncate", "warmup", "warmup_tokens")
-        said |= {"suite": suite.kind, **suite.model_dump(include=set(told)), "positions": prompts.tokens + prompts.max_new_tokens}
-        return found, said | prompts.model_dump()
+        said |= {"suite": suite.kind, **suite.model_dump(include=set(told)), "positions": suite.prompt_tokens + suite.new_tokens}
+        return found, said | {"count": suite.count, "tokens": suite.prompt_tokens, "max_new_tokens": suite.new_tokens}
     style = Style(suite, tokenizer, suite.prompt_tokens or room - suite.new_tokens, room)
     if style.limit < 2 or style.limit + suite.new_tokens > room:
         raise UserError(
@@ -305,7 +302,7 @@ def _lengths(prompts: list[Prompt]) -> dict:
     }
 
 
-def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def heldout_prompts(data: DataRecipe, suite: SuiteRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """One prompt a held-out document, in hashed order; with data.long=join the documents are joined first. Raises UserError when
     there are too few long enough."""
 
@@ -318,13 +315,13 @@ def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrai
 
     every, found = encoded(), []
     if data.long == "join":
-        every = joined(every, prompts.tokens, tokenizer.eos_token_id)
+        every = joined(every, suite.prompt_tokens, tokenizer.eos_token_id)
     for record, (ids, _) in every:
-        if len(ids) >= prompts.tokens:
-            found.append(Prompt(record.id, ids[: prompts.tokens]))
-        if len(found) == prompts.count:
+        if len(ids) >= suite.prompt_tokens:
+            found.append(Prompt(record.id, ids[: suite.prompt_tokens]))
+        if len(found) == suite.count:
             return found
     raise UserError(
-        f"data={data.source} has {len(found)} held-out documents of {prompts.tokens} tokens, fewer than "
-        f"prompts.count={prompts.count}; data.long=join joins shorter ones"
+        f"data={data.source} has {len(found)} held-out documents of {suite.prompt_tokens} tokens, fewer than "
+        f"suite.count={suite.count}; data.long=join joins shorter ones"
     )

@@ -55,15 +55,14 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup (test_engine.py: in batches)."""
     from data_prep.recipe import DataRecipe, TargetRecipe
     from data_prep.target.target import load_target, load_tokenizer
-    from eval.prompts.suites import heldout_prompts
-    from eval.recipe import PromptsRecipe
+    from eval.prompts.suites import SuiteRecipe, heldout_prompts
     from train.drafter.config import DrafterConfig
     from train.drafter.model import Drafter
 
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     found = heldout_prompts(
         DataRecipe(source="stdlib", max_length=512),
-        PromptsRecipe(count=20, tokens=64, max_new_tokens=24),
+        SuiteRecipe(kind="heldout", count=20, prompt_tokens=64, new_tokens=24),
         load_tokenizer(target.path),
     )
     assert len({p.id for p in found}) == 20
