@@ -32,16 +32,22 @@ class ScoreRecipe(Section):
     """`mode=score` and `mode=diagnose`: teacher-forced, from the cache alone."""
 
     documents: int = Field(ge=1)
-    anchors: int = Field(ge=1)  # a document
+    """Number of held-out documents."""
+    anchors: int = Field(ge=1)
+    """Anchors per document."""
     pack_tokens: int = Field(ge=2)
-    context: int | None = Field(None, ge=2)  # tokens before the first anchor; null: anchors may be anywhere
+    """Tokens of a pack."""
+    context: int | None = Field(None, ge=2)
+    """Tokens before the first anchor; null: anchors may be anywhere."""
 
 
 class VerifyRecipe(PartialRecipe):
-    """conf/verify/_keys.yaml says what each of these is."""
+    """How drafts are verified."""
 
     kind: Literal["full", "partial", "partial_audited"]
+    """partial: SpecPV over a part of the cache, lossy; partial_audited: the same, exact if greedy."""
     offload: bool = False
+    """Keep the whole cache in host memory; full verifications copy it to the device layer by layer."""
 
     @property
     def partial(self) -> PartialRecipe | None:
@@ -52,19 +58,28 @@ class DraftRecipe(Section):
     """How many tokens are drafted in a round."""
 
     length: int | Literal["adaptive"] | None = None
+    """Tokens per draft; null: as trained. adaptive: what measured acceptance and times make fastest."""
     breadth: int = Field(1, ge=1)
+    """2 or more: draft trees (ttt), with this many continuations per node; `length` is their depth."""
     nodes: int | None = Field(None, ge=1)
+    """Nodes of a tree; null: four times its depth."""
 
 
 class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
     mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo", "served"]
-    drafter: str | None = None  # a folder, or the name of a released one
+    """What to do with the drafter; served: compare a server that drafts with our own engine."""
+    drafter: str | None = None
+    """RUN/checkpoints/best, or the name of a released drafter in eval/drafters."""
     any_target: bool = False
+    """Accept a target of the same architecture whose weights are not those that the drafter was trained for."""
     format: Literal["eagle3", "dflash", "dspark", "speculators", "drafter"]
-    runs: list[str] = []  # mode=compare: folders of reports
+    """mode=export: what is written, for vLLM and SGLang or (drafter) for this project."""
+    runs: list[str] = []
+    """mode=compare: folders of reports; differences are from the first."""
     out: str
+    """Folder of the report; in a sweep (-m), of all reports."""
     view: View
     tracking: TrackingRecipe
     target: TargetRecipe
@@ -78,16 +93,27 @@ class EvalRecipe(Section):
     draft: DraftRecipe
     server: ServerRecipe
     batch: int = Field(ge=1)
+    """Requests at a time."""
     temperatures: list[float] = Field(min_length=1)
+    """Sampling temperatures to judge; 0: greedy."""
     top_p: float = Field(gt=0, le=1)
+    """Nucleus sampling at temperatures above 0: the share of probability that is kept."""
     top_k: int = Field(ge=0)
+    """Sampling from the k most likely tokens; 0: all."""
     stop: list[str]
+    """Strings that end an output."""
     graphs: bool
+    """Use CUDA graphs."""
     compile: bool
+    """GPU: torch.compile the target's layers. CPU: lay out float32 weights for oneDNN."""
     transformers: bool
+    """Time generate of transformers too (batch=1)."""
     controls: bool
+    """Judge controls too: untrained drafter, prompt lookup, zero memory, another request's memory."""
     attention: Literal["auto", "reference", "flex"]
+    """Attention backend of drafters under a view, and of mode=score."""
     seed: int
+    """Seed of sampling."""
 
     def tree(self, config: DrafterConfig) -> TreeShape | None:
         """Of drafts; None: they are chains."""

@@ -17,17 +17,28 @@ class LossRecipe(Section):
     Each term's sum over all ranks is divided by its own sum of weights, so a term's weight means the same at any size.
     """
 
-    kl: Weight = 0.0  # forward KL(p || q)
-    reverse_kl: Weight = 0.0  # KL(q || p)
-    ce: Weight = 0.0  # cross entropy with the text's own token
-    ce_greedy: Weight = 0.0  # cross entropy with the target's most likely token
-    tv: Weight = 0.0  # total variation; half of an L1 distance
-    lk_alpha: Weight = 0.0  # -log sum_v min(p, q)
-    lk_lambda: Weight = 0.0  # lambda KL + (1 - lambda) TV, lambda = exp(-eta alpha)
-    eta: float = Field(3.0, gt=0)  # of lk_lambda
-    expected_length: Weight = 0.0  # 1 - E/J, E the expected number of accepted slots, through the product of overlaps
-    kv_align: Weight = 0.0  # the drafter's own K/V against the target's, at the slot's own position
-    query_align: Weight = 0.0  # its queries against those with which the target made the slot's teacher
+    kl: Weight = 0.0
+    """Weight of the forward KL(p || q), p the target's distribution (EAGLE-3)."""
+    reverse_kl: Weight = 0.0
+    """Weight of KL(q || p)."""
+    ce: Weight = 0.0
+    """Weight of the cross entropy with the text's own token (DFlash)."""
+    ce_greedy: Weight = 0.0
+    """Weight of the cross entropy with the target's most likely token (BudgetDraft)."""
+    tv: Weight = 0.0
+    """Weight of the total variation, half of the L1 distance."""
+    lk_alpha: Weight = 0.0
+    """Weight of -log of the chance of acceptance, sum_v min(p, q) (LK losses)."""
+    lk_lambda: Weight = 0.0
+    """Weight of lambda KL + (1 - lambda) TV, lambda = exp(-eta * acceptance) (LK losses)."""
+    eta: float = Field(3.0, gt=0)
+    """lk_lambda: how fast KL gives way to TV as acceptance grows."""
+    expected_length: Weight = 0.0
+    """Weight of 1 - E/J, E the expected number of accepted slots of J."""
+    kv_align: Weight = 0.0
+    """Weight of the distance of the drafter's own K/V from the target's at the same position."""
+    query_align: Weight = 0.0
+    """Weight of the distance of the drafter's queries from the target's; needs cache.kinds=[...,query]."""
 
     @property
     def per_slot(self) -> dict[str, float]:
