@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from common.cli import CONF, in_sweep, refuse_file, validated
+from common.cli import in_sweep, refuse_file, validated
 from common.errors import UserError
 from common.recipe import Section
 from data_prep.cache.reader import CacheReader
@@ -151,12 +151,16 @@ class EvalRecipe(Section):
         return context and (context, context + self.suite.new_tokens)
 
 
+# view=auto of a drafter that was trained under the full view: what view=topk_chunk says.
+OF_FULL_VIEWS = View(kind="topk_chunk", sink=8, recent=64, chunk=8)
+
+
 def named_view(recipe: EvalRecipe, config: DrafterConfig) -> View:
     """The view that the command names, or the one that the drafter was trained under. Raises UserError for one that cannot be."""
     view = recipe.view
     if view.kind != "auto":
         return view
-    trained = config.view or OmegaConf.to_container(OmegaConf.load(f"{CONF}/view/topk_chunk.yaml"))
+    trained = config.view or OF_FULL_VIEWS.model_dump()
     said = {name: getattr(view, name) for name in view.model_fields_set - {"kind"}}
     return validated(View, OmegaConf.create(trained | said))
 

@@ -7,7 +7,9 @@ import sys
 import pytest
 from pydantic import BaseModel
 
+from common import cli
 from common.recipe import Section
+from eval.recipe import OF_FULL_VIEWS, EvalRecipe
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "docs/reference/generate.py"
@@ -36,6 +38,10 @@ def undescribed(generate, model: type[BaseModel], name: str) -> list[str]:
 def test_page_and_yaml_comments_are_generated():
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_view_of_drafters_of_the_full_view_is_view_topk_chunk():
+    assert cli.compose("eval", EvalRecipe, ["view=topk_chunk"]).view == OF_FULL_VIEWS
 
 
 def test_every_key_is_described(generate):
