@@ -32,7 +32,7 @@ class View(Section):
     scorer: Literal["mean", "lastkey", "minmax", "quest"] = "mean"
     pool: int = Field(1, ge=1)  # snapkv: neighbouring positions whose scores are averaged
     positions: Literal["absolute", "in_cache"] = "absolute"
-    # Select anew: in every round, never after the prompt, or once so many tokens are verified.
+    # Select anew: in every round, never after the prompt, or once this many tokens are verified.
     refresh: Literal["verify", "never"] | int = "verify"
 
     @model_validator(mode="before")
