@@ -10,4 +10,5 @@ ROOT = Path(__file__).resolve().parents[1]
 class Section(BaseModel):
     """A group of keys. Unknown keys are refused; nothing changes after composition."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The string below a key is its description: docs/reference/generate.py writes tables and YAML comments from it.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

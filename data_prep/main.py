@@ -17,6 +17,8 @@ import torch  # noqa: E402
 
 from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
+from common.rules import refuse  # noqa: E402
+from data_prep import rules  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
 from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
 from data_prep.capture import build as prepare  # noqa: E402
@@ -33,8 +35,7 @@ def check_data_prep(recipe: DataPrepRecipe) -> None:
     match recipe.mode:
         case "capture" | "estimate":
             prepare.check_capture(recipe)
-            if recipe.mode == "estimate" and recipe.capture.spread == "tp":
-                raise UserError("mode=estimate measures one process; with a target for several, use capture.spread=device_map")
+            refuse(rules.MODES, recipe)
         case "regenerate":
             check_regeneration(recipe)
         case "synthesize":
@@ -42,8 +43,7 @@ def check_data_prep(recipe: DataPrepRecipe) -> None:
         case "verify" | "inspect":
             CacheReader(recipe.cache.dir)
         case "merge":
-            if len(recipe.merge.sources) < 2:
-                raise UserError("mode=merge needs two caches or more: 'merge.sources=[CACHE_A,CACHE_B]'")
+            refuse(rules.MODES, recipe)
             for folder in recipe.merge.sources:
                 CacheReader(folder)
 

@@ -15,13 +15,20 @@ STDLIB_TOKENS = 600_000
 class TargetRecipe(Section):
     """A causal LM: a folder or a hub id in the format of transformers, or a GGUF file of either."""
 
-    path: str  # one that ends in .gguf is that file
-    gguf: str | None = Field(None, pattern=r"\.gguf$")  # a file of the folder or hub id `path`
-    fetch: str | None = None  # the command that puts `path` there
+    path: str
+    """Folder or hub id of a model in the format of transformers, or a .gguf file."""
+    gguf: str | None = Field(None, pattern=r"\.gguf$")
+    """A GGUF file inside the folder or hub id `path`."""
+    fetch: str | None = None
+    """The command that downloads `path`; it is shown when the path is missing."""
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bf16 on a GPU, float32 on a CPU
+    """Branch, tag or commit of a hub id; null: its default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Precision of the weights; auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    mask_token_id: int | None = Field(None, ge=0)  # an id that no text uses; block-wise drafting starts its MASK from it
+    """Where the model runs; auto: a GPU if there is one."""
+    mask_token_id: int | None = Field(None, ge=0)
+    """Id of a token that no text uses; the MASK embedding of block-wise drafting starts from it."""
 
     @model_validator(mode="after")
     def _one_file(self):
@@ -53,20 +60,33 @@ class DataRecipe(Section):
     """Where documents come from, what of them is supervised and how much of them is used."""
 
     source: Literal["stdlib", "jsonl", "hub"]
-    format: Literal["auto", "text", "chat", "tokens"] = "auto"  # which fields of a record count; auto: those it has
-    path: str | None = None  # jsonl: the file
-    name: str | None = None  # hub: whatever datasets.load_dataset takes
+    """Where documents come from: Python's standard library, a JSON Lines file, or the datasets library."""
+    format: Literal["auto", "text", "chat", "tokens"] = "auto"
+    """Which fields of a record are read; auto: those that it has."""
+    path: str | None = None
+    """data.source=jsonl: the file."""
+    name: str | None = None
+    """data.source=hub: the data set, as datasets.load_dataset takes it."""
     config: str | None = None
+    """data.source=hub: the configuration of the data set."""
     split: str = "train"
-    files: str | list[str] | None = None  # hub: data_files
-    streaming: bool = False  # hub: nothing is downloaded whole; documents come in the source's order
-    id: str | None = "id"  # the field that names a document; null, or a record without it: its number
-    loss_mask: Literal["all_turns", "last_turn", "none"] = "all_turns"  # none: every token is supervised
-    template: dict[str, Any] = {}  # what the chat template is given besides the messages, e.g. enable_thinking
+    """data.source=hub: the split of the data set."""
+    files: str | list[str] | None = None
+    """data.source=hub: `data_files` of datasets.load_dataset."""
+    streaming: bool = False
+    """data.source=hub: read in the source's order, without downloading it whole."""
+    id: str | None = "id"
+    """Field that names a document; null, or a record without the field: its number."""
+    loss_mask: Literal["all_turns", "last_turn", "none"] = "all_turns"
+    """Which assistant turns are supervised; none: every token of the document is."""
+    template: dict[str, Any] = {}
+    """Options of the chat template, e.g. {enable_thinking: false}."""
     max_length: int = Field(ge=8)
-    # Longer than max_length: into pieces, keep the first, leave out. join: all records end to end, cut every max_length tokens.
+    """Longest document, in tokens."""
     long: Literal["split", "cut", "drop", "join"] = "split"
-    max_tokens: int | None = Field(None, ge=1)  # stop after this many tokens; null: all; auto: STDLIB_TOKENS
+    """What becomes of longer documents; join: all are put end to end and cut every max_length tokens."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Stop after this many tokens; null: take all. auto: 600000, or what train/sizes.py says for a CPU."""
 
     @field_validator("max_tokens", mode="before")
     @classmethod
@@ -78,44 +98,68 @@ class CacheRecipe(Section):
     """Which target states are stored, and how."""
 
     dir: str
+    """Folder of the cache."""
     codec: Literal["fp8", "bf16", "fp32"]
+    """Number format of the stored states."""
     kinds: list[Literal["hidden", "kv", "query"]] = Field(min_length=1)
+    """Which states are stored; `query` is needed by loss.query_align alone."""
     layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)]
+    """Layers whose states are stored, from 0; layer l means its output. auto: three, spread evenly."""
     last_hidden: Literal["supervised", "all"]
+    """Positions whose final hidden state is stored: those that supervise a prediction, or all."""
     shard_bytes: int = Field(ge=1)
-    on_missing: Literal["fail", "capture", "live"] = "capture"  # training without a finished cache at `dir`
+    """Size of a file of the cache, in bytes."""
+    on_missing: Literal["fail", "capture", "live"] = "capture"
+    """Training without a finished cache: capture one first, run the target live and store nothing, or fail."""
 
 
 class FinishedCache(Section):
     """A cache to read: everything else about it stands in its manifest."""
 
     dir: str
+    """Folder of a finished cache; mode=score and mode=diagnose read it."""
 
 
 class CaptureRecipe(Section):
     """The target's forward, and how the target is spread over GPUs when one cannot hold it."""
 
     batch_tokens: int = Field(ge=1)
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"  # auto: flash-attn on a GPU that has it, else sdpa
+    """Tokens of one forward of the target."""
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of the target; auto: flash_attention_2 on a GPU that has flash-attn, else sdpa."""
     spread: Literal["none", "device_map", "tp"] = "none"
-    workers: int | None = Field(None, ge=1)  # processes that tokenise; null: one a core
+    """Share one target out: its layers over GPUs (device_map), or tensor parallel over processes (tp)."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that tokenise; null: one per core."""
 
 
 class RegenerateRecipe(Section):
     """`mode=regenerate`: the target answers the prompts itself."""
 
-    out: str | None = None  # the JSONL to write: a source for data=chat
-    base_url: str | None = None  # an OpenAI-compatible server, .../v1; null: this process
-    model: str | None = None  # its name at the server; null: target.path
+    out: str | None = None
+    """JSON Lines file to write; data=chat reads it."""
+    base_url: str | None = None
+    """OpenAI-compatible server, http://HOST:PORT/v1; null: the target answers in this process."""
+    model: str | None = None
+    """Name of the target at the server; null: target.path."""
     temperature: float = Field(ge=0)
+    """Sampling temperature; 0: greedy."""
     top_p: float = Field(gt=0, le=1)
-    max_tokens: int = Field(ge=1)  # of one reply
-    thinking: bool | None = None  # enable_thinking of the chat template; null: its own default
-    batch: int | None = Field(None, ge=1)  # in this process: conversations at a time; null: what the device holds
-    concurrency: int = Field(ge=1)  # at the server: requests at a time
-    attempts: int = Field(ge=1)  # of one request
-    timeout_s: float = Field(gt=0)  # of one attempt
+    """Nucleus sampling: the share of probability that is kept."""
+    max_tokens: int = Field(ge=1)
+    """Longest reply, in tokens."""
+    thinking: bool | None = None
+    """`enable_thinking` of the chat template; null: the template's own default."""
+    batch: int | None = Field(None, ge=1)
+    """Conversations at a time in this process; null: 16 on a CPU, on a GPU what its memory holds (at most 512)."""
+    concurrency: int = Field(ge=1)
+    """Requests at a time at the server."""
+    attempts: int = Field(ge=1)
+    """Attempts per request at the server."""
+    timeout_s: float = Field(gt=0)
+    """Time limit of one attempt, in seconds."""
     seed: int
+    """Seed of sampling."""
 
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -126,10 +170,14 @@ Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class TurnRecipe(Section):
     """How the target writes one turn of a conversation."""
 
-    temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)]  # of several, each conversation draws one
+    temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)]
+    """Sampling temperature; of a list, each conversation draws one."""
     top_p: float = Field(gt=0, le=1)
+    """Nucleus sampling: the share of probability that is kept."""
     max_tokens: int = Field(ge=1)
-    must_end: bool = True  # False: what reaches max_tokens is kept as it stands, and a reply that does is the last
+    """Longest turn, in tokens."""
+    must_end: bool = True
+    """Drop a conversation whose turn reaches max_tokens; false: keep the turn as it is, and end there if it is a reply."""
 
 
 class KindRecipe(Section):
@@ -139,11 +187,16 @@ class KindRecipe(Section):
     which can only be its end, by what the target writes on as the user.
     """
 
-    share: Share  # of the conversations, in proportion to the other kinds' shares
-    templates: list[str] = Field(min_length=1)  # each conversation draws one
-    passage: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None  # fewest and most characters
+    share: Share
+    """How often this kind is drawn, in proportion to the other kinds' shares."""
+    templates: list[str] = Field(min_length=1)
+    """First messages of a user; each conversation draws one and fills in {passage}, {user} and the keys of `words`."""
+    passage: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """Fewest and most characters of {passage}, which is cut from `texts`."""
     words: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
-    until: str | None = Field(None, min_length=1)  # behind the first of it ends what the target writes as the user
+    """Values of further placeholders; each conversation draws one value per key."""
+    until: str | None = Field(None, min_length=1)
+    """The target's text for {user} ends behind the first occurrence of this string."""
 
     @property
     def needs_texts(self) -> bool:
@@ -167,29 +220,47 @@ class KindRecipe(Section):
 class FiltersRecipe(Section):
     """Which conversations of `mode=synthesize` are left out."""
 
-    user_characters: int = Field(ge=1)  # a user's shorter message is too short
+    user_characters: int = Field(ge=1)
+    """Least characters of a user's message."""
     reply_characters: int = Field(ge=1)
-    passage_letters: float = Field(ge=0, le=1)  # the least share of letters among what is no blank; code and tables have fewer
-    loop: float = Field(ge=0, le=1)  # the largest share of a turn's 4-grams of words that were there before
-    near: float = Field(gt=0, le=1)  # from this similarity on, a first message repeats another conversation's
+    """Least characters of a reply."""
+    passage_letters: float = Field(ge=0, le=1)
+    """Least share of letters among the characters of a passage that are not blank; code and tables have fewer."""
+    loop: float = Field(ge=0, le=1)
+    """Largest share of a turn's 4-grams of words that are repeats."""
+    near: float = Field(gt=0, le=1)
+    """Similarity (Jaccard, runs of three words) at which a first message counts as a repeat of another."""
 
 
 class SynthesizeRecipe(Section):
     """`mode=synthesize`: the target writes whole conversations, the user's turns included."""
 
-    out: str | None = None  # the JSONL to write: a source for data=chat
-    count: int | None = Field(None, ge=1)  # conversations, or
-    tokens: int | None = Field(None, ge=1)  # tokens of whole conversations, as the chat template writes them
-    turns: Annotated[int, Field(ge=1)] | dict[Annotated[int, Field(ge=1)], Share]  # of a user; several numbers with their shares
-    most_tokens: int = Field(ge=8)  # of one conversation
-    template: dict[str, Any] = {}  # what the chat template is given besides the messages
+    out: str | None = None
+    """JSON Lines file to write; data=chat reads it. OUT.json says what was left out, and why."""
+    count: int | None = Field(None, ge=1)
+    """Number of conversations to write; or set `tokens`."""
+    tokens: int | None = Field(None, ge=1)
+    """Total tokens of the conversations, as the chat template writes them; or set `count`."""
+    turns: Annotated[int, Field(ge=1)] | dict[Annotated[int, Field(ge=1)], Share]
+    """User turns per conversation; {1: 0.7, 2: 0.3} draws the number by its share."""
+    most_tokens: int = Field(ge=8)
+    """Longest conversation, in tokens."""
+    template: dict[str, Any] = {}
+    """Options of the chat template, e.g. {enable_thinking: false}."""
     user: TurnRecipe
+    """How the target writes a user's turns."""
     reply: TurnRecipe
-    texts: str | None = None  # JSONL of {"text", "id"}: what passages are taken from; null: only kinds that need none
+    """How the target writes replies."""
+    texts: str | None = None
+    """JSON Lines of {"text", "id"} from which passages are cut; null: only kinds without passages are drawn."""
     kinds: dict[str, KindRecipe] = Field(min_length=1)
+    """Kinds of conversations, by name."""
     filters: FiltersRecipe
-    batch: int | None = Field(None, ge=1)  # requests at a time; null: chosen by the device
+    """Which conversations are left out."""
+    batch: int | None = Field(None, ge=1)
+    """Requests at a time; null: chosen by the device."""
     seed: int
+    """Seed of everything that is drawn."""
 
     @property
     def turn_shares(self) -> dict[int, float]:
@@ -202,12 +273,15 @@ class SynthesizeRecipe(Section):
 
 
 class InspectRecipe(Section):
-    out: str  # the picture
+    out: str
+    """Picture to write."""
     examples: int = Field(ge=0)
+    """Number of documents to print."""
 
 
 class MergeRecipe(Section):
-    sources: list[str] = []  # finished caches of one manifest (the data aside), joined into cache.dir
+    sources: list[str] = []
+    """Finished caches to join into cache.dir; they differ in their data alone."""
 
 
 class CaptureSections(Section):
@@ -230,6 +304,7 @@ class DataPrepRecipe(CaptureSections):
     """`deepspeed data_prep/main.py`: text -> tokens -> the target's states on disk."""
 
     mode: Literal["capture", "estimate", "verify", "inspect", "merge", "regenerate", "synthesize"]
+    """What to do; regenerate and synthesize write conversations, the others are about a cache."""
     regenerate: RegenerateRecipe
     synthesize: SynthesizeRecipe
     inspect: InspectRecipe

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from common.cli import CONF, in_sweep, refuse_file, validated
+from common.cli import in_sweep, refuse_file, validated
 from common.errors import UserError
 from common.recipe import Section
 from data_prep.cache.reader import CacheReader
@@ -19,7 +19,7 @@ from eval.caches.partial import PartialRecipe
 from eval.engine.tree import TreeShape
 from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
 from eval.prompts.load import load_prompts
-from eval.prompts.suites import Prompt, PromptsRecipe, SuiteRecipe
+from eval.prompts.suites import Prompt, SuiteRecipe
 from eval.reports import compare
 from eval.serving.servers import ServerRecipe, find_server
 from eval.serving.started import interpreter
@@ -35,15 +35,22 @@ class ScoreRecipe(Section):
     """`mode=score` and `mode=diagnose`: teacher-forced, from the cache alone."""
 
     documents: int = Field(ge=1)
-    anchors: int = Field(ge=1)  # a document
+    """Number of held-out documents."""
+    anchors: int = Field(ge=1)
+    """Anchors per document."""
     pack_tokens: int = Field(ge=2)
+    """Tokens of a pack."""
+    context: int | None = Field(None, ge=2)
+    """Tokens before the first anchor; null: anchors may be anywhere."""
 
 
 class VerifyRecipe(PartialRecipe):
-    """conf/verify/_keys.yaml says what each of these is."""
+    """How drafts are verified."""
 
     kind: Literal["full", "partial", "partial_audited"]
+    """partial: SpecPV over a part of the cache, lossy; partial_audited: the same, exact if greedy."""
     offload: bool = False
+    """Keep the whole cache in host memory; full verifications copy it to the device layer by layer."""
 
     @property
     def partial(self) -> PartialRecipe | None:
@@ -54,27 +61,33 @@ class DraftRecipe(Section):
     """How many tokens are drafted in a round."""
 
     length: int | Literal["adaptive"] | None = None
+    """Tokens per draft; null: as trained. adaptive: what measured acceptance and times make fastest."""
     breadth: int = Field(1, ge=1)
+    """2 or more: draft trees (ttt), with this many continuations per node; `length` is their depth."""
     nodes: int | None = Field(None, ge=1)
+    """Nodes of a tree; null: four times its depth."""
 
 
 class EvalRecipe(Section):
     """`python eval/main.py`: a drafter -> acceptance, speed, memory, a report."""
 
     mode: Literal["decode", "score", "diagnose", "export", "compare", "chat", "demo", "served"]
-    drafter: str | None = None  # a folder, or the name of a released one
+    """What to do with the drafter; served: compare a server that drafts with our own engine."""
+    drafter: str | None = None
+    """RUN/checkpoints/best, or the name of a released drafter in eval/drafters."""
     any_target: bool = False
+    """Accept a target of the same architecture whose weights are not those that the drafter was trained for."""
     format: Literal[tuple(FORMATS)]
-    runs: list[str] = []  # mode=compare: folders of reports
+    """mode=export: what is written, for vLLM and SGLang or (drafter) for this project."""
+    runs: list[str] = []
+    """mode=compare: folders of reports; differences are from the first."""
     out: str
-    # Tokens before the first anchor; null: in mode=decode prompts.tokens or suite.prompt_tokens, in mode=score anywhere.
-    context: int | None = Field(None, ge=2)
+    """Folder of the report; in a sweep (-m), of all reports."""
     view: View
     tracking: TrackingRecipe
     target: TargetRecipe
     data: DataRecipe
     suite: SuiteRecipe
-    prompts: PromptsRecipe
     cache: FinishedCache
     score: ScoreRecipe
     chat: ChatRecipe
@@ -83,16 +96,27 @@ class EvalRecipe(Section):
     draft: DraftRecipe
     server: ServerRecipe
     batch: int = Field(ge=1)
+    """Requests at a time."""
     temperatures: list[float] = Field(min_length=1)
+    """Sampling temperatures to judge; 0: greedy."""
     top_p: float = Field(gt=0, le=1)
+    """Nucleus sampling at temperatures above 0: the share of probability that is kept."""
     top_k: int = Field(ge=0)
+    """Sampling from the k most likely tokens; 0: all."""
     stop: list[str]
+    """Strings that end an output."""
     graphs: bool
+    """Use CUDA graphs."""
     compile: bool
+    """GPU: torch.compile the target's layers. CPU: lay out float32 weights for oneDNN."""
     transformers: bool
+    """Time generate of transformers too (batch=1)."""
     controls: bool
+    """Judge controls too: untrained drafter, prompt lookup, zero memory, another request's memory."""
     attention: Literal["auto", "reference", "flex"]
+    """Attention backend of drafters under a view, and of mode=score."""
     seed: int
+    """Seed of sampling."""
 
     def tree(self, config: DrafterConfig) -> TreeShape | None:
         """Of drafts; None: they are chains."""
@@ -123,14 +147,15 @@ class EvalRecipe(Section):
 
     @property
     def span(self) -> tuple[int, int] | None:
-        """Positions of the anchors that a context asks for: as many as decoding makes tokens."""
-        if self.asks_suite:
-            context = self.context or self.suite.prompt_tokens
-            return context and (context, context + self.suite.new_tokens)
-        if self.context is None and not self.decodes:
-            return None
-        context = self.context or self.prompts.tokens
-        return context, context + self.prompts.max_new_tokens
+        """Positions of the anchors behind a context, as many as decoding makes tokens; None: a context is not asked for."""
+        context = {"score": self.score.context, "diagnose": self.score.context}.get(self.mode)
+        if self.decodes:
+            context = self.suite.prompt_tokens
+        return context and (context, context + self.suite.new_tokens)
+
+
+# view=auto of a drafter that was trained under the full view: what view=topk_chunk says.
+OF_FULL_VIEWS = View(kind="topk_chunk", sink=8, recent=64, chunk=8)
 
 
 def named_view(recipe: EvalRecipe, config: DrafterConfig) -> View:
@@ -138,7 +163,7 @@ def named_view(recipe: EvalRecipe, config: DrafterConfig) -> View:
     view = recipe.view
     if view.kind != "auto":
         return view
-    trained = config.view or OmegaConf.to_container(OmegaConf.load(f"{CONF}/view/topk_chunk.yaml"))
+    trained = config.view or OF_FULL_VIEWS.model_dump()
     said = {name: getattr(view, name) for name in view.model_fields_set - {"kind"}}
     return validated(View, OmegaConf.create(trained | said))
 
@@ -154,7 +179,7 @@ def view_of(recipe: EvalRecipe, config: DrafterConfig) -> View | None:
 
 
 def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
-    """The prompts of mode=decode, as long as `context` wants them, and what a report says of them. Raises UserError."""
+    """The prompts of mode=decode, and what a report says of them. Raises UserError."""
     room = config.architecture.max_positions - config.slots  # the last round may draft beyond the last token
     found, said = prompts_within(recipe, room, tokenizer)
     if len(found) < 2 and recipe.controls and recipe.mode == "decode":
@@ -164,16 +189,7 @@ def prompts_of(recipe: EvalRecipe, config: DrafterConfig, tokenizer: PreTrainedT
 
 def prompts_within(recipe: EvalRecipe, room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
     """The same of any drafter: requests take at most `room` positions, their new tokens included."""
-    suite, prompts, context = recipe.suite, recipe.prompts, recipe.span and recipe.span[0]
-    if recipe.asks_suite and prompts != PromptsRecipe(**OmegaConf.load(f"{CONF}/eval.yaml").prompts):
-        raise UserError(
-            f"prompts.* is for suite=heldout; suite={suite.kind} has suite.count, suite.prompt_tokens, suite.new_tokens"
-        )
-    if recipe.asks_suite:
-        suite = suite.model_copy(update={"prompt_tokens": context})
-    else:
-        prompts = prompts.model_copy(update={"tokens": context})
-    return load_prompts(suite, recipe.data, prompts, tokenizer, room)
+    return load_prompts(recipe.suite, recipe.data, tokenizer, room)
 
 
 def _check_decoding(recipe: EvalRecipe, config: DrafterConfig, view: View | None) -> None:
@@ -331,11 +347,11 @@ def check_evaluation(recipe: EvalRecipe) -> None:
         room, end = config.architecture.max_positions, recipe.span[1]
         if end + config.slots > room:
             raise UserError(
-                f"{recipe.span[0]} tokens of context and prompts.max_new_tokens={recipe.prompts.max_new_tokens} exceed the "
+                f"{recipe.span[0]} tokens of context and suite.new_tokens={recipe.suite.new_tokens} exceed the "
                 f"target's {room} positions"
             )
         if recipe.decodes:
-            _check_positions(recipe, config, [end + config.slots] * recipe.prompts.count, "prompts")
+            _check_positions(recipe, config, [end + config.slots] * recipe.suite.count, "prompts")
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     if config.is_bound and tokenizer_hashes(tokenizer)[0] != config.target["tokenizer_hash"]:
         raise UserError(

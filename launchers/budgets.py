@@ -47,14 +47,17 @@ def train(o) -> None:
 
 
 def judge(o) -> None:
-    sweep = [*VIEW, f"view.budget={','.join(map(str, [*o.budgets, 0]))}", f"context={','.join(map(str, o.contexts))}"]
+    sweep = [*VIEW, f"view.budget={','.join(map(str, [*o.budgets, 0]))}"]
+    contexts = ",".join(map(str, o.contexts))
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:
             run = o.runs / arm / f"seed{seed}"
             words = [str(ROOT / "eval/main.py"), "-m", f"drafter={run / 'checkpoints/last'}", *sweep]
-            score = [*words, "mode=score", f"cache.dir={o.runs / 'cache'}", "prompts.max_new_tokens=256", "score.anchors=64"]
-            decode = [*words, "data.long=join", f"controls={str(seed == 0 and arm == 'sandwich').lower()}"]
+            score = [*words, "mode=score", f"cache.dir={o.runs / 'cache'}", "suite.new_tokens=256", "score.anchors=64"]
+            score.append(f"score.context={contexts}")
+            decode = [*words, f"suite.prompt_tokens={contexts}", "data.long=join"]
+            decode.append(f"controls={str(seed == 0 and arm == 'sandwich').lower()}")
             for name, one in (("score", score), ("decode", decode)):
                 out = run / name
                 work.append((f"{arm}, seed {seed}, {name}", [*one, *o.overrides, f"out={out}"], run / f"{name}.log", out))

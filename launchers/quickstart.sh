@@ -16,5 +16,5 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 step deepspeed --num_accelerators "$ranks" --master_port "$port" "$here/train/main.py" experiment=quickstart cache.dir="$runs/cache" run.dir="$runs/run"
 # A step of so small a target is too short to share among cores: one thread is as fast as two, and no slower beside other work.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-step python "$here/eval/main.py" drafter="$runs/run/checkpoints/best" out="$runs/report" prompts.count=12
+step python "$here/eval/main.py" drafter="$runs/run/checkpoints/best" out="$runs/report" suite.count=12
 printf '\nquickstart: %d s; see %s/report/report.png\n' $((SECONDS - started)) "$runs"

@@ -20,22 +20,35 @@ class ObjectiveRecipe(Section):
     """How drafting is practised, and what each slot counts."""
 
     kind: Literal[tuple(OBJECTIVES)]
-    slots: int = Field(ge=1)  # block-wise: B, the anchor's slot included; ttt: steps
-    shifted: bool = False  # block-wise: the slot at index j - 1 proposes x_{a+j}, so that B tokens are drafted
-    anchors: int | None = Field(None, ge=1)  # a document and pass; null: every position
-    causal: bool = False  # block-wise: a slot sees earlier slots only
-    # block-wise: blocks show v tokens instead of one, with a chance in proportion to prefix^(v-1)
+    """How drafting is practised: token by token (ttt, as EAGLE-3), or a block of slots at once (blockwise, as DFlash)."""
+    slots: int = Field(ge=1)
+    """ttt: drafted tokens per round. blockwise: slots per block, the anchor's included."""
+    shifted: bool = False
+    """blockwise: the anchor's slot drafts too, so that a block of B slots drafts B tokens (DSpark)."""
+    anchors: int | None = Field(None, ge=1)
+    """Anchors drawn per document and pass; null: every position."""
+    causal: bool = False
+    """blockwise: a slot sees earlier slots of its block only."""
     prefix: float | None = Field(None, gt=0, lt=1)
+    """blockwise: chance ratio by which blocks are given one more token after the anchor (D2SD uses 0.9); null: never."""
     weights: Literal["decay", "dpace"] = "decay"
-    decay: float = Field(gt=0)  # block-wise: weights exp(-(j-1)/decay); ttt: decay^(j-1)
-    # objective=budgetdraft: the weights of the branch that sees everything and of those that see a budget (lambda)
+    """How slots are weighted: `decay`, or by how much of the expected length depends on them (dpace)."""
+    decay: float = Field(gt=0)
+    """ttt: step j has weight decay^(j-1). blockwise: slot j has weight exp(-(j-1)/decay)."""
     full: float = Field(1.0, ge=0)
+    """BudgetDraft: weight of the loss under the full view."""
     sparse: float = Field(0.0, ge=0)
-    budgets: Literal["paper", "sandwich"] = "sandwich"  # where they come from while view.budget is null
+    """BudgetDraft: weight of the loss under budgets (lambda), shared by the views of a step."""
+    budgets: Literal["paper", "sandwich"] = "sandwich"
+    """BudgetDraft without view.budget: one of 256 to 2048 per step (paper), or the smallest and `draws` more (sandwich)."""
     smallest: int = Field(256, ge=1)
+    """BudgetDraft, sandwich: smallest budget, in memory positions."""
     largest: int = Field(2048, ge=1)
-    draws: int = Field(1, ge=0)  # sandwich: budgets beside the smallest
-    detach: bool = False  # nothing is learned through memory
+    """BudgetDraft, sandwich: largest budget, in memory positions."""
+    draws: int = Field(1, ge=0)
+    """BudgetDraft, sandwich: budgets per document beside the smallest, log-uniform up to the largest."""
+    detach: bool = False
+    """Stop gradients at memory, as BudgetDraft publishes it."""
 
     @model_validator(mode="after")
     def _a_block_drafts(self):
@@ -45,22 +58,33 @@ class ObjectiveRecipe(Section):
 class GateRecipe(Section):
     """Ways to keep the gate of hybrid drafters from closing early (none of them: KVShot's)."""
 
-    hold_steps: int = Field(0, ge=0)  # g = 0.5 for so many steps
+    hold_steps: int = Field(0, ge=0)
+    """Optimizer steps in which the gate is held at 0.5."""
     floor: float = Field(0.0, ge=0, lt=1)
-    zero_delta: bool = False  # W_delta starts at zero: the drafter begins as its hidden-state branch
-    lr_ratio: float = Field(1.0, gt=0)  # the gate's and W_delta's learning rate, over train.lr
+    """Least value of the gate."""
+    zero_delta: bool = False
+    """Start W_delta at zero, so that the drafter begins as its hidden-state branch."""
+    lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of the gate and W_delta, as a multiple of train.lr."""
 
 
 class ReuseRecipe(Section):
     """Which target state the drafter reads."""
 
     kind: Literal["none", "hidden", "kv", "hybrid"]
-    hidden_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"  # auto: all that the cache holds
+    """Which states of the target the drafter reads: none, hidden states, K/V, or both."""
+    hidden_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"
+    """Layers whose hidden states are read; auto: all that the cache holds."""
     source: Literal["native", "projected", "projected_rope", "head_concat"] = "native"
-    kv_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"  # of every source but native
+    """How K/V are read: one layer in place (native), or several layers joined by a projection or side by side."""
+    kv_layers: Literal["auto"] | Annotated[list[int], Field(min_length=1)] = "auto"
+    """Layers whose K/V are joined, for every source but native; auto: all that the cache holds."""
     fusion: Literal["gated_delta", "cross_only"] = "gated_delta"
-    pairs: bool = False  # block-wise: memory is made of pairs of token and feature, as under ttt (P-EAGLE)
+    """hybrid: KVShot's gated delta, or attention over the target's K/V alone (cross_only, ttt)."""
+    pairs: bool = False
+    """blockwise: build memory from pairs of token and hidden state, as ttt does (P-EAGLE)."""
     gate: GateRecipe = GateRecipe()
+    """hybrid: the gate of the gated delta."""
 
     @model_validator(mode="after")
     def _keys_that_mean_something(self):
@@ -69,20 +93,35 @@ class ReuseRecipe(Section):
 
 class DrafterRecipe(Section):
     layers: int = Field(ge=1)
-    target_layers: Literal["auto"] | list[int]  # one a draft layer; auto: the cache's, first to last (one: the last)
+    """Number of draft layers."""
+    target_layers: Literal["auto"] | list[int]
+    """One target layer per draft layer, to start from and, with native K/V, to read; auto: spread over those captured."""
     start: Literal["target", "random"]
-    warm_start: str | None = None  # a drafter, or a checkpoint of EAGLE-3, DFlash, speculators: what fits replaces `start`
+    """Start draft layers as their target layers, or at random."""
+    warm_start: str | None = None
+    """A drafter, or a checkpoint of EAGLE-3, P-EAGLE, DFlash, DSpark or speculators, whose fitting weights are taken."""
     attention: Literal["auto", "reference", "flex", "flash"]
-    qk_norm: bool | None = None  # null: as the target
-    vocabulary: int | None = Field(None, ge=1)  # keep so many of the most frequent tokens; null: all
-    own_head: bool = False  # train an LM head; false: the target's, frozen
-    sequential: Literal["markov", "gru"] | None = None  # block-wise: correct each slot by the token before it
+    """Attention backend; auto: the reference on a CPU, flash or flex on a GPU."""
+    qk_norm: bool | None = None
+    """Norm queries and keys; null: as the target does."""
+    vocabulary: int | None = Field(None, ge=1)
+    """Keep this many of the most frequent tokens; null: all."""
+    own_head: bool = False
+    """Train an LM head; false: share the target's, frozen."""
+    sequential: Literal["markov", "gru"] | None = None
+    """blockwise: correct each slot by the token before it, with a Markov head or a GRU."""
     sequential_size: int = Field(256, ge=1)
-    rope_factor: float = Field(1.0, ge=1)  # positions are divided by it
-    norm_before_residual: bool = False  # ttt over hidden states: the residual stream begins as the normed feature
-    lm: str | None = None  # a language model of its own instead of layers like the target's
-    fc_norm: bool = False  # drafters that read pairs: norm each layer's hidden state before fc (EAGLE-3.1)
-    norm_output: bool = False  # ttt that reads pairs: the next step reads the stream after the final norm (EAGLE-3.1)
+    """Size of the state of `sequential`."""
+    rope_factor: float = Field(1.0, ge=1)
+    """Positions are divided by it (linear RoPE scaling)."""
+    norm_before_residual: bool = False
+    """ttt over hidden states: the residual stream begins as the normed feature."""
+    lm: str | None = None
+    """A small language model (folder or hub id) that drafts with K/V of its own; needs reuse=none."""
+    fc_norm: bool = False
+    """Drafters that read pairs: norm each layer's hidden state before fc joins them (EAGLE-3.1)."""
+    norm_output: bool = False
+    """ttt that reads pairs: the next step reads the stream after the final norm (EAGLE-3.1)."""
 
     @model_validator(mode="after")
     def _a_language_model_brings_its_own(self):
@@ -93,34 +132,60 @@ class TrainSection(Section):
     """`max_steps`, `batch`, `pack_tokens`, `save_every` and `lr` may be `auto`: train/sizes.py."""
 
     max_steps: int = Field(ge=1)
-    batch: int = Field(ge=1)  # packs an optimizer step, over all ranks and accumulation
+    """Optimizer steps; auto: 2000 on a GPU, 600 on a CPU."""
+    batch: int = Field(ge=1)
+    """Packs per optimizer step, over all ranks; auto: 8 on a GPU, on a CPU 2 or the next multiple of the ranks."""
     pack_tokens: int = Field(ge=2)
-    workers: int = Field(ge=0)  # threads that read packs ahead; 0: none
+    """Tokens of a pack; auto: 4096 on a GPU, 1024 on a CPU."""
+    workers: int = Field(ge=0)
+    """Threads that read packs ahead; 0: none."""
     lr: float = Field(gt=0)
+    """Peak learning rate; auto: 6e-4 on a GPU, 2e-3 on a CPU."""
     min_lr_ratio: float = Field(ge=0, le=1)
-    warmup_ratio: float = Field(ge=0, lt=1)  # of max_steps
+    """Learning rate at the end, as a share of train.lr."""
+    warmup_ratio: float = Field(ge=0, lt=1)
+    """Share of max_steps in which the learning rate rises."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    """AdamW's betas."""
     weight_decay: float = Field(ge=0)
-    clip: float = Field(ge=0)  # of the global gradient norm; 0: none
-    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a GPU, fp32 on a CPU
-    fp8: bool = False  # the products of the MLPs and of a frozen head
-    compile: bool = True  # on a GPU, where ZeRO-3 does not gather weights layer by layer
-    recompute: bool = False  # draft layers run again in the backward: less memory, more time
+    """AdamW's weight decay."""
+    clip: float = Field(ge=0)
+    """Largest norm of the gradient; 0: no limit."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """Precision of forward and backward; auto: bf16 on a GPU, fp32 on a CPU."""
+    fp8: bool = False
+    """fp8 products in MLPs and a frozen head; needs bf16, ZeRO 0 to 2 and compute capability 8.9."""
+    compile: bool = True
+    """torch.compile what stands between a layer's products; on a GPU, without ZeRO-3 and drafter.lm."""
+    recompute: bool = False
+    """Run draft layers again in the backward: less memory, more time."""
     seed: int
-    chunk_rows: int = Field(ge=1)  # rows whose logits exist at a time
+    """Seed of initial weights, order of documents and anchors."""
+    chunk_rows: int = Field(ge=1)
+    """Rows whose logits exist at a time."""
     log_every: int = Field(ge=1)
-    save_every: int = Field(ge=1)  # steps between checkpoints, each judged on the validation documents
+    """Optimizer steps between lines of metrics.jsonl."""
+    save_every: int = Field(ge=1)
+    """Optimizer steps between checkpoints, each judged on validation documents; auto: 200 on a GPU, 300 on a CPU."""
     keep_last: int = Field(ge=1)
+    """Number of newest checkpoints that are kept, beside the best."""
     validation_documents: int = Field(ge=1)
-    validation_anchors: int = Field(ge=1)  # a document
-    diagnose: bool  # at every checkpoint: train/measure/diagnostics.py, on one validation pack
-    timeout_s: int = Field(600, ge=1)  # a rank that does not answer for so long ends the run; one's saving must fit into it
+    """Documents on which a checkpoint is judged."""
+    validation_anchors: int = Field(ge=1)
+    """Anchors per validation document."""
+    diagnose: bool
+    """Diagnose the drafter on one validation pack at every checkpoint."""
+    timeout_s: int = Field(600, ge=1)
+    """Seconds after which a silent rank ends the run; saving a checkpoint must fit into it."""
 
 
 class TrackingRecipe(Section):
     kind: Literal["none", "wandb"]
+    """Where metrics go besides files."""
     project: str = "understudy"
+    """Project in W&B."""
     entity: str | None = None
+    """Team or user in W&B; null: your default."""
 
     @field_validator("kind")
     @classmethod
@@ -134,6 +199,7 @@ class DeepSpeedRecipe(Section):
     """Passed to DeepSpeed as it is; batch sizes, clipping, precision and schedule come from `train`."""
 
     zero_optimization: dict
+    """DeepSpeed's own section; `stage` is 0, 1, 2 or 3."""
 
     @field_validator("zero_optimization")
     @classmethod
@@ -148,8 +214,10 @@ class DeepSpeedRecipe(Section):
 
 
 class RunRecipe(Section):
-    dir: str | None  # null: runs/ and the overrides' names
-    group: str | None = None  # a sweep is one group
+    dir: str | None
+    """Folder of the run; null: runs/ and the names of the overrides, so that the same command resumes."""
+    group: str | None = None
+    """Group in W&B; a sweep is one group."""
 
 
 class TrainRecipe(CaptureSections):

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from common import cli
 from common.errors import UserError
 from common.progress import counted
 from common.ranks import rank, world_size
+from common.rules import refuse
+from data_prep import rules
 from data_prep.cache.manifest import DOCUMENTS, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
 from data_prep.cache.writer import CacheWriter, another_cache, claim
 from data_prep.capture.capture import Batch, batches, capture
@@ -48,26 +49,13 @@ def check_capture(recipe: CaptureSections) -> None:
     """Raises UserError for everything that can be known before a document is read or a GPU is touched."""
     cli.refuse_file("cache.dir", recipe.cache.dir)
     sources.check_source(recipe.data)
-    if recipe.capture.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise UserError(
-            "capture.attention=flash_attention_2, but flash-attn is not installed; capture.attention=auto does without"
-        )
-    if recipe.capture.spread == "device_map" and find_spec("accelerate") is None:
-        raise UserError("capture.spread=device_map, but accelerate is not installed: pip install accelerate")
+    refuse(rules.INSTALLED, recipe)
     sizes = target_sizes(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
     chosen_layers(recipe.cache, sizes)
-    if recipe.data.max_length > sizes.max_positions:
-        raise UserError(f"data.max_length={recipe.data.max_length} exceeds the target's {sizes.max_positions} positions")
-    if recipe.capture.spread == "tp" and (sizes.kv_heads % world_size() or world_size() == 1):
-        raise UserError(
-            f"capture.spread=tp needs a launcher with several processes that share {sizes.kv_heads} K/V heads evenly, "
-            f"not {world_size()}: deepspeed --num_gpus 2 data_prep/main.py ..."
-        )
-    if recipe.capture.spread == "device_map" and world_size() > 1:
-        raise UserError("capture.spread=device_map is one process that uses all GPUs: run it with python, not with a launcher")
+    refuse(rules.SPREAD, recipe, rules.Spread(world_size(), sizes.kv_heads, sizes.max_positions))
 
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:

@@ -20,13 +20,18 @@ from data_prep.decoding.cache import StaticCache
 
 
 class PartialRecipe(Section):
-    """conf/verify/_keys.yaml says what each of these is."""
+    """SpecPV: which part of the cache is read, in positions. The defaults are SpecPV's for a budget of 4096."""
 
     sink: int = Field(32, ge=0)
+    """First positions of the cache that are always in the part."""
     retrieval: int = Field(4096, ge=1)
+    """Most positions that are chosen, in whole blocks, per layer and KV head."""
     window: int = Field(128, ge=1)
+    """Last positions that are always in the part."""
     block: int = Field(16, ge=1)
+    """Positions per block."""
     partial_tokens: int = Field(32, ge=1)
+    """Most tokens that are verified over the part before a full verification."""
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -43,7 +43,7 @@ def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[s
         validation = validation[lengths > span[0] + 1]
         if not len(validation):
             raise UserError(
-                f"context={span[0]}: the longest held-out document of {recipe.cache.dir} has {lengths.max()} "
+                f"score.context={span[0]}: the longest held-out document of {recipe.cache.dir} has {lengths.max()} "
                 "tokens, and a context needs two more than its own; capture with a larger data.max_length (and data.long=join)"
             )
     views = ViewDraws(lambda step, id: [view.budget], partial(_ages, recipe, view)) if view else None

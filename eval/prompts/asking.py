@@ -13,10 +13,14 @@ from data_prep.sources.tokens import LeftOut, dateless, rendered
 class ChatRecipe(Section):
     """`mode=chat`: a person types."""
 
-    system: str | None = None  # what the conversation begins with; null: what the chat template says
-    max_new_tokens: int = Field(ge=1)  # of a reply
+    system: str | None = None
+    """System message; null: the chat template's own."""
+    max_new_tokens: int = Field(ge=1)
+    """Most new tokens per reply."""
     temperature: float = Field(ge=0)
-    thinking: bool | None = None  # enable_thinking of the chat template; null: its own default
+    """Sampling temperature; 0: greedy."""
+    thinking: bool | None = None
+    """`enable_thinking` of the chat template, in mode=demo too; null: the template's own default."""
 
     @property
     def begun(self) -> list[dict]:
@@ -26,7 +30,9 @@ class ChatRecipe(Section):
 
 class DemoPrompt(Section):
     kind: str
+    """Heading of the prompt."""
     text: str
+    """What is asked."""
 
     @property
     def messages(self) -> list[dict]:
@@ -37,8 +43,11 @@ class DemoRecipe(Section):
     """`mode=demo`: prompts that are answered greedily with the drafter and without, side by side."""
 
     max_new_tokens: int = Field(ge=2)
-    warmup_tokens: int = Field(ge=2)  # of an answer before the first, which is not shown
+    """Most new tokens per answer."""
+    warmup_tokens: int = Field(ge=2)
+    """New tokens of an untimed answer before the first."""
     prompts: list[DemoPrompt] = Field(min_length=1)
+    """What is asked, one after the other."""
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], thinking: bool | None) -> list[int]:

@@ -15,7 +15,7 @@ from data_prep.recipe import DataRecipe
 from data_prep.sources.records import records
 from data_prep.sources.tokens import LeftOut, encode, joined
 from eval.prompts.records import numbered_rows
-from eval.prompts.suites import Prompt, PromptsRecipe, Style, SuiteRecipe
+from eval.prompts.suites import Prompt, Style, SuiteRecipe
 
 
 def _turns(place: str, fields: dict, suite: SuiteRecipe) -> list[str]:
@@ -42,30 +42,28 @@ def _turns(place: str, fields: dict, suite: SuiteRecipe) -> list[str]:
 
 
 def load_prompts(
-    suite: SuiteRecipe, data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase, room: int
+    suite: SuiteRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerBase, room: int
 ) -> tuple[list[Prompt], dict]:
     """The prompts, and what a report says of them: where they are from, how they were made, cut and counted.
 
     Args:
-        data, prompts: for suite=heldout, which knows nothing else.
+        data: where suite=heldout takes its documents from.
         room: positions that a request may take, its new tokens included.
 
     Raises:
         UserError: the source cannot be read, a record lacks a field, or a prompt with its new tokens takes more than `room`.
     """
     if suite.heldout:
-        return _of_documents(suite, data, prompts, tokenizer)
+        return _of_documents(suite, data, tokenizer)
     return _of_suite(suite, tokenizer, room)
 
 
-def _of_documents(
-    suite: SuiteRecipe, data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], dict]:
-    found = heldout_prompts(data, prompts, tokenizer)
+def _of_documents(suite: SuiteRecipe, data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], dict]:
+    found = heldout_prompts(data, suite, tokenizer)
     said = {"source": data.source, "format": "plain text, the first tokens of documents", **_lengths(found)}
     told = ("chat", "thinking", "truncate", "warmup", "warmup_tokens")
-    said |= {"suite": suite.kind, **suite.model_dump(include=set(told)), "positions": prompts.tokens + prompts.max_new_tokens}
-    return found, said | prompts.model_dump()
+    said |= {"suite": suite.kind, **suite.model_dump(include=set(told)), "positions": suite.prompt_tokens + suite.new_tokens}
+    return found, said | {"count": suite.count, "tokens": suite.prompt_tokens, "max_new_tokens": suite.new_tokens}
 
 
 def _of_suite(suite: SuiteRecipe, tokenizer: PreTrainedTokenizerBase, room: int) -> tuple[list[Prompt], dict]:
@@ -170,7 +168,7 @@ def _lengths(prompts: list[Prompt]) -> dict:
     }
 
 
-def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def heldout_prompts(data: DataRecipe, suite: SuiteRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """One prompt a held-out document, in hashed order; with data.long=join the documents are joined first. Raises UserError when
     there are too few long enough."""
 
@@ -184,13 +182,13 @@ def heldout_prompts(data: DataRecipe, prompts: PromptsRecipe, tokenizer: PreTrai
     every = encoded()
     found = []
     if data.long == "join":
-        every = joined(every, prompts.tokens, tokenizer.eos_token_id)
+        every = joined(every, suite.prompt_tokens, tokenizer.eos_token_id)
     for record, (ids, _) in every:
-        if len(ids) >= prompts.tokens:
-            found.append(Prompt(record.id, ids[: prompts.tokens]))
-        if len(found) == prompts.count:
+        if len(ids) >= suite.prompt_tokens:
+            found.append(Prompt(record.id, ids[: suite.prompt_tokens]))
+        if len(found) == suite.count:
             return found
     raise UserError(
-        f"data={data.source} has {len(found)} held-out documents of {prompts.tokens} tokens, fewer than "
-        f"prompts.count={prompts.count}; data.long=join joins shorter ones"
+        f"data={data.source} has {len(found)} held-out documents of {suite.prompt_tokens} tokens, fewer than "
+        f"suite.count={suite.count}; data.long=join joins shorter ones"
     )

@@ -19,40 +19,55 @@ from eval.prompts.asking import asked
 Side = Literal["left", "right", "middle"]
 
 
-class PromptsRecipe(Section):
-    """suite=heldout: prompts are the first tokens of held-out documents."""
-
-    count: int = Field(ge=2)  # two at least: the shuffled-memory control shows one the other's states
-    tokens: int = Field(ge=2)
-    max_new_tokens: int = Field(ge=2)
-
-
 class SuiteRecipe(Section):
-    """conf/suite/_keys.yaml says what each of these is."""
+    """Where prompts come from, what text they become, and how much is made of them."""
 
     kind: str
+    """Name of the suite in the report; heldout: documents of `data` that no drafter was trained on."""
     path: str | None = None
+    """File of records: .jsonl, .json, .parquet, or .txt (one prompt per line); replaces `name`."""
     name: str | None = None
+    """Data set, as datasets.load_dataset takes it."""
     config: str | None = None
+    """Configuration of the data set."""
     split: str = "test"
+    """Split of the data set."""
     id: str | None = None
+    """Field that names a prompt; null, or a record without the field: its number."""
     category: str | None = None
+    """Field by which prompts are counted and judged apart."""
     kinds: dict[str, list[str]] | None = None
+    """{kind: [categories]}: categories that are shown as one."""
     turns: str | None = None
+    """Field that lists the user's turns; or set `template`."""
     template: str | None = None
+    """Text of the only turn, with {fields} of the record; or set `turns`."""
     system: str | None = None
+    """System message."""
     chat: bool = False
+    """Use the target's chat template; false, or a target without one: turns joined by blank lines."""
     thinking: bool | None = None
+    """`enable_thinking` of the chat template; null: the template's own default."""
     prompt_tokens: int | None = Field(None, ge=2)
+    """Longest prompt of one turn, in tokens; heldout: the length of each. null: what the target's positions leave."""
     truncate: Side = "right"
+    """Side on which a longer prompt is cut."""
     cut_after: str | None = None
+    """truncate=right: end a cut prompt behind the last match of this pattern."""
     short: Literal["keep", "drop"] = "keep"
+    """What becomes of prompts with fewer than prompt_tokens."""
     new_tokens: int = Field(2, ge=2)
+    """Most new tokens per reply. mode=score: anchors lie in this many positions behind score.context."""
     count: int | None = Field(None, ge=1)
+    """Number of prompts; null: all."""
     shuffle: int | None = None
+    """Seed by which `count` prompts are drawn; null: the first ones."""
     balanced: bool = False
+    """Draw prompts from all kinds or categories in turn."""
     warmup: int = Field(1, ge=0)
+    """Times that the first prompt is decoded before anything is timed."""
     warmup_tokens: int | None = Field(None, ge=1)
+    """New tokens of a warm-up; null: new_tokens."""
 
     @property
     def heldout(self) -> bool:
@@ -70,6 +85,11 @@ class SuiteRecipe(Section):
             raise ValueError(f"suite.kinds names the category '{twice[0]}' twice")
         if (self.kinds or self.balanced) and self.category is None:
             raise ValueError("suite.kinds and suite.balanced need suite.category, the field that says what a prompt is")
+        if self.heldout and (self.count is None or self.count < 2 or self.prompt_tokens is None):
+            # The control that shows a drafter another request's memory takes two prompts.
+            raise ValueError(
+                "suite=heldout needs suite.count, 2 or more, and suite.prompt_tokens: how many documents, and how much of each"
+            )
         if not self.heldout and (self.turns is None) == (self.template is None):
             raise ValueError("give suite.turns, the field of a conversation's turns, or suite.template, the only turn, not both")
         if self.cut_after is not None:

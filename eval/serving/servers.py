@@ -35,15 +35,22 @@ SETTLES_S = 10.0  # how long vLLM may take to count a request that it has answer
 
 
 class ServerRecipe(Section):
-    """`mode=served`; conf/eval.yaml says what each of these is."""
+    """`mode=served`: the server that is asked."""
 
     url: str | None = None
+    """A running server that drafts, http://HOST:PORT; or set `start`."""
     start: Literal["vllm"] | None = None
+    """Start a server with the drafter, then one without it, and stop both."""
     model: str | None = None
+    """Name of the target at the server; null: the target's path."""
     concurrency: list[PositiveInt] = Field(min_length=1)
+    """Conversations at a time; outputs are compared with ours at 1."""
     wait_s: float = Field(gt=0)
+    """Seconds until a started server must be healthy."""
     args: list[str | int | float] = []
+    """More flags of the started server."""
     python: str | None = None
+    """Python that has vLLM; null: that of `vllm` on PATH, or .venv-serving/bin/python."""
 
 
 @dataclass(frozen=True)

@@ -515,9 +515,9 @@ def test_the_three_commands_on_smollm2(smollm2, tmp_path, home):
             [
                 f"drafter={tmp_path / 'run/checkpoints/best'}",
                 f"out={tmp_path / 'report'}",
-                "prompts.count=2",
-                "prompts.tokens=32",
-                "prompts.max_new_tokens=8",
+                "suite.count=2",
+                "suite.prompt_tokens=32",
+                "suite.new_tokens=8",
                 "temperatures=[0]",
                 "controls=false",
             ],

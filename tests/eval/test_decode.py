@@ -51,14 +51,14 @@ def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32():
     from data_prep.recipe import DataRecipe, TargetRecipe
     from data_prep.target.loading import load_target, load_tokenizer
     from eval.prompts.load import heldout_prompts
-    from eval.prompts.suites import PromptsRecipe
+    from eval.prompts.suites import SuiteRecipe
     from train.drafter.build import new_drafter
     from train.drafter.config import DrafterConfig
 
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     found = heldout_prompts(
         DataRecipe(source="stdlib", max_length=512),
-        PromptsRecipe(count=20, tokens=64, max_new_tokens=24),
+        SuiteRecipe(kind="heldout", count=20, prompt_tokens=64, new_tokens=24),
         load_tokenizer(target.path),
     )
     assert len({p.id for p in found}) == 20

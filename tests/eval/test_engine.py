@@ -36,7 +36,7 @@ from eval.judging.score import score
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
 from eval.prompts.load import heldout_prompts
-from eval.prompts.suites import PromptsRecipe
+from eval.prompts.suites import SuiteRecipe
 from tests.support.caches import manifest_of
 from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
@@ -181,7 +181,7 @@ def test_nobody_and_prompt_lookup_in_an_engine_used_twice(target):
 def test_greedy_output_is_generate_s_on_twenty_prompts_in_float32(tiny):
     """The embedded target, 20 prompts of its held-out text, a drafter and prompt lookup."""
     target, tokenizer = tiny
-    recipe = PromptsRecipe(count=20, tokens=48, max_new_tokens=8)
+    recipe = SuiteRecipe(kind="heldout", count=20, prompt_tokens=48, new_tokens=8)
     prompts = [p.tokens for p in heldout_prompts(DataRecipe(source="stdlib", max_length=512), recipe, tokenizer)]
     plain = [generated(target, p, 8) for p in prompts]
     target.capture([0, 2], [0, 5])

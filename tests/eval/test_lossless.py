@@ -273,7 +273,7 @@ def test_the_report_says_so_everywhere(tmp_path, monkeypatch, capsys):
     config = DrafterConfig("ttt", "kv", [5], [], 4, False, False, 0, "target", None, target.architecture, about)
     new_drafter(config).start(target, target.frozen_head).save_pretrained(tmp_path / "drafter")
     words = [f"drafter={tmp_path / 'drafter'}", "target.dtype=bfloat16", "temperatures=[0]", "batch=4", "controls=false"]
-    words += ["prompts.count=12", "prompts.tokens=64", "prompts.max_new_tokens=40"]
+    words += ["suite.count=12", "suite.prompt_tokens=64", "suite.new_tokens=40"]
     for name, more in (("chain", []), ("tree", ["draft.breadth=2"])):
         out = tmp_path / name
         recipe = cli.compose("eval", EvalRecipe, [*words, *more, f"out={out}"])

@@ -21,7 +21,7 @@ from train.drafter import warm_start as exchange
 from train.drafter.build import load_config, load_drafter
 from train.drafter.config import folder_of, released
 
-QUICK = ["prompts.count=2", "prompts.tokens=16", "prompts.max_new_tokens=4", "temperatures=[0]"]
+QUICK = ["suite.count=2", "suite.prompt_tokens=16", "suite.new_tokens=4", "temperatures=[0]"]
 QUICK += ["controls=false", "transformers=false"]
 
 

@@ -196,7 +196,7 @@ def test_our_side_is_plain_decoding_and_counts_as_the_oracle():
     target = Target(TINY)
     drafter = drafter_for(target, "ttt").start(target, target.frozen_head).eval()
     target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
-    words = ["prompts.count=6", "prompts.tokens=40", "prompts.max_new_tokens=24", "temperatures=[0,1]", "compile=false"]
+    words = ["suite.count=6", "suite.prompt_tokens=40", "suite.new_tokens=24", "temperatures=[0,1]", "compile=false"]
     recipe = cli.compose("eval", EvalRecipe, ["mode=served", "server.url=http://here", f"target.path={TINY}", *words])
     prompts, said = prompts_within(recipe, 400, load_tokenizer(TINY))
     runs = ours(recipe, target, drafter, prompts, said, slots=3)
@@ -344,7 +344,7 @@ def test_an_sglang_that_drafts_is_known_by_what_it_was_started_with(play):
 
 def test_prompts_that_the_server_has_no_positions_for(play):
     url = play(models(max_model_len=100) | {"/metrics": (200, METRICS), "/version": (200, '{"version": "0.32.0"}')})
-    said = refusal(url, "prompts.tokens=80", "prompts.max_new_tokens=32", "prompts.count=2")
+    said = refusal(url, "suite.prompt_tokens=80", "suite.new_tokens=32", "suite.count=2")
     assert "has 100 positions" in said and "take up to 112" in said
 
 
@@ -500,7 +500,7 @@ with started(ServerRecipe(concurrency=[1], wait_s=60), command, Path({str(tmp_pa
 
 
 needs_vllm = pytest.mark.skipif(bool(without_vllm()), reason=str(without_vllm()))
-PROMPTS = ["prompts.count=12", "prompts.tokens=96", "prompts.max_new_tokens=32", "temperatures=[0]"]
+PROMPTS = ["suite.count=12", "suite.prompt_tokens=96", "suite.new_tokens=32", "temperatures=[0]"]
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def written(folder, *records, name="suite.jsonl"):
 
 
 def load(recipe: SuiteRecipe, tokenizer, room=32000):
-    return load_prompts(recipe, None, None, tokenizer, room)
+    return load_prompts(recipe, None, tokenizer, room)
 
 
 def chat(*turns):
@@ -268,8 +268,7 @@ ONE, TWO = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}\n'
         ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', [], r"line 2: the id '1' stands twice \(.*line 1\)"),
         (ONE, [], "has one prompt.*controls=false"),
         (TWO, ["suite.prompt_tokens=32700"], "exceed the 32764 positions"),
-        (TWO, ["context=32700"], "exceed the 32764 positions"),
-        (TWO, ["prompts.count=2"], "prompts.* is for suite=heldout; suite=jsonl has suite.count"),
+        (TWO, ["prompts.count=2"], "prompts.count is now suite.count"),
         (TWO, ["suite.turns=prompt"], "give suite.turns.*or suite.template"),
         (ONE, ["suite.turns=prompt", "suite.template=null"], "line 1: 'prompt' is not a list of the user's turns"),
         (ONE, ["suite.template='{prompt[x]}'"], "line 1: suite.template cannot be filled"),

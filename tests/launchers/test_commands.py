@@ -232,7 +232,7 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
     [
         (["drafter=nowhere"], "nowhere holds no drafter"),
         (["temperatures=[-1]"], "a temperature is 0"),
-        (["prompts.count=1"], "prompts.count"),
+        (["suite.count=1"], "suite.count"),
         (["top_p=0"], "top_p.*greater than 0"),
         (["batch=0"], "batch.*greater than or equal to 1"),
         (["verify=partial", "verify.retrieval=100"], "verify.retrieval=100 is not whole blocks of verify.block=16"),
@@ -241,7 +241,11 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
         (["view.budget=-3"], "view.budget.*greater than or equal to 0"),
         (["view=topk_chunk", "view.scorer=best"], "view.scorer: Input should be"),
         (["view=h2o", "view.budget=3", "view.sink=3"], "view=h2o always shows 3 sinks"),
-        (["context=1"], "context.*greater than or equal to 2"),
+        (["score.context=1"], "score.context.*greater than or equal to 2"),
+        (["context=64"], r"context is now suite.prompt_tokens \(mode=decode and served\) or score.context \(mode=score\)"),
+        (["prompts.tokens=64"], "prompts.tokens is now suite.prompt_tokens"),
+        (["suite.count=null"], "suite=heldout needs suite.count, 2 or more"),
+        (["suite.prompt_tokens=null"], "suite=heldout needs suite.count, 2 or more, and suite.prompt_tokens"),
     ],
 )
 def test_eval_refuses(words, message):
@@ -334,7 +338,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
         (["verify=partial_audited"], r"verify=partial_audited .* temperatures=\[0\]"),
         (["verify=partial", "verify.partial_tokens=3"], "leaves no partial step beside drafts of 3 tokens"),
         (["verify=partial", "view=sink_recent", "view.budget=64"], "leave out view.budget"),
-        (["prompts.tokens=40000"], "exceed the target's .* positions"),
+        (["suite.prompt_tokens=40000"], "exceed the target's .* positions"),
         (["mode=diagnose", "score.pack_tokens=64"], "mode=diagnose needs whole documents"),
         (["mode=export"], "cannot be exported as format=eagle3"),
         (["mode=export", "format=dflash"], "cannot be exported as format=dflash"),
@@ -346,9 +350,9 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
         ROOT / "eval/main.py",
         f"drafter='{drafter}'",
         "out=report",
-        "prompts.count=2",
-        "prompts.tokens=64",
-        "prompts.max_new_tokens=24",
+        "suite.count=2",
+        "suite.prompt_tokens=64",
+        "suite.new_tokens=24",
         cwd=tmp_path,
     )
     assert judged.returncode == 0, judged.stderr
@@ -422,7 +426,7 @@ def test_batches_ends_and_partial_verification_from_the_command_line(cache, tmp_
     a stop string ends outputs; adaptive lengths change none; a cache on the host gives what one on the device gives."""
     words = ["objective=ttt", "reuse=kv", f"cache.dir={cache}", "run.dir=run", "train.batch=2", "train.max_steps=4", *SMALL]
     assert command(ROOT / "train/main.py", *words, cwd=tmp_path).returncode == 0
-    few = ["prompts.count=3", "prompts.tokens=200", "prompts.max_new_tokens=40", "controls=false", "temperatures=[0]"]
+    few = ["suite.count=3", "suite.prompt_tokens=200", "suite.new_tokens=40", "controls=false", "temperatures=[0]"]
     part = ["verify.retrieval=32", "verify.window=32"]
 
     def judged(out: str, *more: str) -> dict:

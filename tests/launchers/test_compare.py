@@ -64,7 +64,7 @@ def test_the_comparison_runs_to_its_table(tmp_path):
     assert again.returncode == 0 and "done" not in again.stdout  # nothing was left to do
     early = command(COMPARE, "table", "runs", *options, cwd=tmp_path)
     assert early.returncode == 1 and "is missing; say `judge` again" in early.stderr
-    little = ["prompts.count=2", "prompts.tokens=64", "prompts.max_new_tokens=16", "score.documents=4", "score.anchors=4"]
+    little = ["suite.count=2", "suite.prompt_tokens=64", "suite.new_tokens=16", "score.documents=4", "score.anchors=4"]
     judged = command(COMPARE, "judge", "runs", *options, *little, cwd=tmp_path)
     assert judged.returncode == 0, judged.stdout + judged.stderr
     done = command(COMPARE, "table", "runs", *options, cwd=tmp_path)

@@ -65,20 +65,21 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
         f"drafter={drafter}",
         *VIEW,
         "view.budget=24,0",
-        "context=64,100",
         "tracking=wandb",
-        "prompts.max_new_tokens=8",
+        "suite.new_tokens=8",
     ]
     env = {"WANDB_MODE": "offline"}
-    few = ["prompts.count=2", "temperatures=[1]", "transformers=false"]
-    done = command(EVAL, *words, "out=decoded", *few, cwd=tmp_path, env=env)
+    few = ["suite.count=2", "temperatures=[1]", "transformers=false"]
+    done = command(EVAL, *words, "suite.prompt_tokens=64,100", "out=decoded", *few, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    scored = command(EVAL, *words, "out=scored", "mode=score", f"cache.dir={cache}", cwd=tmp_path, env=env)
+    words += ["score.context=64,100", "out=scored", "mode=score", f"cache.dir={cache}"]
+    scored = command(EVAL, *words, cwd=tmp_path, env=env)
     assert scored.returncode == 0, scored.stderr
-    for folder, name in (("decoded", "report.json"), ("scored", "score.json")):
+    decoded, scores = ("decoded", "report.json", "suite.prompt_tokens"), ("scored", "score.json", "score.context")
+    for folder, name, key in (decoded, scores):
         for budget in (24, 0):
             for context in (64, 100):
-                point = tmp_path / folder / f"context={context},view.budget={budget}"
+                point = tmp_path / folder / f"{key}={context},view.budget={budget}"
                 found = json.loads((point / name).read_text())
                 assert found["context"] == context and found["view"]["budget"] == budget
                 assert found["view"]["kind"] == "topk_chunk"
@@ -96,12 +97,13 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
                     assert any(kind == "rejected" for one in found["examples"]["1"] for _, kind in one["pieces"])
         assert (tmp_path / folder / "sweep.png").stat().st_size > 10_000
         assert "teacher-forced" in (tmp_path / folder / "sweep.html").read_text() or folder == "decoded"
-    points = compare.load([str(tmp_path / f"decoded/context=100,view.budget={budget}") for budget in (24, 0)])
+    points = compare.load([str(tmp_path / f"decoded/suite.prompt_tokens=100,view.budget={budget}") for budget in (24, 0)])
     compared = compare.compare(points, seed=0)
     assert [one["paired"] for one in compared["temperatures"]["1"].values()] == [True, True] and "view.budget" in compared[
         "differ"
     ]
-    read = {b: json.loads((tmp_path / f"decoded/context=100,view.budget={b}/report.json").read_text()) for b in (24, 0)}
+    at_100 = {b: tmp_path / f"decoded/suite.prompt_tokens=100,view.budget={b}/report.json" for b in (24, 0)}
+    read = {b: json.loads(path.read_text()) for b, path in at_100.items()}
     assert 0 < read[24]["drafter_kv"]["read_mib"] <= 24 * 2 * 2 * 64 * 4 / 2**20  # 24 positions of K and V in one layer, float32
     assert read[0]["drafter_kv"]["read_mib"] > 3 * read[24]["drafter_kv"]["read_mib"]
     assert read[24]["temperatures"]["1"]["lossless"]
@@ -162,10 +164,10 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["context=32766"], "32766 tokens of context and prompts.max_new_tokens=64 exceed the target's 32768 positions"),
+        (["suite.prompt_tokens=32766"], "32766 tokens of context and suite.new_tokens=64 exceed the target's 32768 positions"),
         (["view.budget=16"], "always shows 8 sinks and 8 recent positions"),  # auto: the view of training
         (["view=h2o", "view.budget=0"], None),
-        (["mode=score", "context=4000", "cache.dir=CACHE"], None),  # refused once the documents are counted
+        (["mode=score", "score.context=4000", "cache.dir=CACHE"], None),  # refused once the documents are counted
     ],
 )
 def test_eval_refuses_what_a_view_cannot_be(cache, drafter, words, message):
@@ -190,16 +192,15 @@ def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path)
         cli.parsed(["drafter=a/view.budget=2/best"])
     with pytest.raises(UserError, match="/dev/null is a file; it must be a folder"):
         check_evaluation(cli.compose("eval", EvalRecipe, [*words, "out=/dev/null/x"]))
-    swept = cli.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "context=64"], ("out", "cache.dir"))
-    assert swept[2].endswith("exclude_keys=[context,out]")  # what is swept stands in the folder's name
+    swept = cli.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "seed=64"], ("out", "cache.dir"))
+    assert swept[2].endswith("exclude_keys=[out,seed]")  # what is swept stands in the folder's name
     assert cli.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(cli.folder_name("x" * 999)) < 200
 
 
 def test_a_context_longer_than_the_cache_s_documents_is_one_line(cache, drafter, tmp_path):
-    done = command(EVAL, "mode=score", f"drafter={drafter}", f"cache.dir={cache}", "context=4000", "out=no", cwd=tmp_path)
-    assert (
-        done.returncode == 2 and "context=4000: the longest held-out document" in done.stderr and not (tmp_path / "no").exists()
-    )
+    done = command(EVAL, "mode=score", f"drafter={drafter}", f"cache.dir={cache}", "score.context=4000", "out=no", cwd=tmp_path)
+    assert done.returncode == 2 and "score.context=4000: the longest held-out document" in done.stderr
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path, capsys):
@@ -212,13 +213,13 @@ def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path
         check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
         return capsys.readouterr().out
 
-    warned = check("context=512", "view.budget=64")
+    warned = check("suite.prompt_tokens=512", "view.budget=64")
     assert "knows positions below 128, and 20 of 20 prompts reach up to 580: outputs are the target's" in warned
     assert warned.count("\n") == 1 and "view.positions=in_cache" in warned
-    assert check("context=512", "view.budget=64", "view.positions=in_cache") == ""
-    assert check("context=56", "prompts.max_new_tokens=64") == ""
+    assert check("suite.prompt_tokens=512", "view.budget=64", "view.positions=in_cache") == ""
+    assert check("suite.prompt_tokens=56", "suite.new_tokens=64") == ""
     # Nothing is hidden: positions are those of the text.
-    assert "knows positions below 128" in check("context=512", "view.budget=0", "view.positions=in_cache")
+    assert "knows positions below 128" in check("suite.prompt_tokens=512", "view.budget=0", "view.positions=in_cache")
     auto = cli.compose("eval", EvalRecipe, ["drafter=x", "view.budget=99", "view.recent=16"]).view
     assert auto.model_fields_set == {"kind", "budget", "recent"}  # all else is as trained
     assert check("mode=score", f"cache.dir={cache}") == ""  # the documents that it was trained on
@@ -293,7 +294,8 @@ def test_the_sweep_of_the_readme(cache, tmp_path):
     words = ["experiment=budgetdraft", "drafter.lm=lm", *shared, "run.dir=lm_run", "deepspeed=zero3", "train.pack_tokens=128"]
     done = command(ROOT / "train/main.py", *words, launcher=deepspeed(2, free_port()), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    words = ["drafter=lm_run/checkpoints/best", "view.budget=96", "context=100", "prompts.count=2", "prompts.max_new_tokens=8"]
+    words = ["drafter=lm_run/checkpoints/best", "view.budget=96"]
+    words += ["suite.prompt_tokens=100", "suite.count=2", "suite.new_tokens=8"]
     done = command(EVAL, *words, "out=lm_report", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "lm_report/report.json").read_text())
@@ -307,7 +309,7 @@ def test_the_budgets_launcher_on_a_few_small_arms(tmp_path):
     small = ["train.max_steps=4", "train.save_every=4", "objective.anchors=8", "train.validation_documents=2"]
     for stage, more in (
         ("train", ["--tokens", "30000", *small]),
-        ("judge", ["prompts.count=2", "prompts.max_new_tokens=8"]),
+        ("judge", ["suite.count=2", "suite.new_tokens=8"]),
         ("table", []),
     ):
         done = command(launcher, stage, tmp_path, *options, *more)

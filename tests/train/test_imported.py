@@ -206,7 +206,7 @@ def test_the_commands_take_a_checkpoint(target, cache, tmp_path, kind, format):
     assert found["served"]["drafter"]["trained_for"] == "unknown (imported)"
     assert found["served"]["target"]["weights_hash"] == found["ours"]["target"]["weights_hash"]
 
-    short = ["prompts.count=2", "prompts.tokens=64", "prompts.max_new_tokens=8", "temperatures=[0]", "controls=false"]
+    short = ["suite.count=2", "suite.prompt_tokens=64", "suite.new_tokens=8", "temperatures=[0]", "controls=false"]
     assert "2 of 2 outputs equal" in said(
         ROOT / "eval/main.py", "drafter=served", "out=decoded", "transformers=false", "batch=2", *short
     )

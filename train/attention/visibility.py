@@ -73,7 +73,7 @@ class Selection:
     """What a view leaves of one layer's memory: sinks, a tail, and chosen chunks, each KV head its own."""
 
     index_P: Tensor  # place of the key among its document's keys
-    chunk: int  # so many keys of a document are a chunk
+    chunk: int  # keys of a document per chunk
     sink: int  # the first keys of every document
     tail_M: Tensor  # index of the tail's first key
     chosen_MGC: Tensor  # bool; C chunks, as many as the longest document has
@@ -194,6 +194,7 @@ class Visibility:
         memory = m.position.numel()
         drafts = d.group.numel()
         # 1. Memory: tiles whose ranges of documents meet, before the last anchor. Whole ones: one document, before the first.
+        # 1. Memory: tiles whose ranges of documents meet, before the last anchor. Whole: in one document, before the first.
         document, anchor, group, slot = (_bounds(t)[:, :, None] for t in (q.document, q.anchor, q.group, q.slot))
         k_document, k_position = (_bounds(t, after=drafts) for t in (m.document, m.position))
         k_group, k_slot = (_bounds(t, before=memory) for t in (d.group, d.slot))
@@ -227,7 +228,7 @@ def _narrow(values: Tensor) -> Tensor:
 
 
 def _bounds(values: Tensor, before: int = 0, after: int = 0) -> Tensor:
-    """[2, X]: the least and the greatest value of each tile, where so many elements of another kind stand before and after."""
+    """[2, X]: the least and the greatest value of each tile, with `before` and `after` elements of another kind around them."""
     after += -(before + len(values) + after) % TILE
     limits = torch.iinfo(values.dtype)
 

@@ -30,9 +30,9 @@ class _Loss(Section):
 
 def _keys() -> dict[str, tuple]:
     """A key for each term, by which it gets its weight, and eta behind the terms that it belongs to."""
-    weights = {name: (Weight, Field(0.0, description=term.meaning)) for name, term in TERMS.items()}
+    weights = {name: (Weight, Field(0.0, description=f"Weight of {term.meaning}.")) for name, term in TERMS.items()}
     keys = {name: weights[name] for name in per_slot()}
-    keys["eta"] = (float, Field(3.0, gt=0, description="lk_lambda: how fast KL gives way to TV as acceptance grows"))
+    keys["eta"] = (float, Field(3.0, gt=0, description="lk_lambda: how fast KL gives way to TV as acceptance grows."))
     return keys | weights
 
 

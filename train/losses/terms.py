@@ -29,23 +29,37 @@ class Term(NamedTuple):
 
 
 TERMS: dict[str, Term] = {
-    "kl": Term("forward KL(p || q); EAGLE-3", divergences.kl, in_kernel=True),
+    "kl": Term("the forward KL(p || q), p the target's distribution (EAGLE-3)", divergences.kl, in_kernel=True),
     "reverse_kl": Term("KL(q || p)", divergences.reverse_kl, in_kernel=True),
-    "ce": Term("cross entropy with the text's own token; DFlash", divergences.ce, in_kernel=True),
-    "ce_greedy": Term("cross entropy with the target's most likely token; BudgetDraft", divergences.ce_greedy, in_kernel=True),
-    "tv": Term("total variation; half of an L1 distance", divergences.tv, in_kernel=True),
-    "lk_alpha": Term("-log sum_v min(p, q); LK losses, equation 6", divergences.lk_alpha, in_kernel=True),
-    "lk_lambda": Term("lambda KL + (1 - lambda) TV, lambda = exp(-eta alpha); LK losses", divergences.lk_lambda, in_kernel=True),
+    "ce": Term("the cross entropy with the text's own token (DFlash)", divergences.ce, in_kernel=True),
+    "ce_greedy": Term(
+        "the cross entropy with the target's most likely token (BudgetDraft)",
+        divergences.ce_greedy,
+        in_kernel=True,
+    ),
+    "tv": Term("the total variation, half of the L1 distance", divergences.tv, in_kernel=True),
+    "lk_alpha": Term(
+        "-log sum_v min(p, q), the chance of acceptance (LK losses, equation 6)",
+        divergences.lk_alpha,
+        in_kernel=True,
+    ),
+    "lk_lambda": Term(
+        "lambda KL + (1 - lambda) TV, lambda = exp(-eta * acceptance) (LK losses)",
+        divergences.lk_lambda,
+        in_kernel=True,
+    ),
     "expected_length": Term(
-        "1 - E/J, E the expected number of accepted slots, through the product of overlaps",
+        "1 - E/J, E the expected number of accepted slots of J",
         divergences.expected_accepted,
         per_slot=False,
     ),
     "kv_align": Term(
-        "the drafter's own K/V against the target's, at the slot's own position", divergences.relative_error, per_slot=False
+        "the distance of the drafter's own K/V from the target's at the same position", divergences.relative_error, per_slot=False
     ),
     "query_align": Term(
-        "its queries against those with which the target made the slot's teacher", divergences.relative_error, per_slot=False
+        "the distance of the drafter's queries from the target's; needs cache.kinds=[...,query]",
+        divergences.relative_error,
+        per_slot=False,
     ),
 }
 

@@ -31,9 +31,14 @@ TERMS = terms.parts()  # what is averaged by itself
 
 
 class Outcome(NamedTuple):
-    """`share` is differentiable: what this pack adds to the step's loss. `terms_T` [T] are its parts before they were divided.
-    loss, overlap and match are float [V, N, J], zero where `valid` [N, J] is False; but overlap and match are one where the token
-    was shown to the drafter."""
+    """What one pack gave.
+
+    `share`: what the pack adds to the step's loss; differentiable.
+    `terms_T`: its parts in the order of `TERMS`, before they were divided.
+    `loss`, `overlap`, `match` [V, N, J]: each slot's loss, its overlap with the teacher, and whether the likeliest tokens agree.
+    Zero where a slot does not count; overlap and match are one where the token was given to the drafter (`objective.prefix`).
+    `valid` [N, J]: which slots count.
+    """
 
     share: Tensor
     terms_T: Tensor
@@ -70,8 +75,15 @@ class Objective(nn.Module):
         detach: bool = False,
     ):
         super().__init__()
-        self.drafter, self._head, self._loss, self._attend, self._chunk = drafter, head, loss, attend, chunk
-        self._weight_J, self.slots, self._view, self._detach = weight_J, drafter.config.draft_length, view, detach
+        self.drafter = drafter
+        self.slots = drafter.config.draft_length
+        self._head = head
+        self._loss = loss
+        self._attend = attend
+        self._chunk = chunk
+        self._weight_J = weight_J
+        self._view = view
+        self._detach = detach
         self._view_weight_V = torch.tensor(view_weights)
         # Nothing is known at first: lambda is 1, all KL.
         self.alpha_VJ = torch.zeros(len(view_weights), self.slots, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""BudgetDraft (arXiv 2606.00144): L = L_full + lambda L_sparse, both branches against one teacher that saw everything.
+"""BudgetDraft (arXiv 2606.00144): L = L_full + lambda L_sparse, both against one teacher that saw everything.
 
-The published method draws one budget a step and runs the drafter twice. Here the branches are views of one memory in one
+The published method draws one budget per step and runs the drafter twice. Here the two are views of one memory in one
 forward: every anchor stands there once for each view, and one teacher serves all of its rows.
 """
 
@@ -16,7 +16,7 @@ PAPER = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}
 
 
 class ViewSampler(NamedTuple):
-    """Weights of the full branch and of the sparse one (lambda), and where sparse budgets come from: `paper` (one for all
+    """Loss weights of the full view and of the sparse ones (lambda), and where sparse budgets come from: `paper` (one for all
     documents of a step, with the published chances), `sandwich` (for each document the smallest, and `draws` more, log-uniform
     up to the largest) or `fixed` (the smallest)."""
 

@@ -26,16 +26,24 @@ class View(Section):
     SpecPV and BudgetDraft; h2o, H2O with the attention of all queries so far summed in one look; snapkv, SnapKV averaged over a
     KV head's queries."""
 
-    kind: Literal["auto", "full", "sink_recent", "topk_chunk", "h2o", "snapkv"]  # auto (eval): as the drafter was trained
-    budget: int | None = Field(None, ge=0)  # memory positions; eval: null and 0 show everything
+    kind: Literal["auto", "full", "sink_recent", "topk_chunk", "h2o", "snapkv"]
+    """How visible memory positions are chosen; auto (evaluation): as the drafter was trained."""
+    budget: int | None = Field(None, ge=0)
+    """Most memory positions that are visible. Training: null draws budgets. Evaluation: null and 0 show everything."""
     sink: int = Field(0, ge=0)
-    recent: int | None = Field(None, ge=0)  # of the tail, at least; null: all that sinks leave (sink_recent), half of it (h2o)
+    """First positions, always visible."""
+    recent: int | None = Field(None, ge=0)
+    """Last positions, always visible; null: all that sinks leave (sink_recent), or half of that (h2o)."""
     chunk: int = Field(1, ge=1)
+    """Positions per chunk; whole chunks are chosen."""
     scorer: Literal["mean", "lastkey", "minmax", "quest"] = "mean"
-    pool: int = Field(1, ge=1)  # snapkv: neighbouring positions whose scores are averaged
+    """topk_chunk: score of a chunk, by its mean key (TriForce), last key (BudgetDraft) or bounds (SpecPV, Quest)."""
+    pool: int = Field(1, ge=1)
+    """snapkv: neighbouring positions whose scores are averaged."""
     positions: Literal["absolute", "in_cache"] = "absolute"
-    # Select anew: in every round, never after the prompt, or once so many tokens are verified.
+    """in_cache: number the visible keys one after the other, so that distances stay below the budget."""
     refresh: Literal["verify", "never"] | int = "verify"
+    """When positions are chosen anew: every round (verify), every N verified tokens, or never after the prompt."""
 
     @model_validator(mode="before")
     @classmethod

@@ -45,7 +45,7 @@ def scores(
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:
-    """Slices of `count` things, each of so many that their numbers, `size` a thing, fit a tile of scores."""
+    """Slices of `count` items with `size` numbers each, as many items per slice as fit a tile of scores."""
     step = max(1, SCORES // max(1, size))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 

@@ -1,0 +1,39 @@
+"""Every combination that data_prep refuses by a table has a case that meets it."""
+
+import re
+from importlib.util import find_spec
+
+import pytest
+
+from common import cli
+from common.rules import first_broken
+from data_prep import rules
+from data_prep.recipe import DataPrepRecipe
+from tests.support.rules import by_name, pattern
+
+RULES = by_name(rules.TABLES)
+ONE, THREE = rules.Spread(1, 2, 32768), rules.Spread(3, 2, 32768)
+CASES = {
+    "flash_attention_2 without flash-attn": (["capture.attention=flash_attention_2"], ()),
+    "device_map without accelerate": (["capture.spread=device_map"], ()),
+    "documents beyond the target": (["data.max_length=40000"], (ONE,)),
+    "tp over processes that do not fit": (["capture.spread=tp"], (THREE,)),
+    "device_map under a launcher": (["capture.spread=device_map"], (THREE,)),
+    "estimate of several processes": (["mode=estimate", "capture.spread=tp"], ()),
+    "merge of one cache": (["mode=merge", "merge.sources=[A]"], ()),
+}
+PACKAGES = {"flash_attention_2 without flash-attn": "flash_attn", "device_map without accelerate": "accelerate"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_line_that_meets_the_rule_is_refused_with_its_words(name, monkeypatch):
+    if name in PACKAGES:  # installed here or not
+        monkeypatch.setattr(rules, "find_spec", lambda package: None if package == PACKAGES[name] else find_spec(package))
+    words, context = CASES[name]
+    table = next(table for table in rules.TABLES if RULES[name] in table)
+    said = first_broken(table, cli.compose("data_prep", DataPrepRecipe, words), *context)
+    assert re.fullmatch(pattern(RULES[name]), said)
+
+
+def test_every_rule_has_a_case():
+    assert set(CASES) == set(RULES)
