@@ -38,7 +38,7 @@ MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=39).map(lambda rest: [0
     st.permutations(range(6)),
 )
 @settings(max_examples=40, deadline=None)
-def test_documents_in_are_documents_out(tmp_path_factory, codec, last_hidden, queries, contents, shard_bytes, order):
+def test_documents_are_read_back_bit_for_bit(tmp_path_factory, codec, last_hidden, queries, contents, shard_bytes, order):
     manifest = manifest_of(codec=codec, last_hidden=last_hidden, query_layers=queries)
     folder = tmp_path_factory.mktemp("cache")
     documents = {f"doc/{i}": document(manifest, *contents[i]) for i in order if i < len(contents)}
@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("other", [None, b"", "shorter", "of the same size"])
-def test_a_shard_that_is_no_longer_what_was_opened(finished, tmp_path, other):
+def test_a_shard_removed_or_replaced_after_it_was_opened_is_reported_by_the_next_read(finished, tmp_path, other):
     """Removed, cut or replaced: what was read stays whole, and the next read says what happened. A mapped file that is cut ends
     the process with SIGBUS, and another file's bytes at the old places would pass for states."""
     folder = tmp_path / "cache"
@@ -116,7 +116,7 @@ def test_any_damage_is_noticed(finished, data):
     assert not noticed(path, whole)
 
 
-def test_a_damaged_mask_is_a_finding_like_any_other(finished, tmp_path):
+def test_a_damaged_loss_mask_is_reported_and_does_not_end_the_search(finished, tmp_path):
     """It says which rows are a document's: a look at it must not end the search."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for path in sorted(tmp_path.glob("shard-*.safetensors")):
@@ -151,7 +151,7 @@ def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, dat
     assert_holds(folder, manifest, {id: document(manifest, *content) for id, content in FINISHED.items()})
 
 
-def test_a_seal_is_damaged_or_it_names_a_checksum(finished, tmp_path):
+def test_any_flipped_bit_of_a_seal_leaves_a_checksum_or_is_refused(finished, tmp_path):
     """Every bit that may turn the text of a checksum into none: those of the metadata that Arrow wraps in base 64."""
     whole, path = (finished / "shard-00000.parquet").read_bytes(), tmp_path / "shard-00000.parquet"
     begins, refused = whole.index(b"ARROW:schema"), 0
@@ -164,7 +164,7 @@ def test_a_seal_is_damaged_or_it_names_a_checksum(finished, tmp_path):
     assert 0 < refused < len(whole) - begins
 
 
-def test_a_gap_or_a_duplicate_is_never_sealed(tmp_path):
+def test_a_cache_with_a_missing_or_a_duplicate_document_is_never_sealed(tmp_path):
     manifest = manifest_of(source={"name": "s", "documents": 2})
     for name, ids in (("gap", ["a"]), ("duplicate", ["a", "a"]), ("both", ["a", "a", "b"])):
         writer = CacheWriter(tmp_path / name, manifest, 1)
@@ -216,7 +216,7 @@ def test_reader_names_a_shard_that_was_cut(finished, tmp_path, left):
 
 
 @pytest.mark.parametrize("added", range(6))
-def test_a_killed_capture_goes_on(tmp_path, added):
+def test_a_killed_capture_resumes_and_ends_with_all_documents(tmp_path, added):
     manifest = manifest_of()
     documents = {str(i): document(manifest, [0, 1, 1], i) for i in range(6)}
     two_documents = 2 * sum(t.nbytes for t in documents["0"].values())
@@ -251,7 +251,7 @@ def test_another_manifest_is_refused_by_its_fields(finished, changed, fields):
         CacheWriter(finished, manifest_of(source={"name": "s", "documents": 5}, **changed), 1)
 
 
-def test_a_cache_without_queries_is_what_it_was_before_there_were_any(tmp_path):
+def test_a_manifest_without_queries_keeps_its_old_fields_and_hash(tmp_path):
     manifest = manifest_of()
     fields = json.loads(manifest.model_dump_json())
     assert "query_layers" not in fields  # and so releases from before read it too
@@ -276,7 +276,7 @@ def test_one_writer_at_a_time_and_only_in_a_cache(tmp_path):
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("last_hidden", ["supervised", "all"])
-def test_the_size_that_is_announced_is_the_size(tmp_path, codec, last_hidden):
+def test_the_announced_size_equals_the_bytes_on_disk(tmp_path, codec, last_hidden):
     manifest = manifest_of(codec=codec, last_hidden=last_hidden, query_layers=[1])
     write(tmp_path, manifest, {"a": document(manifest, [0, 1, 0]), "b": document(manifest, [0, 1, 1, 1])}, 1)
     real = sum(t.nbytes for path in tmp_path.glob("*.safetensors") for t in load_file(path).values())
@@ -284,7 +284,7 @@ def test_the_size_that_is_announced_is_the_size(tmp_path, codec, last_hidden):
 
 
 @pytest.mark.parametrize("last_hidden", ["supervised", "all"])
-def test_padding_and_batching_leave_no_trace(tmp_path, last_hidden):
+def test_batched_and_padded_captures_store_what_single_ones_store(tmp_path, last_hidden):
     # In float64 the order of sums does not show, so 1e-5 is there for a real leak (and for storing float32).
     target, random = small_target(dtype=torch.float64), np.random.default_rng(0)
     pieces = []

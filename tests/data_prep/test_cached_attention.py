@@ -24,7 +24,7 @@ def inputs(counts, rows, heads, kv_heads, dtype, room=16, seed=0):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("named, growing", CASES)
-def test_reads_the_filled_part_alone_and_equals_all_scores(named, heads, rows, growing):
+def test_it_reads_only_the_filled_part_of_a_cache_and_equals_dense_attention(named, heads, rows, growing):
     q, key, value, count_B = inputs(COUNTS[named], rows, *heads, torch.float64)
     out, lse = over_cache(q, key, value, count_B, growing)
     clean = [t.nan_to_num(0) for t in (key, value)]
@@ -34,7 +34,7 @@ def test_reads_the_filled_part_alone_and_equals_all_scores(named, heads, rows, g
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_half_and_single_precision(dtype, error):
+def test_it_equals_dense_attention_in_half_and_single_precision(dtype, error):
     q, key, value, count_B = inputs([5, 11], 2, 6, 2, dtype)
     out, lse = over_cache(q, key, value, count_B, growing=True)
     expected, expected_lse = dense(q, key.nan_to_num(0), value.nan_to_num(0), count_B, growing=True)
@@ -43,7 +43,7 @@ def test_half_and_single_precision(dtype, error):
     torch.testing.assert_close(lse, expected_lse, rtol=error, atol=error, check_dtype=False)
 
 
-def test_a_key_too_many_is_noticed():
+def test_reading_one_key_too_many_changes_the_result():
     """Negative control: the comparison above fails for a kernel that reads one key more than is filled."""
     q, key, value, count_B = inputs([5, 11], 1, 4, 2, torch.float64)
     off_by_one, _ = attention._filled(q, key, value, count_B + 1, growing=True)

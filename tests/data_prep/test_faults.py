@@ -69,7 +69,7 @@ def assert_equal(folder, expected):
             torch.testing.assert_close(tensor, expected.read(index, names)[name], rtol=1e-3, atol=1e-2)
 
 
-def test_killed_again_and_again_with_other_numbers_of_processes(tmp_path, untouched):
+def test_a_capture_killed_repeatedly_resumes_with_any_number_of_processes(tmp_path, untouched):
     folder = tmp_path / "cache"
 
     def killed(ranks, victim, moment):
@@ -120,7 +120,7 @@ def test_a_second_capture_of_the_same_folder_is_refused(tmp_path):
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
     reason="needs a mount namespace (unshare -rm)",
 )
-def test_a_disk_that_fills_up(tmp_path, untouched):
+def test_a_capture_on_a_full_disk_ends_with_one_line_and_resumes_once_there_is_room(tmp_path, untouched):
     """A real file system of 600 MB: too small by the estimate is refused; filled by somebody else on the way, the capture
     ends with one line, and goes on once there is room."""
     script = f"""

@@ -55,7 +55,7 @@ def test_greedy_answers_are_those_of_generate(target, places):
     assert len({answer.ended for answer in expected}) == 2  # some end by themselves, some are cut
 
 
-def test_texts_that_slip_when_requests_close_up_are_noticed(target, monkeypatch):
+def test_a_fault_in_moving_requests_together_changes_the_answers(target, monkeypatch):
     """Negative control of the above."""
     asks = [asked(tokens, number, max_tokens=1 + number * 3) for number, tokens in enumerate(prompts(14))]
     expected = answers(target, asks, 5)
@@ -71,7 +71,7 @@ def test_texts_that_slip_when_requests_close_up_are_noticed(target, monkeypatch)
     assert answers(target, asks, 5) != expected and moved
 
 
-def test_a_dialogue_asks_again_behind_its_answer(target):
+def test_a_dialogue_gets_greedy_answers_to_each_of_its_turns(target):
     told = {}
 
     def dialogue(number, tokens):
@@ -126,7 +126,7 @@ def probabilities(target, tokens, temperature, top_p):
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("vocabulary", [5, 1000])
-def test_the_nucleus_is_that_of_transformers(vocabulary, top_p):
+def test_top_p_keeps_the_tokens_that_transformers_keeps(vocabulary, top_p):
     logits_RV = 4 * torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
     kept_RV = nucleus(logits_RV.softmax(-1), torch.full((50,), top_p)) > 0
     assert torch.equal(kept_RV, TopPLogitsWarper(top_p)(None, logits_RV) > -torch.inf)
@@ -142,7 +142,7 @@ def test_caches_grow_for_a_longer_request(target, monkeypatch):
     assert answers(target, asks, 3) == [of_transformers(target, ask.tokens, ask.max_tokens) for ask in asks]
 
 
-def test_caches_that_cannot_grow_beside_the_old_ones_wait_and_may_have_fewer_places(target, monkeypatch):
+def test_caches_without_memory_to_grow_wait_for_running_requests_and_may_have_fewer_places(target, monkeypatch):
     """What a GPU does whose memory is short; here the memory is said to be."""
     monkeypatch.setattr(generate, "ROOM_STEP", 4)
     fits = lambda self, room: 5 if room <= 20 else 2

@@ -72,7 +72,7 @@ def test_weights_are_bit_equal_to_what_transformers_dequantises(tmp_path, family
     assert differing(file, torch.bfloat16) == []
 
 
-def test_without_putting_rotary_rows_back_they_are_not(tmp_path, monkeypatch):
+def test_without_undoing_the_row_order_of_rotary_weights_queries_and_keys_differ(tmp_path, monkeypatch):
     """The negative control of the test above."""
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), MIXED)
     monkeypatch.setattr(gguf_contents, "rotary_halves", lambda rows_RC, heads: rows_RC)
@@ -80,7 +80,7 @@ def test_without_putting_rotary_rows_back_they_are_not(tmp_path, monkeypatch):
     assert sorted(differing(file, torch.float32)) == sorted(wrong)
 
 
-def test_rows_dequantised_some_at_a_time_are_the_same(tmp_path, monkeypatch):
+def test_dequantising_in_chunks_gives_the_same_rows(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=False), MIXED)
     monkeypatch.setattr(gguf_contents, "PIECE", 1000)  # 15 rows of the embedding
     assert differing(file, torch.float32) == []
@@ -169,7 +169,7 @@ def test_the_tokenizer_is_the_one_that_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["qwen2", "llama-bpe", "tekken"])
-def test_text_is_cut_by_the_rule_that_transformers_reads(tmp_path, rule):
+def test_pre_tokenization_equals_that_of_transformers(tmp_path, rule):
     words = tiny_tokenizer() | {"ggml.pre": rule}
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), tokenizer=words)
     ours = load_tokenizer(plain(str(file)))
@@ -183,7 +183,7 @@ def test_text_is_cut_by_the_rule_that_transformers_reads(tmp_path, rule):
     assert cut(ours) != cut(load_tokenizer(str(TINY)))
 
 
-def test_every_digit_of_smollm_stands_alone(tmp_path):
+def test_the_smollm_rule_splits_numbers_into_single_digits(tmp_path):
     """transformers takes GPT-2's rule for it, under which a space goes with the digit behind it."""
     words = tiny_tokenizer() | {"ggml.pre": "smollm"}
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), tokenizer=words)
@@ -192,7 +192,7 @@ def test_every_digit_of_smollm_stands_alone(tmp_path):
     assert [piece for piece, _ in cut] == ["x", "ĊĠĠĠĠ", "4", "2"]
 
 
-def test_words_of_llama_3_are_not_merged(tmp_path):
+def test_the_llama_3_rule_takes_a_word_of_the_vocabulary_without_merges(tmp_path):
     """A word that is in the vocabulary is one token, whether merges lead to it or not."""
     words = tiny_tokenizer()
     words["ggml.merges"] = [m for m in words["ggml.merges"] if "".join(m.split(" ")) != "Ġreturn"]
@@ -212,7 +212,7 @@ def test_words_of_llama_3_are_not_merged(tmp_path):
         ({}, "llama-bpe", True, False),  # llama.cpp's default for this rule
     ],
 )
-def test_a_text_begins_and_ends_as_the_file_says(tmp_path, keys, rule, begins, ends):
+def test_bos_and_eos_are_added_as_the_file_says(tmp_path, keys, rule, begins, ends):
     words = tiny_tokenizer() | {"ggml.pre": rule, "ggml.bos_token_id": 3}
     del words["ggml.add_bos_token"]
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), tokenizer=words | keys)
@@ -222,7 +222,7 @@ def test_a_text_begins_and_ends_as_the_file_says(tmp_path, keys, rule, begins, e
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
-def test_a_sentencepiece_tokenizer(tmp_path, prefixed):
+def test_a_sentencepiece_tokenizer_merges_by_score_and_falls_back_to_bytes(tmp_path, prefixed):
     """Merges follow from scores, bytes stand in for what has no token, and the first word has a space where the file says so."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abehlot", "▁h", "ll", "he", "▁he", "llo"]
     tokens += ["▁hello", "<|turn|>"]
@@ -259,7 +259,7 @@ def test_end_tokens_are_those_that_the_file_names(tmp_path):
     assert Target(str(one)).end_tokens == {0}
 
 
-def test_a_folder_is_made_once_and_again_when_it_or_the_file_changed(tmp_path, home, capsys):
+def test_the_dequantised_folder_is_made_once_and_again_after_a_change(tmp_path, home, capsys):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True))
     folder = Path(plain(str(file)))
     assert folder.parent == home / "understudy/gguf" and f"is dequantised, once, to {folder} (" in capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_a_folder_is_made_once_and_again_when_it_or_the_file_changed(tmp_path, h
     assert other != folder and (other / "model.safetensors").read_bytes() != whole
 
 
-def test_processes_that_ask_at_once_get_one_folder(tmp_path):
+def test_concurrent_processes_share_one_dequantised_folder(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), MIXED)
     program = f"from data_prep.target.from_gguf import plain; print('folder', plain({str(file)!r}))"
     asking = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -342,11 +342,11 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
         ({"extra": {"blk.0.attn_q.bias": np.zeros(128, np.float32)}}, "no place for the tensor blk.0.attn_q.bias"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(tmp_path, words, match):
+def test_an_unknown_key_or_tensor_is_refused_by_name(tmp_path, words, match):
     refused(write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), **words), match)
 
 
-def test_keys_that_say_nothing_are_passed_over(tmp_path):
+def test_keys_that_change_nothing_are_accepted(tmp_path):
     keys = {"llama.expert_count": 0, "llama.rope.scaling.finetuned": False, "llama.rope.scaling.type": "none"}
     plain(str(write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), keys=keys)))
 
@@ -355,7 +355,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     refused(write_gguf(tmp_path / "model.gguf", small_model("llama", True, vocab=8000)), "8192 tokens, the embedding 8000 rows")
 
 
-def test_names_that_are_no_file_are_refused(tmp_path):
+def test_a_path_without_a_gguf_file_is_refused_with_the_files_that_exist(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     refused(tmp_path / "c.gguf", "there is no such file; that folder has a.gguf, b.gguf")
@@ -370,13 +370,13 @@ def test_names_that_are_no_file_are_refused(tmp_path):
         cli.compose("data_prep", DataPrepRecipe, ["target.gguf=b.bin"])
 
 
-def test_the_package_is_asked_for(tmp_path, monkeypatch):
+def test_without_the_gguf_package_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True))
     monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     refused(file, "needs the package gguf: pip install gguf")
 
 
-def test_a_folder_that_is_there_needs_no_package(tmp_path, monkeypatch):
+def test_a_folder_dequantised_before_is_loaded_without_the_gguf_package(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True))
     folder = plain(str(file))
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -387,7 +387,7 @@ def test_a_folder_that_is_there_needs_no_package(tmp_path, monkeypatch):
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
     reason="needs a mount namespace (unshare -rm)",
 )
-def test_a_disk_that_is_full_or_fills_up(tmp_path):
+def test_dequantising_to_a_full_disk_ends_with_one_line_and_leaves_nothing(tmp_path):
     """Real file systems: one too small by the estimate, one too small for what is written (files of another process), and
     one that is read-only. Each ends with one line, and nothing half-written stays."""
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), MIXED)
@@ -453,7 +453,7 @@ def test_the_commands_take_a_gguf_file(tmp_path, home):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "it is cut or damaged" in done.stderr
 
 
-def test_a_target_that_has_yet_to_be_fetched_says_how(tmp_path):
+def test_a_target_that_is_not_downloaded_yet_says_how_to_fetch_it(tmp_path):
     absent = "target.path=data_prep/targets/smollm2/absent.gguf"  # the real one may be here
     recipe = cli.compose("data_prep", DataPrepRecipe, ["target=smollm2", absent])
     with pytest.raises(UserError, match="absent.gguf is not there; .*: bash launchers/smollm2.sh"):
@@ -475,7 +475,7 @@ def smollm2() -> Path:
 
 
 @pytest.mark.slow
-def test_smollm2_speaks(smollm2):
+def test_smollm2_answers_a_question_from_its_gguf_file(smollm2):
     target, tokenizer = Target(str(smollm2)), load_tokenizer(str(smollm2))
     assert differing(smollm2, torch.bfloat16) == []
     talk = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not can_be_laid_out(torch.zeros(1)), reason="thi
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_product_is_that_of_the_weight_as_it_stands(bias):
+def test_a_product_equals_the_linear_layer_and_nearly_so_after_relayout(bias):
     generator = torch.Generator().manual_seed(0)
     weight, offset = torch.randn(48, 40, generator=generator), torch.randn(48, generator=generator)
     product = Product(weight, offset if bias else None)
@@ -35,7 +35,7 @@ def test_a_product_is_that_of_the_weight_as_it_stands(bias):
         torch.testing.assert_close(laid_out(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_other_dtypes_keep_pytorchs_product():
+def test_other_dtypes_use_pytorchs_own_product():
     product = Product(torch.ones(2, 3, dtype=torch.float64))
     product.lay_out()
     assert not product.is_laid_out and torch.equal(product(torch.ones(3, dtype=torch.float64)), torch.full((2,), 3.0).double())
@@ -51,7 +51,7 @@ def forward(target, rows):
     return target.logits(states.last_hidden)
 
 
-def test_a_targets_forward_is_the_same_and_goes_back():
+def test_relayout_keeps_a_targets_logits_and_can_be_undone():
     target = load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny"), device="cpu"))
     usual = {rows: forward(target, rows) for rows in (1, 6)}
     before = target.weights_hash()
@@ -71,7 +71,7 @@ def test_a_targets_forward_is_the_same_and_goes_back():
         assert not torch.allclose(forward(target, 1), laid_out[1], atol=1e-2)
 
 
-def test_every_drafter_that_is_judged_is_laid_out_with_its_head():
+def test_drafters_and_controls_use_relayout_exactly_where_the_target_does():
     """The controls too, so that their seconds compare; and nobody where the target is not."""
     target = load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny"), device="cpu"))
     about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": "x"}
@@ -88,7 +88,7 @@ def test_every_drafter_that_is_judged_is_laid_out_with_its_head():
         assert {isinstance(m.__dict__.get("forward"), Product) for m in linear} == {laid_out}
 
 
-def test_without_memory_for_it_nothing_is_laid_out(monkeypatch):
+def test_without_memory_for_a_copy_a_model_keeps_its_layout(monkeypatch):
     monkeypatch.setattr("data_prep.decoding.products.MOST", 0.0)
     model = nn.Linear(4, 4)
     assert not lay_out(model) and "forward" not in model.__dict__

@@ -21,7 +21,7 @@ with Progress("tokens", every_s=0.2) as progress:
 """
 
 
-def test_a_step_that_takes_long_is_heard_of(capsys):
+def test_a_long_step_prints_lines_of_progress(capsys):
     exec(SLOW)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 3
@@ -30,7 +30,7 @@ def test_a_step_that_takes_long_is_heard_of(capsys):
     assert re.fullmatch(r"capture: 3,000 of 3,000 tokens, tau 1.50, [\d,]+ tokens/s, 0:0\d elapsed", lines[-1])
 
 
-def test_other_ranks_say_nothing(capsys):
+def test_only_rank_0_prints_progress(capsys):
     with Progress("tokens", silent=True, every_s=0.01) as progress:
         progress.add_task("capture", total=1)
         time.sleep(0.1)
@@ -40,14 +40,14 @@ def test_other_ranks_say_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_on_a_terminal_it_is_a_bar():
+def test_progress_on_a_terminal_is_a_bar():
     ours, theirs = pty.openpty()
     done = subprocess.run([sys.executable, "-c", SLOW], cwd=ROOT, stdout=theirs, env={**os.environ, "TERM": "xterm"})
     shown = os.read(ours, 1 << 16).decode()
     assert done.returncode == 0 and "━" in shown and "3,000 of 3,000 tokens" in shown
 
 
-def test_a_heartbeat_waits_for_silence(capsys):
+def test_a_heartbeat_prints_only_after_silence(capsys):
     with Heartbeat(lambda: "working", every_s=1) as heart:
         for _ in range(6):
             time.sleep(0.2)
@@ -57,7 +57,7 @@ def test_a_heartbeat_waits_for_silence(capsys):
     assert capsys.readouterr().out.splitlines() == ["step"] * 6 + ["working"]
 
 
-def test_items_are_counted_by_the_clock(capsys):
+def test_counted_items_print_at_most_once_per_interval(capsys):
     assert list(counted(range(3), lambda number: f"{number} read", every_s=0)) == [0, 1, 2]
     assert capsys.readouterr().out.splitlines() == ["0 read", "1 read", "2 read"]
     list(counted(range(3), lambda number: f"{number} read", every_s=60))

@@ -79,7 +79,7 @@ def test_greedy_replies_are_the_targets_own(tmp_path):
             history.append(message)
 
 
-def test_it_goes_on_by_id_and_repairs_a_line_that_was_cut(tmp_path):
+def test_a_second_run_answers_only_missing_ids_and_replaces_a_truncated_line(tmp_path):
     given = conversations(tmp_path / "in.jsonl")
     recipe, out = recipe_of(tmp_path), tmp_path / "out.jsonl"
     run(recipe)
@@ -124,7 +124,7 @@ def test_what_the_template_refuses_is_counted_not_fatal(tmp_path, capsys):
     assert "left out: 1 x the chat template refuses it (not this)" in capsys.readouterr().out
 
 
-def test_sampling_is_sampling(tmp_path):
+def test_replies_depend_on_the_seed_alone_and_can_be_captured(tmp_path):
     """Another seed gives other replies, the same seed the same, and the output is a source again."""
     conversations(tmp_path / "in.jsonl")
     replies = {}
@@ -201,7 +201,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(tenacity, "wait_random_exponential", lambda **_: tenacity.wait_fixed(0.01))
 
 
-def test_a_server_that_stumbles_is_asked_again_a_few_at_a_time(tmp_path, impatient, monkeypatch, capsys):
+def test_failed_requests_are_retried_with_limited_concurrency(tmp_path, impatient, monkeypatch, capsys):
     given = conversations(tmp_path / "in.jsonl", 12)
     given[3]["messages"][1]["content"] = "too long"
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
@@ -228,7 +228,7 @@ def test_a_server_that_stumbles_is_asked_again_a_few_at_a_time(tmp_path, impatie
     server.shutdown()
 
 
-def test_a_server_that_stays_away_is_one_line_and_what_is_done_stays(tmp_path, impatient):
+def test_an_unreachable_server_is_a_one_line_error_and_finished_answers_stay(tmp_path, impatient):
     conversations(tmp_path / "in.jsonl", 3)
     for url, message in (
         (f"http://127.0.0.1:{free_port()}/v1", "cannot be reached"),
@@ -248,14 +248,14 @@ def test_a_server_that_stays_away_is_one_line_and_what_is_done_stays(tmp_path, i
         (["regenerate.out=/tmp"], "is a folder"),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path, words, message):
+def test_settings_of_regeneration_that_cannot_work_are_refused(tmp_path, words, message):
     conversations(tmp_path / "in.jsonl")
     with pytest.raises(UserError, match=message):
         check_regeneration(recipe_of(tmp_path, *words))
 
 
 @pytest.mark.slow
-def test_transformers_own_server(tmp_path):
+def test_the_command_regenerates_with_the_server_of_transformers(tmp_path):
     """`transformers serve`, as a user would start it, asked by the real command."""
     given, port = conversations(tmp_path / "in.jsonl", 3), free_port()
     serve = [str(Path(sys.executable).with_name("transformers")), "serve", TINY, "--host", "127.0.0.1", "--port", str(port)]

@@ -79,7 +79,7 @@ def test_every_record_is_on_one_side_once(tmp_path, source):
     assert all(r.fields["text"] == f"text {r.id.removeprefix('doc')}" for r in sides[None])
 
 
-def test_a_limit_takes_a_sample_not_the_first_lines(tmp_path, tokenizer):
+def test_max_tokens_takes_a_sample_of_the_records_not_the_first_ones(tmp_path, tokenizer):
     path = write_lines(tmp_path / "rows.jsonl", [{"id": f"d{i}", "text": "word " * 5} for i in range(200)])
     documents, _ = everything(records(data(path=path, max_tokens=60), False), tokenizer, data(path=path, max_tokens=60))
     numbers = [int(d.id[1:].split("#")[0]) for d in documents]
@@ -100,13 +100,13 @@ def test_records_without_an_id_are_numbered(tmp_path):
         ('{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}\n', "the id '1' stands twice"),
     ],
 )
-def test_a_malformed_file_is_named(tmp_path, lines, message):
+def test_a_malformed_file_is_named_in_the_error(tmp_path, lines, message):
     (tmp_path / "rows.jsonl").write_text(lines)
     with pytest.raises(UserError, match=message):
         list(records(data(path=str(tmp_path / "rows.jsonl")), False))
 
 
-def test_a_missing_data_set_is_one_line():
+def test_a_missing_data_set_is_a_one_line_error():
     with pytest.raises(UserError, match="datasets cannot load it"):
         list(records(data(source="hub", name="/no/such/folder"), False))
 
@@ -116,7 +116,7 @@ def test_a_missing_data_set_is_one_line():
 
 @given(st.lists(st.text(max_size=60), max_size=4), st.integers(8, 20), st.integers(2, 80))
 @settings(max_examples=100, deadline=None)
-def test_pieces_restore_their_document(tokenizer, texts, max_length, max_tokens):
+def test_the_pieces_of_a_split_document_join_to_the_document(tokenizer, texts, max_length, max_tokens):
     texts = ["def f(x): return x + 1", *texts]
     source = [Record(str(i), {"text": text}) for i, text in enumerate(texts)]
     documents, left_out = everything(source, tokenizer, data(max_length=max_length))
@@ -206,7 +206,7 @@ def test_what_cannot_be_used_is_counted_by_reason(tokenizer, fields, reason):
     assert reason in next(iter(left_out))
 
 
-def test_a_limit_is_spent_on_what_is_kept(tokenizer):
+def test_max_tokens_counts_only_documents_that_are_kept(tokenizer):
     """A document that is dropped costs nothing, and none is cut to fit what would have dropped it."""
     source = [Record(str(i), {"input_ids": list(range(3, 3 + n))}) for i, n in enumerate((50, 6, 50, 7, 6))]
     documents, left_out = everything(source, tokenizer, data(max_length=8, long="drop", max_tokens=16))
@@ -298,7 +298,7 @@ def test_an_end_that_the_target_never_wrote_is_not_supervised(tokenizer):
     assert changed == max(i for i, m in enumerate(whole) if m)
 
 
-def test_last_turn_is_all_of_the_last_turn(with_template):
+def test_loss_mask_last_turn_supervises_thinking_and_answer_of_the_last_turn(with_template):
     """A template that marks thinking and answer apart: both belong to the turn."""
     twice = MARKED.replace(
         "{{ m['content'] }}<|im_end|>{% endgen",
@@ -321,13 +321,13 @@ def test_parts_of_text_are_text_and_tools_reach_the_template(with_template):
     assert tokenizer.decode(ids).startswith("tools: calculator<|im_start|>")
 
 
-def test_a_template_that_writes_the_date_writes_the_same_tomorrow(with_template):
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_another_day(with_template):
     tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + PLAIN)
     ids, _ = encode(Record("a", {"messages": conversation(["q", "a"])}), tokenizer, data())
     assert tokenizer.decode(ids).startswith("01 Jan 2026<|im_start|>")
 
 
-def test_a_reply_that_melts_into_its_header_is_noticed(tokenizer):
+def test_a_reply_whose_first_token_merges_with_its_header_is_left_out(tokenizer):
     """A newline that begins the reply joins the header's into one token: no mask could be right."""
     with pytest.raises(LeftOut, match="writes a turn differently"):
         encode(Record("a", {"messages": conversation(["q", "\n\nfoo"])}), tokenizer, data())
@@ -356,7 +356,7 @@ def test_a_tokenizer_without_a_template_cannot_chat(with_template):
 # A whole source
 
 
-def test_workers_change_nothing(tokenizer):
+def test_several_workers_give_the_documents_of_one(tokenizer):
     source = [Record(str(i), {"text": "x = 1\n" * (i % 7)}) for i in range(500)]
     source += [Record(f"c{i}", {"messages": conversation(["q", "a"] * (i % 3))}) for i in range(100)]
     for recipe in (data(), data(max_tokens=2000)):
@@ -380,7 +380,7 @@ def test_a_worker_that_is_killed_ends_the_work_with_one_line(tokenizer):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_documents_on_disk_are_documents(tmp_path_factory, lengths, random):
+def test_documents_written_to_disk_are_read_back_with_their_counts(tmp_path_factory, lengths, random):
     documents = [
         TokenDocument(f"d{i}", np.arange(n, dtype=np.int32) + i, (np.arange(n) % 2).astype(np.uint8))
         for i, n in enumerate(lengths)

@@ -162,7 +162,7 @@ def again(recipe, out, **changes):
     return recipe.model_copy(update={"synthesize": section})
 
 
-def test_the_file_is_what_its_definition_says(plain):
+def test_the_synthesized_file_equals_its_plain_definition(plain):
     recipe, written = plain
     kept, left_out, candidates = by_definition(recipe)
     assert [json.loads(line) for line in written.splitlines()] == kept
@@ -178,13 +178,13 @@ def test_the_file_is_what_its_definition_says(plain):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_no_batch_leaves_a_trace(plain, tmp_path, batch):
+def test_the_batch_size_does_not_change_the_file(plain, tmp_path, batch):
     recipe, written = plain
     run(again(recipe, tmp_path / "out.jsonl", batch=batch))
     assert (tmp_path / "out.jsonl").read_bytes() == written
 
 
-def test_another_seed_is_another_file(plain, tmp_path):
+def test_another_seed_gives_another_file(plain, tmp_path):
     recipe, written = plain
     records = run(again(recipe, tmp_path / "out.jsonl", seed=1, count=5))
     messages = [json.loads(line)["messages"] for line in written.splitlines()]
@@ -218,7 +218,7 @@ def test_two_processes_write_the_file_of_one(plain, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.json"]
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_file(plain, tmp_path):
+def test_a_killed_synthesis_resumes_to_the_same_file(plain, tmp_path):
     """Twice, the second time by two processes; a line that the kill cut short does not count."""
     recipe, written = plain
     recipe = again(recipe, tmp_path / "out.jsonl", batch=2)
@@ -249,7 +249,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_file(plain, tmp_path):
     assert len(held) >= 10 and not held & set(written_now)  # what was there was not done again
 
 
-def test_finished_it_says_so_and_a_larger_count_goes_on(plain, tmp_path, capsys):
+def test_a_finished_synthesis_says_so_and_a_larger_count_continues_it(plain, tmp_path, capsys):
     recipe, written = plain
     out = tmp_path / "out.jsonl"
     run(again(recipe, out, count=9))
@@ -262,7 +262,7 @@ def test_finished_it_says_so_and_a_larger_count_goes_on(plain, tmp_path, capsys)
     assert out.read_bytes() == written and about(out) == about(recipe.synthesize.out)
 
 
-def test_tokens_instead_of_a_count(plain, tmp_path):
+def test_synthesize_tokens_stops_at_the_first_conversation_that_reaches_it(plain, tmp_path):
     recipe, written = plain
     budget = about(recipe.synthesize.out)["tokens"] // 2
     records = run(again(recipe, tmp_path / "out.jsonl", count=None, tokens=budget))
@@ -296,7 +296,7 @@ def test_other_settings_are_refused_and_nothing_changes(plain, tmp_path, texts):
         assert foreign.read_text() == '{"id": "x"}\n'
 
 
-def test_it_is_a_source_for_capture_and_evaluation(plain, tmp_path):
+def test_a_synthesized_file_can_be_captured_and_evaluated_on(plain, tmp_path):
     """Through the real command: what trains is all but the held-out conversations."""
     recipe, _ = plain
     early = (seed for seed in range(200) if sum(is_heldout(f"{seed}-{n}") for n in range(12)))
@@ -443,7 +443,7 @@ def test_repeats_are_those_that_comparing_all_with_all_finds(near, monkeypatch):
     assert near == 1.0 or ("near" in expected and repeats(texts, near) != expected)
 
 
-def test_what_is_alike_and_what_is_not():
+def test_exact_and_near_repeats_are_told_from_new_messages():
     first = "Can you give me some tips on how to sleep better at night?"
     bread = "Can you give me some tips on how to bake bread?"
     others = [first.replace(" ", "\n"), first.upper(), "Please, " + first, bread, "", ""]
@@ -542,7 +542,7 @@ def test_templates_that_cannot_work_are_refused(target, texts, tmp_path, templat
         (["capture.spread=device_map"], "not with capture.spread=device_map"),
     ],
 )
-def test_what_cannot_work_is_refused(target, tmp_path, words, message):
+def test_settings_of_synthesis_that_cannot_work_are_refused(target, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         check_synthesis(recipe_of(target, tmp_path / "out.jsonl", "synthesize.count=3", *words))
 
@@ -558,7 +558,7 @@ def test_what_cannot_work_is_refused(target, tmp_path, words, message):
         (["synthesize.base_url=x"], "base_url"),
     ],
 )
-def test_what_a_recipe_cannot_say(target, words, message):
+def test_values_outside_the_recipe_are_refused(target, words, message):
     with pytest.raises(UserError, match=message):
         recipe_of(target, "x", *words)
 
@@ -593,7 +593,7 @@ def test_bad_texts_are_refused_before_the_target_is_loaded(target, texts, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
-def test_it_gives_up_when_hardly_anything_is_worth_keeping(target, texts, tmp_path):
+def test_synthesis_stops_when_hardly_any_candidate_is_kept(target, texts, tmp_path):
     words = ["synthesize.count=2000", "synthesize.filters.user_characters=5000", f"synthesize.texts={texts}", *only("summarise")]
     message = "of the last 1,000 candidates 0 could be kept .1000 x a user's message is too short.; nothing was written"
     with pytest.raises(UserError, match=message):
@@ -601,7 +601,7 @@ def test_it_gives_up_when_hardly_anything_is_worth_keeping(target, texts, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_when_texts_run_out_what_there_is_can_be_had(target, texts, tmp_path, monkeypatch):
+def test_when_texts_run_out_the_error_names_a_count_that_can_be_reached(target, texts, tmp_path, monkeypatch):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(texts.read_text().splitlines(keepends=True)[:2]))
     words = [f"synthesize.texts={few}", *only("translate"), "synthesize.filters.near=0.3", "synthesize.reply.max_tokens=12"]
@@ -615,7 +615,7 @@ def test_when_texts_run_out_what_there_is_can_be_had(target, texts, tmp_path, mo
     assert len(run(recipe_of(target, out, f"synthesize.count={count}", *words))) == count
 
 
-def test_reasons_are_told_and_kept(plain, tmp_path, capsys):
+def test_each_filter_reports_what_it_left_out(plain, tmp_path, capsys):
     """Each filter by itself, so tight that it finds something."""
     recipe, _ = plain
     loops = KindRecipe(share=9, templates=["no " * 40])
@@ -643,7 +643,7 @@ def test_reasons_are_told_and_kept(plain, tmp_path, capsys):
         assert count and f"left out: {count:,} x {reason}" in capsys.readouterr().out
 
 
-def test_a_question_ends_with_its_mark(plain, tmp_path):
+def test_until_cuts_a_message_behind_its_mark(plain, tmp_path):
     """`until`: what the target writes on behind it is dropped, and a message that was cut off behind it is whole."""
     recipe, _ = plain
     outcome, cut = {}, {}
@@ -671,7 +671,7 @@ def test_a_reply_that_was_cut_off_is_kept_if_asked_for_and_is_the_last(plain, tm
     assert outcome[False][0].keys() == {2, 4} and not outcome[False][1]
 
 
-def test_a_turn_that_is_cut_off_within_a_character_loses_it():
+def test_a_turn_cut_off_inside_a_character_drops_that_character():
     turns = Turns(load_tokenizer(TINY), "x", {})
     words = ["synthesize.reply.must_end=false", "synthesize.reply.max_tokens=80"]
     author = Author(recipe_of(TINY, "x", *words).synthesize, turns, None)

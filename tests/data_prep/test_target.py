@@ -92,7 +92,7 @@ def test_hidden_states_and_logits_are_those_of_transformers(target):
 
 
 @pytest.mark.parametrize("first", [1, 20, 36])
-def test_two_chunks_are_one(target, first):
+def test_a_forward_in_two_chunks_equals_one_forward(target, first):
     cache, whole = target.new_cache(), target.forward(IDS_BT)
     one, two = target.forward(IDS_BT[:, :first], cache), target.forward(IDS_BT[:, first:], cache)
     close(torch.cat([one.last_hidden, two.last_hidden], 1), whole.last_hidden)
@@ -101,7 +101,7 @@ def test_two_chunks_are_one(target, first):
             close(torch.cat([getattr(one, kind)[layer], getattr(two, kind)[layer]], 1), getattr(whole, kind)[layer])
 
 
-def test_only_chosen_layers_are_handed_out(target):
+def test_capture_returns_exactly_the_chosen_layers(target):
     try:
         target.capture([1], [0, 2])
         states = target.forward(IDS_BT)
@@ -143,13 +143,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("config,reason", REFUSED.values(), ids=REFUSED.keys())
-def test_what_it_would_get_wrong_is_refused(tmp_path, config, reason):
+def test_a_model_whose_attention_is_not_supported_is_refused(tmp_path, config, reason):
     with pytest.raises(UserError, match=reason):
         Target(saved(config, tmp_path))
 
 
 @pytest.mark.parametrize("left", [0, 100, -1])
-def test_weights_that_were_cut_are_refused(tmp_path, left):
+def test_truncated_weights_are_refused(tmp_path, left):
     weights = saved(LlamaConfig(**SIZES), tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:left])
     with pytest.raises(UserError, match="no causal LM can be loaded"):

@@ -218,7 +218,7 @@ def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["fp32", "fp8"])
-def test_three_ways_to_the_states_train_alike(tmp_path, codec):
+def test_training_is_the_same_from_a_new_cache_an_existing_one_and_the_live_target(tmp_path, codec):
     """The real command: from a cache that two ranks capture on first use, from that cache, and from the live target."""
     runs = {}
     for how, folder in (("capture", "cache"), ("fail", "cache"), ("live", "none")):

@@ -31,7 +31,7 @@ def drafter(tmp_path_factory):
     return save_tiny_drafter(tmp_path_factory.mktemp("drafter") / "own")
 
 
-def test_a_conversation_through_the_command(drafter, tmp_path):
+def test_the_chat_command_answers_every_kind_of_line_as_the_target_alone_would(drafter, tmp_path):
     """Every kind of line once. What the drafter says is what the target says alone, and nothing is coloured for a pipe."""
     lines = ["def add(a, b):", "", "/plain", "/new", "def add(a, b):", "/bogus", "x " * 33000, "/plain", "\udcff"]
     lines += ["/new", "def add(a, b):", "/quit", "nobody reads this"]
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line_before_the_target_is_loaded(drafter, words, messa
         check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", *words]))
 
 
-def test_a_table_of_positions_is_all_the_room_there_is(drafter, monkeypatch):
+def test_learned_positions_limit_the_length_of_a_conversation(drafter, monkeypatch):
     """Of a language model with learned positions: known before it is asked, by both commands."""
     recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), load_config(drafter)
     assert room_of(recipe, config) == 32768 - config.slots

@@ -116,7 +116,7 @@ def test_verify_emits_p_whatever_q_is():
     assert chi_square_p(first, torch.tensor([0.4, 0.3, 0.2, 0.1])) < 1e-3
 
 
-def test_report_s_losslessness_check_can_fail():
+def test_sampling_at_another_temperature_fails_the_losslessness_check():
     target = small_target()
     texts = prompts(6)
     honest = [decode(target, Nobody(), p, 60, 1.0, seed=i) for i, p in enumerate(texts)]

@@ -65,7 +65,7 @@ def promised(out: str, folder: Path, kinds: list[str]) -> dict:
     return said
 
 
-def test_two_prompts_through_the_command(drafter, loaded, tmp_path):
+def test_the_demo_command_shows_and_saves_two_prompts(drafter, loaded, tmp_path):
     words = [ROOT / "eval/main.py", "mode=demo", f"drafter={drafter}", "out=shown", "draft.length=adaptive", *TWO]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -95,7 +95,7 @@ def pair(decoders, prompt):
     return [decoders.answer(prompt, 24, 0, drafted) for drafted in (False, True)]
 
 
-def test_each_clock_runs_in_its_own_rounds_and_who_is_behind_is_next(loaded):
+def test_side_by_side_decoders_are_timed_apart_and_the_slower_one_is_next(loaded):
     recipe, target, drafter = loaded
     decoders = Decoders(recipe, target, drafter, 0.0, side_by_side=True)
     prompt = asked(decoders.tokenizer, recipe.demo.prompts[0].messages, None)
@@ -118,7 +118,7 @@ def test_each_clock_runs_in_its_own_rounds_and_who_is_behind_is_next(loaded):
     assert min(leads) < 0 < max(leads)  # neither is always ahead
 
 
-def test_a_text_that_differs_is_said(loaded):
+def test_a_differing_answer_is_shown_as_not_the_same_text(loaded):
     """The negative control of `same text`: one token of one of two answers."""
     recipe, target, drafter = loaded
     decoders = Decoders(recipe, target, drafter, 0.0, side_by_side=True)
@@ -131,7 +131,7 @@ def test_a_text_that_differs_is_said(loaded):
     assert demo.row("", demo.figures(pairs))[-1] == "NO" and demo.figures(pairs[:1])["same"]
 
 
-def test_two_answers_over_one_cache_would_disturb_each_other(loaded):
+def test_side_by_side_decoders_need_a_cache_each(loaded):
     """Why a side-by-side pair has a cache each: drafts that one refused stand where the other reads."""
     recipe, target, drafter = loaded
     texts = {}
@@ -164,7 +164,7 @@ def stand_in(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_make_demo(tmp_path, monkeypatch):
+def test_make_demo_runs_every_released_drafter(tmp_path, monkeypatch):
     """The script that `make demo` runs. Released drafters are worth something on every kind of prompt; a checkout
     without any tries a start without training, which is not."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

@@ -116,7 +116,7 @@ def test_greedy_output_is_generate_s_and_rounds_are_the_plain_loop_s(targets, fa
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_cell_greedily(targets, objective, family):
+def test_greedy_batches_equal_the_plain_loop_for_every_drafter(targets, objective, family):
     for number, cell in enumerate(c for c in ALL if c[0] == objective):
         if family == "qwen3" or number % 4 == 1:
             check_cell(targets[family], cell, 25)
@@ -144,7 +144,7 @@ def few_drafters(target):
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_sizes_greedily(target, few_drafters, data):
+def test_greedy_batches_equal_the_plain_loop_for_any_sizes(target, few_drafters, data):
     """Any prompts (of one token too), batch with idle places, limit, chunk of the prefill, and drafts shorter than trained."""
     pick = lambda low, high: data.draw(st.integers(low, high))
     batch, new, drafter = pick(1, 4), pick(1, 16), data.draw(st.sampled_from(few_drafters))
@@ -167,7 +167,7 @@ def test_static_lookup_is_prompt_lookup():
     assert set(found.count_B.tolist()) == {0, 1, 2, 3}
 
 
-def test_nobody_and_prompt_lookup_in_an_engine_used_twice(target):
+def test_a_second_batch_is_not_affected_by_the_first(target):
     """Nothing of the first batch is left in the second, whose prompts are shorter and fewer."""
     for static, plain, length in ((StaticNobody(), Nobody(), 0), (StaticLookup(), PromptLookup(3), 3)):
         engine = engine_of(target, static, length)
@@ -258,7 +258,7 @@ def test_adaptive_lengths_change_no_token(target):
 
 
 @pytest.mark.parametrize("reuse,own", [("kv", 0), ("none", 1), ("hidden", 1), ("hybrid", 1), ("kv+projected", 1)])
-def test_memory_that_a_drafter_adds(target, reuse, own):
+def test_reported_drafter_memory_equals_the_tensors_it_adds(target, reuse, own):
     """Native K/V is the target's own cache, the same tensors; anything else is as large as it says."""
     drafting = trained(target, "blockwise", reuse, layers=2)
     engine = engine_of(target, drafting, 3)
@@ -274,7 +274,7 @@ def test_memory_that_a_drafter_adds(target, reuse, own):
 
 
 @pytest.mark.slow
-def test_two_thousand_generations_keep_nothing(target):
+def test_two_thousand_generations_do_not_grow_memory(target):
     drafting = trained(target, "ttt", "hybrid")
     engine, process, seen = engine_of(target, drafting, 4, 20, 8, 6), psutil.Process(), {}
     tracemalloc.start()
@@ -290,7 +290,7 @@ def test_two_thousand_generations_keep_nothing(target):
 
 
 @pytest.mark.parametrize("objective,reuse", [("ttt", "hybrid"), ("blockwise", "kv"), ("blockwise_shifted+gru", "hidden")])
-def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, monkeypatch):
+def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_path, monkeypatch):
     """On the target's own greedy continuations, captured to a real cache and scored where the engine's rounds begin. A round
     that reaches beyond the text is left out of both; at other anchors tau is another (the control)."""
     target, prompts, new = small_target(), ragged((12, 5, 20, 9, 7)), 60
@@ -325,7 +325,7 @@ def test_mode_score_s_greedy_tau_is_the_decoded_one(objective, reuse, tmp_path, 
 
 
 @pytest.mark.parametrize("objective,reuse", [("ttt", "hidden"), ("ttt", "none"), ("blockwise", "kv")])
-def test_drafters_under_a_view_draft_in_a_batch_as_alone(targets, objective, reuse):
+def test_drafters_under_a_view_draft_the_same_in_a_batch_and_alone(targets, objective, reuse):
     """Ragged prompts, of which some end in an earlier chunk of the prefill than others."""
     target, view = targets["qwen3"], View(kind="sink_recent", budget=12, sink=2)
     drafter = drafter_of(target, objective, reuse, layers=2)
@@ -353,7 +353,7 @@ def test_graphs_are_recorded_before_the_first_request(targets):
         assert found[b].tokens == alone.tokens and triples(found[b]) == triples(alone)
 
 
-def test_a_round_lasts_as_long_for_a_batch_as_its_clock_says(targets):
+def test_milliseconds_per_round_are_those_of_the_whole_batch(targets):
     """Milliseconds a round are those of the batch, whose requests end at different times."""
     engine = engine_of(targets["qwen3"], StaticLookup(), 3)
     found = engine.generate(ragged(), 40, [0] * 4, Stops())

@@ -86,7 +86,7 @@ def judged(target, drafting, length, prompts, batch=BATCH, unreplayed="", **opti
     return lossless.greedy(target, prompts, ids, run, plain, None if unreplayed else batches, unreplayed)
 
 
-def test_honest_runs_part_at_ties(target):
+def test_correct_bf16_runs_differ_only_at_ties(target):
     """Really different tokens, and every one of them is explained; nothing differs where rows are the same (the control)."""
     prompts = texts()
     found = judged(target, trained(target, "ttt", "hybrid"), 4, prompts)
@@ -103,7 +103,7 @@ def test_honest_runs_part_at_ties(target):
     assert same == {"lossless": True, "lossless_by": "32 of 32 outputs equal plain decoding's, token for token"}
 
 
-def test_what_comes_behind_a_tie_is_looked_at(target):
+def test_an_error_behind_a_tie_is_found(target):
     """One token, ten places behind the first difference, that no rounding explains."""
     prompts = texts()
     run, batches = decoded(target, trained(target, "ttt", "hybrid"), 4, prompts)
@@ -142,17 +142,17 @@ def check_honest(seed, dtype, objective, reuse, batch, options) -> int:
     return found.get("ties", {}).get("count", 0)
 
 
-def test_honest_runs_are_never_refused():
+def test_correct_runs_are_never_reported_as_faulty():
     """Batches with idle places, prompts read in chunks, lengths that change, three dtypes."""
     assert sum(check_honest(*one) for one in SETTINGS) >= 5
 
 
 @pytest.mark.slow
-def test_honest_runs_of_many_seeds_are_never_refused():
+def test_correct_runs_of_many_seeds_are_never_reported_as_faulty():
     assert sum(check_honest(*one) for one in MANY) > 50
 
 
-def test_rows_computed_once_more_are_the_run_s_own(target):
+def test_replayed_rows_give_the_runs_own_tokens(target):
     """At every place asked, ties or not, both runs' own tokens; the other run's rows give another token where they parted."""
     prompts = texts(BATCH, seed=3)
     run, batches = decoded(target, trained(target, "ttt", "kv"), 4, prompts)
@@ -223,7 +223,7 @@ def test_rows_that_are_wrong_twice_are_found():
     assert not found["lossless"] and any(one["gap"] > one["bound"] and "rounding may reach" in one["fault"] for one in faults)
 
 
-def test_what_no_rounding_explains_is_a_fault(target):
+def test_a_difference_larger_than_rounding_is_a_fault(target):
     """Without a forward: an output that ends early, and another first token, which comes from the prompt alone."""
     prompts, plain = [[3, 4]] * 2, [Generation([5, 6, 7], [Round(2, 0, 0), Round(3, 0, 0)])] * 2
     found = lossless.greedy(target, prompts, ["x", "y"], [Generation([5, 6]), Generation([4, 6, 7])], plain, None)
@@ -233,7 +233,7 @@ def test_what_no_rounding_explains_is_a_fault(target):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_bound_holds_and_is_not_far_away(dtype):
+def test_the_rounding_bound_holds_and_is_tight(dtype):
     """Errors of the differences of the five largest logits on the embedded target: nearly all below, and a good part of it."""
     target = Target("data_prep/targets/tiny", dtype=dtype)
     wide = target.widened(torch.float32, target.device)
@@ -257,7 +257,7 @@ def test_the_bound_holds_and_is_not_far_away(dtype):
         assert torch.equal(loaded.forward(ids).last_hidden[0], hidden_TE)
 
 
-def test_the_report_says_so_everywhere(tmp_path, monkeypatch, capsys):
+def test_table_page_and_report_say_that_bf16_runs_are_lossless(tmp_path, monkeypatch, capsys):
     """The whole of mode=decode in bf16, in batches, chains and trees, where rows round otherwise: table, page, report.json."""
 
     def loaded(recipe):

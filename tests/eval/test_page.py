@@ -103,7 +103,7 @@ def refuse_outside(html: str) -> Read:
 # What a report says, from generations made by hand.
 
 
-def test_acceptance_along_the_text():
+def test_acceptance_by_position_is_binned_over_the_text():
     """Positions 10 to 25 in bins of 2, shared by all; a bin without a round is left out."""
     far = [Round(10, 4, 0), Round(11, 4, 2), Round(14, 4, 1), Round(25, 4, 4)]
     found = measure.by_context({"trained": [Generation([], far)], "untrained": [Generation([], [Round(12, 4, 0)])]})
@@ -115,7 +115,7 @@ def test_acceptance_along_the_text():
     assert measure.by_context({"a": [Generation([7])]}) == {"a": {"from": [], "to": [], "tau": [], "rounds": []}}
 
 
-def test_examples_by_hand():
+def test_examples_mark_emitted_accepted_and_rejected_tokens():
     """One token of the prefill; a round that keeps one of two; a bonus; then the output's end, after which nothing is shown."""
     tokenizer = load_tokenizer(str(ROOT / "data_prep/targets/tiny"))
     ids = lambda text: [tokenizer.encode(one, add_special_tokens=False)[0] for one in text]
@@ -131,7 +131,7 @@ def test_examples_by_hand():
     assert [f"{kind} {text}" for text, kind in shown["pieces"]] == [one for one in said if not one.startswith("rejected")]
 
 
-def test_a_character_of_several_tokens_is_its_last_one_s():
+def test_a_character_of_several_tokens_is_shown_with_its_last_token():
     tokenizer = load_tokenizer(str(ROOT / "data_prep/targets/tiny"))
     text = "def \u00fc\u6f22\U0001f600():\n\treturn 'na\u00efve'  # \ufffd\u20ac"
     output = tokenizer.encode(text, add_special_tokens=False)
@@ -171,7 +171,7 @@ def test_the_page_says_what_the_report_says_and_escapes_it(tmp_path):
     report.print_table(found)
 
 
-def test_a_sweep_s_page_holds_its_picture(tmp_path):
+def test_the_page_of_a_sweep_contains_its_picture(tmp_path):
     report.write_json(tmp_path / "a", made(context=64) | {"drafter": made()["drafter"] | {"budgets": None}})
     sweep.gather([tmp_path], tmp_path)
     read = refuse_outside((tmp_path / "sweep.html").read_text())
@@ -181,7 +181,7 @@ def test_a_sweep_s_page_holds_its_picture(tmp_path):
 # Runs side by side
 
 
-def test_a_difference_is_found_and_none_is_exactly_none():
+def test_comparing_finds_a_difference_and_gives_exactly_zero_for_equal_runs():
     reports = {"a": made(1.9), "same": made(1.9), "better": made(2.4)}
     found = compare.compare(reports, seed=0)["temperatures"]["1"]
     assert found["same"]["tau_difference_ci"] == [0, 0] == found["same"]["speedup_difference_ci"] and found["same"]["paired"]
@@ -198,7 +198,7 @@ def test_turns_of_a_conversation_are_drawn_together():
     assert compare.counted(figures, ["a", "b", "a"]).tolist() == [[5, 3, 4, 1.5, 4, 2.5], [6, 2, 5, 2.0, 5, 4.0]]
 
 
-def test_other_prompts_are_unpaired():
+def test_runs_over_other_prompts_are_compared_unpaired():
     """Prompts that differ much between themselves and little between runs: pairing sees the small difference."""
     easy = [[10 + 2 * i, 10] for i in range(30)]
 
@@ -230,11 +230,11 @@ def test_intervals_cover_the_truth():
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_nothing_decoded_is_no_division_by_zero():
+def test_statistics_of_nothing_decoded_do_not_divide_by_zero():
     assert compare.statistics(np.zeros(6)).tolist() == [1, 0]
 
 
-def test_compare_refuses(tmp_path):
+def test_compare_refuses_runs_that_cannot_be_compared(tmp_path):
     def check(*runs):
         check_evaluation(cli.compose("eval", EvalRecipe, ["mode=compare", f"runs=[{','.join(runs)}]", f"out={tmp_path / 'out'}"]))
 
@@ -274,7 +274,7 @@ def test_runs_are_compared_without_target_or_drafter(tmp_path, capsys):
     gather(tmp_path / "out")  # nothing that a sweep's table could hold, and no mistake
 
 
-def test_seconds_that_a_batch_shares_are_said(tmp_path):
+def test_the_page_says_when_seconds_are_shared_by_a_batch(tmp_path):
     found = made(engine={"batch": 4})
     found["temperatures"]["1"] |= {"by_category": {"qa": {"requests": 2, "tokens": 9, "tau": 1.5, "speedup": 1.25}}}
     page.write_page(tmp_path, found)
@@ -283,7 +283,7 @@ def test_seconds_that_a_batch_shares_are_said(tmp_path):
     assert page.shared_seconds(made()) == page.shared_seconds(made(engine={"batch": 1})) == ""
 
 
-def test_categories_side_by_side(tmp_path, capsys):
+def test_comparing_shows_categories_side_by_side(tmp_path, capsys):
     """Of every run that has them; a run of another suite has none."""
     part = lambda tau: {"requests": 1234, "tokens": 56, "tau": tau, "speedup": tau / 2}
     runs = {name: made(tau) for name, tau in (("A", 1.9), ("B", 2.4), ("C", 2.0))}
@@ -306,7 +306,7 @@ def test_categories_side_by_side(tmp_path, capsys):
     assert compare.rows_of_categories(compare.compare({"A": made(), "B": made()}, seed=0)) == []
 
 
-def test_the_comparison_s_page(tmp_path):
+def test_the_comparison_page_escapes_names_and_draws_two_pictures(tmp_path):
     runs = {"A": made(), "B <b>[red]$x_1$": made(2.4, seed=1)}
     found = compare.compare(runs, seed=0)
     assert json.loads(json.dumps(found))["differ"] == {"seed": [None, 1]}

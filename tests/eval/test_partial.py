@@ -64,7 +64,7 @@ def shifted(monkeypatch, by):
 
 
 @pytest.mark.parametrize("name", ["ttt hidden", "tree hybrid", "tree of one", "block hybrid", "lookup"])
-def test_a_part_that_holds_everything_is_full_verification(target, texts, name):
+def test_partial_verification_over_the_whole_context_equals_full_verification(target, texts, name):
     """Tokens and rounds; a tight part changes them (the control)."""
     prompts = texts[0][:4]
     full, whole, tight = (run(target, name, recipe, False, prompts)[0] for recipe in (None, WHOLE, TIGHT))
@@ -88,7 +88,7 @@ def check_audited(target, name, recipe, prompts, plain, new=NEW):
     return sum(g.rollbacks for g in found)
 
 
-def test_audited_output_is_generate_s_on_fifty_prompts(target, texts):
+def test_audited_output_equals_generate_on_fifty_prompts(target, texts):
     """In batches of ten, each with another drafter, over a part so tight that it errs."""
     names = ("ttt kv", "tree hybrid", "block hybrid", "lookup", "ttt hidden")
     for n, name in enumerate(names):
@@ -98,14 +98,14 @@ def test_audited_output_is_generate_s_on_fifty_prompts(target, texts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRAFTING)
-def test_audited_output_of_every_drafter(target, texts, name):
+def test_audited_output_is_lossless_for_every_drafter(target, texts, name):
     tens = [[some[n : n + 10] for some in texts] for n in range(0, 50, 10)]
     assert sum(check_audited(target, name, TIGHT, *ten) for ten in tens) > 10
     assert sum(check_audited(target, name, WHOLE, *ten) for ten in tens[:2]) == 0
 
 
 @pytest.mark.slow
-def test_audited_output_of_the_embedded_target():
+def test_audited_output_is_lossless_for_the_embedded_target():
     target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(9, 8000, (20 + n,), generator=generator).tolist() for n in range(50)]
@@ -124,7 +124,7 @@ def test_a_fault_in_the_part_is_seen_by_the_audit_alone(target, texts, name, mon
     assert check_audited(target, name, WHOLE, prompts, plain) > 5
 
 
-def test_an_end_in_tokens_that_no_full_step_has_seen_is_made_sure_of(target, texts, monkeypatch):
+def test_an_end_token_seen_only_by_partial_steps_is_verified_in_full(target, texts, monkeypatch):
     """A broken part says end tokens that the target never says, and reaches limits in partial steps."""
     steps, usual = [], Rounds.verify
 
@@ -164,7 +164,7 @@ def best_blocks(q_KSD, key_LD, tail, recipe, least=True):
 
 
 @pytest.mark.parametrize("sink,retrieval,window,block", [(4, 12, 8, 4), (3, 10, 9, 5), (0, 64, 8, 8)])
-def test_the_part_at_every_offset_is_brute_force_s(sink, retrieval, window, block):
+def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, window, block):
     """150 requests of 1 .. 150 tokens, three full steps each, random keys: the positions that are held, of every layer and KV
     head, and their keys and values. The greatest alone would choose other blocks (the control)."""
     recipe = PartialRecipe(sink=sink, retrieval=retrieval, window=window, block=block, partial_tokens=8)

@@ -63,7 +63,7 @@ def test_an_unknown_name_is_answered_with_those_that_there_are(shelf):
         exchange.check_warm_start("three", load_config("one"))
 
 
-def test_what_is_released():
+def test_the_released_drafters_are_these_three():
     assert released() == ["smollm2-block", "smollm2-eagle3", "smollm2-ttt"]
 
 

@@ -117,7 +117,7 @@ def drawn(rng, ease, rates, rounds=30):
     return found
 
 
-def test_the_exchange_test_against_all_exchanges():
+def test_the_permutation_test_equals_enumerating_all_exchanges():
     """Of six prompts there are 64 exchanges: the share of them in which any position lies apart as far, in its own standard
     deviations."""
     rng = np.random.default_rng(3)
@@ -136,7 +136,7 @@ def test_the_exchange_test_against_all_exchanges():
     assert np.abs(found - expected).max() < 0.02
 
 
-def test_the_same_drafter_is_seldom_told_to_differ_where_binomials_would():
+def test_the_permutation_test_seldom_reports_a_difference_of_equal_drafters():
     """Both sides decode each prompt anew, as at temperature 1. A test of two binomials over all rounds knows no prompts. Here
     every prompt has an ease of its own on each side: what differs is the text, not the drafter."""
     rng = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def test_the_same_drafter_is_seldom_told_to_differ_where_binomials_would():
     assert binomial / cases > 0.3  # the negative control
 
 
-def test_another_drafter_is_told_to_differ_at_its_position():
+def test_another_drafter_is_reported_at_the_position_where_it_differs():
     """Position 1 is as good as ever; position 2 is not."""
     rng = np.random.default_rng(1)
     ease = rng.beta(2, 2, 20)
@@ -180,7 +180,7 @@ def said_of(server, temperature="0", positions=1000, p=0.5, sampling_p=None):
     return side_by_side.conclusions(result, temperature, prompts=20)
 
 
-def test_what_is_said():
+def test_the_verdict_names_the_position_and_the_likely_cause():
     blame, none = "the server does not run this drafter as it was trained", "no position differs beyond chance"
     assert [one for one in said_of([0.4, 0.2]) if none in one] and blame not in said_of([0.4, 0.2])
     found = said_of([0.4, 0.02], p=0.0005)
@@ -191,7 +191,7 @@ def test_what_is_said():
     assert "compare positions, not tau" in said_of([0.4, 0.2, 0.1])[0]
 
 
-def test_our_side_is_plain_decoding_and_counts_as_the_oracle():
+def test_our_side_decodes_plainly_and_counts_as_the_oracle_does():
     """Greedy: outputs and counts of the oracle (decode.py). At temperature 1 drafts are the likeliest tokens, outputs samples."""
     target = Target(TINY)
     drafter = drafter_for(target, "ttt").start(target, target.frozen_head).eval()
@@ -267,15 +267,15 @@ def refusal(url, *words):
     return str(refused.value)
 
 
-def test_a_server_that_is_not_there():
+def test_an_unreachable_server_is_refused():
     assert "no server answers there" in refusal(f"http://127.0.0.1:{free_port()}")
 
 
-def test_an_address_that_is_none():
+def test_an_address_without_a_scheme_is_refused():
     assert "no server answers there" in refusal("localhost:8000")
 
 
-def test_a_server_of_another_kind(play):
+def test_a_server_that_is_neither_vllm_nor_sglang_is_refused(play):
     assert "/v1/models answers 404" in refusal(play({}))
     assert "does not answer as vLLM or SGLang would" in refusal(play({"/v1/models": (200, "<html>")}))
     assert "no server answers there" in refusal("'http://[::1'")
@@ -293,7 +293,7 @@ def test_a_server_of_another_kind(play):
     ],
     ids=["a model without a name", "no version", "no positions", "no numbers", "no JSON", "no length of a draft"],
 )
-def test_a_server_that_tells_nonsense_is_refused_in_one_line(play, pages):
+def test_malformed_answers_of_a_server_are_refused_in_one_line(play, pages):
     said = refusal(play(pages))
     assert "does not answer as vLLM or SGLang would" in said and "\n" not in said
 
@@ -312,22 +312,22 @@ def test_blocks_of_another_length_are_not_compared():
     assert _incomparable(sglang, block, 0) is None and "samples its drafts" in _incomparable(sglang, block, 1)
 
 
-def test_a_server_of_another_model(play):
+def test_a_server_of_another_model_is_refused(play):
     said = refusal(play(models("somebody/else")))
     assert "serves somebody/else, and the target is" in said and "server.model=" in said
 
 
-def test_a_vllm_that_does_not_draft(play):
+def test_a_vllm_server_without_a_drafter_is_refused(play):
     pages = models() | {"/metrics": (200, 'vllm:request_success_total{engine="0"} 3.0\n')}
     assert "does not draft" in refusal(play(pages))
 
 
-def test_a_server_without_metrics(play):
+def test_a_server_without_metrics_is_refused_with_the_flag_to_drop(play):
     said = refusal(play(models()))
     assert "tells nothing of its drafts" in said and "--disable-log-stats" in said
 
 
-def test_an_sglang_that_does_not_draft(play):
+def test_an_sglang_server_without_a_drafter_is_refused_with_the_flag_to_add(play):
     pages = models() | {"/server_info": (200, json.dumps({"speculative_algorithm": None}))}
     assert "--speculative-algorithm" in refusal(play(pages))
 
@@ -342,13 +342,13 @@ def test_an_sglang_that_drafts_is_known_by_what_it_was_started_with(play):
     assert find_server(play(models() | {"/server_info": (200, json.dumps(tree))}), [TINY]).slots == 3
 
 
-def test_prompts_that_the_server_has_no_positions_for(play):
+def test_prompts_longer_than_the_servers_positions_are_refused(play):
     url = play(models(max_model_len=100) | {"/metrics": (200, METRICS), "/version": (200, '{"version": "0.32.0"}')})
     said = refusal(url, "suite.prompt_tokens=80", "suite.new_tokens=32", "suite.count=2")
     assert "has 100 positions" in said and "take up to 112" in said
 
 
-def test_a_server_that_dies_in_the_middle(play):
+def test_a_server_that_stops_in_the_middle_of_an_answer_is_reported(play):
     url = play({}, broken='data: {"choices": [{"token_ids": [5]}]}\n\n')
     server = Vllm(url, TINY, None, 4, "")
 
@@ -360,7 +360,7 @@ def test_a_server_that_dies_in_the_middle(play):
         asyncio.run(ask())
 
 
-def test_what_cannot_be_asked_for():
+def test_settings_of_mode_served_that_cannot_work_are_refused():
     def said(*words):
         with pytest.raises(UserError) as refused:
             check_evaluation(cli.compose("eval", EvalRecipe, ["mode=served", f"target.path={TINY}", *words]))
@@ -373,7 +373,7 @@ def test_what_cannot_be_asked_for():
         cli.compose("eval", EvalRecipe, ["mode=served", "server.concurrency=[0]"])
 
 
-def test_the_command_says_it_in_one_line_and_leaves_nothing(tmp_path):
+def test_a_refusal_of_mode_served_is_one_line_and_leaves_no_files(tmp_path):
     address = f"http://127.0.0.1:{free_port()}"
     done = command(ROOT / "eval/main.py", "mode=served", f"server.url={address}", f"out={tmp_path / 'out'}", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -387,7 +387,7 @@ def recipe_of_server(**changes):
     return ServerRecipe(**{"concurrency": [1], "wait_s": 60, "start": "vllm"} | changes)
 
 
-def test_an_interpreter_without_vllm():
+def test_an_interpreter_without_vllm_is_refused():
     with pytest.raises(UserError, match="has no vllm"):
         interpreter(recipe_of_server(python=sys.executable))
     with pytest.raises(UserError, match="is no program"):
@@ -446,7 +446,7 @@ def left_of(mark: str, seconds: float = 10) -> list[psutil.Process]:
     return marked(mark)
 
 
-def test_nothing_is_left_of_a_server(tmp_path, monkeypatch):
+def test_a_started_server_leaves_no_process_and_no_shared_memory(tmp_path, monkeypatch):
     mark = uuid.uuid4().hex
     monkeypatch.setenv("MARK", mark)
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -463,7 +463,7 @@ def test_nothing_is_left_of_a_server(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
 
 
-def test_a_server_goes_with_a_command_that_is_killed(tmp_path):
+def test_killing_the_command_ends_its_server(tmp_path):
     mark, ready = uuid.uuid4().hex, tmp_path / "ready"
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     script = f"""
@@ -548,7 +548,7 @@ def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
 
 @pytest.mark.slow
 @needs_vllm
-def test_a_server_with_another_drafter_is_told_to_differ(drafter, tmp_path):
+def test_a_server_with_another_drafter_is_reported_as_different(drafter, tmp_path):
     """The negative control: two layers' columns of fc are exchanged in what the server gets. Outputs are the target's all the
     same, and only the counts tell."""
     target, damaged = Target(TINY), load_drafter(drafter)

@@ -120,7 +120,7 @@ def test_spec_bench_is_counted_by_category_and_by_turn(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_a_cut_keeps_what_it_says(side):
+def test_cutting_a_prompt_keeps_the_chosen_side(side):
     for length in range(9):
         for limit in range(2, 10):
             tokens = list(range(length))
@@ -189,7 +189,7 @@ def test_a_conversation_goes_on_from_the_reply(tokenizer, tmp_path):
         load(recipe, tokenizer, room=takes - 1)
 
 
-def test_the_thinking_flag_is_the_chat_template_s(tokenizer, tmp_path):
+def test_suite_thinking_is_passed_to_the_chat_template(tokenizer, tmp_path):
     tokenizer, path = copy.deepcopy(tokenizer), written(tmp_path, {"prompt": "x"})
     tokenizer.chat_template += "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
     for flag, end in (("null", "assistant\n"), ("true", "True"), ("false", "False")):
@@ -200,7 +200,7 @@ def test_the_thinking_flag_is_the_chat_template_s(tokenizer, tmp_path):
         load(composed("jsonl", f"suite.path={path}"), tokenizer)
 
 
-def test_which_prompts_are_taken(tokenizer, tmp_path):
+def test_count_and_shuffle_choose_the_prompts(tokenizer, tmp_path):
     path = written(tmp_path, *({"id": i, "prompt": f"p{i}"} for i in range(9)))
     ids = lambda *words: load(composed("jsonl", f"suite.path={path}", *words), tokenizer)[1]["ids"]
     every = [str(i) for i in range(9)]
@@ -210,7 +210,7 @@ def test_which_prompts_are_taken(tokenizer, tmp_path):
     assert ids("suite.shuffle=0", "suite.count=3") == drawn[:3] != every[:3]
 
 
-def test_kinds_and_a_balanced_draw(tokenizer, tmp_path):
+def test_a_balanced_draw_takes_equally_many_prompts_of_each_kind(tokenizer, tmp_path):
     """Spec-Bench's own numbers: 480 records of thirteen categories, six kinds; 80 of them, drawn evenly."""
     suite = composed("spec_bench")
     sizes = dict.fromkeys(suite.kinds["mt_bench"], 10) | dict.fromkeys(("translation", "summarization", "qa", "rag", "x"), 80)
@@ -226,7 +226,7 @@ def test_kinds_and_a_balanced_draw(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet", ".txt"])
-def test_other_files(tokenizer, tmp_path, suffix):
+def test_json_parquet_and_text_files_are_read_as_prompts(tokenizer, tmp_path, suffix):
     path, rows = tmp_path / f"prompts{suffix}", [{"prompt": "one"}, {"prompt": "two"}]
     match suffix:
         case ".json":
@@ -282,7 +282,7 @@ ONE, TWO = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}\n'
         (None, [], "suite=jsonl needs suite.path=FILE; the head of conf/suite/jsonl.yaml says of what"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_line_before_the_target_is_loaded(drafter, tmp_path, content, words, message):
+def test_a_wrong_suite_is_a_one_line_error_before_the_target_is_loaded(drafter, tmp_path, content, words, message):
     path, named = tmp_path / "suite.jsonl", []
     if content is not None:
         path.write_text(content)
@@ -291,7 +291,7 @@ def test_what_is_wrong_is_one_line_before_the_target_is_loaded(drafter, tmp_path
         check_evaluation(cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "suite=jsonl", *named, *words]))
 
 
-def test_a_data_set_out_of_reach_is_one_line(drafter):
+def test_a_data_set_that_cannot_be_downloaded_is_a_one_line_error(drafter):
     with pytest.raises(
         UserError, match="suite.name=openai/gsm8k, suite.split=test: datasets cannot load it .*give suite.path=FILE"
     ):
@@ -329,7 +329,7 @@ def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path,
     assert "beyond 100 positions" in shown and "beyond 100 positions" in (tmp_path / "out/report.html").read_text()
 
 
-def test_a_table_of_positions_has_an_end(drafter, tmp_path):
+def test_learned_positions_refuse_longer_prompts_and_rotary_ones_accept_them(drafter, tmp_path):
     """Rotary positions go on; learned ones do not."""
     configs = ({"a": {"rope_type": "default"}}, {})
     rotary, table = ({"path": "lm", "layers": 1, "positions": 100, "config": one} for one in configs)
@@ -346,7 +346,7 @@ def test_a_table_of_positions_has_an_end(drafter, tmp_path):
             check_evaluation(recipe)
 
 
-def test_a_suite_of_conversations_is_judged(drafter, tmp_path, capsys):
+def test_decode_judges_each_turn_of_a_suite_of_conversations(drafter, tmp_path, capsys):
     """The whole of mode=decode: a request a turn, each against plain decoding, and the report says what was asked and how."""
     from eval.main import run
 

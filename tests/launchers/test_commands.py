@@ -60,7 +60,7 @@ def test_budgetdraft_brings_a_view_and_a_number_is_the_only_budget():
 
 @pytest.mark.parametrize("objective", ["ttt", "blockwise", "budgetdraft"])
 @pytest.mark.parametrize("reuse", ["none", "hidden", "kv", "hybrid"])
-def test_every_cell_is_accepted(cache, objective, reuse):
+def test_every_objective_with_every_reuse_and_source_is_accepted(cache, objective, reuse):
     sources = ["native", "projected", "projected_rope", "head_concat"] if reuse in ("kv", "hybrid") else [None]
     for source in sources:
         words = [f"objective={objective}", f"reuse={reuse}", f"cache.dir={cache}"]
@@ -165,7 +165,7 @@ def test_recipes_say_what_they_follow():
         (["drafter.rope_factor=0.5"], "drafter.rope_factor.*greater than or equal to 1"),
     ],
 )
-def test_train_refuses(cache, words, message):
+def test_train_refuses_settings_that_cannot_work(cache, words, message):
     with pytest.raises(UserError, match=message):
         check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words]))
 
@@ -207,7 +207,7 @@ def test_a_world_size_that_does_not_divide_is_refused(cache, monkeypatch):
         check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "train.batch=8"]))
 
 
-def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
+def test_a_cache_without_the_needed_states_is_refused(cache, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(cache, bare)
     manifest = json.loads((bare / "manifest.json").read_text())
@@ -248,7 +248,7 @@ def test_a_cache_without_the_kind_is_refused(cache, tmp_path):
         (["suite.prompt_tokens=null"], "suite=heldout needs suite.count, 2 or more, and suite.prompt_tokens"),
     ],
 )
-def test_eval_refuses(words, message):
+def test_eval_refuses_settings_that_cannot_work(words, message):
     with pytest.raises(UserError, match=message):
         check_evaluation(cli.compose("eval", EvalRecipe, ["drafter=nowhere", *words]))
 
@@ -421,7 +421,7 @@ def test_tracking_falls_back_to_an_offline_run(cache, tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_batches_ends_and_partial_verification_from_the_command_line(cache, tmp_path):
+def test_the_eval_command_decodes_in_batches_with_stops_and_partial_verification(cache, tmp_path):
     """A ttt drafter: audited partial verification of trees, in batches, is plain decoding's; the lossy kind says how far it went;
     a stop string ends outputs; adaptive lengths change none; a cache on the host gives what one on the device gives."""
     words = ["objective=ttt", "reuse=kv", f"cache.dir={cache}", "run.dir=run", "train.batch=2", "train.max_steps=4", *SMALL]

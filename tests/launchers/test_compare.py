@@ -11,7 +11,7 @@ from tests.support.commands import ROOT, SMALL, command
 COMPARE = ROOT / "launchers/compare.py"
 
 
-def test_intervals_by_hand():
+def test_intervals_equal_values_computed_by_hand():
     """Tokens and verify steps of two prompts and one seed: tau is their ratio of sums, whatever is drawn."""
     sys.path.insert(0, str(ROOT / "launchers"))
     import compare
@@ -25,7 +25,7 @@ def test_intervals_by_hand():
 
 
 @pytest.mark.parametrize("seed_noise,prompt_noise", [(0.1, 0.0), (0.0, 0.3), (0.05, 0.3)])
-def test_intervals_cover_the_truth(seed_noise, prompt_noise):
+def test_intervals_cover_the_true_value_as_often_as_they_claim(seed_noise, prompt_noise):
     """Simulated arms that differ in nothing but the noise of seeds and prompts: at most one verdict in twenty is wrong."""
     sys.path.insert(0, str(ROOT / "launchers"))
     import compare
@@ -43,13 +43,13 @@ def test_intervals_cover_the_truth(seed_noise, prompt_noise):
     assert covered >= 94
 
 
-def test_an_unknown_arm_is_refused(tmp_path):
+def test_an_unknown_variant_is_refused(tmp_path):
     done = command(COMPARE, "train", tmp_path / "runs", "--arms", "eagle4")
     assert done.returncode == 2 and "no arm is called eagle4" in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_the_comparison_runs_to_its_table(tmp_path):
+def test_the_comparison_launcher_trains_judges_and_prints_its_table(tmp_path):
     options = ["--seeds", "2", "--jobs", "2", "--tokens", "30000", "--arms", "dflash,blockwise_hybrid,aligned_random"]
     small = [
         "train.max_steps=4",

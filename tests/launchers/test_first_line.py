@@ -36,7 +36,7 @@ def of(recipe: TrainRecipe, keys) -> dict:
     return {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in keys}
 
 
-def test_sizes_that_nobody_named_fit_the_device(monkeypatch):
+def test_default_sizes_depend_on_the_device(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     recipe = compose()
     assert of(recipe, sizes.CPU) == sizes.CPU and set(recipe.chosen) == set(sizes.CPU) == set(sizes.GPU)
@@ -58,7 +58,7 @@ def test_sizes_that_nobody_named_fit_the_device(monkeypatch):
     assert of(compose(), usual) == usual == sizes.GPU
 
 
-def test_a_named_size_is_never_touched(monkeypatch):
+def test_a_size_given_on_the_command_line_is_kept(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     named = {"train.batch": 8, "train.max_steps": 2000, "data.max_tokens": 600_000}
     recipe = compose(*(f"{key}={value}" for key, value in named.items()))
@@ -70,14 +70,14 @@ def test_a_named_size_is_never_touched(monkeypatch):
     assert compose("experiment=eagle3").train.lr == 4e-4
 
 
-def test_the_other_commands_know_one_size(monkeypatch):
+def test_data_prep_and_eval_have_one_default_size(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert cli.compose("data_prep", DataPrepRecipe, []).data.max_tokens == 600_000
     assert cli.compose("eval", EvalRecipe, ["drafter=x"]).data.max_tokens == 600_000
 
 
 @pytest.mark.parametrize("world,batch", [(1, 2), (2, 2), (3, 3), (4, 4), (6, 6)])
-def test_any_number_of_ranks_shares_a_batch_that_nobody_named(cache, monkeypatch, world, batch):
+def test_the_default_batch_is_divisible_by_any_number_of_ranks(cache, monkeypatch, world, batch):
     """The launcher starts one rank a NUMA node where there is no GPU."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -86,7 +86,7 @@ def test_any_number_of_ranks_shares_a_batch_that_nobody_named(cache, monkeypatch
     check_training(recipe)
 
 
-def test_a_run_goes_on_with_the_sizes_with_which_it_began(monkeypatch):
+def test_a_resumed_run_keeps_its_first_default_sizes(monkeypatch):
     """One of an earlier release, or of another machine; named keys are the line's."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     earlier = compose("train.batch=8", "train.max_steps=2000", "train.pack_tokens=4096", "train.lr=6e-4", "train.save_every=200")
@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_the_sizes_with_which_it_began(monkeypatch):
     assert compose().going_on({}) == compose()
 
 
-def test_a_cache_that_is_there_is_used_unless_the_line_says_another(cache):
+def test_an_existing_cache_is_used_unless_the_command_line_names_another(cache):
     """It is float32 and of 12,000 tokens in pieces of 128, which no default is."""
     used = manifest_of(compose(f"cache.dir={cache}"))
     assert used == CacheReader(cache).manifest == manifest_of(compose(f"cache.dir={cache}", "cache.on_missing=fail"))
@@ -121,7 +121,7 @@ def told(tmp_path, *words):
     return command(ROOT / "data_prep/main.py", *words, cwd=tmp_path)
 
 
-def test_a_capture_of_one_text_is_told_of_before_the_target_is_loaded(tmp_path):
+def test_capturing_a_single_text_warns_before_the_target_is_loaded(tmp_path):
     done = told(tmp_path, "data.max_tokens=500")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -151,7 +151,7 @@ def test_training_refuses_one_text_before_the_first_forward(tmp_path, on_missing
     assert "capture:" not in done.stdout and not (tmp_path / "cache").exists()
 
 
-def test_two_sides_need_two_sources():
+def test_training_and_validation_need_a_source_document_each():
     import pyarrow as pa
 
     said = lambda *ids: one_side(pa.array(ids, pa.string()))
@@ -162,7 +162,7 @@ def test_two_sides_need_two_sources():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the launcher would start a rank a GPU")
-def test_the_line_that_people_type_first(tmp_path):
+def test_the_first_command_of_the_readme_runs_without_any_setting(tmp_path):
     """No cache, no GPU, no DS_ACCELERATOR, no number of ranks. Then the same line again, and by python."""
     small = [*SMALL, "train.max_steps=4", "train.pack_tokens=256", "data.max_tokens=12000", "data.max_length=128"]
     line = [TRAIN, "objective=blockwise", "reuse=hybrid", *small]

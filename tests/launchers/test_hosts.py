@@ -123,7 +123,7 @@ def one_host(cache, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_host_cut_off_is_an_error_on_both_sides_and_the_run_goes_on(cache, hosts, one_host, tmp_path):
+def test_a_host_that_loses_its_network_ends_both_sides_and_the_run_can_be_resumed(cache, hosts, one_host, tmp_path):
     """The time-out ends the run, launchers and all; said again, it ends with the weights of one host, bit for bit."""
     log, run_dir = tmp_path / "log", tmp_path / "two=hosts"  # a name that two shells and Hydra must leave alone
     words = [*WORDS, f"cache.dir={cache}", f"run.dir='{run_dir}'"]

@@ -43,7 +43,7 @@ def test_jobs_of_a_sweep_share_no_gpu():
         places(0, 1, [])
 
 
-def test_an_error_of_the_collectives_is_told_from_others():
+def test_errors_of_collectives_are_recognised():
     assert loss_of_a_rank(RuntimeError("shapes differ"), 5) is None
     reset = RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer [10.0.0.2]:4033")
     assert "peer [10.0.0.2]:4033" in str(loss_of_a_rank(reset, 5))

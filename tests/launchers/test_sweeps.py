@@ -116,7 +116,7 @@ def test_a_sweep_of_evaluations_is_one_table_one_picture_and_one_group(cache, dr
     assert "teacher-forced tau T=1" in (tmp_path / "decoded/sweep.md").read_text()
 
 
-def test_a_folder_without_reports_is_one_line(tmp_path):
+def test_a_folder_without_reports_is_a_one_line_error(tmp_path):
     done = command(ROOT / "eval/reports/sweep.py", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "no report of a drafter" in done.stderr
 
@@ -179,7 +179,7 @@ def test_eval_refuses_what_a_view_cannot_be(cache, drafter, words, message):
         check()
 
 
-def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path):
+def test_settings_that_cannot_be_swept_or_diagnosed_are_one_line_errors(cache, drafter, tmp_path):
     words = [f"drafter={drafter}", f"cache.dir={cache}"]
     done = command(EVAL, "-m", *words, "mode=score", "out=a,b", cwd=tmp_path)
     assert done.returncode == 2 and "out is the folder of the whole sweep" in done.stderr and not list(tmp_path.iterdir())
@@ -197,7 +197,7 @@ def test_what_cannot_be_swept_or_diagnosed_is_one_line(cache, drafter, tmp_path)
     assert cli.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(cli.folder_name("x" * 999)) < 200
 
 
-def test_a_context_longer_than_the_cache_s_documents_is_one_line(cache, drafter, tmp_path):
+def test_a_context_longer_than_the_cached_documents_is_a_one_line_error(cache, drafter, tmp_path):
     done = command(EVAL, "mode=score", f"drafter={drafter}", f"cache.dir={cache}", "score.context=4000", "out=no", cwd=tmp_path)
     assert done.returncode == 2 and "score.context=4000: the longest held-out document" in done.stderr
     assert not (tmp_path / "no").exists()
@@ -274,7 +274,7 @@ def test_two_ranks_whose_budgets_differ_equal_one_process(cache, alone, tmp_path
 
 
 @pytest.mark.slow
-def test_the_sweep_of_the_readme(cache, tmp_path):
+def test_two_ranks_train_a_drafter_per_budget_in_one_launch(cache, tmp_path):
     """One drafter a budget, by two ranks, in one launch; a language model of its own beside them."""
     import transformers
 

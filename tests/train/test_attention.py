@@ -21,7 +21,7 @@ def places(*lengths: int, shift: int = 0) -> Places:
     return Places(document, torch.cat([torch.arange(n) for n in lengths]) + shift)
 
 
-def test_block_cell_by_cell():
+def test_block_visibility_equals_a_table_drawn_by_hand():
     """Two packed documents of 4 and 3 positions, blocks of 2 slots after anchors 2 of the first and 1 of the second."""
     rows = block_rows(torch.tensor([0, 1]), torch.tensor([2, 1]), slots=2)
     assert drawn(Visibility(rows, places(4, 3), rows, causal=False)) == [
@@ -45,7 +45,7 @@ def ttt_rows(document, anchor, slot) -> DraftRows:
     return DraftRows(document, anchor, group, torch.full_like(group, slot), anchor + slot - 1)
 
 
-def test_ttt_second_step_cell_by_cell():
+def test_visibility_of_the_second_ttt_step_equals_a_table_drawn_by_hand():
     """Step 2 of anchors 1 and 3 of one document: memory before the anchor, and the anchor's own steps 1 and 2 (EAGLE-3's
     diagonal). Pairs (x_{i+1}, f_i) sit at i + 1: the pair that is step 1's own input is not seen a second time."""
     first, second = ttt_rows([0, 0], [1, 3], 1), ttt_rows([0, 0], [1, 3], 2)
@@ -54,7 +54,7 @@ def test_ttt_second_step_cell_by_cell():
     assert drawn(Visibility(second, places(4, shift=1), first + second, causal=True)) == ["....x.x.", "xx...x.x"]
 
 
-def test_ttt_third_step_of_packed_documents_cell_by_cell():
+def test_visibility_of_the_third_ttt_step_in_a_pack_equals_a_table_drawn_by_hand():
     """Step 3 of anchors 2 of the first document and 1 of the second: each sees its own document's memory before its anchor and
     its own three steps, of which later anchors and the other document see nothing. Steps 1 and 2 come first among the keys."""
     steps = [ttt_rows([0, 1], [2, 1], j) for j in (1, 2, 3)]

@@ -42,7 +42,7 @@ def texts(*lengths, seed=0):
 
 
 @pytest.mark.parametrize("kind,reuse", CELLS)
-def test_packing_two_documents_is_running_them_apart(kind, reuse):
+def test_packing_two_documents_gives_the_loss_of_running_them_apart(kind, reuse):
     """Loss and gradient of a pack are the sums over its documents."""
     target = small_target(dtype=torch.float64)
     drafter = drafter_of(target, kind, reuse, layers=2)
@@ -67,7 +67,7 @@ def test_packing_two_documents_is_running_them_apart(kind, reuse):
 @pytest.mark.parametrize(
     "kind,reuse,codec", [*((*cell, "fp32") for cell in CELLS), ("ttt", "hybrid", "fp8"), ("blockwise", "hybrid", "bf16")]
 )
-def test_cached_loss_is_live_loss(kind, reuse, codec, tmp_path):
+def test_the_loss_from_a_cache_equals_the_loss_from_the_live_target(kind, reuse, codec, tmp_path):
     """The embedded target: one pack read from a cache, read from the target run live through the same codec, and (float32)
     made of the target's own forward over each document."""
     texts = ["import os\nimport sys\n" * 9, "def f(x):\n    return x + 1\n" * 5]
@@ -145,7 +145,7 @@ def test_anchors_are_a_function_of_seed_pass_and_document():
     assert sample_anchors("a", mask, None, 0, 0).tolist() == [a for a in range(199) if mask[a] and mask[a + 1]]
 
 
-def test_stream_is_the_same_from_any_position(cache):
+def test_the_stream_of_packs_is_the_same_from_any_resume_position(cache):
     reader = CacheReader(cache)
     training, validation = split(reader, 8)
     assert not {reader.id(i).rsplit("#")[0] for i in training} & {reader.id(i).rsplit("#")[0] for i in validation}
@@ -241,7 +241,7 @@ def test_reading_ahead_changes_nothing(cache, device, workers):
         same_pack(pack, stream[number])
 
 
-def test_what_a_reading_thread_raises_is_raised(cache):
+def test_an_error_in_the_reading_thread_is_raised_in_training(cache):
     stream = PackStream(CacheReader(cache), np.arange(4), ["input_ids", "no such tensor"], StreamSettings(512, 4, seed=3))
     with pytest.raises(KeyError):
         list(loaded(stream, range(3), torch.device("cpu"), 2))

@@ -175,7 +175,7 @@ def test_packs_carry_the_budgets_of_their_step(cache):
     assert ages.min() == 0 and ages.max() == 255 and abs(ages.mean() - 127.5) < 5
 
 
-def test_a_pack_without_anchors_has_as_many_views(target):
+def test_a_pack_without_anchors_has_as_many_views_as_others(target):
     """So that every rank runs the same forwards."""
     none = np.array([], dtype=np.int64)
     first = PackDocument("a", document(target, 17, 1), none, budgets=[FULL, 8], ages=none)

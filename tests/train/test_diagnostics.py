@@ -68,7 +68,7 @@ def test_attention_on_draft_keys_by_hand(target):
     assert found == pytest.approx([(j / (4 + j) + j / (9 + j)) / 2 for j in (1, 2, 3, 4)], abs=1e-6)
 
 
-def test_another_document_s_memory(target):
+def test_the_control_other_memory_reads_another_document_at_the_same_positions(target):
     pack = packed(target)
     other = diagnostics._others(pack, pack)
     values, places = pack.states.value[1], pack.places
@@ -81,7 +81,7 @@ def test_another_document_s_memory(target):
     torch.testing.assert_close(diagnostics._others(alone, pack).value[1], values[:20])
 
 
-def test_gate_figures(target):
+def test_gate_figures_equal_those_of_a_constant_gate(target):
     """A gate of constant openness, and the share of the output that passes it."""
     drafter = drafter_of(target, "blockwise", "hybrid")
     (fuse,) = drafter.fusions
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_a_plain_backward(target):
     assert found["draft_rows"] == int(outcome.valid.sum())
 
 
-def test_watching_changes_nothing(target):
+def test_watching_a_drafter_does_not_change_its_results(target):
     for cell in (("ttt", "hybrid"), ("blockwise", "kv")):
         drafter, pack = drafter_of(target, *cell, layers=2), packed(target)
         objective = objective_of(target, drafter, KL)
@@ -133,7 +133,7 @@ def test_watching_changes_nothing(target):
         assert not any(branch._forward_pre_hooks for layer in drafter.layers for branch in layer.branches.values())
 
 
-def test_every_question_has_its_picture(target, tmp_path):
+def test_the_picture_has_a_panel_for_each_diagnosis_found(target, tmp_path):
     drafter = drafter_of(target, "ttt", "hybrid")
     objective, pack = objective_of(target, drafter, KL), packed(target)
     found = diagnostics.diagnose(objective, [pack, pack])

@@ -115,7 +115,7 @@ def test_a_reduced_vocabulary_keeps_the_most_frequent_tokens(target):
     assert found[0].isinf().nonzero().flatten().tolist() == [1, 8, 10]
 
 
-def test_a_token_that_the_drafter_cannot_say_is_a_break(target):
+def test_a_token_outside_the_draft_vocabulary_ends_an_accepted_run(target):
     """A teacher whose most likely token is outside the draft vocabulary is never matched, and its mass is lost to the overlap."""
     pack = packed(target)
     for kept in (None, list(range(8))):
@@ -197,7 +197,7 @@ def test_a_block_over_pairs_starts_from_eagle3_s_input_path_and_back(target, tmp
     torch.testing.assert_close(named(again), named(ttt))
 
 
-def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
+def test_a_checkpoint_that_does_not_fit_cannot_warm_start_a_drafter(target, tmp_path):
     def saved(name, **changes):
         drafter = drafter_of(target, "ttt", "hidden", layers=2)
         drafter.config = replace(drafter.config, **changes)
@@ -227,7 +227,7 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
             exchange.check_warm_start(str(tmp_path / "served"), replace(config, **changes))
 
 
-def test_what_means_something_else_is_left(target, tmp_path):
+def test_weights_of_equal_shape_with_another_meaning_are_not_taken(target, tmp_path):
     """Weights of equal shape that another source of K/V, another sequential head or another vocabulary gave their meaning."""
     numbers = iter(range(99))
 

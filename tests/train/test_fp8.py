@@ -23,7 +23,7 @@ def small_integers(*shape, most: int, seed: int):
 
 
 @pytest.mark.parametrize("rows", [5, 32])
-def test_what_eight_bits_can_hold_is_exact(rows):
+def test_values_that_fp8_can_represent_give_exact_products(rows):
     """Forward and both gradients, with rows that do and do not fill whole tiles; a gradient of -3 .. 3 fits e5m2."""
     x, weight = small_integers(rows, 48, most=448, seed=0), small_integers(80, 48, most=448, seed=1)
     upstream = small_integers(rows, 80, most=57344, seed=2)
@@ -36,7 +36,7 @@ def test_what_eight_bits_can_hold_is_exact(rows):
     torch.testing.assert_close(frozen.backward(upstream), (upstream.double() @ weight.double()).bfloat16())
 
 
-def test_ordinary_numbers_lose_the_digits_that_they_lose():
+def test_random_values_have_the_rounding_error_of_fp8():
     """e4m3 rounds by up to 2^-4 (2.6% in the mean square), e5m2 by up to 2^-3; a sum of independent errors is no larger."""
     g = torch.Generator().manual_seed(0)
     x, weight, upstream = (torch.randn(*s, generator=g).to(DEVICE, torch.bfloat16) for s in ((100, 256), (512, 256), (100, 512)))
@@ -46,7 +46,7 @@ def test_ordinary_numbers_lose_the_digits_that_they_lose():
         assert 0.01 < error < bound  # bf16 would be below 0.01: these are really eight bits
 
 
-def test_a_turned_matrix_is_filled_up_with_zeros():
+def test_a_transposed_copy_is_padded_with_zeros():
     t = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     plain, turned, scale = fp8.quantised(t, fp8.NARROW, plain=True, turned=True)
     assert turned.shape == (48, 16) and torch.equal(turned.float()[:, :5], plain.float().T)
@@ -57,7 +57,7 @@ def test_a_turned_matrix_is_filled_up_with_zeros():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel that casts needs a GPU with fp8")
 @pytest.mark.parametrize("dtype", [fp8.NARROW, fp8.WIDE])
-def test_the_kernel_casts_as_its_definition_does(dtype):
+def test_the_cast_kernel_equals_its_definition(dtype):
     t = (3 * torch.randn(130, 272, generator=torch.Generator().manual_seed(0))).bfloat16()
     for mine, expected in zip(fp8.quantised(t.cuda(), dtype, True, True), fp8.quantised(t, dtype, True, True)):
         torch.testing.assert_close(mine.float().cpu(), expected.float(), rtol=0, atol=0)

@@ -100,7 +100,7 @@ def test_what_we_export_comes_back_as_it_was(target, text, tmp_path, kind, chang
     torch.testing.assert_close(four_slots(target, fresh, text), theirs)
 
 
-def test_an_order_of_its_own_gives_the_very_same_logits(target, text, tmp_path):
+def test_an_export_with_layers_in_ascending_order_gives_identical_logits(target, text, tmp_path):
     """Where fc's columns stand in ascending order already, there is no rounding between the two."""
     for kind in ("ttt", "blockwise"):
         drafter = drafter_for(target, kind, hidden_layers=[0, 2, 3])
@@ -145,7 +145,7 @@ def test_what_speculators_writes_is_read(target, text, tmp_path, kind, changes):
         refused(tmp_path, target, "has a Markov head of two tables .*, and this one is no function of the embedding")
 
 
-def test_a_masks_row_of_its_own_is_taken(target, text, tmp_path):
+def test_a_checkpoints_own_mask_row_is_taken_and_other_changed_rows_are_refused(target, text, tmp_path):
     """A table that differs from the target's in MASK's row alone is the target's and a MASK; in another row it is refused."""
     drafter = exported(target, tmp_path, "blockwise", {"learned": True})
     (tmp_path / MASK_FILE).unlink()
@@ -160,7 +160,7 @@ def test_a_masks_row_of_its_own_is_taken(target, text, tmp_path):
     refused(tmp_path, target, "has an embedding of its own: 1 rows are not the target's, such as that of token 7")
 
 
-def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
+def test_a_served_checkpoint_that_does_not_fit_cannot_warm_start_a_drafter(target, tmp_path):
     exported(target, tmp_path / "eagle3", "ttt", {})
     other = drafter_for(target, "ttt", hidden_layers=[0, 2, 3], norm_before_residual=True)
     model_of(other, target).save_pretrained(tmp_path / "norm")
@@ -181,7 +181,7 @@ def test_what_cannot_start_a_drafter_is_refused(target, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind,format", [("ttt", "eagle3"), ("blockwise", "dflash")])
-def test_the_commands_take_a_checkpoint(target, cache, tmp_path, kind, format):
+def test_the_commands_judge_decode_and_train_from_a_served_checkpoint(target, cache, tmp_path, kind, format):
     """Judged, decoded with and trained on by the real commands, beside the target that they name."""
     manifest = json.loads((cache / "manifest.json").read_text())
     identity = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": manifest["tokenizer_hash"]}

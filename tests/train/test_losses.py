@@ -111,7 +111,7 @@ def test_one_teacher_serves_the_rows_of_several_views(kept, chunk):
 
 @pytest.mark.parametrize("loss", PER_SLOT)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_float32_follows_float64(loss, regime):
+def test_losses_in_float32_are_near_those_in_float64(loss, regime):
     """The tolerance is float32's: 2^-24 of logits of up to about 60, summed over 211 tokens."""
     gradients = []
     for dtype in (torch.float32, torch.float64):
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_paper():
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
 
 
-def test_distributions_that_hardly_meet_still_teach():
+def test_lk_alpha_has_a_gradient_where_the_overlap_underflows():
     """alpha underflows to zero in float32; -log alpha and its gradient do not."""
     logits = torch.tensor([[200.0, 0.0, -200.0]]).requires_grad_()
     log_p = torch.tensor([[-200.0, 0.0, 200.0]]).log_softmax(-1)
@@ -147,7 +147,7 @@ def test_distributions_that_hardly_meet_still_teach():
     assert loss.item() == pytest.approx(200, rel=1e-3) and gradient.isfinite().all() and gradient.abs().max() > 0.1
 
 
-def test_numbers_known_by_hand():
+def test_losses_equal_numbers_computed_by_hand():
     """p = (.5, .3, .2), q = (.2, .3, .5): alpha = .7, KL = .5 ln 2.5 + .2 ln .4, and lambda = exp(-3 x .7) mixes KL and TV. With
     the last token cut from the draft vocabulary, q = (.4, .6): alpha = .4 + .3 of p = (.5, .3), and p = (.625, .375) in KL."""
     head, one = torch.eye(3), torch.ones(1)
@@ -180,7 +180,7 @@ def test_numbers_known_by_hand():
     assert cut.item() == pytest.approx(0.625 * 0.446287 + 0.375 * -0.470004, abs=1e-5)
 
 
-def test_expected_length_by_hand():
+def test_expected_length_equals_numbers_computed_by_hand():
     """Overlaps .5 .4 .8: E = .5 + .2 + .16; dE / d alpha_1 = 1 + .4 + .32. A shown slot cannot be refused: E = .4 + .32."""
     overlap = torch.tensor([[0.5, 0.4, 0.8]], requires_grad=True)
     length = divergences.expected_accepted(overlap, torch.tensor([[True, True, True]]))
@@ -190,7 +190,7 @@ def test_expected_length_by_hand():
     assert divergences.expected_accepted(overlap, torch.tensor([[True, True, False]])).item() == pytest.approx(0.7)
 
 
-def test_dpace_by_hand():
+def test_dpace_weights_equal_numbers_computed_by_hand():
     """q(label) = .5 .2 1 -> c = .75 .6 1 -> reached .75 .45 .45; w_j adds up what is still to come."""
     q, every = torch.tensor([[0.5, 0.2, 1.0]], requires_grad=True), torch.tensor([[True, True, True]])
     found = weights.dpace(q, every)
@@ -201,7 +201,7 @@ def test_dpace_by_hand():
     torch.testing.assert_close(weights.dpace(q, every, smoothing=0.0), torch.tensor([[0.7, 0.2, 0.1]]))
 
 
-def test_slot_weights_by_hand():
+def test_slot_weights_equal_numbers_computed_by_hand():
     torch.testing.assert_close(weights.geometric(3, 0.8), torch.tensor([1.0, 0.8, 0.64]))
     torch.testing.assert_close(weights.exponential(3, 7.0), torch.exp(-torch.tensor([0.0, 1.0, 2.0]) / 7))
 
@@ -242,7 +242,7 @@ def test_no_tensor_of_all_rows_and_the_vocabulary(kept):
     assert control.numel == ROWS * VOCAB
 
 
-def test_no_rows_give_a_differentiable_zero():
+def test_a_loss_over_no_rows_is_a_differentiable_zero():
     """The drafter has rows, none of which counts."""
     draft, teacher, label, weight, mix, head = rows()
     every = row_inputs(draft, teacher, label, mix)
@@ -327,9 +327,9 @@ EVERYTHING = {"kl": 0.2, "reverse_kl": 0.2, "ce": 0.3, "ce_greedy": 0.1, "tv": 0
 
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])
 @pytest.mark.parametrize("loss", [{"kl": 1.0, "ce": 0.5}, {"ce_greedy": 1.0}, EVERYTHING, {}], ids=str)
-def test_fused_kernels_equal_eager(fused, loss, kept):
+def test_fused_kernels_equal_the_reference(fused, loss, kept):
     """Value, statistics and gradients in float32, with and without weights on the overlap. The tolerance is that of
-    `test_float32_follows_float64`: both round, and each in its own order."""
+    `test_losses_in_float32_are_near_those_in_float64`: both round, and each in its own order."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for regime, overlap_weight in (("ordinary", 0.0), ("near-one-hot", 0.3), ("mismatched", 0.3)):
         if not loss and not overlap_weight:
@@ -350,8 +350,8 @@ def test_fused_kernels_equal_eager(fused, loss, kept):
         assert found[0][1].std() > 0.01 or loss == {}  # rows differ
 
 
-def test_fused_kernels_know_distributions_that_hardly_meet(fused):
-    """As in `test_distributions_that_hardly_meet_still_teach`: the overlap underflows, its logarithm does not."""
+def test_fused_kernels_have_a_gradient_where_the_overlap_underflows(fused):
+    """As in `test_lk_alpha_has_a_gradient_where_the_overlap_underflows`: the overlap underflows, its logarithm does not."""
     logits, target = torch.tensor([[200.0, 0.0, -200.0]]), torch.tensor([[-200.0, 0.0, 200.0]])
     one, none = torch.ones(1), torch.zeros(1, dtype=torch.long)
     if torch.cuda.is_available():

@@ -63,7 +63,7 @@ def eagle3_logits(target, drafter, text, steps):
 
 @pytest.mark.parametrize("norms", [("fc_norm", "norm_output"), ("fc_norm",), ("norm_output",), ()], ids="+".join)
 @pytest.mark.parametrize("layers", [1, 2])
-def test_ttt_with_eagle31_norms_is_speculators(target, text, layers, norms):
+def test_ttt_with_eagle31_norms_equals_speculators(target, text, layers, norms):
     """The logits of four steps. Negative control: the same weights without one of the norms, or with one more, are another
     function, of the first step already with fc_norm and from the second on with norm_output."""
     drafter = random_weights(drafter_of(target, "ttt", "hidden", layers=layers, **dict.fromkeys(norms, True)))
@@ -116,7 +116,7 @@ def pair_block(target, layers=1, **options):
 
 @pytest.mark.parametrize("fc_norm", [False, True], ids=["", "fc_norm"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_block_over_pairs_is_speculators_p_eagle(target, text, monkeypatch, layers, fc_norm):
+def test_a_block_over_pairs_equals_the_p_eagle_of_speculators(target, text, monkeypatch, layers, fc_norm):
     drafter = pair_block(target, layers, fc_norm=fc_norm)
     mine = ours(target, drafter, text)
     theirs = peagle_logits(target, drafter, text, monkeypatch)
@@ -161,7 +161,7 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_p_eagle_with_a_fault_is_another_function(target, text, monkeypatch, control):
+def test_faults_in_p_eagle_change_the_logits(target, text, monkeypatch, control):
     """Negative controls, each of the slots that it must change and of those that it cannot."""
     tamper, changed = CONTROLS[control]
     drafter = pair_block(target)

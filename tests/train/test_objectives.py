@@ -91,7 +91,7 @@ def test_loss_and_gradient_equal_the_definition(target, cell, loss, weighting):
     assert sum(g is not None and g.abs().max() > 1e-6 for g in gradients[0]) > 10
 
 
-def test_a_shown_token_is_read_and_the_others_are_not(target):
+def test_a_block_reads_the_tokens_of_its_prefix_and_no_later_ones(target):
     """A block that shows two tokens reads x_{a+1}, and nothing of x_{a+2}, which its first supervised slot has to say."""
     drafter = drafter_of(target, "blockwise", "kv")
     objective = objective_of(target, drafter, LossRecipe(kl=1))
@@ -118,7 +118,7 @@ def test_a_shown_token_is_read_and_the_others_are_not(target):
     torch.testing.assert_close(alone[0], before[0])  # a block that shows its anchor alone is the ordinary one
 
 
-def test_how_much_is_shown_is_a_truncated_geometric():
+def test_prefix_lengths_follow_a_truncated_geometric_distribution():
     draws = np.concatenate([sample_prefix(f"d{i}", 50, 7, 0.9, seed=0, pass_number=0) for i in range(400)])
     chance = 0.9 ** np.arange(7)
     found = np.bincount(draws, minlength=8)[1:] / len(draws)

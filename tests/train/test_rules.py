@@ -88,7 +88,7 @@ def test_a_line_that_meets_the_rule_is_refused_with_its_words(cache, name):
         check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *LINES[name]]))
 
 
-def test_rules_of_what_is_not_here_speak_too(cache):
+def test_rules_about_other_caches_and_devices_refuse_in_a_made_up_context(cache):
     for name, (words, context) in contexts(CacheReader(cache).manifest).items():
         recipe = cli.compose("train", TrainRecipe, [f"cache.dir={cache}", *words])
         assert first_broken([RULES[name]], recipe, context), name

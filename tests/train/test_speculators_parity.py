@@ -187,7 +187,7 @@ EAGLE3_CASES = {
 
 
 @pytest.mark.parametrize("loss,changes", EAGLE3_CASES.values(), ids=EAGLE3_CASES)
-def test_a_step_of_eagle3_is_theirs(speculators, target, text, loss, changes):
+def test_a_training_step_of_eagle3_equals_that_of_speculators(speculators, target, text, loss, changes):
     drafter = milder(drafter_for(target, "ttt", **changes))
     assert_same_step(eagle3_step(target, drafter, text, loss), our_eagle3_step(target, drafter, text, loss))
 
@@ -205,13 +205,13 @@ DFLASH_CASES = {
 
 
 @pytest.mark.parametrize("loss,changes", DFLASH_CASES.values(), ids=DFLASH_CASES)
-def test_a_step_of_dflash_is_theirs(speculators, target, text, loss, changes):
+def test_a_training_step_of_dflash_equals_that_of_speculators(speculators, target, text, loss, changes):
     drafter = milder(drafter_for(target, "blockwise", **changes))
     assert_same_step(dflash_step(target, drafter, text, loss), our_dflash_step(target, drafter, text, loss))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_step_over_another_target_is_theirs(speculators, family):
+def test_a_training_step_over_another_target_equals_that_of_speculators(speculators, family):
     """Grouped heads, and a head that is not (llama) or is (qwen3) the embedding."""
     small = small_target(family)
     small.capture(range(3), [])
@@ -229,7 +229,7 @@ def smallest(found):
     return min(error for name, error in found.items() if name != "loss")
 
 
-def test_features_out_of_place_show_in_a_step(speculators, target, text):
+def test_faults_in_features_or_divisors_change_a_training_step(speculators, target, text):
     """Negative controls: features of another position, two layers exchanged, steps that are not divided by their own counts."""
     ttt, block = (milder(drafter_for(target, kind)) for kind in ("ttt", "blockwise"))
     first, second, third = sorted(HIDDEN)

@@ -74,7 +74,7 @@ def test_training_forward_is_decode_loop(target, tmp_path, family):
         assert found.worst < 1e-4 and found.refused >= 5, view
 
 
-def test_its_logits_are_the_model_s_own(target, tmp_path):
+def test_a_drafter_with_the_targets_own_weights_is_always_accepted(target, tmp_path):
     """A drafter that is the target: with the target's own weights as a standalone model, everything it says is accepted."""
     target.model.save_pretrained(tmp_path)
     found = measure(target, drafter_of(target, str(tmp_path)))
@@ -83,7 +83,7 @@ def test_its_logits_are_the_model_s_own(target, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama, tied", "gpt2"])
-def test_saved_and_loaded(target, tmp_path, family):
+def test_a_saved_standalone_drafter_loads_with_its_tied_head(target, tmp_path, family):
     """A tied head is saved once, trains as one tensor, and is one again."""
     drafter = drafter_of(target, saved(tmp_path / "lm", family))
     names = [name for name, _ in drafter.named_parameters()]
@@ -116,7 +116,7 @@ def test_a_random_start_is_a_function_of_the_seed(target, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_a_table_of_learned_positions_ends_where_its_documents_do(target, tmp_path, family):
+def test_rows_beyond_a_table_of_learned_positions_count_for_nothing(target, tmp_path, family):
     """The last anchors' draft rows and the first ones' queries lie outside the table, and count for nothing."""
     name = "n_positions" if family == "gpt2" else "max_position_embeddings"
     long, short = (drafter_of(target, saved(tmp_path / str(size), family, **{name: size})) for size in (64, 26))
@@ -136,7 +136,7 @@ def test_a_table_of_learned_positions_ends_where_its_documents_do(target, tmp_pa
 
 
 @pytest.mark.parametrize("rows", [9, 16])
-def test_a_vocabulary_of_another_size(target, tmp_path, rows):
+def test_a_vocabulary_of_another_size_is_padded_or_cut_to_the_targets(target, tmp_path, rows):
     """Rows beyond the target's vocabulary say nothing; tokens beyond the model's are never said, and read as its last."""
     drafter = drafter_of(target, saved(tmp_path, "llama", vocab_size=rows))
     logits = drafter.head.logits(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), target.frozen_head)
@@ -160,7 +160,7 @@ def test_a_family_that_would_be_wrong_is_refused(target, tmp_path, family, more,
         drafter_of(target, saved(tmp_path, family, **more))
 
 
-def test_what_is_checked_is_the_model_with_scaled_positions(target, tmp_path):
+def test_scaled_rotary_positions_are_checked_and_learned_ones_refused(target, tmp_path):
     path = saved(tmp_path / "llama", "llama")
     scaled = drafter_of(target, path, rope_factor=2.0)
     assert same_as_decoded(measure(target, scaled))
@@ -168,13 +168,13 @@ def test_what_is_checked_is_the_model_with_scaled_positions(target, tmp_path):
         drafter_of(target, saved(tmp_path / "gpt2", "gpt2"), rope_factor=2.0)
 
 
-def test_small_logits_are_checked_as_strictly(target, tmp_path):
+def test_a_wrong_model_with_small_logits_is_refused(target, tmp_path):
     """A model that says almost the same of every token is wrong when its differences are."""
     with pytest.raises(UserError, match="its own logits differ"):
         drafter_of(target, saved(tmp_path, "bloom", n_layer=2, n_head=4, initializer_range=0.01))
 
 
-def test_weights_that_are_missing_or_torn_are_one_line(target, tmp_path):
+def test_missing_or_truncated_weights_are_a_one_line_error(target, tmp_path):
     path = saved(tmp_path, "llama")
     weights = load_file(tmp_path / "model.safetensors")
     save_file(

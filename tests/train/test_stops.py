@@ -78,7 +78,7 @@ def test_stop_strings_cut_where_generate_does(tiny):
     assert stopped(across) == plain[:1] and run(across).tokens == plain
 
 
-def test_stop_strings_of_many_bytes(tiny):
+def test_a_stop_string_of_several_tokens_ends_with_its_last_byte(tiny):
     """A character whose bytes are several tokens ends the output with its last byte, wherever the new tokens begin."""
     tokenizer = tiny[1]
     word = tokenizer("x → é\n")["input_ids"]

@@ -54,7 +54,7 @@ def caught_writing(run, launcher):
         ranks[0].resume()  # too late: the next one
 
 
-def test_kill_9_while_a_checkpoint_is_written(cache, tmp_path):
+def test_a_run_killed_while_writing_a_checkpoint_resumes_to_the_same_weights(cache, tmp_path):
     """The rank that writes, then the launcher: half a checkpoint counts for nothing, the run ends as one never touched, and
     none of it leaves shared memory behind."""
     words = [*WORDS, f"cache.dir={cache}", "deepspeed=zero3", "train.max_steps=12", "train.save_every=2", *SMALL]
@@ -110,7 +110,7 @@ def test_the_best_is_kept_and_a_damaged_checkpoint_is_refused(cache, tmp_path):
 
 
 @pytest.mark.parametrize("damage,ranks", [("removed", 1), ("cut", 2)])
-def test_a_shard_that_is_lost_while_it_is_read(cache, tmp_path, damage, ranks):
+def test_a_shard_lost_during_training_ends_with_one_line_and_the_run_can_be_resumed(cache, tmp_path, damage, ranks):
     """One line that names it, from whichever rank needs it; once it is back the run goes on."""
     mine, run = tmp_path / "cache", tmp_path / "run"
     shutil.copytree(cache, mine)
@@ -141,7 +141,7 @@ def test_a_shard_that_is_lost_while_it_is_read(cache, tmp_path, damage, ranks):
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
     reason="needs a mount namespace (unshare -rm)",
 )
-def test_a_disk_that_fills_up(cache, tmp_path):
+def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(cache, tmp_path):
     """A real file system with room for one checkpoint and a half, then with none at all, then with enough."""
     words = [*WORDS, f"cache.dir={cache}", "train.max_steps=8", "train.save_every=4", *SMALL]
     assert start(tmp_path / "whole", *words, ranks=1).wait(300) == 0, (tmp_path / "whole.log").read_text()

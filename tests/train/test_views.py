@@ -156,7 +156,7 @@ scene = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(scene, st.sampled_from(list(KINDS)), st.data())
-def test_the_plan_is_what_brute_force_selects(scene, name, data):
+def test_the_plan_equals_a_selection_by_brute_force(scene, name, data):
     view = view_of(name)
     budgets = [data.draw(st.integers(view.least, 30)), data.draw(st.integers(view.least, 60)), FULL]
     count = len(scene.anchors.index)
@@ -185,7 +185,7 @@ def test_the_plan_is_what_brute_force_selects(scene, name, data):
 
 @settings(max_examples=100, deadline=None)
 @given(scene, st.sampled_from(list(KINDS)), st.sampled_from(["absolute", "in_cache"]), st.data())
-def test_both_executors_are_attention_over_what_is_selected(scene, name, positions, data):
+def test_masking_and_gathering_both_equal_attention_over_the_selection(scene, name, positions, data):
     """Rows of every anchor under several budgets, two a group: masked in place, and over keys that were taken out; by hand, keys
     one by one. In the cache, each visible key stands behind the one before it, and the anchor behind the last."""
     view = view_of(name, positions=positions)
