@@ -342,7 +342,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
         ({"extra": {"blk.0.attn_q.bias": np.zeros(128, np.float32)}}, "no place for the tensor blk.0.attn_q.bias"),
     ],
 )
-def test_an_unknown_key_or_tensor_is_refused_by_name(tmp_path, words, match):
+def test_a_file_that_is_not_understood_is_refused_with_the_reason(tmp_path, words, match):
     refused(write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), **words), match)
 
 

@@ -30,7 +30,7 @@ def test_a_long_step_prints_lines_of_progress(capsys):
     assert re.fullmatch(r"capture: 3,000 of 3,000 tokens, tau 1.50, [\d,]+ tokens/s, 0:0\d elapsed", lines[-1])
 
 
-def test_only_rank_0_prints_progress(capsys):
+def test_silent_progress_and_heartbeats_print_nothing(capsys):
     with Progress("tokens", silent=True, every_s=0.01) as progress:
         progress.add_task("capture", total=1)
         time.sleep(0.1)

@@ -124,7 +124,7 @@ def test_what_the_template_refuses_is_counted_not_fatal(tmp_path, capsys):
     assert "left out: 1 x the chat template refuses it (not this)" in capsys.readouterr().out
 
 
-def test_replies_depend_on_the_seed_alone_and_can_be_captured(tmp_path):
+def test_another_seed_gives_other_replies_and_the_output_can_be_captured(tmp_path):
     """Another seed gives other replies, the same seed the same, and the output is a source again."""
     conversations(tmp_path / "in.jsonl")
     replies = {}

@@ -143,7 +143,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("config,reason", REFUSED.values(), ids=REFUSED.keys())
-def test_a_model_whose_attention_is_not_supported_is_refused(tmp_path, config, reason):
+def test_a_model_that_would_be_computed_wrongly_is_refused(tmp_path, config, reason):
     with pytest.raises(UserError, match=reason):
         Target(saved(config, tmp_path))
 

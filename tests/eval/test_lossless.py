@@ -223,7 +223,7 @@ def test_rows_that_are_wrong_twice_are_found():
     assert not found["lossless"] and any(one["gap"] > one["bound"] and "rounding may reach" in one["fault"] for one in faults)
 
 
-def test_a_difference_larger_than_rounding_is_a_fault(target):
+def test_an_output_that_ends_early_or_begins_with_another_token_is_a_fault(target):
     """Without a forward: an output that ends early, and another first token, which comes from the prompt alone."""
     prompts, plain = [[3, 4]] * 2, [Generation([5, 6, 7], [Round(2, 0, 0), Round(3, 0, 0)])] * 2
     found = lossless.greedy(target, prompts, ["x", "y"], [Generation([5, 6]), Generation([4, 6, 7])], plain, None)

@@ -43,7 +43,7 @@ def test_intervals_cover_the_true_value_as_often_as_they_claim(seed_noise, promp
     assert covered >= 94
 
 
-def test_an_unknown_variant_is_refused(tmp_path):
+def test_an_unknown_arm_is_refused(tmp_path):
     done = command(COMPARE, "train", tmp_path / "runs", "--arms", "eagle4")
     assert done.returncode == 2 and "no arm is called eagle4" in done.stderr and not (tmp_path / "runs").exists()
 

@@ -162,7 +162,7 @@ def test_training_and_validation_need_a_source_document_each():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the launcher would start a rank a GPU")
-def test_the_first_command_of_the_readme_runs_without_any_setting(tmp_path):
+def test_a_first_training_needs_no_cache_no_gpu_and_no_number_of_ranks(tmp_path):
     """No cache, no GPU, no DS_ACCELERATOR, no number of ranks. Then the same line again, and by python."""
     small = [*SMALL, "train.max_steps=4", "train.pack_tokens=256", "data.max_tokens=12000", "data.max_length=128"]
     line = [TRAIN, "objective=blockwise", "reuse=hybrid", *small]
