@@ -31,12 +31,15 @@ LONGEST = {"tiny": 512, "qwen3_8b": 4096}
 
 def random_documents(tokens: int, longest: int, vocabulary: int, supervised: float):
     """Lengths as chat data has them: log-normal around a quarter of the longest; the last part of each is supervised."""
-    random, left, number = np.random.default_rng(0), tokens, 0
+    random = np.random.default_rng(0)
+    left = tokens
+    number = 0
     while left > 8:
         length = int(np.clip(random.lognormal(np.log(longest / 4), 0.7), 8, min(longest, left)))
         mask = (np.arange(length) >= max(1, round(length * (1 - supervised)))).astype(np.uint8)
         yield TokenDocument(f"{number}#0", random.integers(0, vocabulary, length, dtype=np.int32), mask)
-        left, number = left - length, number + 1
+        left = left - length
+        number = number + 1
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ from train.drafter.config import DrafterConfig
 
 def drafter_of(target: Target, objective: str, reuse: str, slots: int) -> Drafter:
     a = target.architecture
-    last, spread = a.num_layers - 1, [1, a.num_layers // 2, a.num_layers - 3]
+    last = a.num_layers - 1
+    spread = [1, a.num_layers // 2, a.num_layers - 3]
     config = DrafterConfig(
         objective=objective, reuse=reuse, target_layers=[last], hidden_layers=spread if reuse in ("hidden", "hybrid") else [],
         slots=slots, shifted=True, causal=False, seed=0, start="target", mask_token_id=2, architecture=a, target={},
@@ -61,14 +62,16 @@ def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int
 
 def compare_products(target: Target, context: int) -> None:
     """Forwards of a few rows behind `context` tokens on a CPU: weights as they stand, and laid out (`Target.compile`)."""
-    a, base_B = target.architecture, torch.tensor([context])
+    a = target.architecture
+    base_B = torch.tensor([context])
     cache = StaticCache(a.num_layers, 1, context + 16, a.kv_heads, a.head_dim, target.dtype, target.device)
     as_they_stand = {}
     for laid_out in (False, True):
         if laid_out:
             target.compile()
         for rows in (1, 2, 4, 6):
-            ids_BT, position_BT = torch.full((1, rows), 5), base_B[:, None] + torch.arange(rows)
+            ids_BT = torch.full((1, rows), 5)
+            position_BT = base_B[:, None] + torch.arange(rows)
             seconds = []
             for _ in range(15):
                 began = time.perf_counter()
@@ -90,7 +93,9 @@ def main() -> None:
     if o.what == "products":
         compare_products(target, o.contexts[0])
         return
-    a, on_gpu, sampling = target.architecture, target.device.type == "cuda", Sampling(o.sampling)
+    a = target.architecture
+    on_gpu = target.device.type == "cuda"
+    sampling = Sampling(o.sampling)
     generator = torch.Generator().manual_seed(0)
     head = target.frozen_head
     drafters = {

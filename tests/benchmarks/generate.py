@@ -58,7 +58,8 @@ def theirs(target: Target, asks: list[Ask], ends: frozenset[int], batch: int) ->
     config = GenerationConfig(
         max_new_tokens=first.max_tokens, eos_token_id=sorted(ends), pad_token_id=0, top_k=0 if sampling else None, **sampling
     )
-    asks, found = sorted(asks, key=lambda ask: len(ask.tokens)), {}
+    asks = sorted(asks, key=lambda ask: len(ask.tokens))
+    found = {}
     for start in range(0, len(asks), batch):
         some = [ask.tokens for ask in asks[start : start + batch]]
         longest = max(map(len, some))
@@ -76,7 +77,8 @@ def main() -> None:
         characters=1500, who=["transformers", "ours"], dtype="auto",
     )  # fmt: skip
     recipe = TargetRecipe(path=o.target, dtype=o.dtype)
-    target, tokenizer = load_target(recipe), load_tokenizer(recipe.location)
+    target = load_target(recipe)
+    tokenizer = load_tokenizer(recipe.location)
     ends = target.end_tokens | {Turns(tokenizer, o.target, {}).reply_end} - {None}
     asks = [
         Ask(tokens, o.max_tokens, o.temperature, o.top_p, seed)

@@ -27,8 +27,11 @@ from train.data.stream import PackStream, StreamSettings
 
 
 def write_random(folder: Path, manifest: Manifest, size: int, shard_bytes: int) -> None:
-    writer, number, written = CacheWriter(folder, manifest, shard_bytes), 0, 0
-    random, block = np.random.default_rng(0), {}
+    writer = CacheWriter(folder, manifest, shard_bytes)
+    number = 0
+    written = 0
+    random = np.random.default_rng(0)
+    block = {}
     while written < size:
         length = int(random.integers(200, 2048))
         mask = (torch.arange(length) > 0).to(torch.uint8)
@@ -38,7 +41,8 @@ def write_random(folder: Path, manifest: Manifest, size: int, shard_bytes: int) 
                 block[name] = encode(name, torch.randn(2048, *row), manifest.codec)
             tensors |= {n: t[: length - (name == "last_hidden")] for n, t in block[name].items()}
         writer.add(f"{number}#0", tensors)
-        number, written = number + 1, written + sum(t.nbytes for t in tensors.values())
+        number = number + 1
+        written = written + sum(t.nbytes for t in tensors.values())
     writer.finish()
 
 
@@ -63,7 +67,9 @@ def sequential(folder: Path) -> float:
 
 def main() -> None:
     o = options(shape="tiny", codec="bf16", gib=1.0, workers=2, pack_tokens=4096, repeats=3, shard_bytes=2**30, out=None)
-    folder, layers, device = Path(o.out or mkdtemp(prefix="understudy-reader-")), [0, 1, 2], pick_device()
+    folder = Path(o.out or mkdtemp(prefix="understudy-reader-"))
+    layers = [0, 1, 2]
+    device = pick_device()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         target={"architecture": architecture_of(o.shape)},

@@ -57,7 +57,8 @@ def architecture(shape: str) -> Architecture:
 
 
 def drafter_config(o, a: Architecture) -> DrafterConfig:
-    layers, kv = LAYERS[o.shape], o.reuse in ("kv", "hybrid")
+    layers = LAYERS[o.shape]
+    kv = o.reuse in ("kv", "hybrid")
     return DrafterConfig(
         objective="ttt" if o.objective == "budgetdraft" else o.objective, reuse=o.reuse, target_layers=layers[: o.layers],
         hidden_layers=layers[: o.hidden] if o.reuse in ("hidden", "hybrid") else [], slots=o.slots, shifted=o.shifted,
@@ -77,7 +78,8 @@ def pack_of(o, a: Architecture, config: DrafterConfig, documents: int, length: i
         ids = torch.randint(a.vocab_size, (length,), dtype=torch.int32)
         return {"input_ids": ids, "loss_mask": mask, "last_hidden": torch.randn(length - 1, a.hidden_size, dtype=dtype), **states}
 
-    rng, all_of_them = np.random.default_rng(0), np.arange(1, length - 1)
+    rng = np.random.default_rng(0)
+    all_of_them = np.arange(1, length - 1)
     anchors = [np.sort(rng.choice(all_of_them, o.anchors, replace=False)) if o.anchors else all_of_them for _ in range(documents)]
     made = [PackDocument("d", document(), one) for one in anchors]
     if o.objective == "budgetdraft":
@@ -93,8 +95,11 @@ def sandwich(o) -> ViewSampler:
 def products(objective: Objective, pack: Pack) -> Counter:
     """(rows, inputs, outputs, products) of every linear layer and head: 3 where its input and its weight learn, 2 where one does,
     1 in a forward alone. Each position's teacher is computed once."""
-    drafter, config, found = objective.drafter, objective.drafter.config, Counter()
-    positions, rows = len(pack.ids_P), pack.views * len(pack.anchor_N) * config.slots
+    drafter = objective.drafter
+    config = objective.drafter.config
+    found = Counter()
+    positions = len(pack.ids_P)
+    rows = pack.views * len(pack.anchor_N) * config.slots
     for name, module in drafter.named_modules():
         if isinstance(module, nn.Linear):
             count = 2 if name == "fc" or name.startswith("target_kv") else 3
@@ -103,7 +108,8 @@ def products(objective: Objective, pack: Pack) -> Counter:
                 reads = ("hidden", "tokens") if config.objective == "blockwise" else (config.own_memory,)
                 seen += positions * any(f".{branch}." in name for branch in reads)
             found[seen, module.in_features, module.out_features, count] += 1
-    size, valid = config.architecture.hidden_size, pack.valid(objective.slots)
+    size = config.architecture.hidden_size
+    valid = pack.valid(objective.slots)
     vocabulary = config.draft_vocab or config.architecture.vocab_size
     found[pack.views * int(valid.sum()), size, vocabulary, 3 if config.own_head else 2] += 1
     anchor, slot = valid.nonzero(as_tuple=True)
@@ -164,8 +170,10 @@ def main() -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if pick_device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device, a = pick_device(), architecture(o.shape)
-    dtype, on_gpu = pick_dtype("auto", device), device.type == "cuda"
+    device = pick_device()
+    a = architecture(o.shape)
+    dtype = pick_dtype("auto", device)
+    on_gpu = device.type == "cuda"
     config = drafter_config(o, a)
     with torch.device(device):
         head = FrozenHead(*(torch.randn(a.vocab_size, a.hidden_size, dtype=dtype) * 0.02 for _ in range(2)))

@@ -52,7 +52,8 @@ FINISHED = {str(i): ([0, 1, 0, 1, 1, 0][: 2 + i], i) for i in range(5)}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished cache of three shards, to be left as it was found."""
-    folder, manifest = tmp_path_factory.mktemp("finished"), manifest_of(source={"name": "s", "documents": 5})
+    folder = tmp_path_factory.mktemp("finished")
+    manifest = manifest_of(source={"name": "s", "documents": 5})
     write(folder, manifest, {id: document(manifest, *content) for id, content in FINISHED.items()}, 450)
     assert len(list(folder.glob("shard-*.safetensors"))) == 3
     return folder
@@ -64,8 +65,10 @@ def test_a_shard_removed_or_replaced_after_it_was_opened_is_reported_by_the_next
     the process with SIGBUS, and another file's bytes at the old places would pass for states."""
     folder = tmp_path / "cache"
     shutil.copytree(finished, folder)
-    reader, names = CacheReader(folder), ["input_ids", "hidden.0"]
-    before, expected = reader.read(0, names), CacheReader(finished).read(0, names)
+    reader = CacheReader(folder)
+    names = ["input_ids", "hidden.0"]
+    before = reader.read(0, names)
+    expected = CacheReader(finished).read(0, names)
     for path in folder.glob("shard-*.safetensors"):
         whole = path.read_bytes()
         path.unlink()
@@ -77,7 +80,8 @@ def test_a_shard_removed_or_replaced_after_it_was_opened_is_reported_by_the_next
 
 
 def test_a_shard_that_cannot_be_read_says_why(finished):
-    reader, limits = CacheReader(finished), resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = CacheReader(finished)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         with pytest.raises(UserError, match=r"shard-0000\d.safetensors cannot be read: Too many open files"):
@@ -153,8 +157,10 @@ def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, dat
 
 def test_any_flipped_bit_of_a_seal_leaves_a_checksum_or_is_refused(finished, tmp_path):
     """Every bit that may turn the text of a checksum into none: those of the metadata that Arrow wraps in base 64."""
-    whole, path = (finished / "shard-00000.parquet").read_bytes(), tmp_path / "shard-00000.parquet"
-    begins, refused = whole.index(b"ARROW:schema"), 0
+    whole = (finished / "shard-00000.parquet").read_bytes()
+    path = tmp_path / "shard-00000.parquet"
+    begins = whole.index(b"ARROW:schema")
+    refused = 0
     for at in range(begins, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
@@ -181,7 +187,8 @@ def test_processes_of_one_capture_share_a_folder(tmp_path, world):
     """Each with a writer and shards of its own; afterwards it cannot be told how many there were."""
     manifest = manifest_of()
     documents = {f"d{i:02d}": document(manifest, [0, 1, 1], i) for i in range(20)}
-    barrier, removed = threading.Barrier(world), []
+    barrier = threading.Barrier(world)
+    removed = []
 
     def process(rank):
         writer = CacheWriter(tmp_path, manifest if rank == 0 else None, 500, rank, world, barrier.wait)
@@ -286,7 +293,8 @@ def test_the_announced_size_equals_the_bytes_on_disk(tmp_path, codec, last_hidde
 @pytest.mark.parametrize("last_hidden", ["supervised", "all"])
 def test_batched_and_padded_captures_store_what_single_ones_store(tmp_path, last_hidden):
     # In float64 the order of sums does not show, so 1e-5 is there for a real leak (and for storing float32).
-    target, random = small_target(dtype=torch.float64), np.random.default_rng(0)
+    target = small_target(dtype=torch.float64)
+    random = np.random.default_rng(0)
     pieces = []
     for length in (40, 3, 29, 17, 2):
         mask = np.array([0, 1, *random.integers(0, 2, length - 2)], dtype=np.uint8)
@@ -355,7 +363,8 @@ def test_fp8_keeps_every_value_to_a_sixteenth(seed, spread, width):
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
 def test_verify_names_what_is_not_a_number(tmp_path, codec, bad):
     manifest = manifest_of(codec=codec)
-    tensors, state = document(manifest, [0, 1, 1]), torch.ones(3, 2, 3)
+    tensors = document(manifest, [0, 1, 1])
+    state = torch.ones(3, 2, 3)
     state[1, 0, 2] = bad
     write(tmp_path, manifest, {"fine": document(manifest, [0, 1]), "ill": tensors | encode("key.1", state, codec)}, 1)
     (problem,) = CacheReader(tmp_path).problems()
@@ -368,7 +377,8 @@ def test_a_crop_keeps_each_teacher_with_its_token(mask, data):
     """Values are their own positions, so that a shift by one shows."""
     start = data.draw(st.integers(0, len(mask) - 1))
     stop = data.draw(st.integers(start + 1, len(mask)))
-    place, teachers = torch.arange(len(mask)), [i - 1 for i, m in enumerate(mask) if m]
+    place = torch.arange(len(mask))
+    teachers = [i - 1 for i, m in enumerate(mask) if m]
     whole = {"input_ids": place, "loss_mask": torch.tensor(mask, dtype=torch.uint8)}
     rows = dict.fromkeys(("last_hidden", "last_hidden.scale", "query.0", "query.0.scale"), torch.tensor(teachers))
     part = crop(whole | rows, start, stop)

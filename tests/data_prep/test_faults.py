@@ -102,7 +102,8 @@ def test_a_capture_killed_repeatedly_resumes_with_any_number_of_processes(tmp_pa
 
 
 def test_a_second_capture_of_the_same_folder_is_refused(tmp_path):
-    launcher, family = start(tmp_path / "cache", 2), []
+    launcher = start(tmp_path / "cache", 2)
+    family = []
     try:
         wait_for(lambda: shards(tmp_path / "cache"), launcher)
         family = processes(launcher)

@@ -217,7 +217,8 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, keys, rule, begins, en
     del words["ggml.add_bos_token"]
     file = write_gguf(tmp_path / "model.gguf", small_model("llama", tied=True), tokenizer=words | keys)
     tokenizer = load_tokenizer(plain(str(file)))
-    ids, bare = tokenizer(TEXT)["input_ids"], tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(TEXT)["input_ids"]
+    bare = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert ids == [3] * begins + bare + [0] * ends
 
 
@@ -476,7 +477,8 @@ def smollm2() -> Path:
 
 @pytest.mark.slow
 def test_smollm2_answers_a_question_from_its_gguf_file(smollm2):
-    target, tokenizer = Target(str(smollm2)), load_tokenizer(str(smollm2))
+    target = Target(str(smollm2))
+    tokenizer = load_tokenizer(str(smollm2))
     assert differing(smollm2, torch.bfloat16) == []
     talk = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], tokenize=False)
     assert talk.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n")

@@ -42,11 +42,13 @@ def test_other_dtypes_use_pytorchs_own_product():
 
 
 def forward(target, rows):
-    a, base_B = target.architecture, torch.tensor([4])
+    a = target.architecture
+    base_B = torch.tensor([4])
     cache = StaticCache(a.num_layers, 1, 32, a.kv_heads, a.head_dim, target.dtype, target.device)
     for base, count in ((0, 4), (4, rows)):
         base_B = torch.tensor([base])
-        ids_BT, position_BT = torch.arange(7, 7 + count)[None], base_B[:, None] + torch.arange(count)
+        ids_BT = torch.arange(7, 7 + count)[None]
+        position_BT = base_B[:, None] + torch.arange(count)
         states = target.forward_through(ids_BT, position_BT, cache.attention(base_B, count))
     return target.logits(states.last_hidden)
 

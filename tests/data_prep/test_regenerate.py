@@ -64,7 +64,8 @@ def test_greedy_replies_are_the_targets_own(tmp_path):
     given = conversations(tmp_path / "in.jsonl")
     answered = run(recipe_of(tmp_path, "regenerate.temperature=0", "regenerate.batch=4"))
     assert_answers(given, answered)
-    target, tokenizer = Target(TINY), load_tokenizer(TINY)
+    target = Target(TINY)
+    tokenizer = load_tokenizer(TINY)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for record in answered:
         history = []
@@ -81,7 +82,8 @@ def test_greedy_replies_are_the_targets_own(tmp_path):
 
 def test_a_second_run_answers_only_missing_ids_and_replaces_a_truncated_line(tmp_path):
     given = conversations(tmp_path / "in.jsonl")
-    recipe, out = recipe_of(tmp_path), tmp_path / "out.jsonl"
+    recipe = recipe_of(tmp_path)
+    out = tmp_path / "out.jsonl"
     run(recipe)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:2]) + lines[2][:-9])
@@ -147,8 +149,14 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, fails=True):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.fails, self.seen, self.underway, self.most, self.lock = fails, Counter(), 0, 0, Lock()
-        self.target, self.tokenizer, self.bodies = Target(TINY), load_tokenizer(TINY), []
+        self.fails = fails
+        self.seen = Counter()
+        self.underway = 0
+        self.most = 0
+        self.lock = Lock()
+        self.target = Target(TINY)
+        self.tokenizer = load_tokenizer(TINY)
+        self.bodies = []
         Thread(target=self.serve_forever, daemon=True).start()
 
     def answer(self, body):
@@ -165,7 +173,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.underway += 1
             server.most = max(server.most, server.underway)
@@ -257,7 +266,8 @@ def test_settings_of_regeneration_that_cannot_work_are_refused(tmp_path, words, 
 @pytest.mark.slow
 def test_the_command_regenerates_with_the_server_of_transformers(tmp_path):
     """`transformers serve`, as a user would start it, asked by the real command."""
-    given, port = conversations(tmp_path / "in.jsonl", 3), free_port()
+    given = conversations(tmp_path / "in.jsonl", 3)
+    port = free_port()
     serve = [str(Path(sys.executable).with_name("transformers")), "serve", TINY, "--host", "127.0.0.1", "--port", str(port)]
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(serve, stdout=log, stderr=log)

@@ -128,7 +128,8 @@ def test_the_pieces_of_a_split_document_join_to_the_document(tokenizer, texts, m
         joined = [id for d in documents if d.id.split("#")[0] == str(i) for id in d.input_ids.tolist()]
         lone = len(ids) % max_length == 1  # a last piece of one token supervises nothing
         assert joined == ids[: len(ids) - lone]
-        lost, empty = lost + lone, empty + (not ids)
+        lost = lost + lone
+        empty = empty + (not ids)
     assert left_out == Counter({"fewer than two tokens": lost + empty})
 
     whole = np.concatenate([d.input_ids for d in documents])
@@ -147,7 +148,8 @@ def test_joined_documents_are_the_records_end_to_end(tokenizer, lengths, max_len
     rows = [[4 + (i + j) % 50 for j in range(n)] for i, n in enumerate(lengths)]
     source = [Record(f"r{i}", {"input_ids": row, "loss_mask": [j % 2 for j in range(len(row))]}) for i, row in enumerate(rows)]
     documents, left_out = everything(source, tokenizer, data(max_length=max_length, long="join"))
-    expected, cut = [], 0
+    expected = []
+    cut = 0
     for judged in (False, True):
         mine = [(i, row) for i, row in enumerate(rows) if is_validation(f"r{i}") == judged]
         stream = [(id, j % 2, f"r{i}" + (f"@{j}" if j else "")) for i, row in mine for j, id in enumerate([*row, 0])]
@@ -263,7 +265,8 @@ def test_prefix_differences_mark_what_the_assistant_wrote(tokenizer, turns, whic
 @given(TURNS, st.sampled_from(["all_turns", "last_turn"]))
 @settings(max_examples=50, deadline=None)
 def test_generation_marks_and_prefix_differences_agree(tokenizer, turns, which):
-    record, kept = Record("a", {"messages": conversation(turns)}), tokenizer.chat_template
+    record = Record("a", {"messages": conversation(turns)})
+    kept = tokenizer.chat_template
     by_prefix = encode(record, tokenizer, data(loss_mask=which))
     try:
         tokenizer.chat_template = MARKED

@@ -75,7 +75,8 @@ def target(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
     """250 texts of three paragraphs of sentences, no two of them alike."""
-    path, draw = tmp_path_factory.mktemp("texts") / "texts.jsonl", random.Random(0)
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    draw = random.Random(0)
     sentence = lambda: " ".join(draw.choices(WORDS.split(), k=draw.randint(4, 12))).capitalize() + "."
     paragraph = lambda: " ".join(sentence() for _ in range(4))
     rows = [{"id": f"t{n}", "text": "\n\n".join(paragraph() for _ in range(3))} for n in range(250)]
@@ -107,7 +108,8 @@ def only(*kinds):
 def by_definition(recipe):
     """The same file the slow way: one candidate after the other, token by token without a cache, each message compared with every
     earlier one. Also the account of it."""
-    ask, target = recipe.synthesize, Target(recipe.target.path, dtype=torch.float64)
+    ask = recipe.synthesize
+    target = Target(recipe.target.path, dtype=torch.float64)
     turns = Turns(load_tokenizer(recipe.target.path), recipe.target.path, {})
     author = Author(ask, turns, Texts(ask.texts) if ask.texts else None)
 
@@ -122,7 +124,9 @@ def by_definition(recipe):
                 return Answer(tokens[:-1], True)
         return Answer(tokens, False)
 
-    kept, left_out, n = [], Counter(), 0
+    kept = []
+    left_out = Counter()
+    n = 0
     while len(kept) < ask.count:
         found = []
         dialogue = author.dialogue(n, found.append)
@@ -341,7 +345,9 @@ def test_every_kind_asks_what_its_templates_say(texts):
     shorter = "synthesize.kinds.retrieve.passage=[200,700]"  # the texts here are short
     recipe = recipe_of(TINY, "x", f"synthesize.texts={texts}", shorter).synthesize
     author = Author(recipe, Turns(tokenizer, "x", {}), Texts(str(texts)))
-    seen, shares, words_seen = set(), Counter(), set()
+    seen = set()
+    shares = Counter()
+    words_seen = set()
     for n in range(1200):
         left_out = []
         ask = next(author.dialogue(n, left_out.append), None)
@@ -410,7 +416,8 @@ def test_loops_are_told_from_lists_and_prose():
 
 def some_texts(count, seed=0):
     """Texts of 1 to 30 words, of which many are others with a few words changed."""
-    draw, made = random.Random(seed), []
+    draw = random.Random(seed)
+    made = []
     for _ in range(count):
         words = draw.choice(made).split() if made and draw.random() < 0.7 else draw.choices(WORDS.split(), k=draw.randint(1, 30))
         for _ in range(draw.randint(0, 2)):
@@ -661,7 +668,8 @@ def test_until_cuts_a_message_behind_its_mark(plain, tmp_path):
 
 def test_a_reply_that_was_cut_off_is_kept_if_asked_for_and_is_the_last(plain, tmp_path):
     recipe, _ = plain
-    reason, outcome = "a reply was cut off at synthesize.reply.max_tokens", {}
+    reason = "a reply was cut off at synthesize.reply.max_tokens"
+    outcome = {}
     for must_end in (True, False):
         reply = recipe.synthesize.reply.model_copy(update={"max_tokens": 16, "must_end": must_end})
         out = tmp_path / f"{must_end}.jsonl"

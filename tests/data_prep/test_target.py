@@ -93,7 +93,8 @@ def test_hidden_states_and_logits_are_those_of_transformers(target):
 
 @pytest.mark.parametrize("first", [1, 20, 36])
 def test_a_forward_in_two_chunks_equals_one_forward(target, first):
-    cache, whole = target.new_cache(), target.forward(IDS_BT)
+    cache = target.new_cache()
+    whole = target.forward(IDS_BT)
     one, two = target.forward(IDS_BT[:, :first], cache), target.forward(IDS_BT[:, first:], cache)
     close(torch.cat([one.last_hidden, two.last_hidden], 1), whole.last_hidden)
     for kind in ("hidden", "key", "value", "query"):
@@ -186,18 +187,21 @@ def test_documents_of_a_batch_do_not_see_each_other_on_a_gpu(attention):
     alone in float32. bf16 keeps 8 bits: a few per cent of a state's norm after six layers; a leak is several times that."""
     if attention and find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
-    path, random = str(ROOT / "data_prep/targets/tiny"), np.random.default_rng(0)
+    path = str(ROOT / "data_prep/targets/tiny")
+    random = np.random.default_rng(0)
     exact, fast = Target(path), Target(path, dtype=torch.bfloat16, device="cuda", attention=attention)
     assert fast.packs == bool(attention)
     ids = [random.integers(3, 8000, n, dtype=np.int32) for n in (300, 7, 120, 1, 64)]
     batch = Batch([TokenDocument(str(i), x, np.zeros(len(x), dtype=np.uint8)) for i, x in enumerate(ids)])
     for target in (exact, fast):
         target.capture([5], [5], [5])
-    found, place = batch.forward(fast), 0
+    found = batch.forward(fast)
+    place = 0
     for x in ids:
         alone = exact.forward(torch.from_numpy(x).long()[None])
         for kind in ("hidden", "key", "value", "query"):
-            mine, theirs = getattr(found, kind)[5][place : place + len(x)].float().cpu(), getattr(alone, kind)[5][0]
+            mine = getattr(found, kind)[5][place : place + len(x)].float().cpu()
+            theirs = getattr(alone, kind)[5][0]
             assert ((mine - theirs).norm() / theirs.norm()) < 0.03, (len(x), kind)
         place += len(x)
     shifted = exact.forward(torch.from_numpy(np.concatenate(ids)).long()[None]).hidden[5][0][300:307]  # a leak, for comparison

@@ -199,7 +199,8 @@ def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, co
     words = [f"cache={codec}", f"cache.last_hidden={last_hidden}", "cache.kinds=[query]"]
     recipe = captured(tmp_path, "cache", TEXTS, *words)
     readers = CacheReader(recipe.cache.dir), LiveReader(recipe)
-    everything, names = np.arange(len(readers[0])), ["input_ids", "loss_mask", "last_hidden", "query.0", "query.5"]
+    everything = np.arange(len(readers[0]))
+    names = ["input_ids", "loss_mask", "last_hidden", "query.0", "query.5"]
     target = load_target(recipe.target)
     target.capture([], [], [0, 5])
     for pack_tokens in (4096, 20):  # all in one pack; every document cropped

@@ -66,14 +66,16 @@ def typed_into(chat, text, monkeypatch):
 def test_replies_are_the_targets_own_behind_the_whole_conversation(drafter, monkeypatch, capsys):
     words = [f"drafter={drafter}", "mode=chat", "chat.max_new_tokens=16", "chat.system=Be brief.", "draft.length=adaptive"]
     recipe = cli.compose("eval", EvalRecipe, words)
-    target, loaded = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), load_drafter(drafter)
+    target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
+    loaded = load_drafter(drafter)
     target.capture(loaded.config.hidden_layers, loaded.config.kv_layers)
     chat = Chat(recipe, target, loaded)
     long = "import os\n" * 800  # beyond the first caches
     messages = ["def area(width, height):", "class Shape:", long.replace("\n", " ")]
     typed_into(chat, "\n".join(messages), monkeypatch)
 
-    tokenizer, expected = chat._decoders.tokenizer, [{"role": "system", "content": "Be brief."}]
+    tokenizer = chat._decoders.tokenizer
+    expected = [{"role": "system", "content": "Be brief."}]
     for message in messages:
         expected.append({"role": "user", "content": message.strip()})
         tokens = generated(target, asked(tokenizer, expected, None), 16, *target.end_tokens)
@@ -128,7 +130,8 @@ def test_mistakes_are_one_line_before_the_target_is_loaded(drafter, words, messa
 
 def test_learned_positions_limit_the_length_of_a_conversation(drafter, monkeypatch):
     """Of a language model with learned positions: known before it is asked, by both commands."""
-    recipe, config = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"]), load_config(drafter)
+    recipe = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo"])
+    config = load_config(drafter)
     assert room_of(recipe, config) == 32768 - config.slots
     assert room_of(recipe, dataclasses.replace(config, positions=64)) == 32768 - config.slots  # turned keys reach farther
     monkeypatch.setattr(type(config), "position_table", True)

@@ -185,7 +185,8 @@ def test_a_view_changes_what_is_drafted_and_never_what_is_emitted(objective, reu
     later selection can ask for is gone."""
     exact_target = small_target(dtype=torch.float64)
     exact_target.capture(HIDDEN_LAYERS, (1, 2))
-    view, drafter = VIEWS[view], drafter_of(exact_target, objective, reuse, layers=2)
+    view = VIEWS[view]
+    drafter = drafter_of(exact_target, objective, reuse, layers=2)
     prompt = prompts(1, length=20)[0]
     results = [
         decode(exact_target, Trained(drafter, exact_target.frozen_head, REFERENCE, v), prompt, 60, 0.0, 0)

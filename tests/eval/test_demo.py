@@ -42,7 +42,8 @@ def drafter(tmp_path_factory):
 def loaded(drafter):
     """(recipe, target, drafter) of a demo of two prompts."""
     recipe = cli.compose("eval", EvalRecipe, [f"drafter={drafter}", "mode=demo", *TWO])
-    target, own = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu")), load_drafter(drafter)
+    target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
+    own = load_drafter(drafter)
     target.capture(own.config.hidden_layers, own.config.kv_layers)
     return recipe, target, own
 

@@ -96,7 +96,8 @@ def plain_loop(target, drafter, prompt, new, most):
 
 
 def check_cell(target, cell, new):
-    drafter, prompts = drafter_of(target, cell[0], cell[1], layers=cell[2]), ragged()
+    drafter = drafter_of(target, cell[0], cell[1], layers=cell[2])
+    prompts = ragged()
     length = drafter.config.draft_length
     found = engine_of(target, StaticTrained(drafter, target.frozen_head), length, prefill_chunk=7).generate(
         prompts, new, [0, 1, 2, 3], Stops()
@@ -124,7 +125,8 @@ def test_greedy_batches_equal_the_plain_loop_for_every_drafter(targets, objectiv
 
 def test_wrong_memory_shows_in_the_rounds_and_a_wrong_verdict_in_the_tokens(target, monkeypatch):
     """The controls of the test above: either comparison can fail, and a drafter that errs is still lossless."""
-    prompts, drafter = ragged(), drafter_of(target, "ttt", "kv")
+    prompts = ragged()
+    drafter = drafter_of(target, "ttt", "kv")
     right = [plain_loop(target, drafter, p, 30, 4) for p in prompts]
     turned = StaticTrained(drafter, target.frozen_head, change=lambda states, _: states.map(lambda t: t.flip(-1)))
     run = lambda: engine_of(target, turned, 4).generate(prompts, 30, [0] * 4, Stops())
@@ -147,9 +149,12 @@ def few_drafters(target):
 def test_greedy_batches_equal_the_plain_loop_for_any_sizes(target, few_drafters, data):
     """Any prompts (of one token too), batch with idle places, limit, chunk of the prefill, and drafts shorter than trained."""
     pick = lambda low, high: data.draw(st.integers(low, high))
-    batch, new, drafter = pick(1, 4), pick(1, 16), data.draw(st.sampled_from(few_drafters))
+    batch = pick(1, 4)
+    new = pick(1, 16)
+    drafter = data.draw(st.sampled_from(few_drafters))
     lengths = data.draw(st.lists(st.integers(1, 24), min_size=1, max_size=batch))
-    prompts, length = ragged(lengths, seed=pick(0, 99)), pick(1, drafter.config.draft_length)
+    prompts = ragged(lengths, seed=pick(0, 99))
+    length = pick(1, drafter.config.draft_length)
     drafting = StaticTrained(drafter, target.frozen_head)
     engine = engine_of(target, drafting, length, batch, new=new, prefill_chunk=pick(1, 25))
     for prompt, one in zip(prompts, engine.generate(prompts, new, [0] * len(prompts), Stops())):
@@ -160,7 +165,8 @@ def test_greedy_batches_equal_the_plain_loop_for_any_sizes(target, few_drafters,
 def test_static_lookup_is_prompt_lookup():
     """On 400 texts of few words at once, of 1 to 12 tokens, with other tokens where nothing is known yet."""
     generator = torch.Generator().manual_seed(0)
-    text_BL, anchor_B = torch.randint(3, 6, (400, 20), generator=generator), torch.arange(400) % 12
+    text_BL = torch.randint(3, 6, (400, 20), generator=generator)
+    anchor_B = torch.arange(400) % 12
     found = StaticLookup().propose(text_BL, anchor_B, 3, GREEDY, None)
     for text, anchor, tokens, count in zip(text_BL.tolist(), anchor_B.tolist(), found.tokens_BJ.tolist(), found.count_B.tolist()):
         assert tokens[:count] == PromptLookup(3).draft(text[: anchor + 1], 0.0, None).tokens
@@ -203,7 +209,9 @@ def simulated(lengths, cond, seconds, rounds, generator):
 
 
 def test_adaptive_lengths_find_the_fastest_and_follow_it():
-    generator, lengths, cond = random.Random(0), Adaptive(8), 0.7
+    generator = random.Random(0)
+    lengths = Adaptive(8)
+    cond = 0.7
     emitted = lambda n: sum(cond**j for j in range(n + 1))
     for seconds in (lambda n: 1 + 0.2 * n, lambda n: 1 + 0.02 * n, lambda n: 1 + 0.6 * n):
         best = max(range(1, 9), key=lambda n: emitted(n) / seconds(n))
@@ -222,7 +230,8 @@ def test_a_stream_shows_every_round_and_can_be_left(target):
     for _ in range(3):
         next(left)
     del left
-    begun, shown = time.perf_counter(), []
+    begun = time.perf_counter()
+    shown = []
     stream = engine.stream(prompts, 30, [0] * 4, Stops())
     while True:
         try:
@@ -241,7 +250,8 @@ def test_a_stream_shows_every_round_and_can_be_left(target):
 
 def test_a_length_that_was_slow_when_it_was_tried_is_tried_again():
     """Shorter drafts are worth it, and were measured while the machine was busy."""
-    lengths, chosen = Adaptive(4), []
+    lengths = Adaptive(4)
+    chosen = []
     for _ in range(400):
         length = lengths.choose()
         busy = 10 if len(chosen) < 4 and length < 4 else 1
@@ -251,7 +261,8 @@ def test_a_length_that_was_slow_when_it_was_tried_is_tried_again():
 
 
 def test_adaptive_lengths_change_no_token(target):
-    prompts, lengths = ragged(), Adaptive(4)
+    prompts = ragged()
+    lengths = Adaptive(4)
     found = engine_of(target, trained(target, "ttt", "hybrid", 2), lengths).generate(prompts, 40, [0] * 4, Stops())
     assert [g.tokens for g in found] == [generated(target, p, 40) for p in prompts]
     assert {r.drafted for g in found for r in g.rounds} == {1, 2, 3, 4}
@@ -263,7 +274,8 @@ def test_reported_drafter_memory_equals_the_tensors_it_adds(target, reuse, own):
     drafting = trained(target, "blockwise", reuse, layers=2)
     engine = engine_of(target, drafting, 3)
     one = engine.generate(ragged(), 10, [0] * 4, Stops())[0]
-    cache, longest = engine._rounds.cache, int(engine._rounds.length_B.max())
+    cache = engine._rounds.cache
+    longest = int(engine._rounds.length_B.max())
     parts = [part for kinds in drafting.memory.layers for part in kinds.values()]
     storages = {t.untyped_storage().data_ptr() for t in (cache.key, cache.value)}
     added = [t for part in parts for t in (part.key, part.value) if t.untyped_storage().data_ptr() not in storages]
@@ -276,7 +288,9 @@ def test_reported_drafter_memory_equals_the_tensors_it_adds(target, reuse, own):
 @pytest.mark.slow
 def test_two_thousand_generations_do_not_grow_memory(target):
     drafting = trained(target, "ttt", "hybrid")
-    engine, process, seen = engine_of(target, drafting, 4, 20, 8, 6), psutil.Process(), {}
+    engine = engine_of(target, drafting, 4, 20, 8, 6)
+    process = psutil.Process()
+    seen = {}
     tracemalloc.start()
     for batch in range(100):
         prompts = ragged([4 + n % 5 for n in range(20)], seed=batch)
@@ -293,11 +307,14 @@ def test_two_thousand_generations_do_not_grow_memory(target):
 def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_path, monkeypatch):
     """On the target's own greedy continuations, captured to a real cache and scored where the engine's rounds begin. A round
     that reaches beyond the text is left out of both; at other anchors tau is another (the control)."""
-    target, prompts, new = small_target(), ragged((12, 5, 20, 9, 7)), 60
+    target = small_target()
+    prompts = ragged((12, 5, 20, 9, 7))
+    new = 60
     target.capture(HIDDEN_LAYERS, (1, 2))
     drafter = drafter_of(target, objective, reuse)
     engine = engine_of(target, StaticTrained(drafter, target.frozen_head), drafter.config.draft_length, 5, new=new)
-    rounds, pieces = {}, []
+    rounds = {}
+    pieces = []
     for number, (prompt, one) in enumerate(zip(prompts, engine.generate(prompts, new, [0] * 5, Stops()))):
         text = [*prompt, *generated(target, prompt, new)]
         assert one.tokens == text[len(prompt) :]
@@ -327,10 +344,12 @@ def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_p
 @pytest.mark.parametrize("objective,reuse", [("ttt", "hidden"), ("ttt", "none"), ("blockwise", "kv")])
 def test_drafters_under_a_view_draft_the_same_in_a_batch_and_alone(targets, objective, reuse):
     """Ragged prompts, of which some end in an earlier chunk of the prefill than others."""
-    target, view = targets["qwen3"], View(kind="sink_recent", budget=12, sink=2)
+    target = targets["qwen3"]
+    view = View(kind="sink_recent", budget=12, sink=2)
     drafter = drafter_of(target, objective, reuse, layers=2)
     make = lambda b=0: Trained(drafter, target.frozen_head, REFERENCE, view)
-    engine, prompts = engine_of(target, OneByOne(4, make), drafter.config.draft_length, prefill_chunk=8), ragged()
+    engine = engine_of(target, OneByOne(4, make), drafter.config.draft_length, prefill_chunk=8)
+    prompts = ragged()
     for prompt, found in zip(prompts, engine.generate(prompts, 40, [0] * 4, Stops())):
         alone = decode(target, make(), prompt, 40, 0.0, 0)
         assert found.tokens == alone.tokens and triples(found) == triples(alone)
@@ -338,12 +357,14 @@ def test_drafters_under_a_view_draft_the_same_in_a_batch_and_alone(targets, obje
 
 def test_graphs_are_recorded_before_the_first_request(targets):
     """The controls too: whatever a graph keeps the address of is there by then, and is what requests are shown later."""
-    target, drafter = targets["qwen3"], drafter_of(targets["qwen3"], "ttt", "hybrid")
+    target = targets["qwen3"]
+    drafter = drafter_of(targets["qwen3"], "ttt", "hybrid")
     other = OtherMemory(4, 200)
     engine = engine_of(target, StaticTrained(drafter, target.frozen_head, other), 4)
     engine.reserve(40)
     engine._capture()
-    held, prompts = other._held.hidden[1], ragged()
+    held = other._held.hidden[1]
+    prompts = ragged()
     for b in range(4):
         other.fill(b, target.forward(torch.tensor([prompts[b - 1]])).map(lambda t: t[0]))
     found = engine.generate(prompts, 40, [0] * 4, Stops())

@@ -134,7 +134,8 @@ MANY = [(seed, *SETTINGS[seed % 6][1:]) for seed in range(7, 67)]
 
 def check_honest(seed, dtype, objective, reuse, batch, options) -> int:
     """Returns how many requests part."""
-    target, adaptive = in_few_digits(dtype, seed), objective == "adaptive"
+    target = in_few_digits(dtype, seed)
+    adaptive = objective == "adaptive"
     drafting = trained(target, "ttt" if adaptive else objective, reuse)
     length = Adaptive(4) if adaptive else drafting.drafter.config.draft_length
     found = judged(target, drafting, length, texts(14, seed), batch, **options)
@@ -168,7 +169,8 @@ def harmed(monkeypatch, chance, closer=float("inf")):
     generator = torch.Generator().manual_seed(0)
 
     def accepted(self, proposal, logits_BKV):
-        (first_BK, second_BK), best_BK2 = logits_BKV.topk(2).indices.unbind(-1), logits_BKV.topk(2).values
+        first_BK, second_BK = logits_BKV.topk(2).indices.unbind(-1)
+        best_BK2 = logits_BKV.topk(2).values
         wrong_BK = torch.rand(first_BK.shape, generator=generator) < chance
         wrong_BK &= best_BK2[..., 0] - best_BK2[..., 1] < closer
         return accept(proposal.tokens_BJ, torch.where(wrong_BK, second_BK, first_BK), proposal.count_B)
@@ -183,7 +185,8 @@ def first(a, b):
 @pytest.mark.parametrize("chance,closer,least", [(1e-3, float("inf"), 1), (0.5, 0.03, 5)], ids=["one in a thousand", "near ties"])
 def test_a_verification_that_errs_is_found(target, monkeypatch, chance, closer, least):
     """Every request whose first difference is a wrong token is at fault, however close the two tokens are, and is named."""
-    prompts, drafting = texts(), trained(target, "ttt", "hybrid")
+    prompts = texts()
+    drafting = trained(target, "ttt", "hybrid")
     plain, _ = decoded(target, StaticNobody(), 0, prompts)
     honest, batches = decoded(target, drafting, 4, prompts)
     harmed(monkeypatch, chance, closer)
@@ -225,7 +228,8 @@ def test_rows_that_are_wrong_twice_are_found():
 
 def test_an_output_that_ends_early_or_begins_with_another_token_is_a_fault(target):
     """Without a forward: an output that ends early, and another first token, which comes from the prompt alone."""
-    prompts, plain = [[3, 4]] * 2, [Generation([5, 6, 7], [Round(2, 0, 0), Round(3, 0, 0)])] * 2
+    prompts = [[3, 4]] * 2
+    plain = [Generation([5, 6, 7], [Round(2, 0, 0), Round(3, 0, 0)])] * 2
     found = lossless.greedy(target, prompts, ["x", "y"], [Generation([5, 6]), Generation([4, 6, 7])], plain, None)
     assert not found["lossless"] and found["ties"]["count"] == 0 and found["ties"]["largest_gap"] is None
     assert "prompt x, token 3: one output has 2 tokens" in found["lossless_by"]
@@ -240,7 +244,8 @@ def test_the_rounding_bound_holds_and_is_tight(dtype):
     ids = torch.randint(9, 8000, (1, 160), generator=torch.Generator().manual_seed(0))
     ids = target.model.generate(ids[:, :32], max_new_tokens=128, do_sample=True, pad_token_id=1)
     hidden_TE = wide.forward(ids).last_hidden[0]
-    exact_TV, rough_TV = wide.logits(hidden_TE), target.logits(target.forward(ids).last_hidden[0])
+    exact_TV = wide.logits(hidden_TE)
+    rough_TV = target.logits(target.forward(ids).last_hidden[0])
     shares = []
     for hidden_E, exact_V, rough_V in zip(hidden_TE, exact_TV, rough_TV):
         best, *others = exact_V.topk(5).indices.tolist()
@@ -280,7 +285,8 @@ def test_table_page_and_report_say_that_bf16_runs_are_lossless(tmp_path, monkeyp
         check_evaluation(recipe)
         eval.main.run(recipe)
         figures = json.loads((out / "report.json").read_text())["temperatures"]["0"]
-        ties, said = figures["ties"], capsys.readouterr().out
+        ties = figures["ties"]
+        said = capsys.readouterr().out
         assert figures["lossless"] and 0 < ties["count"] == len(ties["per_prompt"]) and ties["replayed"] == (name == "chain")
         verdict = "yes, to bf16" if name == "chain" else "yes, within bf16 rounding"
         line = f"lossless: {verdict} ({ties['equal']} equal, {ties['count']} part at ties, largest gap "

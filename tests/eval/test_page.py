@@ -76,7 +76,8 @@ class Read(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.elements, self.text = [], ""
+        self.elements = []
+        self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -220,7 +221,8 @@ def test_runs_over_other_prompts_are_compared_unpaired():
 
 def test_intervals_cover_the_truth():
     """Verify steps that emit 1 + Binomial(4, 0.3) tokens: 95% intervals hold tau = 2.2 nearly that often."""
-    rng, covered = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    covered = 0
     for trial in range(200):
         counts = np.ones((40, 6))
         counts[:, 1] = rng.integers(10, 30, 40)

@@ -19,7 +19,8 @@ from tests.support.engines import engine_of, exact_target, ragged, trained, trip
 
 TIGHT = PartialRecipe(sink=4, retrieval=8, window=12, block=4, partial_tokens=12)
 WHOLE = PartialRecipe(sink=4, retrieval=400, window=12, block=4, partial_tokens=12)
-NEW, TREE = 20, TreeShape(3, 3)
+NEW = 20
+TREE = TreeShape(3, 3)
 DRAFTING = {
     "ttt kv": lambda target: (trained(target, "ttt", "kv"), 4),
     "ttt hidden": lambda target: (trained(target, "ttt", "hidden", 2), 4),
@@ -126,7 +127,8 @@ def test_a_fault_in_the_part_is_seen_by_the_audit_alone(target, texts, name, mon
 
 def test_an_end_token_seen_only_by_partial_steps_is_verified_in_full(target, texts, monkeypatch):
     """A broken part says end tokens that the target never says, and reaches limits in partial steps."""
-    steps, usual = [], Rounds.verify
+    steps = []
+    usual = Rounds.verify
 
     @wraps(usual)
     def verify(self, length, full, proposal):
@@ -137,7 +139,9 @@ def test_an_end_token_seen_only_by_partial_steps_is_verified_in_full(target, tex
     shifted(monkeypatch, 3)
     prompts, plain = (some[5:11] for some in texts)
     cut = lambda tokens, end: tokens[: tokens.index(end) + 1] if end in tokens else tokens
-    lossy, wrong_ends, late = [g.tokens for g in run(target, "ttt kv", WHOLE, False, prompts)[0]], 0, 0
+    lossy = [g.tokens for g in run(target, "ttt kv", WHOLE, False, prompts)[0]]
+    wrong_ends = 0
+    late = 0
     for end in sorted({token for tokens in lossy for token in tokens}):
         found = run(target, "ttt kv", WHOLE, True, prompts, stops=Stops(frozenset({end})))[0]
         assert [g.tokens for g in found] == [cut(tokens, end) for tokens in plain]
@@ -168,14 +172,20 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
     """150 requests of 1 .. 150 tokens, three full steps each, random keys: the positions that are held, of every layer and KV
     head, and their keys and values. The greatest alone would choose other blocks (the control)."""
     recipe = PartialRecipe(sink=sink, retrieval=retrieval, window=window, block=block, partial_tokens=8)
-    batch, layers, heads, size, drafts = 150, 2, 2, 4, 3
+    batch = 150
+    layers = 2
+    heads = 2
+    size = 4
+    drafts = 3
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator)
     cache = StaticCache(layers, batch, batch + 80, heads, size, torch.float32, "cpu")
     cache.key.copy_(random(*cache.key.shape)), cache.value.copy_(random(*cache.value.shape))
-    part, base_B = PartialCache(cache, recipe, drafts), torch.arange(1, batch + 1)
+    part = PartialCache(cache, recipe, drafts)
+    base_B = torch.arange(1, batch + 1)
     part.begin(base_B)
-    rows, differ = recipe.partial_tokens + drafts, 0
+    rows = recipe.partial_tokens + drafts
+    differ = 0
     for step in range(3):
         anchor_B = base_B + (torch.randint(0, recipe.partial_tokens + 1, (batch,), generator=generator) if step else 0)
         attend = part.fully(base_B, anchor_B, rows, None)
@@ -207,7 +217,8 @@ def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, au
     """After many rounds, with rollbacks, each block before the tail has the least and the greatest of its keys as they are."""
     prompts = texts[0][10:16]
     found, engine = run(target, name, TIGHT, audited, prompts, 50)
-    part, grown = engine.verification.partial, 0
+    part = engine.verification.partial
+    grown = 0
     for b, prompt in enumerate(prompts):
         tail = int(part.tail_B[b])
         grown += (tail - TIGHT.sink) // TIGHT.block - max(0, len(prompt) - TIGHT.window - TIGHT.sink) // TIGHT.block

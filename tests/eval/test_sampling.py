@@ -27,7 +27,8 @@ def target():
     "objective,reuse,tree", [("ttt", "hybrid", None), ("blockwise", "kv", None), ("ttt", "kv", TreeShape(3, 2))]
 )
 def test_what_a_request_gets_depends_on_its_prompt_and_seed_alone(target, objective, reuse, tree):
-    drafting, prompts = trained(target, objective, reuse, tree=tree), ragged()
+    drafting = trained(target, objective, reuse, tree=tree)
+    prompts = ragged()
     run = lambda batch, prompts, seeds: [
         (g.tokens, triples(g))
         for g in engine_of(target, drafting, 6 if tree else 3, batch, sampling=Sampling(1.0, 0.95, 8)).generate(
@@ -78,7 +79,9 @@ def test_drawn_follows_p_and_never_yields_a_token_without_probability():
 
 def law(p_KV, q_JV):
     """{(tokens emitted): probability} of a round of speculative sampling, by enumeration in plain Python."""
-    found, (p, q), tokens = {}, (p_KV.tolist(), q_JV.tolist()), range(p_KV.shape[1])
+    found = {}
+    p, q = (p_KV.tolist(), q_JV.tolist())
+    tokens = range(p_KV.shape[1])
 
     def emit(j, chance, before):
         if j == len(q):
@@ -101,7 +104,8 @@ def law(p_KV, q_JV):
 
 def test_sampled_verification_has_the_law_of_speculative_sampling():
     """The batched rule and the plain one, against all outcomes enumerated; another q fails."""
-    generator, count = torch.Generator().manual_seed(0), 20000
+    generator = torch.Generator().manual_seed(0)
+    count = 20000
     p_KV = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
     q_JV = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.4, 0.1, 0.1, 0.4]])
     exact = {key: chance for key, chance in law(p_KV, q_JV).items() if chance > 0}
@@ -129,7 +133,8 @@ def test_sampled_verification_of_certain_guesses_by_hand():
     """q None: a guess is kept with the target's own probability; `count_B` says how many guesses there are."""
     p_KV = torch.tensor([[0.2, 0.6, 0.2], [0.5, 0.1, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64)
     u_BK = torch.tensor([[0.5, 0.3, 0.9], [0.5, 0.6, 0.9], [0.7, 0.0, 0.4], [0.5, 0.3, 0.9], [0.1, 0.1, 0.7]]).double()
-    draft_BJ, count_B = torch.tensor([[1, 0]]).expand(5, -1), torch.tensor([2, 2, 2, 1, 0])
+    draft_BJ = torch.tensor([[1, 0]]).expand(5, -1)
+    count_B = torch.tensor([2, 2, 2, 1, 0])
     kept_B, next_B = accept_sampled(draft_BJ, None, p_KV.expand(5, -1, -1), u_BK, count_B)
     # Row 0 keeps both; 1 refuses token 0, draws of (0, .1, .4); 2 refuses token 1, draws of (.2, 0, .2); 3 and 4 ran out of
     # guesses and draw of all of p.
@@ -149,8 +154,13 @@ def test_sampled_pairs_have_the_target_s_distribution(name):
     """The second and third token (the first comes from the prefill), at top_p 0.9; a wrong temperature is noticed."""
     target = small_target(vocab=7)
     target.capture(HIDDEN_LAYERS, (2,))
-    prompt, (drafting, length), batch, cut = [3, 4, 5, 6, 3, 4], SAMPLED[name](target), 100, (1.3, 0.9)
-    engine, counts, kept = engine_of(target, drafting, length, batch, 6, 3, Sampling(*cut)), torch.zeros(7, 7), 0
+    prompt = [3, 4, 5, 6, 3, 4]
+    drafting, length = SAMPLED[name](target)
+    batch = 100
+    cut = (1.3, 0.9)
+    engine = engine_of(target, drafting, length, batch, 6, 3, Sampling(*cut))
+    counts = torch.zeros(7, 7)
+    kept = 0
     for n in range(5):
         for one in engine.generate([prompt] * batch, 3, list(range(n * batch, (n + 1) * batch)), Stops()):
             counts[one.tokens[1], one.tokens[2]] += 1

@@ -90,7 +90,8 @@ def test_sglang_tells_the_rounds_of_each_request():
 
 @pytest.mark.parametrize("chunks", [[[7], [7, 8, 9], [7, 8, 9, 4]], [[7], [8, 9], [4]]], ids=["whole", "only what is new"])
 def test_sglang_streams_whole_outputs_or_only_what_is_new(chunks):
-    server, answer = Sglang("http://here", "m", None, 2, ""), Answer([1, 2])
+    server = Sglang("http://here", "m", None, 2, "")
+    answer = Answer([1, 2])
     for chunk, length in zip(chunks, (1, 3, 4)):
         meta = {"completion_tokens": length, "finish_reason": None}
         if length == 4:
@@ -144,7 +145,8 @@ def test_the_permutation_test_seldom_reports_a_difference_of_equal_drafters():
     for seed in range(cases):
         a, b = rounds_of(rng, [0.9]), rounds_of(rng, [0.9])
         ours += side_by_side.exchanged(a, b, seed)[0] < 0.05
-        (n, x), (m, y) = a.sum(0), b.sum(0)
+        n, x = a.sum(0)
+        m, y = b.sum(0)
         pooled = (x + y) / (n + m)
         z = (x / n - y / m) / math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
         binomial += math.erfc(abs(z) / math.sqrt(2)) < 0.05
@@ -200,7 +202,8 @@ def test_our_side_decodes_plainly_and_counts_as_the_oracle_does():
     recipe = cli.compose("eval", EvalRecipe, ["mode=served", "server.url=http://here", f"target.path={TINY}", *words])
     prompts, said = prompts_within(recipe, 400, load_tokenizer(TINY))
     runs = ours(recipe, target, drafter, prompts, said, slots=3)
-    total_C, attend = np.zeros(4, int), attention_backend("reference", target.device, training=False)
+    total_C = np.zeros(4, int)
+    attend = attention_backend("reference", target.device, training=False)
     for prompt in prompts:
         one = decode(target, Trained(drafter, target.frozen_head, attend), prompt.tokens, 24, 0.0, 0, target.end_tokens)
         assert runs[0].answers[prompt.id, 0].tokens == one.tokens
@@ -464,7 +467,8 @@ def test_a_started_server_leaves_no_process_and_no_shared_memory(tmp_path, monke
 
 
 def test_killing_the_command_ends_its_server(tmp_path):
-    mark, ready = uuid.uuid4().hex, tmp_path / "ready"
+    mark = uuid.uuid4().hex
+    ready = tmp_path / "ready"
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     script = f"""
 import signal, sys, time
@@ -521,7 +525,8 @@ def drafter(cache, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @needs_vllm
 def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
-    mark, out = uuid.uuid4().hex, tmp_path / "out"
+    mark = uuid.uuid4().hex
+    out = tmp_path / "out"
     done = command(
         *(ROOT / "eval/main.py", "mode=served", f"drafter={drafter}", "server.start=vllm", "server.concurrency=[1,4]"),
         *(*PROMPTS, f"out={out}"),
@@ -551,7 +556,8 @@ def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
 def test_a_server_with_another_drafter_is_reported_as_different(drafter, tmp_path):
     """The negative control: two layers' columns of fc are exchanged in what the server gets. Outputs are the target's all the
     same, and only the counts tell."""
-    target, damaged = Target(TINY), load_drafter(drafter)
+    target = Target(TINY)
+    damaged = load_drafter(drafter)
     with torch.no_grad():
         low, middle, high = damaged.fc.weight.chunk(3, dim=1)
         damaged.fc.weight.copy_(torch.cat([high, middle, low], dim=1))

@@ -73,7 +73,9 @@ def prompts():
 def taught(target, drafter, prompts):
     """The drafter after some steps on the target's own continuations of the prompts, so that much of what it drafts is accepted
     and much is not."""
-    config, names, documents = drafter.config, [], []
+    config = drafter.config
+    names = []
+    documents = []
     target.capture(config.hidden_layers, [])
     for prompt in prompts:
         nobody = decode(target, Trained(drafter, target.frozen_head, BACKENDS["reference"], None), prompt, NEW, 0, 0)
@@ -128,7 +130,8 @@ def served(target, prompts, tmp_path_factory):
     if why := without_vllm():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("served")
-    runs, ours = {"nobody": {"drafter": None}}, {}
+    runs = {"nobody": {"drafter": None}}
+    ours = {}
     for name, (format, objective, changes) in EXPORTS.items():
         drafter = taught(target, drafter_for(target, objective, **changes), prompts)
         out = folder / name.replace(" ", "_")

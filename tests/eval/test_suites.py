@@ -159,7 +159,8 @@ def test_a_book_ends_with_a_sentence_and_short_ones_are_left_out(tokenizer, tmp_
         tokenizer.decode(prompt.tokens).split("user\n")[1].removesuffix("<|im_end|>\n<|im_start|>assistant\n")
     )
     (whole, _), _ = load(composed("pg19", f"suite.path={path}", "suite.prompt_tokens=70", "suite.cut_after=null"), tokenizer)
-    story, rest = story_of(book), story_of(whole).removeprefix(story_of(book))
+    story = story_of(book)
+    rest = story_of(whole).removeprefix(story_of(book))
     assert text.startswith(story + rest) and story[-1] in ".!" and not re.search(r"[.!?]\s*[A-Z]", rest)
     assert len(book.tokens) <= len(whole.tokens) == len(endless.tokens) == 70
     with pytest.raises(UserError, match="no prompt has 5000 tokens"):
@@ -190,7 +191,8 @@ def test_a_conversation_goes_on_from_the_reply(tokenizer, tmp_path):
 
 
 def test_suite_thinking_is_passed_to_the_chat_template(tokenizer, tmp_path):
-    tokenizer, path = copy.deepcopy(tokenizer), written(tmp_path, {"prompt": "x"})
+    tokenizer = copy.deepcopy(tokenizer)
+    path = written(tmp_path, {"prompt": "x"})
     tokenizer.chat_template += "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
     for flag, end in (("null", "assistant\n"), ("true", "True"), ("false", "False")):
         (prompt,), said = load(composed("jsonl", f"suite.path={path}", f"suite.thinking={flag}"), tokenizer)
@@ -227,7 +229,8 @@ def test_a_balanced_draw_takes_equally_many_prompts_of_each_kind(tokenizer, tmp_
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet", ".txt"])
 def test_json_parquet_and_text_files_are_read_as_prompts(tokenizer, tmp_path, suffix):
-    path, rows = tmp_path / f"prompts{suffix}", [{"prompt": "one"}, {"prompt": "two"}]
+    path = tmp_path / f"prompts{suffix}"
+    rows = [{"prompt": "one"}, {"prompt": "two"}]
     match suffix:
         case ".json":
             path.write_text(json.dumps(rows))
@@ -245,7 +248,8 @@ def test_json_parquet_and_text_files_are_read_as_prompts(tokenizer, tmp_path, su
 @pytest.fixture(scope="module")
 def drafter(tmp_path_factory, tokenizer):
     """An untrained drafter of the embedded target."""
-    folder, target = tmp_path_factory.mktemp("drafter"), load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
+    folder = tmp_path_factory.mktemp("drafter")
+    target = load_target(TargetRecipe(path="data_prep/targets/tiny", device="cpu"))
     about = {"id": "tiny", "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hashes(tokenizer)[0]}
     config = DrafterConfig("blockwise", "kv", [0], [], 4, False, False, 0, "target", 2, target.architecture, about)
     new_drafter(config).start(target, target.frozen_head).save_pretrained(folder)
@@ -283,7 +287,8 @@ ONE, TWO = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}\n'
     ],
 )  # fmt: skip
 def test_a_wrong_suite_is_a_one_line_error_before_the_target_is_loaded(drafter, tmp_path, content, words, message):
-    path, named = tmp_path / "suite.jsonl", []
+    path = tmp_path / "suite.jsonl"
+    named = []
     if content is not None:
         path.write_text(content)
         named = [f"suite.path={path}"]
@@ -303,7 +308,8 @@ def test_prompts_beyond_what_a_drafter_knows_are_judged_apart(drafter, tmp_path,
     from eval.main import run
 
     long = {"id": "long", "prompt": "a b c " * 30}
-    short, path = tmp_path / "short", written(tmp_path, long, {"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"})
+    short = tmp_path / "short"
+    path = written(tmp_path, long, {"id": "1", "prompt": "a"}, {"id": "2", "prompt": "b"})
     short.mkdir()
     (short / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes())
     config = dataclasses.asdict(load_config(drafter)) | {"positions": 100}
@@ -361,9 +367,11 @@ def test_decode_judges_each_turn_of_a_suite_of_conversations(drafter, tmp_path, 
     assert figures["lossless_by"].startswith("3 of 3 outputs equal") and len(figures["per_prompt"]) == 3
     assert {len(control["per_prompt"]) for control in figures["controls"].values()} == {3}
     # MT-Bench's eight categories count as one.
-    apart, lookup = figures["by_category"], figures["controls"]["prompt_lookup"]["by_category"]
+    apart = figures["by_category"]
+    lookup = figures["controls"]["prompt_lookup"]["by_category"]
     assert {name: one["requests"] for name, one in apart.items()} == {"mt_bench": 2, "rag": 1} and lookup.keys() == apart.keys()
-    ids, belongs = figures["per_prompt_id"], {"mt_bench": "81", "rag": "1"}
+    ids = figures["per_prompt_id"]
+    belongs = {"mt_bench": "81", "rag": "1"}
     for row, parts in ((figures, apart), (figures["controls"]["prompt_lookup"], lookup)):
         for name, part in parts.items():
             mine = [i for i, id in enumerate(ids) if id == belongs[name]]
@@ -373,7 +381,8 @@ def test_decode_judges_each_turn_of_a_suite_of_conversations(drafter, tmp_path, 
             assert part["tau"] == pytest.approx(emitted / rounds) and part["tokens"] == tokens + len(mine)
             assert part["speedup"] == pytest.approx(tokens / seconds / (plain_tokens / plain_seconds))
     html = (tmp_path / "out/report.html").read_text().split("speed apart")[1]
-    cells, bench = re.findall("<td[^>]*>([^<]*)</td>", html.split("</table>")[0]), apart["mt_bench"]
+    cells = re.findall("<td[^>]*>([^<]*)</td>", html.split("</table>")[0])
+    bench = apart["mt_bench"]
     assert cells[:6] == ["0", "mt_bench", "2", str(bench["tokens"]), f"{bench['tau']:.2f}", f"{bench['speedup']:.2f}x"]
     assert re.search(r"mt_bench +\S+ +2 ", capsys.readouterr().out)
     (tmp_path / "other").mkdir()

@@ -27,7 +27,9 @@ def target():
 
 def candidates(chain, shape, count):
     """(the beams of each depth, {path: log-probability} of the best), EAGLE-2 in plain Python."""
-    beams, found, every = [((), 0.0)], {}, []
+    beams = [((), 0.0)]
+    found = {}
+    every = []
     for _ in range(shape.depth):
         every.append([path for path, _ in beams])
         here = {}
@@ -42,13 +44,17 @@ def candidates(chain, shape, count):
 
 def chain_of(target, drafter, prompt, token):
     """path -> the drafter's log-probabilities behind it [V], its tokens forced, through the plain loop's memory."""
-    plain, anchor = Trained(drafter, target.frozen_head, REFERENCE), torch.tensor([len(prompt)])
+    plain = Trained(drafter, target.frozen_head, REFERENCE)
+    anchor = torch.tensor([len(prompt)])
     plain.observe(target.forward(torch.tensor([prompt])).map(lambda t: t[0]), [*prompt, token])
-    memory, zero = plain.cache.visible(len(prompt))[0], torch.zeros_like(anchor)
+    memory = plain.cache.visible(len(prompt))[0]
+    zero = torch.zeros_like(anchor)
 
     @torch.no_grad()
     def chain(path):
-        feature, earlier, past = None if memory.feature is None else memory.feature[-1:], None, None
+        feature = None if memory.feature is None else memory.feature[-1:]
+        earlier = None
+        past = None
         for j, known in enumerate([token, *path]):
             rows = DraftRows(zero, anchor, zero, zero + j + 1, anchor + j)
             output, feature, past = drafter.step(plain.embed([known]), feature, rows, earlier, memory, past, REFERENCE)
@@ -60,7 +66,8 @@ def chain_of(target, drafter, prompt, token):
 
 def grown(target, drafter, prompts, shape, nodes):
     """(a tree behind each prompt, log-probabilities [B, W, V] of each depth, the tokens behind the prompts)."""
-    drafting, seen = StaticTrained(drafter, target.frozen_head, tree=shape), []
+    drafting = StaticTrained(drafter, target.frozen_head, tree=shape)
+    seen = []
     usual = drafting._log_probabilities
     drafting._log_probabilities = lambda output: seen.append(usual(output)) or seen[-1]
     engine = engine_of(target, drafting, nodes)
@@ -74,7 +81,10 @@ def grown(target, drafter, prompts, shape, nodes):
 @pytest.mark.parametrize("reuse,layers", [("none", 2), ("hybrid", 1), ("hidden", 2), ("hidden+norms", 1), ("kv+vocab", 1)])
 def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
     """Scores of every row, the chosen set, order and masks, against chains that are drafted one path at a time."""
-    drafter, prompts, shape, nodes = drafter_of(target, "ttt", reuse, layers=layers), ragged(), TreeShape(4, 3), 11
+    drafter = drafter_of(target, "ttt", reuse, layers=layers)
+    prompts = ragged()
+    shape = TreeShape(4, 3)
+    nodes = 11
     tree, logps, first = grown(target, drafter, prompts, shape, nodes)
     chains = [chain_of(target, drafter, *known) for known in zip(prompts, first)]
     found = [candidates(chain, shape, nodes) for chain in chains]
@@ -89,7 +99,8 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
 
     assert error(logps) < 1e-10
     for b, (_, best) in enumerate(found):
-        paths, row = [()], tree.seen_BTT[b]
+        paths = [()]
+        row = tree.seen_BTT[b]
         for token, parent in zip(tree.token_BN[b].tolist(), tree.parent_BN[b].tolist()):
             assert parent < len(paths)  # it stands before
             paths.append((*paths[parent], token))
@@ -103,7 +114,9 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
 
 
 def test_a_tree_of_breadth_one_is_the_chain_and_wider_ones_keep_more(target):
-    drafter, prompts, kept = drafter_of(target, "ttt", "hybrid", layers=2), ragged(), {}
+    drafter = drafter_of(target, "ttt", "hybrid", layers=2)
+    prompts = ragged()
+    kept = {}
     plain = [generated(target, p, 20) for p in prompts]
     for shape, nodes in ((None, 4), (TreeShape(4, 1), 4), (TreeShape(4, 3), 12)):
         engine = engine_of(target, StaticTrained(drafter, target.frozen_head, tree=shape), nodes)
@@ -119,8 +132,13 @@ def test_merged_parts_are_softmax_attention_over_all_keys(growing):
     """Against PyTorch's own attention with a mask, for empty and for full caches."""
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    q, k, v, own_k, own_v = random(4, 3, 4, 8), random(4, 9, 2, 8), random(4, 9, 2, 8), random(12, 2, 8), random(12, 2, 8)
-    count_B, row = torch.tensor([0, 9 - 2 * growing, 1, 4]), torch.arange(12).view(4, 3)
+    q = random(4, 3, 4, 8)
+    k = random(4, 9, 2, 8)
+    v = random(4, 9, 2, 8)
+    own_k = random(12, 2, 8)
+    own_v = random(12, 2, 8)
+    count_B = torch.tensor([0, 9 - 2 * growing, 1, 4])
+    row = torch.arange(12).view(4, 3)
     seen_BTR = (torch.arange(12) // 3 == row[..., None] // 3) & (torch.arange(12) <= row[..., None])
     part = over_cache(q, k, v, count_B, growing)
     merged = merge(part, over_rows(q, own_k, own_v, seen_BTR))

@@ -30,7 +30,8 @@ def test_intervals_cover_the_true_value_as_often_as_they_claim(seed_noise, promp
     sys.path.insert(0, str(ROOT / "launchers"))
     import compare
 
-    rng, covered = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    covered = 0
     for _ in range(100):
         prompts = rng.normal(0, prompt_noise, (1, 40))  # arms share prompts, but each prompt suits one of them better
         arms = [

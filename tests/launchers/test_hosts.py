@@ -45,7 +45,8 @@ class Hosts:
     """Two namespaces, `a` and `b`; their sshds run until `close`. The file system is shared, as on a cluster."""
 
     def __init__(self, folder):
-        self.folder, self.names = folder, {host: f"{host}-{os.getpid()}" for host in ADDRESSES}
+        self.folder = folder
+        self.names = {host: f"{host}-{os.getpid()}" for host in ADDRESSES}
         for name in self.names.values():
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")

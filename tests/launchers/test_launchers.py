@@ -18,7 +18,8 @@ from train import build as prepare
 from train.recipe import TrainRecipe
 from train.run.ranks import loss_of_a_rank
 
-TRAIN, BIN = ROOT / "train/main.py", os.path.dirname(sys.executable)
+TRAIN = ROOT / "train/main.py"
+BIN = os.path.dirname(sys.executable)
 SHORT = ["deepspeed=zero2", "train.batch=2", "train.max_steps=3", "train.diagnose=false", *SMALL]
 
 

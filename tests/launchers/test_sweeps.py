@@ -34,15 +34,19 @@ def group_of(point) -> str:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (log,) = (point / "wandb").glob("offline-run-*/run-*.wandb")
-    data, at, parts = log.read_bytes(), 7, b""
+    data = log.read_bytes()
+    at = 7
+    parts = b""
     while at < len(data):
         if (room := 32768 - at % 32768) < 7:
             at += room
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
-        parts, at = parts + data[at + 7 : at + 7 + length], at + 7 + length
+        parts = parts + data[at + 7 : at + 7 + length]
+        at = at + 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record, parts = Record.FromString(parts), b""
+            record = Record.FromString(parts)
+            parts = b""
             if record.WhichOneof("record_type") == "run":
                 return record.run.run_group
     raise AssertionError(f"{log} holds no run")
@@ -232,7 +236,8 @@ def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path
     run(cli.compose("eval", EvalRecipe, [f"drafter={tmp_path}", *words]))
     assert "beyond the 100 positions that it knows:" in capsys.readouterr().out
     found = json.loads((tmp_path / "score/score.json").read_text())
-    apart, whole = found["by_positions"], found["sampled"]["tau"]
+    apart = found["by_positions"]
+    whole = found["sampled"]["tau"]
     assert apart["known"] == 100 and min(apart[part]["anchors"] for part in ("within", "beyond")) > 10
     taus = [apart[part]["tau"]["sampled"] for part in ("within", "beyond")]
     assert min(taus) < whole < max(taus)

@@ -68,10 +68,12 @@ def assert_holds(folder, manifest, documents):
     assert list(reader.problems()) == [] and reader.ids.to_pylist() == sorted(documents)
     for index, id in enumerate(reader.ids.to_pylist()):
         names = ["input_ids", "loss_mask", *manifest.states]
-        stored, given = reader.read(index, names), dict(documents[id])
+        stored = reader.read(index, names)
+        given = dict(documents[id])
         third = len(stored["input_ids"]) // 3
         for span in ((third, len(stored["input_ids"])), (0, third + 1), (third, 2 * third + 1)):
-            part, expected = reader.read(index, names, span), crop(stored, *span)
+            part = reader.read(index, names, span)
+            expected = crop(stored, *span)
             assert part.keys() == expected.keys() and all(torch.equal(bits(part[n]), bits(expected[n])) for n in part)
         mask = given["loss_mask"].bool()
         assert (reader.lengths[index], reader.supervised[index]) == (len(mask), mask.sum())

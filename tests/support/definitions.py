@@ -30,6 +30,7 @@ def softmax_by_hand(q_QHD, k_KGD, v_KGD, dense):
     for i in range(len(q_QHD)):
         seen = dense[i].nonzero().squeeze(1)
         for h in range(q_QHD.shape[1]):
-            keys, values = k_KGD[seen, h // group].double(), v_KGD[seen, h // group].double()
+            keys = k_KGD[seen, h // group].double()
+            values = v_KGD[seen, h // group].double()
             out[i, h] = ((keys @ q_QHD[i, h].double()) / q_QHD.shape[2] ** 0.5).softmax(0) @ values
     return out

@@ -25,7 +25,8 @@ def exact_target(family="qwen3"):
 
 def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, audited=False, **options):
     """`length`: of drafts (of trees: their nodes), or `Lengths`. `longest`: tokens of a prompt."""
-    a, lengths = target.architecture, length if isinstance(length, Lengths) else Lengths(length)
+    a = target.architecture
+    lengths = length if isinstance(length, Lengths) else Lengths(length)
     room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
     cache = StaticCache(a.num_layers, batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
     partial = PartialCache(cache, recipe, lengths.longest + 1) if recipe else None

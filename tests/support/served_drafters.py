@@ -42,7 +42,8 @@ def drafter_for(target, objective, **changes):
     )
     config = DrafterConfig(**options | changes)
     counts_V = torch.randint(0, 99, (config.architecture.vocab_size,), generator=torch.Generator().manual_seed(0))
-    drafter, g = new_drafter(config).start(target, target.frozen_head, counts_V), torch.Generator().manual_seed(2)
+    drafter = new_drafter(config).start(target, target.frozen_head, counts_V)
+    g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, p in drafter.named_parameters():
             if name != "mask.weight":
@@ -62,7 +63,8 @@ def logits_of(target, drafter, text, anchors):
         **{f"hidden.{i}": t for i, t in states.hidden.items()},
     }
     pack = make_pack([PackDocument("text", document, np.array(anchors))])
-    logits, kept_D = objective_of(target, drafter, KL).logits(pack), drafter.head.kept_D
+    logits = objective_of(target, drafter, KL).logits(pack)
+    kept_D = drafter.head.kept_D
     return logits if kept_D is None else logits[..., kept_D]
 
 
@@ -94,7 +96,8 @@ def block_logits(model, text, anchors, layers=None):
     from torch.nn.attention.flex_attention import create_block_mask
 
     model._create_mask_fn = create_block_mask  # it would compile this
-    ids, supervised = text[0], torch.zeros(1, LENGTH, dtype=torch.long)
+    ids = text[0]
+    supervised = torch.zeros(1, LENGTH, dtype=torch.long)
     supervised[:, anchors] = 1  # where it puts its anchors
     features = aux(text, [i - 1 for i in model.target_layer_ids] if layers is None else layers)
     nothing = torch.zeros(1, LENGTH, dtype=torch.long)

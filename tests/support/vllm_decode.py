@@ -50,7 +50,8 @@ def decode(asked: dict, run: dict) -> dict:
 
 def main() -> None:
     asked = json.load(open(sys.argv[1]))
-    as_it_is, answer = DFlashQwen3Model._normalize_context_k, {}
+    as_it_is = DFlashQwen3Model._normalize_context_k
+    answer = {}
     for name, run in asked["runs"].items():
         DFlashQwen3Model._normalize_context_k = own_key_norms if run.get("own_key_norms") else as_it_is
         answer[name] = decode(asked, run)

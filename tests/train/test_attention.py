@@ -161,12 +161,14 @@ def test_flash_equals_reference_forward_and_backward(steps, shift):
 def test_kernels_of_draft_keys_equal_their_definition(steps, shift, monkeypatch):
     """In Triton's interpreter where there is no GPU; float32. Three query heads of a key head, and a head size of 24: no power
     of two."""
-    joint, module = pytest.importorskip("train.attention.joint", exc_type=ImportError), sys.modules["train.attention.flash"]
+    joint = pytest.importorskip("train.attention.joint", exc_type=ImportError)
+    module = sys.modules["train.attention.flash"]
     *tensors, visibility = ttt_case(steps, shift, size=24, heads=6)
     expected = through(BACKENDS["flash"], visibility, *tensors)
     if torch.cuda.is_available():
         monkeypatch.setattr(module, "kernel", lambda on_gpu: (_on_cpu(module._cpu_forward), _on_cpu(module._cpu_backward)))
-        tensors, visibility = [t.cuda() for t in tensors], on_gpu(visibility)
+        tensors = [t.cuda() for t in tensors]
+        visibility = on_gpu(visibility)
     monkeypatch.setattr(module, "drafts", lambda on_gpu: joint)
     for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-5)
@@ -210,7 +212,8 @@ def test_flex_backward_equals_reference_on_a_gpu(rule):
     drafts = rows
     if rule.endswith("ttt"):
         steps = [ttt_rows([0, 0, 0, 1, 1, 2], [5, 40, 69, 1, 49, 20], j) for j in (1, 2, 3)]
-        rows, drafts = steps[2], steps[0] + steps[1] + steps[2]
+        rows = steps[2]
+        drafts = steps[0] + steps[1] + steps[2]
         g = torch.Generator().manual_seed(2)
         keys = memory.position.numel() + drafts.slot.numel()
         q, k, v = (torch.randn(n, h, 64, generator=g) for n, h in ((6, 4), (keys, 2), (keys, 2)))

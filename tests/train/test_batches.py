@@ -82,7 +82,8 @@ def test_the_loss_from_a_cache_equals_the_loss_from_the_live_target(kind, reuse,
     ]
     recipe = cli.compose("train", TrainRecipe, words)
     build(recipe, lambda: None)
-    cache, live = CacheReader(recipe.cache.dir), LiveReader(recipe)
+    cache = CacheReader(recipe.cache.dir)
+    live = LiveReader(recipe)
     assert live.manifest == cache.manifest and live.ids == cache.ids and len(cache) > 3
     assert all(torch.equal(a, b) for i in range(len(cache)) for a, b in zip(cache.text(i), live.text(i)))
     config = drafter_config(recipe, cache.manifest)
@@ -172,7 +173,8 @@ def test_joined_documents_are_judged_by_records_that_nobody_trains_on():
     pieces = {f"{record.id}#0": ids for record, (ids, _) in joined(books, 20, None)}
 
     class Joined:
-        folder, ids = "c", pa.array(sorted(pieces))
+        folder = "c"
+        ids = pa.array(sorted(pieces))
         id = staticmethod(lambda index: sorted(pieces)[index])
 
     sides = [{book for index in side for book in pieces[Joined.id(index)]} for side in split(Joined, 1000)]
@@ -190,7 +192,8 @@ def test_joined_documents_are_judged_by_records_that_nobody_trains_on():
 
 def test_a_cache_of_one_document_is_refused():
     class OneDocument:
-        ids, folder = pa.array(["a#0", "a#1"]), "c"
+        ids = pa.array(["a#0", "a#1"])
+        folder = "c"
 
     with pytest.raises(UserError, match="1 source document"):
         split(OneDocument, 4)

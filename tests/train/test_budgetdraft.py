@@ -50,13 +50,16 @@ def gradients(value, drafter):
 @pytest.mark.parametrize("view,dpace", [(VIEW, False), (IN_CACHE, False), (VIEW, True)], ids=["absolute", "in cache", "dpace"])
 def test_the_loss_is_the_weighted_sum_of_its_views(target, cell, loss, view, dpace):
     """One forward over three views against three forwards of one view each, value and gradient, in float64."""
-    drafter, weights, budgets = drafter_of(target, *cell, layers=2), [1.0, 0.25, 0.7], [FULL, 10, 7]
+    drafter = drafter_of(target, *cell, layers=2)
+    weights = [1.0, 0.25, 0.7]
+    budgets = [FULL, 10, 7]
     together = objective(target, drafter, LOSSES[loss], view, weights, dpace=dpace)
     alpha_VJ = torch.linspace(0.1, 0.9, 3 * together.slots, dtype=torch.float64).view(3, -1)
     together.alpha_VJ = alpha_VJ
     pack = packed_with_budgets(target, budgets)
     outcome = together(pack, together.weight_sums(pack))
-    found, parts = gradients(outcome.share, drafter), []
+    found = gradients(outcome.share, drafter)
+    parts = []
     for v, budget in enumerate(budgets):
         alone = objective(target, drafter, LOSSES[loss], view, dpace=dpace)
         alone.alpha_VJ = alpha_VJ[v : v + 1]
@@ -91,7 +94,8 @@ def test_a_budget_at_or_above_the_context_is_the_full_view(target, cell, kind):
 
 def test_the_teacher_is_asked_once_for_all_views(target, monkeypatch):
     """And for the slots of all anchors that it serves; twice only where a chunk ends between its rows."""
-    drafter, asked = drafter_of(target, "ttt", "kv"), []
+    drafter = drafter_of(target, "ttt", "kv")
+    asked = []
     monkeypatch.setattr(
         choose,
         "reference_loss",
@@ -111,7 +115,8 @@ def test_detached_memory_teaches_nothing(target, cell, names):
     """As published: projections learn from draft rows alone. A projection of the target's K/V, which makes memory only, learns
     nothing at all."""
     drafter = drafter_of(target, *cell)
-    pack, found = packed_with_budgets(target, [FULL, 8]), []
+    pack = packed_with_budgets(target, [FULL, 8])
+    found = []
     for detach in (False, True):
         one = objective(target, drafter, LossRecipe(kl=1), view_weights=[1.0, 0.5], detach=detach)
         found.append(dict(zip((n for n, _ in drafter.named_parameters()), gradients(one(pack).share, drafter))))
@@ -158,7 +163,8 @@ def test_sandwich_draws_the_smallest_and_log_uniform_ones():
 
 def test_packs_carry_the_budgets_of_their_step(cache):
     """Whoever reads a pack, and whenever: a rank of two, one process, a resumed run."""
-    reader, sandwich = CacheReader(cache), sampler_of("sandwich", smallest=20, largest=90)
+    reader = CacheReader(cache)
+    sandwich = sampler_of("sandwich", smallest=20, largest=90)
     views = ViewDraws(sandwich.budgets, lambda id, anchors, number: sample_ages(id, anchors, 5, 3, number))
     settings = StreamSettings(256, 4, 3, views=views, batch=3)
     stream = lambda: PackStream(reader, np.arange(len(reader)), ["input_ids", "loss_mask", "last_hidden"], settings)

@@ -71,7 +71,8 @@ def test_attention_on_draft_keys_by_hand(target):
 def test_the_control_other_memory_reads_another_document_at_the_same_positions(target):
     pack = packed(target)
     other = diagnostics._others(pack, pack)
-    values, places = pack.states.value[1], pack.places
+    values = pack.states.value[1]
+    places = pack.places
     for p in range(len(pack.ids_P)):
         length, begin = (26, 17) if places.document[p] == 0 else (17, 0)
         torch.testing.assert_close(other.value[1][p], values[begin + int(places.position[p]) % length])
@@ -123,7 +124,8 @@ def test_gradients_are_those_of_a_plain_backward(target):
 
 def test_watching_a_drafter_does_not_change_its_results(target):
     for cell in (("ttt", "hybrid"), ("blockwise", "kv")):
-        drafter, pack = drafter_of(target, *cell, layers=2), packed(target)
+        drafter = drafter_of(target, *cell, layers=2)
+        pack = packed(target)
         objective = objective_of(target, drafter, KL)
         before = acceptance.counts(objective(pack))
         with Watch(drafter) as watch:
@@ -135,7 +137,8 @@ def test_watching_a_drafter_does_not_change_its_results(target):
 
 def test_the_picture_has_a_panel_for_each_diagnosis_found(target, tmp_path):
     drafter = drafter_of(target, "ttt", "hybrid")
-    objective, pack = objective_of(target, drafter, KL), packed(target)
+    objective = objective_of(target, drafter, KL)
+    pack = packed(target)
     found = diagnostics.diagnose(objective, [pack, pack])
     objective(pack).share.backward()
     found["gradients"] = diagnostics.gradients(drafter, 3)

@@ -67,7 +67,8 @@ def test_concatenated_heads_start_as_the_average_of_their_layers(target):
         object.__setattr__(drafter.config, "target_layers", layers[-1:])
         drafter.target_kv[0].layers = layers
         drafter.start(target, target.frozen_head)
-        branch, seen = drafter.layers[0].branches["kv"], []
+        branch = drafter.layers[0].branches["kv"]
+        seen = []
         branch.q_norm.weight.data.fill_(1.0), branch.k_norm.weight.data.fill_(1.0)  # the norms of two layers are averaged
         handle = branch.register_forward_hook(lambda module, inputs, output: seen.append(output))
         logits(target, drafter)
@@ -260,7 +261,8 @@ def eagle3(target, **changes):
 def served(folder, target, pack, steps):
     """Logits [N, K, V] of an exported checkpoint as a server computes them: written from the format's description, in plain
     tensors, one anchor after the other, with a growing list of keys instead of masks."""
-    w, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    w = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
     norm = lambda x, name: F.rms_norm(x, (x.shape[-1],), w[name], config["rms_norm_eps"])
     heads, groups, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     inv_freq = config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -307,7 +309,8 @@ def test_an_exported_eagle3_checkpoint_gives_the_same_logits(target, tmp_path, w
     drafter = eagle3(target, **({"draft_vocab": None, "own_head": False} if whole else {}))
     save_export(drafter, target, tmp_path, "eagle3")
     pack = packed(target)
-    mine, valid = logits(target, drafter), pack.valid(4)
+    mine = logits(target, drafter)
+    valid = pack.valid(4)
     said = mine[valid].isfinite()
     torch.testing.assert_close(served(tmp_path, target, pack, 4)[valid][said], mine[valid][said], rtol=1e-6, atol=1e-6)
     assert json.loads((tmp_path / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]

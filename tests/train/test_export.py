@@ -107,7 +107,8 @@ def test_speculators_loads_a_peagle_export(speculators, target, tmp_path):
     with torch.no_grad():
         drafter.mask.weight += 0.1
     save_export(drafter, target, tmp_path, "speculators")
-    loaded, shown = speculators_model(tmp_path).state_dict(), model_of(drafter, target).state_dict()
+    loaded = speculators_model(tmp_path).state_dict()
+    shown = model_of(drafter, target).state_dict()
     assert loaded.keys() == shown.keys() and loaded["mask_hidden"].std() > 0
     assert [name for name in shown if not torch.equal(loaded[name], shown[name])] == []
 
@@ -125,7 +126,8 @@ GOLDEN = {
 def test_the_servers_own_formats_hold_the_same_weights(target, tmp_path, name):
     """The names and numbers that vLLM 0.32 and SGLang 0.5.23 look for, each in its own way of counting."""
     objective, changes, architecture, model_type = GOLDEN[name]
-    drafter, format = drafter_for(target, objective, **changes), name.split(",")[0]
+    drafter = drafter_for(target, objective, **changes)
+    format = name.split(",")[0]
     save_export(drafter, target, tmp_path / "plain", format)
     save_export(drafter, target, tmp_path / "package", "speculators")
     plain, package = weights_of(tmp_path / "plain"), weights_of(tmp_path / "package")
@@ -141,7 +143,8 @@ def test_the_servers_own_formats_hold_the_same_weights(target, tmp_path, name):
     if drafter.config.draft_vocab:
         kept_D = torch.arange(500) + plain["d2t"]
         assert torch.equal(kept_D, drafter.head.kept_D) and torch.equal(plain["t2d"].nonzero().squeeze(1), kept_D)
-    written, verifier = read(tmp_path / "plain"), read(tmp_path / "package")["speculators_config"]["verifier"]
+    written = read(tmp_path / "plain")
+    verifier = read(tmp_path / "package")["speculators_config"]["verifier"]
     assert verifier == {"name_or_path": str(TINY), "architectures": ["Qwen3ForCausalLM"]}
     assert (written["architectures"], written["model_type"]) == ([architecture], model_type)
     if format == "eagle3":
@@ -180,7 +183,8 @@ def test_a_learned_mask_is_exported_beside_the_weights(speculators, target, text
     assert "SGLang 0.5.23 writes the learned MASK over the target's own embedding of token 2, which no text should hold" in notes
     assert (tmp_path / "plain" / MASK_FILE).is_file()
     save_export(drafter, target, tmp_path, "speculators")
-    mine, model = logits_of(target, drafter, text, ANCHORS), speculators_model(tmp_path)
+    mine = logits_of(target, drafter, text, ANCHORS)
+    model = speculators_model(tmp_path)
     assert_same(block_logits(model, text, ANCHORS), mine)
     for layers in ([3, 0, 2], [1, 3, 4]):
         assert differ(block_logits(model, text, ANCHORS, layers), mine)
@@ -195,7 +199,8 @@ def test_dspark_holds_a_learned_mask_in_a_table_of_embeddings(speculators, targe
     drafter = learned_mask(target, shifted=True, **MARKOV)
     notes = save_export(drafter, target, tmp_path, "speculators")
     assert any("8 MiB larger" in note for note in notes) and not (tmp_path / MASK_FILE).exists()
-    mine, model = logits_of(target, drafter, text, ANCHORS), speculators_model(tmp_path)
+    mine = logits_of(target, drafter, text, ANCHORS)
+    model = speculators_model(tmp_path)
     assert_same(block_logits(model, text, ANCHORS), mine)
     model.embed_tokens.weight.data[2] = target.frozen_head.embedding_VE[2]
     assert differ(block_logits(model, text, ANCHORS), mine)
@@ -247,7 +252,8 @@ def test_an_export_says_what_sglang_does_otherwise(target, tmp_path, objective, 
     ],
 )
 def test_what_no_server_can_load_is_not_exported(tmp_path, cell, options, format, message):
-    drafter, changes = drafter_of(small_target(), *cell), dict(options)
+    drafter = drafter_of(small_target(), *cell)
+    changes = dict(options)
     architecture = drafter.config.architecture
     if changes.pop("biases", False):
         changes["architecture"] = replace(architecture, qkv_bias=True)

@@ -32,7 +32,8 @@ def text(target):
 
 def rewritten(folder, remove=(), tensors=None, **changes):
     """The checkpoint with other keys in its configuration, and other tensors."""
-    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
     config = {key: value for key, value in (config | changes).items() if key not in remove}
     weights = {name: tensor for name, tensor in (weights | (tensors or {})).items() if tensor is not None}
     (folder / "config.json").write_text(json.dumps(config))

@@ -68,7 +68,8 @@ def test_every_loss_equals_its_definition(loss, regime, kept):
     draft, teacher, label, weight, mix, head = rows(regime, torch.float64)
     own = (head if kept is None else head[kept]).clone().requires_grad_()
     label_D = in_vocabulary(label, kept)
-    q, p = (draft @ own.T).softmax(-1), (teacher @ head.T).softmax(-1)
+    q = (draft @ own.T).softmax(-1)
+    p = (teacher @ head.T).softmax(-1)
     p_D = p if kept is None else p[:, kept]
     per_row = definition(loss, q, p_D, label_D, mix)
     expected = torch.autograd.grad((per_row * weight).sum() * 3, (draft, own))
@@ -92,10 +93,12 @@ def test_every_loss_equals_its_definition(loss, regime, kept):
 def test_one_teacher_serves_the_rows_of_several_views(kept, chunk):
     """Three views' rows one behind the other against three calls with a view each: value, gradients, statistics."""
     first, teacher, label, weight, mix, head = rows("ordinary", torch.float64)
-    own, label = (head if kept is None else head[kept]).clone().requires_grad_(), in_vocabulary(label, kept)
+    own = (head if kept is None else head[kept]).clone().requires_grad_()
+    label = in_vocabulary(label, kept)
     draft = torch.cat([rows("ordinary", torch.float64, seed)[0] for seed in (1, 2, 3)]).detach().requires_grad_()
     weight, mix = torch.cat([weight, 0.3 * weight, weight * 0]), torch.cat([mix, 1 - mix, mix])
-    heads, loss = Heads(own, head, kept), {"lk_lambda": 1.0, "ce": 0.5}
+    heads = Heads(own, head, kept)
+    loss = {"lk_lambda": 1.0, "ce": 0.5}
     together, found = chunked_loss(row_inputs(draft, teacher, label, mix), heads, loss, weight, chunk, 0.1 * weight)
     apart = [
         chunked_loss(row_inputs(draft[part], teacher, label, mix[part]), heads, loss, weight[part], chunk, 0.1 * weight[part])
@@ -128,7 +131,9 @@ def test_gradients_are_those_of_the_paper():
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(5, 7, generator=g, dtype=torch.float64).requires_grad_()
     log_p = torch.randn(5, 7, generator=g, dtype=torch.float64).log_softmax(-1)
-    q, p, label = logits.softmax(-1).detach(), log_p.exp(), torch.zeros(5, dtype=torch.long)
+    q = logits.softmax(-1).detach()
+    p = log_p.exp()
+    label = torch.zeros(5, dtype=torch.long)
     s = (q - p).sign()
     tv = 0.5 * q * (s - (q * s).sum(-1, keepdim=True))
     alpha = torch.minimum(p, q).sum(-1, keepdim=True)
@@ -150,8 +155,10 @@ def test_lk_alpha_has_a_gradient_where_the_overlap_underflows():
 def test_losses_equal_numbers_computed_by_hand():
     """p = (.5, .3, .2), q = (.2, .3, .5): alpha = .7, KL = .5 ln 2.5 + .2 ln .4, and lambda = exp(-3 x .7) mixes KL and TV. With
     the last token cut from the draft vocabulary, q = (.4, .6): alpha = .4 + .3 of p = (.5, .3), and p = (.625, .375) in KL."""
-    head, one = torch.eye(3), torch.ones(1)
-    p, q = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.2, 0.3, 0.5]]).log()
+    head = torch.eye(3)
+    one = torch.ones(1)
+    p = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    q = torch.tensor([[0.2, 0.3, 0.5]]).log()
     kl = 0.5 * 0.916291 + 0.2 * -0.916291
     mix = torch.exp(torch.tensor([-3 * 0.7]))
     found = {}
@@ -261,13 +268,16 @@ def test_a_loss_without_a_term_is_refused():
 def test_every_teacher_is_asked_once(kept):
     """Rows in any order, some teachers serving many and some none, chunks that cut a teacher's: the sum of one call a row."""
     _, teacher, label, weight, mix, head = rows("ordinary", torch.float64)
-    own, label = (head if kept is None else head[kept]).clone().requires_grad_(), in_vocabulary(label, kept)
+    own = (head if kept is None else head[kept]).clone().requires_grad_()
+    label = in_vocabulary(label, kept)
     g = torch.Generator().manual_seed(3)
     teacher_R = torch.randint(0, ROWS, (50,), generator=g)
     draft = torch.randn(80, HIDDEN, generator=g, dtype=torch.float64).requires_grad_()
     index_R = torch.randperm(80, generator=g)[:50]
     picked = HeadInput(draft, index_R, teacher, teacher_R, label[teacher_R], mix[teacher_R])
-    weight_R, heads, loss = torch.rand(50, generator=g).double(), Heads(own, head, kept), {"lk_lambda": 1.0, "ce": 0.5}
+    weight_R = torch.rand(50, generator=g).double()
+    heads = Heads(own, head, kept)
+    loss = {"lk_lambda": 1.0, "ce": 0.5}
     total, found = chunked_loss(picked, heads, loss, weight_R, 7, 0.1 * weight_R)
     apart = [
         chunked_loss(row_inputs(draft[i], teacher[t], label[t], mix[t]), heads, loss, weight_R[r], 1, 0.1 * weight_R[r])
@@ -299,7 +309,9 @@ def unfused(monkeypatch) -> str:
 
 
 def test_a_term_that_the_kernel_lacks_is_refused_and_not_trained_as_zero(fused, unfused):
-    logits, one, none = torch.randn(1, VOCAB), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    logits = torch.randn(1, VOCAB)
+    one = torch.ones(1)
+    none = torch.zeros(1, dtype=torch.long)
     chunk = Chunk(logits, logits.clone(), none, None, none, one, one, None)
     with pytest.raises(UserError, match="loss.hellinger is no part of the fused kernel"):
         fused({"kl": 1.0, unfused: 1.0}, chunk, True)
@@ -353,7 +365,8 @@ def test_fused_kernels_equal_the_reference(fused, loss, kept):
 def test_fused_kernels_have_a_gradient_where_the_overlap_underflows(fused):
     """As in `test_lk_alpha_has_a_gradient_where_the_overlap_underflows`: the overlap underflows, its logarithm does not."""
     logits, target = torch.tensor([[200.0, 0.0, -200.0]]), torch.tensor([[-200.0, 0.0, 200.0]])
-    one, none = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    one = torch.ones(1)
+    none = torch.zeros(1, dtype=torch.long)
     if torch.cuda.is_available():
         logits, target, one, none = (t.cuda() for t in (logits, target, one, none))
     chunk = Chunk(logits, target, none, None, none + 2, one, one, None)
@@ -371,7 +384,8 @@ def test_fused_kernels_pass_nan_on(fused, loss, side):
     for place in (0, 70, 210):
         logits, target = torch.randn(2, 1, VOCAB, generator=torch.Generator().manual_seed(0)).to(device)
         (logits if side == "drafter" else target)[0, place] = torch.nan
-        one, none = torch.ones(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        one = torch.ones(1, device=device)
+        none = torch.zeros(1, dtype=torch.long, device=device)
         found = []
         for kernel in (reference.reference_loss, fused):
             chunk = Chunk(logits.clone(), target, none, None, none + 5, one, one, None)
@@ -388,7 +402,8 @@ def test_fused_kernels_in_bf16_on_a_gpu(loss):
     is one rounding of a gradient (2^-8) and the order of sums."""
     g = torch.Generator().manual_seed(0)
     draft, teacher, head = (torch.randn(n, 256, generator=g).to("cuda", torch.bfloat16) for n in (600, 200, 50_021))
-    index, teacher_R = torch.arange(600, device="cuda"), torch.randint(0, 200, (600,), generator=g).cuda()
+    index = torch.arange(600, device="cuda")
+    teacher_R = torch.randint(0, 200, (600,), generator=g).cuda()
     label, mix, weight = (
         torch.randint(0, 50_021, (600,), generator=g).cuda(),
         *(torch.rand(600, generator=g).cuda() for _ in "ab"),

@@ -41,7 +41,8 @@ def by_definition(target, objective, pack, loss: LossRecipe, weight_J):
         w * torch.stack([definition(name, *row) for row in zip(q, p, label, lam)]) for name, w in loss.per_slot.items()
     )
     if weight_J is None:
-        weight, divisor = weights.dpace(said, valid), valid.sum()
+        weight = weights.dpace(said, valid)
+        divisor = valid.sum()
     else:
         first = torch.zeros(len(valid), dtype=torch.long) if pack.prefix_N is None else pack.prefix_N - 1
         weight = torch.stack([torch.cat([torch.zeros(f), weight_J[: len(weight_J) - f]]) for f in first.tolist()]) * valid
@@ -77,7 +78,8 @@ def test_loss_and_gradient_equal_the_definition(target, cell, loss, weighting):
     """float64, every parameter of the drafter, its own head included, after the division by the step's sums of weights."""
     drafter = drafter_of(target, *cell)
     prefix = [np.array([1, 2, 3]), np.array([1, 3, 2, 1])] if weighting == "prefix" else None
-    pack, weight_J = packed(target, prefix), None if weighting == "dpace" else 0.8 ** torch.arange(drafter.config.draft_length)
+    pack = packed(target, prefix)
+    weight_J = None if weighting == "dpace" else 0.8 ** torch.arange(drafter.config.draft_length)
     objective = objective_of(target, drafter, LOSSES[loss], weight_J)
     objective.alpha_VJ = torch.linspace(0.1, 0.9, objective.slots, dtype=torch.float64)[None]
     expected = by_definition(target, objective, pack, LOSSES[loss], weight_J)
@@ -133,7 +135,8 @@ def test_alignment_is_zero_for_the_target_s_own_layer(target, term):
     values and queries. Any shift by one would show; so does a fault put in on purpose."""
     drafter = from_layer_zero(target, "ttt")
     loss = LossRecipe(kl=1, **{term: 1.0})
-    objective, pack = objective_of(target, drafter, loss), packed(target)
+    objective = objective_of(target, drafter, loss)
+    pack = packed(target)
     number = {"kv_align": 2, "query_align": 3}[term]
     assert objective(pack).terms_T[number].item() == pytest.approx(0, abs=1e-9)
     shifted = packed(target)
@@ -149,11 +152,15 @@ def test_alignment_is_zero_for_the_target_s_own_layer(target, term):
 def test_kv_alignment_equals_its_definition(target, cell):
     """Row by row and head by head, on the rows inside the document; the target's side gets no gradient."""
     drafter = drafter_of(target, *cell)
-    objective, pack = objective_of(target, drafter, LossRecipe(kl=1, kv_align=1)), packed(target)
-    memory, config = objective.remember(pack), drafter.config
+    objective = objective_of(target, drafter, LossRecipe(kl=1, kv_align=1))
+    pack = packed(target)
+    memory = objective.remember(pack)
+    config = drafter.config
     with Watch(drafter) as watch:
         objective.draft(pack, memory)
-    own, expected, count = watch.own(0), 0.0, 0
+    own = watch.own(0)
+    expected = 0.0
+    count = 0
     for n, anchor in enumerate(pack.anchor_N.tolist()):
         for s in range(config.slots):
             place = anchor + s
@@ -171,7 +178,8 @@ def test_kv_alignment_equals_its_definition(target, cell):
         only = objective_of(target, drafter, LossRecipe(kl=0, tv=1e-12, kv_align=1))
         drafter.zero_grad()
         only(pack).share.backward()
-        k, own_k = drafter.target_kv[0].k.weight.grad, drafter.layers[0].branches["kv"].k.weight.grad
+        k = drafter.target_kv[0].k.weight.grad
+        own_k = drafter.layers[0].branches["kv"].k.weight.grad
         assert own_k.abs().max() > 1e-3 and k.abs().max() < 1e-6
 
 
@@ -242,7 +250,8 @@ def test_recomputing_and_compiling_change_nothing(target, cell, request):
 
 def test_fp8_products_stay_near_the_others():
     """Loss and gradients of a whole drafter, MLPs and the frozen head in fp8: off by a little, in the same direction."""
-    target, found = small_target(vocab=16), []
+    target = small_target(vocab=16)
+    found = []
     for narrow in (False, True):
         drafter = drafter_of(target, "blockwise", "hybrid").to(torch.bfloat16)
         objective = Objective(
@@ -261,7 +270,8 @@ def test_fp8_products_stay_near_the_others():
 @pytest.mark.parametrize("start", [0, 11], ids=["whole", "cropped"])
 def test_a_pack_without_anchors_teaches_nothing(target, cell, start):
     """Its one filler stands at the first token, which has nothing before it, also where the document was cropped."""
-    drafter, none = drafter_of(target, *cell), np.zeros(0, dtype=np.int64)
+    drafter = drafter_of(target, *cell)
+    none = np.zeros(0, dtype=np.int64)
     pack = make_pack([PackDocument("a", document(target, 17, 1), none, start)])
     assert not pack.valid(4).any() and not pack.row_index(4)[1].any()
     share, *gradients = share_and_gradients(target, drafter, pack)

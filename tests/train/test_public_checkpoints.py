@@ -311,7 +311,8 @@ def test_a_tensor_without_a_place_is_refused_by_name(deep, tmp_path, changes, me
 
 
 def test_other_folders_are_refused_by_name(deep, tmp_path):
-    target, layer = deep[0], {"layers.0.mlp.up_proj.weight": ROW}
+    target = deep[0]
+    layer = {"layers.0.mlp.up_proj.weight": ROW}
     for name, config, tensors, message in (
         ("none", {"architectures": ["LlamaForCausalLM"]}, {"fc.weight": ROW}, "is a LlamaForCausalLM; what is read:"),
         ("two", {"architectures": ["DFlash2DraftModel"]}, {"fc.weight": ROW}, "is a DFlash2DraftModel"),

@@ -132,7 +132,8 @@ def dflash_step(target, drafter, text, loss, features=None):
 
     model = model_of(drafter, target)
     model.lm_head.weight.requires_grad_(drafter.config.own_head)
-    ids, slots = text[0], drafter.config.slots
+    ids = text[0]
+    slots = drafter.config.slots
     metrics = {"tv_loss_fn": eager.tv_loss} if hasattr(model, "markov_head") else {}  # the other needs a GPU
     _, loss_sum, _ = model(
         aux(text, sorted(drafter.config.hidden_layers)) if features is None else features,

@@ -41,7 +41,8 @@ def target():
 
 def saved(folder, family, **more):
     torch.manual_seed(3)
-    kind, sizes = family.split(",")[0], SIZES | FAMILIES.get(family, {}) | more
+    kind = family.split(",")[0]
+    sizes = SIZES | FAMILIES.get(family, {}) | more
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
     return str(folder)
 
@@ -122,7 +123,9 @@ def test_rows_beyond_a_table_of_learned_positions_count_for_nothing(target, tmp_
     long, short = (drafter_of(target, saved(tmp_path / str(size), family, **{name: size})) for size in (64, 26))
     fits = {key: value[: len(short.state_dict()[key])] for key, value in long.state_dict().items()}
     short.load_state_dict(fits)
-    pack, outcomes, loss = packed_with_budgets(target, [FULL, 8]), [], LossRecipe(kl=1)
+    pack = packed_with_budgets(target, [FULL, 8])
+    outcomes = []
+    loss = LossRecipe(kl=1)
     for drafter in (long, short):
         made = Objective(drafter, target.frozen_head, loss, torch.ones(4), BACKENDS["reference"], 64, VIEWS["snapkv"]).eval()
         outcomes.append(made(pack))

@@ -52,7 +52,8 @@ def test_stop_strings_cut_where_generate_does(tiny):
     target, tokenizer = tiny
     prompt = tokenizer("def read(path):\n    with open(path) as file:\n        return file")["input_ids"]
     plain = generated(target, prompt, 24)
-    pieces, text = [tokenizer.decode([t]) for t in plain], tokenizer.decode(plain)
+    pieces = [tokenizer.decode([t]) for t in plain]
+    text = tokenizer.decode(plain)
     engine = engine_of(target, Known([prompt + plain]), 5, 1, len(prompt), 24)
     run = lambda *strings: engine.generate([prompt], 24, [0], Stops(frozenset(), strings, tokenizer))[0]
 

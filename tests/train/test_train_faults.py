@@ -129,7 +129,8 @@ def test_a_shard_lost_during_training_ends_with_one_line_and_the_run_can_be_resu
     assert refused.returncode == 2 and "is missing or truncated" in refused.stderr
     for path in shards:
         shutil.copy(cache / path.name, path)
-    good, launcher = latest(run / "checkpoints"), start(run, *words, ranks=1)
+    good = latest(run / "checkpoints")
+    launcher = start(run, *words, ranks=1)
     try:
         wait_for(lambda: latest(run / "checkpoints") != good, 120, "another checkpoint")
     finally:

@@ -85,7 +85,8 @@ class Scene:
         one number at a time. Chunks whose scores tie may stand for each other."""
         document, anchor, age = int(self.anchors.document[n]), int(self.anchors.position[n]), int(self.age_N[n])
         first = int(self.memory.places[branch].position[0])
-        count, since = anchor - first, anchor - age - first
+        count = anchor - first
+        since = anchor - age - first
         if count <= budget:
             assert found == set(range(count))
             return
@@ -104,13 +105,15 @@ class Scene:
             assert sorted((score(c) for c in chosen), reverse=True) == pytest.approx(best, abs=1e-5)
 
     def scores(self, view, layer, branch, document, since, first, head):
-        keys, share = self.keys(layer, branch, document)[:, head], self.heads // self.kv_heads
+        keys = self.keys(layer, branch, document)[:, head]
+        share = self.heads // self.kv_heads
         mine = range(head * share, (head + 1) * share)
         query = lambda position, h: self.query[layer][branch][self.first[document] + position, h]
         if view.kind == "topk_chunk":
 
             def score(c):
-                chunk, found = keys[c * view.chunk : (c + 1) * view.chunk], []
+                chunk = keys[c * view.chunk : (c + 1) * view.chunk]
+                found = []
                 low, high = chunk.min(0).values, chunk.max(0).values
                 if view.scorer == "lastkey":
                     return float(keys[since - 1] @ chunk.mean(0))
@@ -190,11 +193,13 @@ def test_masking_and_gathering_both_equal_attention_over_the_selection(scene, na
     one by one. In the cache, each visible key stands behind the one before it, and the anchor behind the last."""
     view = view_of(name, positions=positions)
     budgets = [data.draw(st.integers(view.least, 40)), data.draw(st.integers(view.least, 60))]
-    count, groups = len(scene.anchors.index), 2 * len(scene.anchors.index)
+    count = len(scene.anchors.index)
+    groups = 2 * len(scene.anchors.index)
     plan = scene.plan(view, torch.tensor(budgets)[:, None].expand(-1, count))
     everyone = scene.anchors.repeated(2)
     taken, moved = gather(scene.memory, plan, everyone, rotate if positions == "in_cache" else lambda key, moved: key)
-    group, slot = torch.arange(groups).repeat_interleave(2), torch.arange(1, 3).repeat(groups)
+    group = torch.arange(groups).repeat_interleave(2)
+    slot = torch.arange(1, 3).repeat(groups)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2 * groups, h, 8, generator=g) for h in (scene.heads, scene.kv_heads, scene.kv_heads))
     for layer in range(2):
@@ -272,7 +277,8 @@ def test_tiles_hold_everything_visible_and_nothing_else_is_called_whole(name, ca
     tiles = lambda fill: (
         torch.nn.functional.pad(dense, (0, pad[0], 0, pad[1]), value=fill).unfold(1, 128, 128).unfold(2, 128, 128)
     )
-    visible, whole = tiles(False).flatten(3).any(3).any(0), tiles(True).flatten(3).all(3).all(0)
+    visible = tiles(False).flatten(3).any(3).any(0)
+    whole = tiles(True).flatten(3).all(3).all(0)
     assert some.shape == visible.shape and not (visible & ~some).any()
     assert not (every & ~whole).any()
     assert every.any() == name.startswith("a long")  # some tiles need no mask
@@ -304,7 +310,8 @@ def test_flex_backward_equals_the_reference_under_a_view_on_a_gpu(name):
     g = torch.Generator().manual_seed(0)
     keys = len(memory.position) + len(drafts.group)
     q, k, v = (torch.randn(n, h, 64, generator=g).cuda() for n, h in ((len(queries.group), 4), (keys, 2), (keys, 2)))
-    visibility, upstream = Visibility(queries, memory, drafts, True, shown), torch.randn(q.shape, generator=g).cuda()
+    visibility = Visibility(queries, memory, drafts, True, shown)
+    upstream = torch.randn(q.shape, generator=g).cuda()
     found = []
     for backend in ("reference", "flex"):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
