@@ -6,6 +6,8 @@ verification.
     python -m tests.benchmarks.decode what=rounds,partial shape=qwen3_8b contexts=[2048,16384,32768]
 
 Drafters begin as the target's layers and are not trained: what a round costs does not depend on what it accepts.
+
+Shapes: B requests, T rows of each.
 """
 
 import time

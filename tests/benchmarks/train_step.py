@@ -10,6 +10,8 @@ step under DeepSpeed at that ZeRO stage, with float32 master weights; on several
 starts at random; every position is supervised. `floor_ms`: every matrix product of the step's linear layers and heads, forward
 and backward, replayed with `torch.mm`; attention is none of them. `gib_per_1k_tokens`: what the step takes beyond the first
 pack's, by token.
+
+Shapes: N anchors, J steps or slots, P positions of a pack.
 """
 
 import os

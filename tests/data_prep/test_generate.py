@@ -1,4 +1,7 @@
-"""Continuous batching: everybody gets what they would get alone, whoever else is asked, and whenever a place becomes free."""
+"""Continuous batching: everybody gets what they would get alone, whoever else is asked, and whenever a place becomes free.
+
+Shapes: P places of a batch, L tokens of a text, R rows, V vocabulary.
+"""
 
 import pytest
 import torch

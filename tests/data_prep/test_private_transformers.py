@@ -1,4 +1,7 @@
-"""What is used of transformers beyond its promises is there, stands in one file, and does what that file says."""
+"""What is used of transformers beyond its promises is there, stands in one file, and does what that file says.
+
+Shapes: B texts, T tokens of each, H query heads, G key/value heads, D head size.
+"""
 
 import pytest
 import torch

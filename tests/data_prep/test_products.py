@@ -1,4 +1,7 @@
-"""Weights laid out for a CPU give PyTorch's own products, and can be put away again."""
+"""Weights laid out for a CPU give PyTorch's own products, and can be put away again.
+
+Shapes: B requests, T rows of each, V vocabulary, E hidden size.
+"""
 
 import pytest
 import torch

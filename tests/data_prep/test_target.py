@@ -1,4 +1,7 @@
-"""The target's states are those of transformers, and what it would get wrong is refused."""
+"""The target's states are those of transformers, and what it would get wrong is refused.
+
+Shapes: B texts, T tokens of each, H query heads, G key/value heads, D head size.
+"""
 
 import sys
 from importlib.util import find_spec

@@ -1,4 +1,7 @@
-"""The batched engine: its tokens are `generate`'s, its rounds the plain loop's, and it keeps nothing."""
+"""The batched engine: its tokens are `generate`'s, its rounds the plain loop's, and it keeps nothing.
+
+Shapes: B requests, J drafted tokens, L places of a text.
+"""
 
 import gc
 import itertools

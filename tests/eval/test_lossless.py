@@ -1,4 +1,7 @@
-"""Losslessness in few digits: honest runs part at ties alone, and nothing else passes for one."""
+"""Losslessness in few digits: honest runs part at ties alone, and nothing else passes for one.
+
+Shapes: B requests, J drafted tokens, K = J + 1, T rows, V vocabulary, E hidden size.
+"""
 
 import json
 import tempfile

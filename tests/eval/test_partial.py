@@ -1,4 +1,8 @@
-"""SpecPV: the part is what it says it is, a part that holds everything changes nothing, and an audit makes any part lossless."""
+"""SpecPV: the part is what it says it is, a part that holds everything changes nothing, and an audit makes any part lossless.
+
+Shapes: B requests, N layers, T rows of each, H query heads, G key/value heads, D head size, L places of a cache. Of one request,
+layer and key/value head: K drafts, S query heads.
+"""
 
 from functools import wraps
 

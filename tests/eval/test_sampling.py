@@ -1,4 +1,7 @@
-"""Sampled output is the target's: the distribution, its draws, verification, and what the engine emits."""
+"""Sampled output is the target's: the distribution, its draws, verification, and what the engine emits.
+
+Shapes: B requests, J drafted tokens, K = J + 1 positions, R rows, V vocabulary.
+"""
 
 from collections import Counter
 

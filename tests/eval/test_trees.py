@@ -1,4 +1,8 @@
-"""Trees of drafts hold the likeliest paths, and attention merged over parts is attention over the whole."""
+"""Trees of drafts hold the likeliest paths, and attention merged over parts is attention over the whole.
+
+Shapes: B requests, W breadth, N nodes, T = N + 1 rows (the anchor's first), Q = B x T rows, R draft rows as keys, L places of a
+text, V vocabulary.
+"""
 
 import pytest
 import torch

@@ -7,6 +7,8 @@ process of its own:
             run: {"drafter": null | a vLLM speculative_config | a folder of the speculators format, which names its
             target itself; "own_key_norms": repair of the fault below}
     ANSWER  {name: {"outputs": [[token id]], "drafts": n, "accepted": [at the first position, at the second, ...]}}
+
+Shapes: L layers, P positions, G key/value heads, D head size.
 """
 
 import gc

@@ -19,6 +19,8 @@ A test that cannot fail proves nothing. Hence the last tests put faults in on pu
 demand that the difference is seen.
 
 What is measured, and how, is in tests/support/alignment.py. The tests below say what must hold.
+
+Shapes: P positions of a pack, N anchors, V views.
 """
 
 import pytest

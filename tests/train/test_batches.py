@@ -1,4 +1,7 @@
-"""Packs: the same function of (seed, pass, document) at any rank and world size, and the same loss packed or apart."""
+"""Packs: the same function of (seed, pass, document) at any rank and world size, and the same loss packed or apart.
+
+Shapes: P positions of a pack, N anchors, R supervised positions, E hidden size.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""What a drafter is made of: sources of K/V, the gate, vocabularies, weights taken from other drafters, and EAGLE-3's format."""
+"""What a drafter is made of: sources of K/V, the gate, vocabularies, weights taken from other drafters, and EAGLE-3's format.
+
+Shapes: P positions of a pack, N anchors, R supervised positions, V vocabulary, D draft vocabulary, E hidden size.
+"""
 
 import json
 from dataclasses import replace

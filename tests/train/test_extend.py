@@ -1,4 +1,7 @@
-"""A new objective is one class and its name in the registry: training, the oracle and the engine follow."""
+"""A new objective is one class and its name in the registry: training, the oracle and the engine follow.
+
+Shapes: N anchors, J slots, E hidden size.
+"""
 
 import ast
 import dataclasses

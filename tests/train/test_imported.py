@@ -1,4 +1,7 @@
-"""What we and the speculators package write comes back as it was. (Public layouts and refusals: test_public_checkpoints.py.)"""
+"""What we and the speculators package write comes back as it was. (Public layouts and refusals: test_public_checkpoints.py.)
+
+Shapes: V vocabulary, E hidden size, R rank of a sequential head.
+"""
 
 import json
 from dataclasses import replace

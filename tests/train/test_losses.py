@@ -1,4 +1,7 @@
-"""Every loss equals a plain float64 definition in value and gradient, in chunks, and logits never exist all at once."""
+"""Every loss equals a plain float64 definition in value and gradient, in chunks, and logits never exist all at once.
+
+Shapes: R rows that count, V target vocabulary, D draft vocabulary.
+"""
 
 import importlib
 

@@ -1,5 +1,9 @@
 """What the engine trains, against a dense definition: every loss through the whole drafter, blocks that show more than their
-anchor, and the supervision of keys and queries."""
+anchor, and the supervision of keys and queries.
+
+Shapes: N anchors, J steps or slots, P positions of a pack, R supervised positions, V vocabulary, D draft vocabulary, E hidden
+size, T terms of a loss; alpha_VJ: V views; weight_NK: N outputs, K inputs.
+"""
 
 import numpy as np
 import pytest

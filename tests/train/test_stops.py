@@ -1,4 +1,7 @@
-"""Outputs end where plain decoding ends them: at end tokens and stop strings among the tokens that a round keeps."""
+"""Outputs end where plain decoding ends them: at end tokens and stop strings among the tokens that a round keeps.
+
+Shapes: B requests, J drafted tokens, L places of a text.
+"""
 
 import pytest
 import torch

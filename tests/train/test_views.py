@@ -1,4 +1,7 @@
-"""Views: selection against a brute-force reference, both backends against attention by hand, budgets, and how they are drawn."""
+"""Views: selection against a brute-force reference, both backends against attention by hand, budgets, and how they are drawn.
+
+Shapes: N anchors, V views of each, M = V x N groups, P memory positions, G key/value heads, C chunks of a document, D head size.
+"""
 
 from unittest.mock import patch
 
