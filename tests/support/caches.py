@@ -15,6 +15,7 @@ TEACHERS = ("last_hidden", "query.")  # what has a row a supervised token
 
 
 def manifest_of(architecture=SIZES, **changed):
+    """A manifest of a target of these sizes; `changed`: other fields."""
     fields = dict(
         format_version=FORMAT_VERSION,
         target={"architecture": architecture},
@@ -52,6 +53,7 @@ def document(manifest, mask, seed=0):
 
 
 def write(folder, manifest, documents, shard_bytes):
+    """A finished cache of these documents, by their ids."""
     writer = CacheWriter(folder, manifest, shard_bytes)
     for id, tensors in documents.items():
         writer.add(id, tensors)

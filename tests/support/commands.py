@@ -60,6 +60,7 @@ def deepspeed(ranks: int, port: int) -> list[str]:
 
 
 def wait_for(condition, seconds, what):
+    """Returns once the condition holds; fails after so many seconds, saying what it waited for."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} took more than {seconds} s"

@@ -6,6 +6,7 @@ from data_prep.decoding.sampling import distribution
 
 
 def generated(target, prompt, new_tokens, end=None):
+    """New tokens of greedy `generate`, without anything of ours."""
     out = target.model.generate(
         torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=0
     )

@@ -65,5 +65,7 @@ def packed_with_budgets(target, budgets, ages=True):
 
 
 def objective_of(target, drafter, loss, weight_J="default"):
+    """An objective over the reference attention. `weight_J`: weights of slots (0.8 to the power of j unless given);
+    None: D-PACE decides."""
     weight_J = 0.8 ** torch.arange(drafter.config.draft_length) if isinstance(weight_J, str) else weight_J
     return Objective(drafter, target.frozen_head, loss, weight_J, REFERENCE, chunk=7)

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 
 def losses(run, figure="loss"):
+    """A figure of every logged step, in order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[figure] for line in lines if figure in line]
 

@@ -24,7 +24,8 @@ ANCHORS = [1, 2, 17, 60, 110]
 
 
 def drafter_for(target, objective, **changes):
-    """One that no weight leaves as it started."""
+    """A drafter of the embedded target over hidden states, of which every weight has been moved from its start. `changes`: other
+    fields of DrafterConfig."""
     options = dict(
         objective=objective,
         reuse="hidden",
@@ -74,6 +75,7 @@ def four_slots(target, drafter, text):
 
 
 def aux(text, layers):
+    """What the package calls auxiliary hidden states: those of `layers`, one behind the other, [1, T, layers x E]."""
     return torch.cat([text[1].hidden[i] for i in layers], dim=-1)[None]
 
 
@@ -117,15 +119,18 @@ def block_logits(model, text, anchors, layers=None):
 
 
 def assert_same(theirs, mine):
+    """The same logits up to rounding, and logits that are not all alike, so that this says something."""
     assert theirs.shape == mine.shape and mine.std() > 0.5
     torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
 
 
 def differ(theirs, mine):
+    """For negative controls: far beyond rounding."""
     return (theirs - mine).abs().max() > 0.1
 
 
 def imported(folder, target) -> Drafter:
+    """The drafter of a served checkpoint, bound to the target beside which it was read."""
     drafter = load_drafter(folder, lambda: target.architecture)
     assert not drafter.config.is_bound
     bind(drafter, folder, "named", target)
@@ -135,6 +140,7 @@ def imported(folder, target) -> Drafter:
 
 
 def refused(folder, target, message):
+    """The checkpoint is refused, with this message in one line."""
     with pytest.raises(UserError, match=message) as caught:
         bind(load_drafter(folder, lambda: target.architecture), folder, "named", target)
     assert "\n" not in str(caught.value)

@@ -43,9 +43,11 @@ class Terminal:
         return taken
 
     def type(self, text: str) -> None:
+        """Keys pressed."""
         os.write(self.handle, text.encode())
 
     def rest(self) -> str:
+        """All that comes up until the command ends."""
         try:
             while data := os.read(self.handle, 65536):
                 self.seen += data.decode(errors="replace")
@@ -54,4 +56,5 @@ class Terminal:
         return self.seen
 
     def code(self) -> int:
+        """Its exit code, once it has ended."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
