@@ -24,7 +24,8 @@ def exact_target(family="qwen3"):
 
 
 def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, audited=False, **options):
-    """`length`: of drafts (of trees: their nodes), or `Lengths`. `longest`: tokens of a prompt."""
+    """An engine whose caches hold prompts of `longest` tokens and `new` tokens behind them. `length`: of drafts (of trees: their
+    nodes), or `Lengths`. `recipe`: of partial verification."""
     a = target.architecture
     lengths = length if isinstance(length, Lengths) else Lengths(length)
     room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
@@ -34,13 +35,16 @@ def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GR
 
 
 def trained(target, objective, reuse, layers=1, **options):
+    """A random drafter of tests/support/models.py, as the engine drafts with it."""
     return StaticTrained(drafter_of(target, objective, reuse, layers=layers), target.frozen_head, **options)
 
 
 def ragged(lengths=(12, 5, 20, 9), seed=5):
+    """Random prompts of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 11, (n,), generator=generator).tolist() for n in lengths]
 
 
 def triples(generation):
+    """What each round did: where it began, how many tokens it drafted and how many it kept."""
     return [(r.anchor, r.drafted, r.kept) for r in generation.rounds]

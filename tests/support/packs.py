@@ -47,17 +47,23 @@ def document(target, length, seed, unsupervised=()):
     return {"input_ids": torch.tensor(tokens), "loss_mask": mask, "last_hidden": states.last_hidden[teachers], **named}
 
 
-def packed(target, prefix=None):
-    """Two documents, one with a gap in its loss mask; an anchor whose last slots fall into the gap, and one at the end."""
+def two_documents(target):
+    """Two documents and the anchors of each. The second has a gap in its loss mask, into which the last slots of an anchor fall,
+    and an anchor at its end."""
     documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
     anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
+    return documents, anchors
+
+
+def packed(target, prefix=None):
+    """A pack of `two_documents`. `prefix`: how many tokens of each anchor's block are given."""
+    documents, anchors = two_documents(target)
     return make_pack([PackDocument(*one[:3], prefix=one[3]) for one in zip("ab", documents, anchors, prefix or [None, None])])
 
 
 def packed_with_budgets(target, budgets, ages=True):
-    """Two documents; `budgets`: of each view, or for each document of each view."""
-    documents = [document(target, 17, 1), document(target, 26, 2, unsupervised=(9,))]
-    anchors = [np.array([1, 6, 13]), np.array([2, 6, 15, 24])]
+    """A pack of `two_documents`. `budgets`: of each view, or for each document of each view."""
+    documents, anchors = two_documents(target)
     each = budgets if isinstance(budgets[0], list) else [budgets, budgets]
     old = [np.minimum(a - 1, 2 * ages) for a in anchors]
     rows = zip("ab", documents, anchors, each, old)
