@@ -18,6 +18,8 @@ from train.drafter.formats.names import MASK_FILE
 from train.losses.recipe import LossRecipe
 
 KL = LossRecipe(kl=1)
+
+
 @pytest.fixture(scope="module")
 def speculators():
     return package()
