@@ -53,8 +53,10 @@ def architecture(shape: str) -> Architecture:
     s = {"tiny": TINY, "qwen3_8b": QWEN3_8B}[shape]
     inv_freq = (1e6 ** (-torch.arange(0, s["head_dim"], 2) / s["head_dim"])).tolist()
     return Architecture(
-        s["hidden_size"], s["intermediate_size"], s["vocab_size"], s["num_hidden_layers"], s["num_attention_heads"],
-        s["num_key_value_heads"], s["head_dim"], 1e-6, True, False, inv_freq, 1.0, s["max_position_embeddings"],
+        hidden_size=s["hidden_size"], intermediate_size=s["intermediate_size"], vocab_size=s["vocab_size"],
+        num_layers=s["num_hidden_layers"], heads=s["num_attention_heads"], kv_heads=s["num_key_value_heads"],
+        head_dim=s["head_dim"], norm_eps=1e-6, qk_norm=True, qkv_bias=False, inv_freq=inv_freq, rope_scale=1.0,
+        max_positions=s["max_position_embeddings"],
     )  # fmt: skip
 
 
