@@ -16,7 +16,7 @@ from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.views.recipe import FULL, View
 
 CELLS = [
@@ -100,7 +100,7 @@ def training_side(target, drafter, tokens, anchors, packing, attend, tamper=None
     if tamper:
         pack = tamper(pack)
     weight_J = torch.ones(drafter.config.draft_length)
-    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, attend, 64, view)
+    objective = Objective(drafter, target.frozen_head, attend, Supervision(LossRecipe(kl=1), weight_J, 64, view))
     with torch.no_grad():
         return objective.logits(pack)[-1] if view else objective.logits(pack)
 

@@ -13,7 +13,7 @@ from train.data.stream import sample_prefix
 from train.losses import divergences, weights
 from train.losses.recipe import LossRecipe
 from train.objectives.align import Watch, target_queries
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 
 REFERENCE = BACKENDS["reference"]
 LAYERS = (0, 1, 2)
@@ -47,7 +47,7 @@ def packed(target, prefix=None):
 
 def objective_of(target, drafter, loss, weight_J="default"):
     weight_J = 0.8 ** torch.arange(drafter.config.draft_length) if isinstance(weight_J, str) else weight_J
-    return Objective(drafter, target.frozen_head, loss, weight_J, REFERENCE, chunk=7)
+    return Objective(drafter, target.frozen_head, REFERENCE, Supervision(loss, weight_J, chunk_rows=7))
 
 
 def by_definition(target, objective, pack, loss: LossRecipe, weight_J):
@@ -279,9 +279,8 @@ def test_fp8_products_stay_near_the_others():
     target, found = small_target(vocab=16), []
     for narrow in (False, True):
         drafter = drafter_of(target, "blockwise", "hybrid").to(torch.bfloat16)
-        objective = Objective(
-            drafter, target.frozen_head.to("cpu", torch.bfloat16), LossRecipe(kl=1), torch.ones(3), REFERENCE, 7
-        )
+        supervision = Supervision(LossRecipe(kl=1), torch.ones(3), chunk_rows=7)
+        objective = Objective(drafter, target.frozen_head.to("cpu", torch.bfloat16), REFERENCE, supervision)
         if narrow:
             drafter.use_fp8()
         share = objective(packed(target)).share

@@ -17,7 +17,7 @@ from train.drafter.build import load_drafter, new_drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.standalone import Standalone, check_vocabulary, lm_config
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.views.recipe import FULL
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 11}
@@ -115,9 +115,10 @@ def test_a_table_of_learned_positions_ends_where_its_documents_do(target, tmp_pa
     long, short = (drafter_of(target, saved(tmp_path / str(size), family, **{name: size})) for size in (64, 26))
     fits = {key: value[: len(short.state_dict()[key])] for key, value in long.state_dict().items()}
     short.load_state_dict(fits)
-    pack, outcomes, loss = packed(target, [FULL, 8]), [], LossRecipe(kl=1)
+    pack, outcomes = packed(target, [FULL, 8]), []
+    supervision = Supervision(LossRecipe(kl=1), torch.ones(4), 64, VIEWS["snapkv"])
     for drafter in (long, short):
-        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), BACKENDS["reference"], 64, VIEWS["snapkv"]).eval()
+        made = Objective(drafter, target.frozen_head, BACKENDS["reference"], supervision).eval()
         outcomes.append(made(pack))
     assert pack.anchor_N.min() == 1 and outcomes[0].valid[-1].tolist() == [
         True,
