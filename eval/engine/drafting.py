@@ -48,7 +48,7 @@ class StaticDrafting(Protocol):
         """Guess `length` tokens behind the anchor."""
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
-        """Bytes of keys and values of one request of so many tokens (`eval/caches/sparse.py`)."""
+        """Bytes of keys and values of one request of `longest` tokens, by what became of them (`eval/caches/sparse.py`)."""
 
 
 class StaticNobody:
@@ -168,8 +168,8 @@ class StaticTrained:
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
         """Preallocated places that a request does not fill count for its `peak` alone."""
-        of_a_place = lambda kv: sum(t[0, 0].nbytes for t in (kv.key, kv.value))
-        read = sum(of_a_place(part) for kinds in self.memory.layers for part in kinds.values()) * longest
+        parts = [part for kinds in self.memory.layers for part in kinds.values()]
+        read = sum(part.key[0, 0].nbytes + part.value[0, 0].nbytes for part in parts) * longest
         peak = self.memory.nbytes() // self.memory.batch
         return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
 

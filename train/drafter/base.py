@@ -132,7 +132,10 @@ class Drafter(nn.Module):
         def of(selection: dict) -> dict[str, Visibility]:
             return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
 
-        return [of({})] * len(memory.layers) if memory.selection is None else [of(selection) for selection in memory.selection]
+        if memory.selection is None:
+            # One object for all layers: what a backend derives from it (masks, tiles) is made once.
+            return [of({})] * len(memory.layers)
+        return [of(selection) for selection in memory.selection]
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""

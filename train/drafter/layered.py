@@ -293,10 +293,15 @@ class LayeredDrafter(Drafter):
                 continue
             # The layer's norm weight moves into Q, K and V, so that memory, which passes another norm, meets the
             # same projection as in the target.
-            scaled = name in ("q.weight", "k.weight", "v.weight")
-            wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # a product of two bf16 numbers is none
-            values = [wide(weights[name]) * wide(weights["input_norm.weight"]) if scaled else weights[name] for weights in layers]
+            values = [weights[name] for weights in layers]
+            if name in ("q.weight", "k.weight", "v.weight"):
+                values = [_wide(value) * _wide(weights["input_norm.weight"]) for value, weights in zip(values, layers)]
             # Heads side by side; the outputs of several layers' heads are averaged.
             value = torch.cat(values, dim=1) / len(values) if name == "o.weight" else torch.cat(values)
             # EAGLE-3's pair: token and feature halves both start as the layer's projection.
             parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least in float32: the product of two bf16 numbers need not be one."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

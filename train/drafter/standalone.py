@@ -76,8 +76,9 @@ def lm_config(path: str) -> dict:
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raises UserError when the model's tokens are not the target's."""
+    mine = {i: t for t, i in tokenizer.get_vocab().items()}
     try:
-        theirs, mine = ({i: t for t, i in one.get_vocab().items()} for one in (AutoTokenizer.from_pretrained(path), tokenizer))
+        theirs = {i: t for t, i in AutoTokenizer.from_pretrained(path).get_vocab().items()}
     except (OSError, ValueError):
         if (size := lm_config(path)["config"]["vocab_size"]) != vocab_size:
             raise UserError(f"drafter.lm={path} has no tokenizer, and {size} tokens where the target has {vocab_size}") from None
