@@ -5,11 +5,14 @@ size.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data_prep.target.states import States
+from train.attention.backend import AttentionBackend
 from train.attention.visibility import Places
 from train.drafter.base import Drafter
 from train.drafter.layers import KV
@@ -27,6 +30,20 @@ class Picked:
     index_KG: Tensor
 
 
+class Taken(NamedTuple):
+    """Which keys of a branch a round reads, `before` of which stand before the anchor: the first `sinks`, the `picked` best ones
+    of the chosen chunks, and those from index `tail` on."""
+
+    sinks: int
+    picked: int
+    tail: int
+    before: int
+
+    @property
+    def visible(self) -> int:
+        return self.sinks + self.picked + self.before - self.tail
+
+
 class SparseCache:
     """Grows with what is verified; `visible` gives the drafter its memory for a round.
 
@@ -34,9 +51,13 @@ class SparseCache:
     layers read its own memory to make more of it keeps all of it, and drafts from what is taken out.
     """
 
-    def __init__(self, drafter: Drafter, attend, view: View | None):
+    def __init__(self, drafter: Drafter, attend: AttentionBackend, view: View | None):
         hides = view is not None and view.kind != "full" and view.budget
-        self.drafter, self._attend, self._view = drafter, attend, view if hides else None
+        self.drafter = drafter
+        self._attend = attend
+        self._view = view if hides else None
+        # Whether no later selection can ask for a key between the sinks and the tail of now: there will be none, or it takes the
+        # newest keys.
         settled = bool(hides) and (view.kind == "sink_recent" or view.refresh == "never")
         self._forgets = settled and not drafter.config.memory_attends
         self.memory: Memory | None = None
@@ -69,10 +90,14 @@ class SparseCache:
     @torch.no_grad()
     def visible(self, anchor: int) -> tuple[Memory, int]:
         """(what the rows of a round may read, the anchor's position for them)."""
-        view, count = self._view, {branch: anchor - first for branch, first in self._first.items()}
+        view = self._view
+        count = {branch: anchor - first for branch, first in self._first.items()}
         fits = not view or max(count.values()) <= view.budget
-        if view and self._due(anchor) and not (fits and view.refresh == "verify"):  # else it may serve a round that does not fit
-            self._chosen_at, self._picked = anchor, [{} for _ in self.memory.layers]
+        # While everything fits, a selection changes nothing. It is made all the same where it is kept for later rounds, which may
+        # not fit; with refresh=verify every round makes its own.
+        if view and self._due(anchor) and not (fits and view.refresh == "verify"):
+            self._chosen_at = anchor
+            self._picked = [{} for _ in self.memory.layers]
             self._select(count)
         found = (self.memory, anchor) if fits else self._taken_out(anchor, count)
         self._most("read", found[0].nbytes())
@@ -93,10 +118,14 @@ class SparseCache:
 
     def _select(self, count: dict[str, int]) -> None:
         """Rank the chunks as they are now, and take out as many of the best as a round can want."""
-        view, wanted = self._view, {b: reserve(self._view, self._view.budget, n) for b, n in count.items()}
+        view = self._view
+        wanted = {branch: reserve(view, view.budget, n) for branch, n in count.items()}
         if not any(most for _, most in wanted.values()):
             return  # nothing to choose, now or later
-        queries, seats, searched = [None] * len(self.memory.layers), None, 0
+        # 1. The queries of the tokens that the view looks at. All layers but the last run for them, and read all of their keys.
+        queries = [None] * len(self.memory.layers)
+        seats = None
+        searched = 0
         if self._rows:
             token_RE, feature_RE, *seats = self._rows
             seats = Places(*seats)
@@ -104,9 +133,11 @@ class SparseCache:
             searched = sum(kv.nbytes for kinds in self.memory.layers[:-1] for kv in kinds.values())
         if view.window is None:
             self._vote(queries, seats)
+        # 2. The best chunks of each layer and branch: their keys are copied out, so that rounds need not look for them.
         for branch, (tail, most) in wanted.items():
             places = self.memory.places[branch]
-            chunks, one = chunking(places, view.chunk), lambda value, at=places.position: at.new_tensor([value])
+            chunks = chunking(places, view.chunk)
+            one = partial(_one, places.position.device)
             for layer, kinds in enumerate(self.memory.layers):
                 if view.window is None:
                     scores_1GC = self._votes[layer][branch][None]
@@ -127,7 +158,8 @@ class SparseCache:
 
     def _vote(self, queries: list[dict[str, Tensor]], seats: Places) -> None:
         """Add the attention of the tokens that became known since the last selection."""
-        self._votes, old = [{} for _ in queries], self._votes
+        old = self._votes
+        self._votes = [{} for _ in queries]
         for layer, kinds in enumerate(queries):
             for branch, query_RHD in kinds.items():
                 chunks = chunking(self.memory.places[branch], 1)
@@ -140,51 +172,72 @@ class SparseCache:
 
     def _taken_out(self, anchor: int, count: dict[str, int]) -> tuple[Memory, int]:
         """Sinks, the best chunks and the tail of every layer and branch, one behind the other."""
-        view, age, sizes = self._view, anchor - self._chosen_at, {}
+        view = self._view
+        age = anchor - self._chosen_at
+        # 1. Which keys of each branch are read.
+        taken: dict[str, Taken] = {}
         for branch, before in count.items():
             tail_and_chunks = layout(view, *(torch.tensor(n) for n in (view.budget, before, before - age)))
             tail, chunks = map(int, tail_and_chunks)
             if self._forgets:
                 self._forget(branch, tail)
-            sizes[branch] = (view.sink if tail else 0, chunks * view.chunk, tail, before)
-        visible = {branch: lead + picks + before - tail for branch, (lead, picks, tail, before) in sizes.items()}
-        room = max(n + self._first[branch] for branch, n in visible.items())
+            # A tail from the first key on holds the sinks too.
+            taken[branch] = Taken(view.sink if tail else 0, chunks * view.chunk, tail, before)
+        room = max(one.visible + self._first[branch] for branch, one in taken.items())
         in_cache = view.positions == "in_cache"
+        # 2. They are joined, and moved where positions are those in the cache.
         layers: list[dict[str, KV]] = [{} for _ in self.memory.layers]
-        for branch, (lead, picks, tail, before) in sizes.items():
-            gone = self._dropped[branch] if tail else 0
+        for branch, one in taken.items():
+            gone = self._dropped[branch] if one.tail else 0
             for layer, kinds in enumerate(self.memory.layers):
-                parts = [KV(*(t[:lead] for t in kinds[branch])), KV(*(t[tail - gone : before - gone] for t in kinds[branch]))]
+                sinks = KV(*(t[: one.sinks] for t in kinds[branch]))
+                tail = KV(*(t[one.tail - gone : one.before - gone] for t in kinds[branch]))
+                parts = [sinks, tail]
                 index_KG = None
-                if picks:
+                if one.picked:
                     picked = self._picked[layer][branch]
-                    parts.insert(1, KV(*(t[:picks] for t in picked.kv)))
-                    index_KG = picked.index_KG[:picks]
+                    parts.insert(1, KV(*(t[: one.picked] for t in picked.kv)))
+                    index_KG = picked.index_KG[: one.picked]
                 key, value = (torch.cat(part) for part in zip(*parts))
                 if in_cache:
-                    key = self.drafter.rotate(key, self._moved(key, sizes[branch], index_KG, room, self._first[branch]))
+                    key = self.drafter.rotate(key, self._moved(key, one, index_KG, room, self._first[branch]))
                 layers[layer][branch] = KV(key, value)
-        # A place before every anchor: all that was taken out is visible.
-        device = key.device
-        nowhere = {branch: Places(*torch.tensor([[0], [-1]], device=device).expand(2, n)) for branch, n in visible.items()}
-        return Memory(layers, nowhere, self.memory.feature), room if in_cache else anchor
+        # 3. The rule of visibility shows an anchor the memory before it. All that was taken out is to be seen, so that every key
+        # is said to stand at -1, before any anchor. Keys are rotated already, and this changes nothing about them.
+        document, before_all = torch.tensor([[0], [-1]], device=key.device)
+        places = {branch: Places(document.expand(one.visible), before_all.expand(one.visible)) for branch, one in taken.items()}
+        return Memory(layers, places, self.memory.feature), room if in_cache else anchor
 
-    def _moved(self, key_KGD: Tensor, sizes: tuple[int, int, int, int], index_KG: Tensor | None, room: int, first: int) -> Tensor:
+    def _moved(self, key_KGD: Tensor, taken: Taken, index_KG: Tensor | None, room: int, first: int) -> Tensor:
         """By how many positions each key moves when visible keys stand one behind the other, the last before `room`, [K, G]."""
-        lead, picks, tail, before = sizes
-        span = lambda *ends: torch.arange(*ends, device=key_KGD.device)[:, None].expand(-1, key_KGD.shape[1])
-        index = torch.cat([span(lead), *([] if index_KG is None else [index_KG]), span(tail, before)])
-        slot_KG = index.argsort(dim=0).argsort(dim=0)
-        return (room - len(index) + slot_KG) - (first + index)
+
+        def span(start: int, end: int) -> Tensor:
+            return torch.arange(start, end, device=key_KGD.device)[:, None].expand(-1, key_KGD.shape[1])
+
+        chosen = [] if index_KG is None else [index_KG]
+        index_KG = torch.cat([span(0, taken.sinks), *chosen, span(taken.tail, taken.before)])
+        # Chunks come best first. The argsort of an argsort is each key's rank, its place in the order of the text.
+        slot_KG = index_KG.argsort(dim=0).argsort(dim=0)
+        return (room - len(index_KG) + slot_KG) - (first + index_KG)
 
     def _forget(self, branch: str, tail: int) -> None:
         """Drop what lies between the sinks and the tail."""
-        sink, gone = self._view.sink, self._dropped[branch]
+        sink = self._view.sink
+        gone = self._dropped[branch]
         if tail <= sink + gone:
             return
-        cut = lambda t: torch.cat([t[:sink], t[tail - gone :]])
+
+        def cut(t: Tensor) -> Tensor:
+            return torch.cat([t[:sink], t[tail - gone :]])
+
         for kinds in self.memory.layers:
             kinds[branch] = KV(*map(cut, kinds[branch]))
         held = self.memory.places[branch]
         places = self.memory.places | {branch: Places(cut(held.document), cut(held.position))}
-        self.memory, self._dropped[branch] = replace(self.memory, places=places), tail - sink
+        self.memory = replace(self.memory, places=places)
+        self._dropped[branch] = tail - sink
+
+
+def _one(device: torch.device, value: int) -> Tensor:
+    """A number as the views' functions take it, for one anchor, [1]."""
+    return torch.tensor([value], device=device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_prep.decoding.attention import merge, over_cache, over_rows
-from train.attention.backend import backend
+from train.attention.backend import AttentionBackend, backend
 from train.attention.visibility import Places, Visibility, sees_draft
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
@@ -43,8 +43,11 @@ class StaticMemory(Memory):
     """
 
     def __init__(self, config: DrafterConfig, batch: int, room: int, device, borrowed: dict[tuple[int, str], KV]):
-        self.batch, self.room, self.borrowed = batch, room, borrowed
-        self.row_B1, self.place = torch.arange(batch, device=device)[:, None], {}
+        self.batch = batch
+        self.room = room
+        self.borrowed = borrowed
+        self.row_B1 = torch.arange(batch, device=device)[:, None]
+        self.place: dict[str, Tensor] = {}
         # Pairs (x_{i+1}, f_i) begin at position 1.
         self.first = {name: int(name == config.own_memory and config.reads_pairs) for name in config.branches}
         layers: list[dict[str, Part]] = [{} for _ in range(config.depth)]
@@ -63,7 +66,10 @@ class StaticMemory(Memory):
         if branch not in self.layers[layer]:
             key, value = (t.new_zeros(self.batch, self.room, *t.shape[1:]) for t in kv)
             self.layers[layer][branch] = Part(key, value, self.first[branch])
-        part, place = self.layers[layer][branch], (self.row_B1, self.place[branch])
+        # In place, at places that are a tensor: a CUDA graph replays the addresses that it was recorded with, and the places
+        # differ from round to round. Keys of refused tokens stay there, and are overwritten before an anchor can see them.
+        part = self.layers[layer][branch]
+        place = (self.row_B1, self.place[branch])
         part.key.index_put_(place, kv.key.unflatten(0, (self.batch, -1)))
         part.value.index_put_(place, kv.value.unflatten(0, (self.batch, -1)))
 
@@ -72,7 +78,7 @@ class StaticMemory(Memory):
         return sum(p.key.nbytes + p.value.nbytes for p in kept)
 
 
-def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None):
+def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None) -> AttentionBackend:
     """A backend (`train/attention`) over static memory. Rows of one request stand together.
 
     Args:
@@ -84,6 +90,9 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
     def attend(q_QHD: Tensor, key: Joined, value: Joined, visibility: Visibility) -> Tensor:
         batch = len(key.memory_BLGD)
         q_BTHD = q_QHD.unflatten(0, (batch, -1))
+        # All rows of a request have one anchor, so that their memory is a number of keys and needs no mask (while memory is
+        # made, each row sees one key more than the row before it). The draft rows' own keys are few: they get a mask. The two
+        # softmaxes are merged by their log-sum-exps.
         count_B = visibility.queries.anchor.view(batch, -1)[:, 0] - key.first
         memory = over_cache(q_BTHD, key.memory_BLGD, value.memory_BLGD, count_B, growing=making_memory)
         seen = _seen(visibility) if seen_QR is None else seen_QR
@@ -94,5 +103,7 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
 
 
 def _seen(visibility: Visibility) -> Tensor:
-    q, k = visibility.queries, visibility.drafts
+    """Which draft rows each row sees, [Q, R]."""
+    q = visibility.queries
+    k = visibility.drafts
     return sees_draft(q.group[:, None], q.slot[:, None], k.group[None], k.slot[None], visibility.causal)

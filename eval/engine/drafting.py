@@ -48,13 +48,14 @@ class StaticDrafting(Protocol):
         """Guess `length` tokens behind the anchor."""
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
-        """Bytes of keys and values of one request of so many tokens (`eval/caches/sparse.py`)."""
+        """Bytes of keys and values of one request of `longest` tokens, by what became of them (`eval/caches/sparse.py`)."""
 
 
 class StaticNobody:
     """Plain decoding."""
 
-    graphs, deepest = True, None
+    graphs = True
+    deepest = None
 
     def begin(self, cache: StaticCache) -> None:
         pass
@@ -77,8 +78,10 @@ class StaticLookup(StaticNobody):
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         place_L = torch.arange(text_BL.shape[1], device=text_BL.device)
-        follows_B, run_BL = torch.zeros_like(anchor_B), torch.ones_like(text_BL, dtype=torch.bool)
-        for n in range(1, self._longest + 1):  # run: the n tokens that end here are the text's last n
+        follows_B = torch.zeros_like(anchor_B)
+        run_BL = torch.ones_like(text_BL, dtype=torch.bool)  # the n tokens that end at this place are the text's last n
+        # A longer run replaces what a shorter one found. All lengths are tried, always: a CUDA graph holds no `break`.
+        for n in range(1, self._longest + 1):
             known_B1 = text_BL.gather(1, (anchor_B - n + 1).clamp(min=0)[:, None])
             shifted_BL = F.pad(text_BL, (n - 1, 0), value=-1)[:, : text_BL.shape[1]]
             run_BL = run_BL & (shifted_BL == known_B1) & (anchor_B >= n)[:, None]
@@ -110,11 +113,15 @@ class StaticTrained:
         self._kept_D = drafter.head.kept_D
 
     def begin(self, cache: StaticCache) -> None:
-        config, borrowed = self.drafter.config, {}
+        config = self.drafter.config
+        # The target's cache serves as memory where it holds exactly what the drafter would make: the same positions, precision
+        # and states, on the device.
+        borrowed = {}
         alike = config.rope_factor == 1 and self.drafter.dtype == cache.key.dtype and self._change is None
         if config.uses_kv and config.source == "native" and alike and cache.on_device:
             borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
         batch, room = cache.key.shape[1:3]
+        # Tensors are made anew only with a new cache: CUDA graphs hold the addresses of these.
         if self._cache is not cache:
             self._cache = cache
             self.memory = StaticMemory(config, batch, room + 1, self._head.head_VE.device, borrowed)
@@ -126,19 +133,24 @@ class StaticTrained:
         position_BT = base_B[:, None] + torch.arange(rows, device=base_B.device)
         if self._change is not None:
             states = self._change(states, position_BT)
-        if self._fresh and self.drafter.config.own_memory and not self.drafter.config.reads_pairs:  # x_0 came with nothing
+        # A drafter that makes memory of tokens is given, for each processed position, the token behind it. Behind no position is
+        # the first token of a text, which gets a call of its own.
+        if self._fresh and self.drafter.config.own_memory and not self.drafter.config.reads_pairs:
             self._remember(None, position_BT[:, :1] - 1, text_BL)
         self._fresh = False
         feature_QE = self._remember(states.map(lambda t: t.flatten(0, 1)), position_BT, text_BL)
         if feature_QE is not None:
+            # Copied into a tensor that stays where it is, for the graph of the next proposal.
             row_B = torch.arange(batch, device=base_B.device)
             self.feature_BE.copy_(feature_QE.unflatten(0, (batch, rows))[row_B, last_B.clamp(min=0)])
 
     def _remember(self, states: States | None, position_BT: Tensor, text_BL: Tensor) -> Tensor | None:
         document = torch.arange(len(position_BT), device=position_BT.device).repeat_interleave(position_BT.shape[1])
         token_RE = self.embed(text_BL.gather(1, position_BT + 1).flatten())
-        places, known = (Places(document, (position_BT + ahead).flatten()) for ahead in (0, 1))
-        return self.drafter.remember(states, places, token_RE, known, static_attention(making_memory=True), self.memory).feature
+        places = Places(document, position_BT.flatten())
+        known = Places(document, (position_BT + 1).flatten())
+        attend = static_attention(making_memory=True)
+        return self.drafter.remember(states, places, token_RE, known, attend, self.memory).feature
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         token_B = text_BL.gather(1, anchor_B[:, None])[:, 0]
@@ -156,8 +168,8 @@ class StaticTrained:
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
         """Preallocated places that a request does not fill count for its `peak` alone."""
-        of_a_place = lambda kv: sum(t[0, 0].nbytes for t in (kv.key, kv.value))
-        read = sum(of_a_place(part) for kinds in self.memory.layers for part in kinds.values()) * longest
+        parts = [part for kinds in self.memory.layers for part in kinds.values()]
+        read = sum(part.key[0, 0].nbytes + part.value[0, 0].nbytes for part in parts) * longest
         peak = self.memory.nbytes() // self.memory.batch
         return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
 

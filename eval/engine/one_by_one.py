@@ -35,8 +35,10 @@ class OneByOne:
 
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
         for b, (base, last) in enumerate(zip(base_B.tolist(), last_B.tolist())):
-            seen, count = self._seen[b], base + last + 1
-            if last >= 0 and count > seen:  # a prompt that ended in an earlier chunk has nothing new
+            seen = self._seen[b]
+            count = base + last + 1
+            # A prompt that ended in an earlier chunk of the batch's prefill has nothing new.
+            if last >= 0 and count > seen:
                 known = text_BL[b, seen + (seen > 0) : count + 1].tolist()
                 self._drafting[b].observe(states.map(lambda t: t[b, seen - base : last + 1]), known)
                 self._seen[b] = count
@@ -44,6 +46,7 @@ class OneByOne:
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         drafts = []
         for b, anchor in enumerate(anchor_B.tolist()):
+            # `u_BJ` comes from the request's own random numbers: what it draws does not depend on its place in the batch.
             seed = int(u_BJ[b, 0] * 2**53) if length else 0
             generator = torch.Generator(device=text_BL.device).manual_seed(seed)
             drafts.append(self._drafting[b].draft(text_BL[b, : anchor + 1].tolist(), sampling.temperature, generator))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.caches.static import static_attention
+from train.attention.backend import AttentionBackend
 from train.schedules.schedule import Source
 
 
@@ -54,7 +55,8 @@ class Growing(Source):
     """
 
     def __init__(self, shape: TreeShape, token_B: Tensor, embed: Callable, log_probabilities: Callable):
-        batch, device = len(token_B), token_B.device
+        batch = len(token_B)
+        device = token_B.device
         self.length = shape.depth
         self._width = shape.breadth
         self._embed = embed
@@ -74,7 +76,7 @@ class Growing(Source):
         return self._embed(self._token_R)
 
     @property
-    def attend(self) -> Callable:
+    def attend(self) -> AttentionBackend:
         """Each row sees its ancestors and itself: the rule of slots would show it the other nodes of every depth too."""
         count = len(self._token_R) // len(self._request_B)
         mask_QR = torch.cat([part.expand(-1, count, -1) for part in self._seen], dim=-1).flatten(0, 1)
@@ -119,6 +121,7 @@ class Growing(Source):
         they are among them."""
         token_BC, score_BC, parent_BC = (torch.cat(kind, dim=1) for kind in zip(*self._found))
         depth_C = torch.cat([torch.full_like(found.token_BC[0], depth) for depth, found in enumerate(self._found, 1)])
+        # Stable, so that among equal scores an ancestor stays before its descendants. Sorted by number again, parents come first.
         node_BN = score_BC.sort(dim=1, descending=True, stable=True).indices[:, :nodes].sort(dim=1).values
         parent_BN = parent_BC.gather(1, node_BN)
         parent_BN = torch.where(parent_BN < 0, 0, torch.searchsorted(node_BN, parent_BN.clamp(min=0)) + 1)
@@ -128,10 +131,13 @@ class Growing(Source):
 def _places(parent_BN: Tensor, depth_BN: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
     """(depth of each row, which rows each sees)."""
     root = torch.zeros_like(parent_BN[:, :1])
-    up_BT, depth_BT = torch.cat([root, parent_BN], dim=1), torch.cat([root, depth_BN], dim=1)
+    up_BT = torch.cat([root, parent_BN], dim=1)
+    depth_BT = torch.cat([root, depth_BN], dim=1)
     row_T = torch.arange(up_BT.shape[1], device=up_BT.device)
     at_BT = row_T.expand_as(up_BT)
     seen_BTT = at_BT[..., None] == row_T
+    # All rows climb one node at a time, the anchor being its own parent. A fixed number of times, however deep the tree is: the
+    # host does not look.
     for _ in range(deepest):
         at_BT = up_BT.gather(1, at_BT)
         seen_BTT = seen_BTT | (at_BT[..., None] == row_T)
@@ -146,11 +152,14 @@ def walk(tree: Tree, target_BT: Tensor, deepest: int) -> tuple[Tensor, Tensor, T
         how many drafted tokens are kept [B], their rows [B, deepest] (behind the kept ones: anything), the token after them [B].
     """
     at_B = torch.zeros_like(target_BT[:, 0])
-    going_B, kept_B, path = torch.ones_like(at_B, dtype=torch.bool), torch.zeros_like(at_B), []
+    going_B = torch.ones_like(at_B, dtype=torch.bool)
+    kept_B = torch.zeros_like(at_B)
+    path: list[Tensor] = []
     for _ in range(deepest):
         wanted_B = target_BT.gather(1, at_B[:, None])
         child_BN = (tree.parent_BN == at_B[:, None]) & (tree.token_BN == wanted_B)
         going_B = going_B & child_BN.any(1)
+        # A drafted node's row is its index + 1, as row 0 is the anchor. (`argmax` takes no booleans.)
         at_B = torch.where(going_B, child_BN.byte().argmax(1) + 1, at_B)
         kept_B = kept_B + going_B
         path.append(at_B)

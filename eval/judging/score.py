@@ -20,14 +20,15 @@ from train.drafter.base import Drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance, diagnostics
 from train.objectives.align import Watch
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.views.recipe import View
 
 
 def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
     attend = attention_backend(recipe.attention, target.device, training)
     equal = torch.ones(drafter.config.draft_length)
-    return Objective(drafter.eval(), target.frozen_head, LossRecipe(kl=1.0), equal, attend, chunk=1024, view=view).eval()
+    supervision = Supervision(LossRecipe(kl=1.0), equal, chunk_rows=1024, view=view)
+    return Objective(drafter.eval(), target.frozen_head, attend, supervision).eval()
 
 
 def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str], view: View | None = None) -> Iterator[Pack]:

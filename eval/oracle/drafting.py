@@ -3,6 +3,7 @@
 Shapes: P verified positions, J drafted tokens, V vocabulary, E hidden size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from data_prep.decoding.sampling import distribution, sample
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from eval.caches.sparse import SparseCache
+from train.attention.backend import AttentionBackend
 from train.attention.visibility import Places
 from train.drafter.base import Drafter
 from train.schedules.schedule import Source, Start
@@ -62,7 +64,8 @@ class PromptLookup(Nobody):
     trained drafter has to beat."""
 
     def __init__(self, draft_length: int, longest: int = 3):
-        self._length, self._longest = draft_length, longest
+        self._length = draft_length
+        self._longest = longest
 
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:
         for n in range(self._longest, 0, -1):
@@ -81,7 +84,14 @@ class Trained:
         change: what the drafter is shown instead of the target's states (the controls); gets the states and their positions.
     """
 
-    def __init__(self, drafter: Drafter, head: FrozenHead, attend, view: View | None = None, change=None):
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: FrozenHead,
+        attend: AttentionBackend,
+        view: View | None = None,
+        change: Callable[[States, Tensor], States] | None = None,
+    ):
         self.drafter = drafter.eval()
         self.attend = attend
         self._head = head
@@ -92,17 +102,21 @@ class Trained:
         self.begin()
 
     def begin(self) -> None:
-        self.cache, self._length = SparseCache(self.drafter, self.attend, self._view), 0
+        self.cache = SparseCache(self.drafter, self.attend, self._view)
+        self._length = 0  # positions that the target has processed
 
     @torch.no_grad()
     def observe(self, states: States, known: list[int]) -> None:
         if self._change is not None:
             position_P = torch.arange(self._length, self._length + len(states.last_hidden), device=self.device)
             states = self._change(states, position_P)
-        before, self._length = self._length, self._length + len(states.last_hidden)
+        before = self._length
+        self._length += len(states.last_hidden)
+        # Memory of pairs has no row for the first token, which has no feature before it. Memory of tokens has one.
         rows = known if before == 0 and not self.drafter.config.reads_pairs else known[-(self._length - before) :]
         places = self._places(before, self._length)
-        self.cache.extend(states, places, self.embed(rows), self._places(self._length + 1 - len(rows), self._length + 1))
+        known_places = self._places(self._length + 1 - len(rows), self._length + 1)
+        self.cache.extend(states, places, self.embed(rows), known_places)
 
     @torch.no_grad()
     def draft(self, tokens: list[int], temperature: float, generator: torch.Generator) -> Draft:

@@ -34,7 +34,7 @@ from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.run.ranks import connect
 from train.views.budgets import ViewSampler
 from train.views.recipe import View
@@ -196,7 +196,7 @@ def main() -> None:
     if o.objective == "budgetdraft":
         views = {"view": View(kind=o.view, **kinds[o.view]), "view_weights": sandwich(o).weights}
     weight_J = 0.8 ** torch.arange(config.draft_length)
-    objective = Objective(drafter, head, LossRecipe(**{o.loss: 1.0}), weight_J, attend, o.chunk, **views)
+    objective = Objective(drafter, head, attend, Supervision(LossRecipe(**{o.loss: 1.0}), weight_J, o.chunk, **views))
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-5, fused=True)
     engine, first = None, None
     for under in (False, True)[world > 1 : 1 + (o.deepspeed >= 0)]:

@@ -22,7 +22,7 @@ from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
 from train.drafter.formats.export import save_export
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 
 pytestmark = pytest.mark.slow
 TINY = ROOT / "data_prep/targets/tiny"
@@ -86,7 +86,8 @@ def taught(target, drafter, prompts):
         documents.append({"input_ids": ids, "loss_mask": mask, "last_hidden": states.last_hidden[:-1], **hidden})
         names.append(str(len(names)))
     weight_J = 0.8 ** torch.arange(config.draft_length)
-    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, BACKENDS["reference"], chunk=4096)
+    supervision = Supervision(LossRecipe(kl=1), weight_J, chunk_rows=4096)
+    objective = Objective(drafter, target.frozen_head, BACKENDS["reference"], supervision)
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
     generator = np.random.default_rng(0)
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]

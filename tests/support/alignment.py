@@ -22,7 +22,7 @@ from tests.support.packs import KV_LAYERS, cached
 from train.attention.choose import BACKENDS
 from train.data.pack import Pack, PackDocument, make_pack
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.views.recipe import FULL, View
 
 VOCABULARY = 11
@@ -127,7 +127,7 @@ def pack_of(target: Target, tokens: list[int], anchors: list[int], packing: bool
 def training_logits(target: Target, drafter, pack: Pack, attend, view: View | None) -> Tensor:
     """Logits [N, J, V] of one training forward; under a view, those of its last rows."""
     weight_J = torch.ones(drafter.config.draft_length)
-    objective = Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight_J, attend, 64, view)
+    objective = Objective(drafter, target.frozen_head, attend, Supervision(LossRecipe(kl=1), weight_J, 64, view))
     with torch.no_grad():
         logits = objective.logits(pack)
     return logits[-1] if view else logits

@@ -9,7 +9,7 @@ import torch
 from tests.support.models import HIDDEN_LAYERS
 from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 
 REFERENCE = BACKENDS["reference"]
 LAYERS = (0, 1, 2)
@@ -74,4 +74,4 @@ def objective_of(target, drafter, loss, weight_J="default"):
     """An objective over the reference attention. `weight_J`: weights of slots (0.8 to the power of j unless given);
     None: D-PACE decides."""
     weight_J = 0.8 ** torch.arange(drafter.config.draft_length) if isinstance(weight_J, str) else weight_J
-    return Objective(drafter, target.frozen_head, loss, weight_J, REFERENCE, chunk=7)
+    return Objective(drafter, target.frozen_head, REFERENCE, Supervision(loss, weight_J, chunk_rows=7))

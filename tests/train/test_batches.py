@@ -27,7 +27,7 @@ from train.data.stream import PackStream, StreamSettings, sample_anchors
 from train.drafter.build import new_drafter
 from train.losses.recipe import LossRecipe
 from train.measure import acceptance
-from train.objectives.objective import Objective, Outcome
+from train.objectives.objective import Objective, Outcome, Supervision
 from train.recipe import TrainRecipe
 
 ON_GPU = torch.cuda.is_available()
@@ -36,7 +36,7 @@ CELLS = [(o, r) for o in ("ttt", "blockwise") for r in ("hidden", "kv", "hybrid"
 
 def objective_of(target, drafter, chunk=16):
     weight = 0.8 ** torch.arange(drafter.config.draft_length)
-    return Objective(drafter, target.frozen_head, LossRecipe(kl=1), weight, BACKENDS["reference"], chunk)
+    return Objective(drafter, target.frozen_head, BACKENDS["reference"], Supervision(LossRecipe(kl=1), weight, chunk))
 
 
 def texts(*lengths, seed=0):

@@ -17,7 +17,7 @@ from train.data.pack import PackDocument, make_pack
 from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
 from train.losses import choose
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.views.budgets import PAPER, ViewSampler
 from train.views.recipe import FULL, View
 
@@ -40,7 +40,8 @@ def target():
 
 def objective(target, drafter, loss, view=VIEW, view_weights=(1.0,), detach=False, dpace=False):
     weight_J = None if dpace else 0.8 ** torch.arange(drafter.config.draft_length)
-    return Objective(drafter, target.frozen_head, loss, weight_J, BACKENDS["reference"], 7, view, view_weights, detach)
+    supervision = Supervision(loss, weight_J, 7, view, view_weights, detach)
+    return Objective(drafter, target.frozen_head, BACKENDS["reference"], supervision)
 
 
 def gradients(value, drafter):

@@ -18,7 +18,7 @@ from train.data.stream import sample_prefix
 from train.losses import divergences, weights
 from train.losses.recipe import LossRecipe
 from train.objectives.align import Watch, target_queries
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 
 REFERENCE = BACKENDS["reference"]
 
@@ -258,9 +258,8 @@ def test_fp8_products_stay_near_the_others():
     found = []
     for narrow in (False, True):
         drafter = drafter_of(target, "blockwise", "hybrid").to(torch.bfloat16)
-        objective = Objective(
-            drafter, target.frozen_head.to("cpu", torch.bfloat16), LossRecipe(kl=1), torch.ones(3), REFERENCE, 7
-        )
+        supervision = Supervision(LossRecipe(kl=1), torch.ones(3), chunk_rows=7)
+        objective = Objective(drafter, target.frozen_head.to("cpu", torch.bfloat16), REFERENCE, supervision)
         if narrow:
             drafter.use_fp8()
         share = objective(packed(target)).share

@@ -17,7 +17,7 @@ from train.drafter.build import load_drafter, new_drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.standalone import Standalone, check_vocabulary, lm_config
 from train.losses.recipe import LossRecipe
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.views.recipe import FULL
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 11}
@@ -125,9 +125,9 @@ def test_rows_beyond_a_table_of_learned_positions_count_for_nothing(target, tmp_
     short.load_state_dict(fits)
     pack = packed_with_budgets(target, [FULL, 8])
     outcomes = []
-    loss = LossRecipe(kl=1)
+    supervision = Supervision(LossRecipe(kl=1), torch.ones(4), 64, VIEWS["snapkv"])
     for drafter in (long, short):
-        made = Objective(drafter, target.frozen_head, loss, torch.ones(4), BACKENDS["reference"], 64, VIEWS["snapkv"]).eval()
+        made = Objective(drafter, target.frozen_head, BACKENDS["reference"], supervision).eval()
         outcomes.append(made(pack))
     assert pack.anchor_N.min() == 1 and outcomes[0].valid[-1].tolist() == [
         True,

@@ -52,7 +52,8 @@ class Places:
 
 
 def known_rows(places: Places) -> DraftRows:
-    """Rows of known tokens: step 1 of an anchor at each, which sees the memory before it and itself."""
+    """One row for each known token, as if the token were the anchor of a round and this its first ttt step: the row sees the
+    memory before the token, and itself, but no other row."""
     order = torch.arange(len(places.position), device=places.position.device)
     return DraftRows(places.document, places.position, order, torch.ones_like(order), places.position)
 

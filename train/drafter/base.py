@@ -13,6 +13,7 @@ from common.files import publish, write_text
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from data_prep.target.target import Target
+from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
@@ -58,7 +59,13 @@ class Drafter(nn.Module):
         return head.embed(ids)
 
     def remember(
-        self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
+        self,
+        states: States,
+        places: Places,
+        token_RE: Tensor,
+        rows: Places,
+        attend: AttentionBackend,
+        past: Memory | None = None,
     ) -> Memory:
         """Memory of `past` and of P more verified positions.
 
@@ -70,7 +77,7 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def known_queries(
-        self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
+        self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend: AttentionBackend
     ) -> list[dict[str, Tensor]]:
         """The queries [R, H, D] with which known tokens at `rows` read all of the memory before them, for each layer and branch:
         what views choose by.
@@ -88,7 +95,7 @@ class Drafter(nn.Module):
         earlier: DraftRows | None,
         memory: Memory,
         past: Past | None,
-        attend,
+        attend: AttentionBackend,
     ) -> tuple[Tensor, Tensor | None, Past]:
         """One step of ttt for every anchor.
 
@@ -112,7 +119,9 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
-        """Keys as they would be so many positions further on."""
+        """Keys as they would be, had each stood `moved_PG` positions further on."""
+        # Rotations add up, so that a rotated key is moved by rotating it once more. The scale of the target's rotary embedding
+        # (YaRN's) is in the key already: here it is 1.
         wide = torch.promote_types(key_PGD.dtype, torch.float32)
         return Rope(moved_PG / self.config.rope_factor, self.inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 
@@ -123,12 +132,17 @@ class Drafter(nn.Module):
         def of(selection: dict) -> dict[str, Visibility]:
             return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
 
-        return [of({})] * len(memory.layers) if memory.selection is None else [of(selection) for selection in memory.selection]
+        if memory.selection is None:
+            # One object for all layers: what a backend derives from it (masks, tiles) is made once.
+            return [of({})] * len(memory.layers)
+        return [of(selection) for selection in memory.selection]
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""
-        names = [{name for name, _ in self.named_parameters(remove_duplicate=once)} for once in (False, True)]
-        return {name: t for name, t in self.state_dict().items() if name not in names[0] - names[1]}
+        every = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        first = {name for name, _ in self.named_parameters()}
+        # safetensors refuses to save two tensors that share their memory.
+        return {name: t for name, t in self.state_dict().items() if name not in every - first}
 
     def save_pretrained(self, folder: str | Path, parameters: dict[str, Tensor] | None = None) -> None:
         """`config.json` and `model.safetensors`, each whole or absent. `parameters`: their values by name, where an engine has

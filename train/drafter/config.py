@@ -20,15 +20,15 @@ def released() -> list[str]:
 
 
 def folder_of(drafter: str | Path) -> Path:
-    """The folder that a drafter's path or name means: a path that exists, else the released drafter of that name. Whether the
-    folder holds a drafter is seen by who reads it."""
+    """The folder that a drafter's path or name means: a path that exists, else the released drafter of that name. The folder
+    need not hold a drafter: `read_fields` raises if it does not."""
     if not Path(drafter).exists() and str(drafter) in released():
         return RELEASED / drafter
     return Path(drafter)
 
 
 def known_names() -> str:
-    """What is said to somebody who named no drafter that there is."""
+    """For error messages about a drafter that does not exist: which released ones do."""
     return f"released drafters have names: {', '.join(released())}" if released() else "no drafter is released here"
 
 
@@ -110,7 +110,7 @@ class DrafterConfig:
 
     @property
     def query_layers(self) -> list[int]:
-        """Target layers whose queries do what the drafter's do."""
+        """Target layers whose queries ask the same keys as the drafter's."""
         return [] if not self.uses_kv or self.source.startswith("projected") else self.kv_layers
 
     @property
@@ -142,7 +142,7 @@ class DrafterConfig:
 
     @property
     def memory_attends(self) -> bool:
-        """Whether memory is made by reading memory, so that more of it takes all that there is."""
+        """Whether memory is made by attending memory (from the second layer on), so that none of it may be dropped."""
         return self.own_memory is not None and self.depth > 1
 
     @property
@@ -198,7 +198,7 @@ def is_foreign(fields: dict) -> bool:
 
 
 def rope_types(fields: dict) -> Iterator[str]:
-    """Every one that a Hugging Face configuration names, of all layers or of some kinds."""
+    """Every RoPE type that a Hugging Face configuration names: one for all layers, or one for each kind of layer."""
     for name, value in fields.items():
         if isinstance(value, dict):
             yield from rope_types(value)

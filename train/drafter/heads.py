@@ -29,7 +29,8 @@ class DraftHead(nn.Module):
         if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
         self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else weight
-        self._uses_fp8, self._narrow = False, None
+        self._uses_fp8 = False
+        self._narrow: fp8.Frozen | None = None
 
     @property
     def kept_D(self) -> Tensor | None:
@@ -54,7 +55,8 @@ class DraftHead(nn.Module):
 
     def heads(self, head: FrozenHead) -> Heads:
         draft_DE = self._rows(head) if self.weight is None else self.weight[: len(head.head_VE)]
-        if self._uses_fp8 and self._narrow is None:  # not before: a checkpoint may bring another draft vocabulary
+        if self._uses_fp8 and self._narrow is None:
+            # Not in `use_fp8`: a checkpoint that is loaded after it may bring another draft vocabulary.
             self._narrow = fp8.Frozen(draft_DE)
         return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None)
 
@@ -85,7 +87,8 @@ class DraftHead(nn.Module):
         chunk: int,
         overlap_weight_R: Tensor | None = None,
     ) -> tuple[Tensor, RowStatistics]:
-        """`chunked_loss` with this head; `rows.label_R` are target tokens. A forward, so that ZeRO-3 gathers the weight."""
+        """`chunked_loss` with this head; `rows.label_R` are target tokens."""
+        # This is the module's forward because ZeRO-3 gathers a module's weights by hooks around its forward.
         rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
         return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
 
@@ -115,7 +118,8 @@ class SequentialHead(nn.Module):
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
-        size, width = config.architecture.hidden_size, config.sequential_size
+        size = config.architecture.hidden_size
+        width = config.sequential_size
         self.gru = nn.GRUCell(width, width) if config.sequential == "gru" else None
         self.down = nn.Linear(2 * size if self.gru else size, width, bias=False)
         self.up = nn.Linear(width, size, bias=False)

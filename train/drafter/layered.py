@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from data_prep.target.target import Target
+from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
 from train.drafter.config import DrafterConfig
@@ -43,7 +44,8 @@ class LayeredDrafter(Drafter):
             self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         if config.pairs:
             self.mask_hidden = nn.Embedding(1, self.fc.in_features)  # what fc reads for an undrafted slot
-        self._inv_freq = torch.tensor(a.inv_freq)  # no buffer: a bf16 engine would round it
+        # No buffer: DeepSpeed casts a module's buffers to bf16 too, and rounded frequencies are wrong at large positions.
+        self._inv_freq = torch.tensor(a.inv_freq)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,11 +66,18 @@ class LayeredDrafter(Drafter):
             layer.compile_parts()
 
     def rope(self, position_P: Tensor) -> Rope:
-        self._inv_freq = self._inv_freq.to(position_P.device)  # once: a CUDA graph copies nothing from the host
+        # Kept on the device after the first call: a CUDA graph cannot hold a copy from the host's memory.
+        self._inv_freq = self._inv_freq.to(position_P.device)
         return Rope(position_P / self.config.rope_factor, self._inv_freq, self.config.architecture.rope_scale, self.dtype)
 
     def remember(
-        self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
+        self,
+        states: States,
+        places: Places,
+        token_RE: Tensor,
+        rows: Places,
+        attend: AttentionBackend,
+        past: Memory | None = None,
     ) -> Memory:
         config = self.config
         memory = Memory.extended(past, len(self.layers), {n: rows if n == config.own_memory else places for n in config.branches})
@@ -81,7 +90,8 @@ class LayeredDrafter(Drafter):
             features = self._feature(hidden_PI.to(self.dtype))
             memory.feature = features if config.reads_pairs else None
         if config.injects_hidden:
-            features, rope = self.hidden_norm(features), self.rope(places.position)
+            features = self.hidden_norm(features)
+            rope = self.rope(places.position)
             for layer, module in enumerate(self.layers):
                 memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, rope))
         if config.own_memory:
@@ -96,17 +106,30 @@ class LayeredDrafter(Drafter):
         return self.fc(hidden_PI)
 
     def known_queries(
-        self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend
+        self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend: AttentionBackend
     ) -> list[dict[str, Tensor]]:
         x_RE = feature_RE if self.config.reads_pairs else token_RE
+        # Without a view's selection: these queries are what the next selection is made by.
         return self._read(replace(memory, selection=None), x_RE, token_RE, rows, attend, keep=False)
 
     def _read(
-        self, memory: Memory, x_RE: Tensor, token_RE: Tensor, places: Places, attend, keep: bool
+        self, memory: Memory, x_RE: Tensor, token_RE: Tensor, places: Places, attend: AttentionBackend, keep: bool
     ) -> list[dict[str, Tensor]]:
-        """Step 1 with an anchor at every row, in one causal pass; the queries of each layer and branch. Or none (`keep`): then
-        the rows' keys become memory, which later rows of the pass see too."""
-        own_memory, rope, queries = self.config.own_memory, self.rope(places.position), []
+        """Run known tokens through the draft layers in one causal pass, as if each were the anchor of a round: a token's row
+        sees the memory before the token, and itself.
+
+        Args:
+            memory: what the rows read. With `keep`, the pass adds to it.
+            x_RE: the residual stream that enters the first layer: the tokens' embeddings, or with pairs their features.
+            keep: the rows' own keys and values are added to the memory of the drafter's own branch, where later rows of the same
+                pass see them.
+
+        Returns:
+            The queries [R, H, D] of each layer and branch. With `keep` an empty list.
+        """
+        own_memory = self.config.own_memory
+        rope = self.rope(places.position)
+        queries: list[dict[str, Tensor]] = []
         rows = known_rows(places)
         visibility = self.visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
@@ -116,6 +139,7 @@ class LayeredDrafter(Drafter):
                 memory.add(index, own_memory, own[own_memory])
             else:
                 queries.append({name: branch.queries(inputs, rope) for name, branch in layer.branches.items()})
+            # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
             if index + 1 < len(self.layers):
                 keys = {n: memory.layers[index][n] + own[n] for n in own}
                 x_RE = self._through(layer, x_RE, inputs, rope, keys, visibility[index], attend)
@@ -126,7 +150,7 @@ class LayeredDrafter(Drafter):
         token_NTE: Tensor,
         rows: DraftRows,
         memory: Memory,
-        attend,
+        attend: AttentionBackend,
         prefix_N: Tensor | None = None,
         feature_NE: Tensor | None = None,
     ) -> Tensor:
@@ -136,7 +160,7 @@ class LayeredDrafter(Drafter):
         Args:
             token_NTE: embeddings of the first T tokens of each block, the anchor's first.
             rows: N x S rows, slot by slot within an anchor.
-            prefix_N: how many of the T tokens each block shows (training with a variable visible prefix); None: all T.
+            prefix_N: how many of the T tokens each block is given (training with a variable prefix); None: all T.
             feature_NE: with pairs, fc(f_{a-1}) of each anchor.
 
         Returns:
@@ -165,24 +189,49 @@ class LayeredDrafter(Drafter):
         earlier: DraftRows | None,
         memory: Memory,
         past: Past | None,
-        attend,
+        attend: AttentionBackend,
     ) -> tuple[Tensor, Tensor, Past]:
         drafts = rows if earlier is None else earlier + rows
-        x, past = self._run(feature_NE if self.config.reads_pairs else token_NE, token_NE, rows, drafts, memory, past, attend)
+        x = feature_NE if self.config.reads_pairs else token_NE
+        x, past = self._run(x, token_NE, rows, drafts, memory, past, attend)
         output = self.norm(x)
         return output, output if self.config.norm_output else x, past
 
-    def _run(self, x, token, rows, drafts, memory, past, attend):
-        visibility, rope, kept = self.visibility(rows, memory, drafts), self.rope(rows.position), []
+    def _run(
+        self,
+        x_QE: Tensor,
+        token_QE: Tensor,
+        rows: DraftRows,
+        drafts: DraftRows,
+        memory: Memory,
+        past: Past | None,
+        attend: AttentionBackend,
+    ) -> tuple[Tensor, Past]:
+        """Run draft rows through all layers: each row attends memory and the draft rows that it may see.
+
+        Args:
+            x_QE: the residual stream that enters the first layer.
+            token_QE: embeddings of the rows' tokens, which the first layer reads beside a feature (pairs).
+            rows: the rows of this pass, Q of them.
+            drafts: all draft rows whose keys there are: those of earlier ttt steps, then these.
+            past: keys and values of the earlier steps' rows; None: there are none.
+
+        Returns:
+            The residual stream behind the last layer, before the final norm [Q, E]; `past` with this pass's keys and values.
+        """
+        visibility = self.visibility(rows, memory, drafts)
+        rope = self.rope(rows.position)
+        kept: Past = []
         for index, layer in enumerate(self.layers):
-            inputs = layer.inputs(x, token)
+            inputs = layer.inputs(x_QE, token_QE)
             own = layer.keys_values(inputs, rope)
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
             keys = {name: steps.after(memory.layers[index][name], attend.takes_parts) for name, steps in kept[index].items()}
-            x = self._through(layer, x, inputs, rope, keys, visibility[index], attend)
-        return x, kept
+            x_QE = self._through(layer, x_QE, inputs, rope, keys, visibility[index], attend)
+        return x_QE, kept
 
     def _through(self, layer: DraftLayer, *arguments) -> Tensor:
+        """`layer(*arguments)`; with `recompute` its activations are not kept, but made again in the backward."""
         again = self.recompute and torch.is_grad_enabled()
         return checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
 
@@ -196,7 +245,8 @@ class LayeredDrafter(Drafter):
         """
         generator = torch.Generator().manual_seed(self.config.seed)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # drawn on the CPU: the same start on every device
+            if parameter.dim() > 1:
+                # Drawn on the CPU, so that every rank and every kind of device starts with the same numbers.
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -215,7 +265,8 @@ class LayeredDrafter(Drafter):
         return self
 
     def _start_from(self, target: Target) -> None:
-        config, size = self.config, self.config.architecture.hidden_size
+        config = self.config
+        size = config.architecture.hidden_size
         self.norm.weight.copy_(target.final_norm_weight)
         for layer, source in zip(self.layers, config.target_layers):
             for name, branch in layer.branches.items():
@@ -227,6 +278,8 @@ class LayeredDrafter(Drafter):
         for target_kv, source in zip(getattr(self, "target_kv", ()), config.target_layers):
             target_kv.start(source)
         if config.uses_hidden:
+            # fc reads several hidden states side by side. It begins as the identity on one of them: the deepest one below the
+            # first draft layer's target layer, whose input is nearest to it. If all are above that layer, the first one.
             below = [i for i in config.hidden_layers if i < config.target_layers[0]]
             chosen = config.hidden_layers.index(below[-1] if below else config.hidden_layers[0])
             self.fc.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size, device=self.fc.weight.device)
@@ -240,10 +293,15 @@ class LayeredDrafter(Drafter):
                 continue
             # The layer's norm weight moves into Q, K and V, so that memory, which passes another norm, meets the
             # same projection as in the target.
-            scaled = name in ("q.weight", "k.weight", "v.weight")
-            wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # a product of two bf16 numbers is none
-            values = [wide(weights[name]) * wide(weights["input_norm.weight"]) if scaled else weights[name] for weights in layers]
+            values = [weights[name] for weights in layers]
+            if name in ("q.weight", "k.weight", "v.weight"):
+                values = [_wide(value) * _wide(weights["input_norm.weight"]) for value, weights in zip(values, layers)]
             # Heads side by side; the outputs of several layers' heads are averaged.
             value = torch.cat(values, dim=1) / len(values) if name == "o.weight" else torch.cat(values)
             # EAGLE-3's pair: token and feature halves both start as the layer's projection.
             parameter.copy_(torch.cat([value, value], dim=1) / 2 if parameter.shape != value.shape else value)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least in float32: the product of two bf16 numbers need not be one."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

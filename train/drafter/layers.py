@@ -52,9 +52,11 @@ class Rope:
 
     def __init__(self, position: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype):
         position = position if position.dim() == 2 else position[:, None]
-        angles = position[..., None].float() * inv_freq.to(position.device)  # bf16 positions would be wrong past 256
+        # In float32: bf16 has 8 bits of mantissa, and positions beyond 256 would be rounded. Only cos and sin are.
+        angles = position[..., None].float() * inv_freq.to(position.device)
         angles = torch.cat([angles, angles], dim=-1)
-        self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        self.cos = (angles.cos() * scale).to(dtype)
+        self.sin = (angles.sin() * scale).to(dtype)
 
     def __call__(self, x_PHD: Tensor) -> Tensor:
         left, right = x_PHD.chunk(2, dim=-1)
@@ -67,7 +69,8 @@ class Attention(nn.Module):
     def __init__(self, config: DrafterConfig, inputs: int, copies: int = 1):
         super().__init__()
         a = config.architecture
-        queries, keys = copies * a.heads * a.head_dim, copies * a.kv_heads * a.head_dim
+        queries = copies * a.heads * a.head_dim
+        keys = copies * a.kv_heads * a.head_dim
         self.heads = (-1, a.head_dim)
         self.q = nn.Linear(inputs, queries, bias=a.qkv_bias)
         self.k = nn.Linear(inputs, keys, bias=a.qkv_bias)
@@ -101,6 +104,7 @@ class GatedDelta(nn.Module):
         self.gate = nn.Linear(3 * hidden_size, hidden_size)
         self.delta = nn.Linear(hidden_size, hidden_size, bias=False)
         self.floor = floor
+        # A buffer, and asked by `torch.where` and not by `if`: the host need not wait for it, and a CUDA graph can hold it.
         self.register_buffer("held", torch.tensor(False))
 
     def openness(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
@@ -120,7 +124,8 @@ class DraftLayer(nn.Module):
         a = config.architecture
         self.pairs = first and config.reads_pairs
         self.normed_residual = self.pairs and config.norm_before_residual
-        inputs, names = a.hidden_size * (2 if self.pairs else 1), config.branches
+        inputs = a.hidden_size * (2 if self.pairs else 1)
+        names = config.branches
         self.branches = nn.ModuleDict({n: Attention(config, inputs, config.head_copies if n == "kv" else 1) for n in names})
         self.fuse = GatedDelta(a.hidden_size, config.gate_floor) if len(names) == 2 else None
         self.input_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
@@ -140,10 +145,17 @@ class DraftLayer(nn.Module):
         return {name: branch.keys_values(inputs_QI, rope) for name, branch in self.branches.items()}
 
     def forward(
-        self, x_QE: Tensor, inputs_QI: Tensor, rope: Rope, keys: dict[str, KV], visibility: dict[str, Visibility], attend
+        self,
+        x_QE: Tensor,
+        inputs_QI: Tensor,
+        rope: Rope,
+        keys: dict[str, KV],
+        visibility: dict[str, Visibility],
+        attend: AttentionBackend,
     ) -> Tensor:
         """The residual stream after the layer, [Q, E]."""
         if self.normed_residual:
+            # The inputs are [token; normed feature] side by side: the second half is the normed stream.
             x_QE = inputs_QI[..., x_QE.shape[-1] :]
         out = [branch(inputs_QI, rope, keys[name], visibility[name], attend=attend) for name, branch in self.branches.items()]
         return self.after(x_QE, self.fuse(*out) if self.fuse else out[0])

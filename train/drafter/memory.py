@@ -56,23 +56,30 @@ class TargetKV(nn.Module):
 
     def __init__(self, config: DrafterConfig, layer: int):
         super().__init__()
-        a, count = config.architecture, len(config.source_layers)
-        self.source, self.heads = config.source, (-1, a.head_dim)
+        a = config.architecture
+        count = len(config.source_layers)
+        self.source = config.source
+        self.heads = (-1, a.head_dim)
         self.layers = config.layers_of(layer)
         if self.source.startswith("projected"):
             size = a.kv_heads * a.head_dim
-            self.k, self.v = (nn.Linear(count * size, size, bias=False) for _ in range(2))
+            self.k = nn.Linear(count * size, size, bias=False)
+            self.v = nn.Linear(count * size, size, bias=False)
 
     def forward(self, states: States, rope: Rope, dtype: torch.dtype) -> KV:
-        keys, values = ([kind[layer].to(dtype) for layer in self.layers] for kind in (states.key, states.value))
+        keys = [states.key[layer].to(dtype) for layer in self.layers]
+        values = [states.value[layer].to(dtype) for layer in self.layers]
+        # The cache holds keys as they are before RoPE: their rotation is a function of the position alone.
         if self.source != "projected_rope":
             keys = [rope(key) for key in keys]
         if self.source == "native":
             return KV(keys[0], values[0])
-        key, value = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        key = torch.cat(keys, dim=1)
+        value = torch.cat(values, dim=1)
         if self.source == "head_concat":
             return KV(key, value)
-        key, value = (m(t.flatten(1)).unflatten(-1, self.heads) for m, t in ((self.k, key), (self.v, value)))
+        key = self.k(key.flatten(1)).unflatten(-1, self.heads)
+        value = self.v(value.flatten(1)).unflatten(-1, self.heads)
         return KV(rope(key) if self.source == "projected_rope" else key, value)
 
     @torch.no_grad()

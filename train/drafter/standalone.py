@@ -29,6 +29,7 @@ from data_prep.target.architecture import STATIC_ROPE
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 from data_prep.target.target import Target
+from train.attention.backend import AttentionBackend
 from train.attention.reference import reference
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
@@ -38,8 +39,11 @@ from train.drafter.layers import KV
 from train.drafter.memory import Memory
 from train.schedules.schedule import Start, Text
 
-NAME, BRANCH = "understudy", "tokens"
-_running: ContextVar[Callable] = ContextVar("running")  # what the registered function calls: (layer, q, k, v) -> [R, H, D]
+NAME = "understudy"  # of our attention, for transformers
+BRANCH = "tokens"
+# What the registered function calls: (layer, q, k, v) -> [R, H, D]. transformers has one registry for the whole process, while
+# memory and rows are those of one call of one drafter. A context variable hands them over, also with several threads.
+_running: ContextVar[Callable] = ContextVar("running")
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float | None = None, **options):
@@ -72,8 +76,9 @@ def lm_config(path: str) -> dict:
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raises UserError when the model's tokens are not the target's."""
+    mine = {i: t for t, i in tokenizer.get_vocab().items()}
     try:
-        theirs, mine = ({i: t for t, i in one.get_vocab().items()} for one in (AutoTokenizer.from_pretrained(path), tokenizer))
+        theirs = {i: t for t, i in AutoTokenizer.from_pretrained(path).get_vocab().items()}
     except (OSError, ValueError):
         if (size := lm_config(path)["config"]["vocab_size"]) != vocab_size:
             raise UserError(f"drafter.lm={path} has no tokenizer, and {size} tokens where the target has {vocab_size}") from None
@@ -90,7 +95,7 @@ class Standalone(Drafter):
 
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
-        self.layers = []  # its own code runs: what looks into draft layers finds none
+        self.layers = []  # the model's own code runs: there are no draft layers to look into
         self._take(_made(config.lm))
 
     def _take(self, lm: PreTrainedModel) -> None:
@@ -100,15 +105,16 @@ class Standalone(Drafter):
         self._exact = [(m, name, b.clone()) for m, name, b in buffers if b.is_floating_point()]
 
     def _apply(self, function, recurse: bool = True):
-        """A bf16 engine would round the inverse frequencies, which are wrong then."""
+        """Casts and moves the module, but keeps floating-point buffers exact: `.to(bfloat16)` would round the inverse
+        frequencies, which would be wrong then."""
         super()._apply(function, recurse)
         for module, name, buffer in self._exact:
             setattr(module, name, buffer.to(self.head.weight.device))
         return self
 
     def train(self, mode: bool = True):
-        """Without dropout: training is to be the function that decodes."""
         super().train(mode)
+        # Without dropout: training has to compute the function that decodes.
         self.body.eval()
         return self
 
@@ -126,27 +132,62 @@ class Standalone(Drafter):
         return table(ids.clamp(max=table.num_embeddings - 1))
 
     def remember(
-        self, states: States, places: Places, token_RE: Tensor, rows: Places, attend, past: Memory | None = None
+        self,
+        states: States,
+        places: Places,
+        token_RE: Tensor,
+        rows: Places,
+        attend: AttentionBackend,
+        past: Memory | None = None,
     ) -> Memory:
-        memory, alone = Memory.extended(past, self.config.depth, {BRANCH: rows}), known_rows(rows)
+        memory = Memory.extended(past, self.config.depth, {BRANCH: rows})
+        alone = known_rows(rows)
         self._run(token_RE, alone, alone, memory, None, attend, keep=True)
         return memory
 
-    def known_queries(self, token_RE: Tensor, feature_RE: None, rows: Places, memory: Memory, attend) -> list[dict[str, Tensor]]:
+    def known_queries(
+        self, token_RE: Tensor, feature_RE: None, rows: Places, memory: Memory, attend: AttentionBackend
+    ) -> list[dict[str, Tensor]]:
         alone = known_rows(rows)
         return self._run(token_RE, alone, alone, replace(memory, selection=None), None, attend)[2]
 
     def step(
-        self, token_NE: Tensor, feature_NE, rows: DraftRows, earlier: DraftRows | None, memory: Memory, past: Past | None, attend
-    ):
-        output_NE, kept, _ = self._run(token_NE, rows, rows if earlier is None else earlier + rows, memory, past, attend)
+        self,
+        token_NE: Tensor,
+        feature_NE: None,
+        rows: DraftRows,
+        earlier: DraftRows | None,
+        memory: Memory,
+        past: Past | None,
+        attend: AttentionBackend,
+    ) -> tuple[Tensor, None, Past]:
+        drafts = rows if earlier is None else earlier + rows
+        output_NE, kept, _ = self._run(token_NE, rows, drafts, memory, past, attend)
         return output_NE, None, kept
 
     def _run(
-        self, x_RE: Tensor, rows: DraftRows, drafts: DraftRows, memory: Memory, past: Past | None, attend, keep: bool = False
-    ):
-        """(output after the final norm [R, E], the draft rows' keys with these, queries). `keep`: the keys become memory too."""
-        visibility, kept, queries = self.visibility(rows, memory, drafts), [], []
+        self,
+        x_RE: Tensor,
+        rows: DraftRows,
+        drafts: DraftRows,
+        memory: Memory,
+        past: Past | None,
+        attend: AttentionBackend,
+        keep: bool = False,
+    ) -> tuple[Tensor, Past, list[dict[str, Tensor]]]:
+        """Run rows through the model: each attends memory and the draft rows that it may see.
+
+        Args:
+            drafts: all draft rows whose keys there are: those of earlier ttt steps, then these.
+            past: keys and values of the earlier steps' rows; None: there are none.
+            keep: the rows' keys and values are added to `memory`, where later rows of the same pass see them.
+
+        Returns:
+            The output after the final norm [R, E]; `past` with this pass's keys and values; the queries of each layer.
+        """
+        visibility = self.visibility(rows, memory, drafts)
+        kept: Past = []
+        queries: list[dict[str, Tensor]] = []
 
         def attention(layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
             own = KV(k_RGD, v_RGD)
@@ -179,7 +220,9 @@ class Standalone(Drafter):
         Raises:
             UserError: the model cannot be loaded, or does something that our attention does not know.
         """
-        path, dtype, device = self.config.lm["path"], self.dtype, self.head.weight.device
+        path = self.config.lm["path"]
+        dtype = self.dtype
+        device = self.head.weight.device
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             lm = _made(self.config.lm, None if self.config.start == "random" else path)
@@ -188,12 +231,15 @@ class Standalone(Drafter):
         return self.to(device, dtype)
 
     def _check(self, lm: PreTrainedModel, head: FrozenHead) -> None:
-        """Six tokens remembered and six drafted give the logits of the model's own forward over the twelve."""
-        where, factor = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})", self.config.rope_factor
+        """Six tokens remembered and six drafted give the logits of the model's own forward over the twelve. Raises UserError when
+        they do not."""
+        where = f"drafter.lm={self.config.lm['path']} ({type(lm).__name__})"
+        factor = self.config.rope_factor
         if factor != 1 and not hasattr(self.body, "rotary_emb"):
             raise UserError(f"{where}: drafter.rope_factor={factor:g} scales rotary positions, which it has not")
         size = min(len(self.head.weight), len(head.head_VE))
-        ids, position = torch.randint(size, (12,), generator=torch.Generator().manual_seed(0)), torch.arange(12)
+        ids = torch.randint(size, (12,), generator=torch.Generator().manual_seed(0))
+        position = torch.arange(12)
         zero = torch.zeros_like(ids)
         token = self.embed(ids, head)
         anchor = torch.tensor([6])
@@ -217,10 +263,14 @@ class Standalone(Drafter):
     @torch.no_grad()
     def check_in_cache(self) -> None:
         """Raises UserError when keys cannot be moved to positions in the cache by rotating them."""
-        ids, moved = torch.arange(4, device=self.head.weight.device), 5
-        place, tokens = Places(torch.zeros_like(ids), ids), self.embed(ids, None)
-        at = lambda offset: self.remember(States(), place, tokens, Places(place.document, place.position + offset), reference)
-        layers = zip(*([kinds[BRANCH].key.float() for kinds in at(offset).layers] for offset in (0, moved)))
+        ids = torch.arange(4, device=self.head.weight.device)
+        moved = 5
+        place = Places(torch.zeros_like(ids), ids)
+        tokens = self.embed(ids, None)
+
+        def keys_at(offset: int) -> list[Tensor]:
+            rows = Places(place.document, place.position + offset)
+            return [kinds[BRANCH].key.float() for kinds in self.remember(States(), place, tokens, rows, reference).layers]
 
         def turns(one: Tensor, other: Tensor) -> bool:
             try:
@@ -230,7 +280,7 @@ class Standalone(Drafter):
             except (AttributeError, RuntimeError):  # no rotary embedding, or one of a part of the head
                 return False
 
-        if not all(turns(*pair) for pair in layers):
+        if not all(turns(one, other) for one, other in zip(keys_at(0), keys_at(moved))):
             raise UserError(f"view.positions=in_cache: the keys of {self.config.lm['path']} do not turn with their positions")
 
 

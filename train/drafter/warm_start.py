@@ -18,7 +18,8 @@ def check_warm_start(folder: str, config: DrafterConfig) -> None:
     """Raises UserError when nothing of `folder` can start a drafter of this configuration."""
     where = f"drafter.warm_start={folder}"
     other = _config(folder, config)
-    mine, theirs = config.architecture, other.architecture
+    mine = config.architecture
+    theirs = other.architecture
     if other.imported and not config.uses_hidden:
         raise UserError(f"{where} is a checkpoint of {other.imported}; reuse={config.reuse} has nothing to take from it")
     sizes = ("hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim")
@@ -65,8 +66,11 @@ def warm_start(drafter: Drafter, folder: str, head: FrozenHead) -> tuple[list[st
     Raises:
         UserError: nothing fits.
     """
-    theirs, taken, left = _weights(folder, drafter.config, head), [], []
+    theirs = _weights(folder, drafter.config, head)
+    taken: list[str] = []
+    left: list[str] = []
     for name, tensor in drafter.state_dict().items():
+        # A drafter that reads pairs norms its tokens apart from its features; one that reads tokens alone has one norm.
         other = theirs.get(name, theirs.get(name.replace("token_norm", "input_norm")))
         if other is not None and PAIRED.fullmatch(name):
             if tensor.shape == (other.shape[0], 2 * other.shape[1]):
@@ -89,8 +93,14 @@ PAIRED = re.compile(r"layers\.0\.branches\.\w+\.[qkv]\.weight")  # what reads [t
 def other_positions(folder: str, config: DrafterConfig) -> bool:
     """Whether the checkpoint turned its queries and keys by other angles than the drafter will."""
     other = _config(folder, config)
-    mine, theirs = ((c.architecture.rope_scale, *(f / c.rope_factor for f in c.architecture.inv_freq)) for c in (config, other))
+    mine = _rotation(config)
+    theirs = _rotation(other)
     return any(abs(a - b) > 1e-4 * abs(a) for a, b in zip(mine, theirs))
+
+
+def _rotation(config: DrafterConfig) -> list[float]:
+    """The scale of a drafter's rotary embedding, and its frequencies."""
+    return [config.architecture.rope_scale, *(f / config.rope_factor for f in config.architecture.inv_freq)]
 
 
 def _config(folder: str, config: DrafterConfig) -> DrafterConfig:

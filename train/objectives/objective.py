@@ -6,7 +6,7 @@ T terms.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.target.frozen_head import FrozenHead
+from train.attention.backend import AttentionBackend
 from train.attention.visibility import Anchors, Places
 from train.data.pack import Pack
 from train.drafter.base import Drafter
@@ -48,6 +49,26 @@ class Outcome(NamedTuple):
     valid: Tensor
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """How the drafter's outputs are compared with the target's, and what the comparison counts.
+
+    `loss`: the terms of the loss and their weights.
+    `weight_J`: what each slot counts; None: D-PACE decides.
+    `chunk_rows`: how many rows' logits exist at a time.
+    `view`: how the budgets of a pack become positions. A pack without budgets needs none.
+    `view_weights`: what the loss of each view of a pack counts.
+    `detach`: whether memory is constant, so that its projections learn from draft rows alone.
+    """
+
+    loss: LossRecipe
+    weight_J: Tensor | None
+    chunk_rows: int = 4096
+    view: View | None = None
+    view_weights: Sequence[float] = (1.0,)
+    detach: bool = False
+
+
 class Objective(nn.Module):
     """One drafter under one objective, loss and view.
 
@@ -55,83 +76,75 @@ class Objective(nn.Module):
 
     Args:
         head: the target's frozen embedding and LM head; held outside the module tree, so that no engine shards it.
-        weight_J: what each slot counts; None: D-PACE decides.
-        chunk: rows whose logits exist at a time.
-        view: how budgets of a pack become positions.
-        view_weights: what the loss of each view of a pack counts.
-        detach: whether memory is constant, so that its projections learn from draft rows alone.
     """
 
-    def __init__(
-        self,
-        drafter: Drafter,
-        head: FrozenHead,
-        loss: LossRecipe,
-        weight_J: Tensor | None,
-        attend,
-        chunk: int,
-        view: View | None = None,
-        view_weights: Sequence[float] = (1.0,),
-        detach: bool = False,
-    ):
+    def __init__(self, drafter: Drafter, head: FrozenHead, attend: AttentionBackend, supervision: Supervision):
         super().__init__()
         self.drafter = drafter
         self.slots = drafter.config.draft_length
         self._head = head
-        self._loss = loss
         self._attend = attend
-        self._chunk = chunk
-        self._weight_J = weight_J
-        self._view = view
-        self._detach = detach
-        self._view_weight_V = torch.tensor(view_weights)
+        self._supervision = supervision
+        self._view_weight_V = torch.tensor(supervision.view_weights)
         # Nothing is known at first: lambda is 1, all KL.
-        self.alpha_VJ = torch.zeros(len(view_weights), self.slots, dtype=torch.float64)
+        self.alpha_VJ = torch.zeros(len(supervision.view_weights), self.slots, dtype=torch.float64)
 
     def weight_sums(self, pack: Pack) -> Tensor:
         """[T] float64: what each term's sum is divided by, known before the forward. D-PACE is divided by its slot count, so that
         no divisor depends on what the drafter says."""
         valid = pack.valid(self.slots)
         slots = valid.sum()
-        weighted = slots if self._weight_J is None else (valid * self._slot_weights(pack, valid)).sum()
-        return torch.stack([t.double() for t in (weighted, slots, pack.row_index(self.drafter.config.slots)[1].sum(), slots)])
+        weighted = slots if self._supervision.weight_J is None else (valid * self._slot_weights(pack, valid)).sum()
+        draft_rows = pack.row_index(self.drafter.config.slots)[1].sum()
+        return torch.stack([t.double() for t in (weighted, slots, draft_rows, slots)])
 
     def forward(self, pack: Pack, weight_sum_T: Tensor | None = None, memory: Memory | None = None) -> Outcome:
         """`weight_sum_T`: `weight_sums` of all packs of the step, on all ranks; None: nothing is divided. `memory`: what
         `remember` has already made of the pack."""
+        loss = self._supervision.loss
+        # 1. Which rows count. Only they meet the LM head, whose product is the largest of the step. `nonzero` makes the host wait
+        # for the GPU. It stands here because little is queued yet; behind the drafter, the GPU would run dry at every step.
         valid = pack.valid(self.slots)
         valid_MJ = valid.repeat(pack.views, 1)
-        # Only rows that count meet the LM head: its product is the largest of the step. Found before the drafter runs: the host
-        # waits for the GPU here.
         row, slot = valid_MJ.nonzero(as_tuple=True)
-        view, anchor = row // len(valid), row % len(valid)
-        position = pack.anchor_N[anchor] + slot  # of the teacher of slot j = slot + 1: a + j − 1
-        memory, config = self.remember(pack) if memory is None else memory, self.drafter.config
-        watching = self._loss.kv_align or self._loss.query_align
+        view = row // len(valid)
+        anchor = row % len(valid)
+        # 2. The drafter runs. Supervised keys and queries are taken from its attention calls while it does.
+        if memory is None:
+            memory = self.remember(pack)
+        watching = loss.kv_align or loss.query_align
         with align.Watch(self.drafter) if watching else nullcontext() as watch:
             output = self.draft(pack, memory)
+        # 3. What the LM head and the loss are given. The teacher of slot j = slot + 1 is at a + j − 1; the label is the token
+        # after it, which the last position of a pack lacks.
+        position = pack.anchor_N[anchor] + slot
+        label = pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)]
+        mix_VJ = torch.exp(-loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))
         rows = HeadInput(
-            output.reshape(-1, output.shape[-1]),
-            row * self.slots + slot,
-            pack.last_hidden_RE,
-            pack.teacher_P[position],
-            pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)],
-            torch.exp(-self._loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))[view, slot].float(),
+            draft_ME=output.reshape(-1, output.shape[-1]),
+            index_R=row * self.slots + slot,
+            teacher_LE=pack.last_hidden_RE,
+            teacher_R=pack.teacher_P[position],
+            label_R=label,
+            mix_R=mix_VJ[view, slot].float(),
         )
+        # 4. The loss. Its divisors are sums over all packs of the step, on all ranks, and known before the forward: so a pack's
+        # share is final when its backward begins, and the shares of all packs and ranks just add up.
         scale_T = torch.ones(len(TERMS)) if weight_sum_T is None else 1 / weight_sum_T.clamp(min=1e-9)
         scale_T = scale_T.to(slot.device, torch.float32)
         share, slots_sum, missed, statistics = self._head_loss(rows, pack, valid_MJ, scale_T)
         aligned = [torch.zeros_like(share), torch.zeros_like(share)]
-        if self._loss.kv_align:
-            aligned[0] = self._loss.kv_align * align.kv_error(watch, config, memory, pack)
-        if self._loss.query_align:
-            aligned[1] = self._loss.query_align * align.query_error(watch, self.drafter, pack, valid)
+        if loss.kv_align:
+            aligned[0] = loss.kv_align * align.kv_error(watch, self.drafter.config, memory, pack)
+        if loss.query_align:
+            aligned[1] = loss.query_align * align.query_error(watch, self.drafter, pack, valid)
         if watching:
             share = share + (torch.stack(aligned) * scale_T[2:]).sum()
-        loss, overlap, match = (grid(values, valid_MJ).unflatten(0, (pack.views, -1)) for values in statistics[:3])
+        # 5. What became of every slot. A token that the drafter was given counts as guessed.
+        slot_loss, overlap, match = (grid(values, valid_MJ).unflatten(0, (pack.views, -1)) for values in statistics[:3])
         in_prefix = pack.in_prefix(self.slots)
         terms_T = torch.stack([slots_sum, missed, *aligned]).detach()
-        return Outcome(share, terms_T, loss, overlap.masked_fill(in_prefix, 1), match.masked_fill(in_prefix, 1), valid)
+        return Outcome(share, terms_T, slot_loss, overlap.masked_fill(in_prefix, 1), match.masked_fill(in_prefix, 1), valid)
 
     def draft_rows(self, pack: Pack) -> Tensor:
         """How many draft rows, and so how many of their own keys and values, belong to anchors that count."""
@@ -140,11 +153,15 @@ class Objective(nn.Module):
 
     def remember(self, pack: Pack) -> Memory:
         """The drafter's memory of every position of the pack."""
-        ids_P, rows = pack.ids_P, pack.places
-        if self.drafter.config.reads_pairs:  # the token after each position, at its own place
-            ids_P, rows = torch.roll(ids_P, -1), Places(rows.document, rows.position + 1)
+        ids_P = pack.ids_P
+        rows = pack.places
+        if self.drafter.config.reads_pairs:
+            # A pair is a position's feature and the token after it, and sits where that token does. At a document's end that is
+            # another document's token. Nobody sees it: no anchor of the document stands behind it.
+            ids_P = torch.roll(ids_P, -1)
+            rows = Places(rows.document, rows.position + 1)
         memory = self.drafter.remember(pack.states, pack.places, self._embed(ids_P), rows, self._attend)
-        return memory.detached() if self._detach else memory
+        return memory.detached() if self._supervision.detach else memory
 
     def draft(self, pack: Pack, memory: Memory) -> Tensor:
         """The drafter's output of every slot of every anchor, [N, J, E], or under every view [V, N, J, E]: what decoding must
@@ -152,11 +169,12 @@ class Objective(nn.Module):
         anchors = pack.anchors
         if pack.budget_VN is None:
             return self._drafted(pack, anchors, memory)
-        if self._view.positions == "absolute":
+        if self._supervision.view.positions == "absolute":
             selection = self._plan(pack, memory, pack.budget_VN)
             everyone = anchors.repeated(pack.views)
             return self._drafted(pack, everyone, replace(memory, selection=selection)).unflatten(0, (pack.views, -1))
-        # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
+        # Positions in the cache: each anchor gets keys of its own, moved together. Where nothing is hidden (`FULL`), they are the
+        # positions in the document, and all anchors read the same keys.
         whole = int((pack.budget_VN[0] >= FULL).all())
         parts = [self._drafted(pack, anchors, memory)] * whole
         if pack.views > whole:
@@ -183,14 +201,18 @@ class Objective(nn.Module):
         return self.drafter.embed(ids, self._head)
 
     def _plan(self, pack: Pack, memory: Memory, budget_VN: Tensor) -> Plan:
-        return plan(self._view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
+        return plan(self._supervision.view, memory, pack.anchors, pack.age_N, budget_VN, partial(self._observe, pack, memory))
 
     def _observe(self, pack: Pack, memory: Memory, window: int | None) -> tuple[list[dict[str, Tensor]], Places]:
         """Queries of the `window` tokens up to each selection, oldest first, or of all tokens (None); where they sit."""
-        ids_P, (document_P, position_P) = pack.ids_P, (pack.places.document, pack.places.position)
+        ids_P = pack.ids_P
+        document_P = pack.places.document
+        position_P = pack.places.position
         if window is None:
-            index_R, places = torch.arange(len(ids_P), device=ids_P.device), pack.places
-        else:  # rows before a document's first token read nothing, and count for nothing
+            index_R = torch.arange(len(ids_P), device=ids_P.device)
+            places = pack.places
+        else:
+            # A window may begin before its document: those rows have positions below 0, see no key, and count for nothing.
             back_W = torch.arange(1 - window, 1, device=ids_P.device)
             chosen_N = pack.anchor_N if pack.age_N is None else pack.anchor_N - pack.age_N
             index_R = (chosen_N[:, None] + back_W).flatten().clamp(min=0)
@@ -204,37 +226,50 @@ class Objective(nn.Module):
         self, rows: HeadInput, pack: Pack, valid_MJ: Tensor, scale_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
         """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
-        length = self._loss.expected_length
-        apply = partial(self.drafter.head, rows, self._head, self._loss.per_slot, chunk=self._chunk)
+        loss = self._supervision.loss
+        by_dpace = self._supervision.weight_J is None
         view_weight_V = self._of_views(self._view_weight_V, pack).to(valid_MJ.device)
-        view_weight_M = view_weight_V.repeat_interleave(len(pack.anchor_N))[:, None]
-        slope, missed, seen = None, torch.zeros((), device=valid_MJ.device), None
-        if length or self._weight_J is None:
-            # What a slot counts depends on what the drafter says of the whole block: look first, then learn.
+        view_weight_M1 = view_weight_V.repeat_interleave(len(pack.anchor_N))[:, None]
+        # Every rank applies the head as often as the others, also to no rows: under ZeRO-3 that gathers its weight.
+        apply = partial(self.drafter.head, rows, self._head, loss.per_slot, chunk=self._supervision.chunk_rows)
+        # 1. Look. With D-PACE and expected length, what a slot counts depends on what the drafter says of its whole block. But
+        # rows pass the head chunk by chunk, and a chunk takes its gradient at once (its logits are not kept), so that weights
+        # have to be known before. So all rows pass twice: first to be looked at, then to be learned from.
+        seen = None
+        if loss.expected_length or by_dpace:
             with torch.no_grad():
                 _, seen = apply(weight_R=torch.ones_like(rows.mix_R))
-        if self._weight_J is None:
+        # 2. What each slot counts in the per-slot terms.
+        if by_dpace:
             weight_MJ = weights.dpace(grid(seen.label_probability, valid_MJ), valid_MJ)
         else:
             weight_MJ = self._slot_weights(pack, valid_MJ[: len(pack.anchor_N)]).repeat(pack.views, 1)
-        slot_weight = (weight_MJ * view_weight_M)[valid_MJ]
-        if length:
+        slot_weight = (weight_MJ * view_weight_M1)[valid_MJ]
+        # 3. The expected-length term, and its slope in the overlap of each slot: what that overlap counts when learning.
+        missed = torch.zeros((), device=valid_MJ.device)
+        slope = None
+        if loss.expected_length:
             with torch.enable_grad():
                 overlap = grid(seen.overlap, valid_MJ).requires_grad_()
-                accepted = (view_weight_M.squeeze(1) * divergences.expected_accepted(overlap, valid_MJ)).sum()
-                missed = length * ((view_weight_M * valid_MJ).sum() - accepted)
+                accepted = (view_weight_M1.squeeze(1) * divergences.expected_accepted(overlap, valid_MJ)).sum()
+                missed = loss.expected_length * ((view_weight_M1 * valid_MJ).sum() - accepted)
                 slope = torch.autograd.grad(missed, overlap)[0][valid_MJ] * scale_T[1]
-        linear, statistics = torch.zeros((), device=valid_MJ.device), seen
+        # 4. Learn. Where nothing is learned, what was seen will do.
+        linear = torch.zeros((), device=valid_MJ.device)
+        statistics = seen
         if seen is None or torch.is_grad_enabled():
             linear, statistics = apply(weight_R=slot_weight * scale_T[0], overlap_weight_R=slope)
         slots_sum = (statistics.loss * slot_weight).sum()
-        # `linear` has the right gradient, but as a function of the overlaps it is the tangent, not the product.
+        # 5. The value of the loss with the gradient of `linear`. Expected length is a sum of products of overlaps. `linear` holds
+        # its tangent, slope times overlap: the gradient is right, the value is not. Adding the right value and taking away
+        # `linear`'s, both constant, leaves the gradient as it is.
         share = linear + (slots_sum * scale_T[0] + missed.detach() * scale_T[1] - linear.detach())
         return share, slots_sum, missed.detach(), statistics
 
     def _slot_weights(self, pack: Pack, valid: Tensor) -> Tensor:
-        """[N, J]: the first slot that is not shown counts as the first."""
-        weight_J = self._weight_J.to(valid.device)
+        """What each slot counts, [N, J]. The first slot that is not given to the drafter counts as the first; given ones count
+        nothing."""
+        weight_J = self._supervision.weight_J.to(valid.device)
         if pack.prefix_N is None:
             return weight_J.expand(valid.shape)
         index = torch.arange(self.slots, device=valid.device) - (pack.prefix_N[:, None] - 1)

@@ -1,7 +1,7 @@
 """The parts of a training run, built from its recipe: model, data and checkpoints. `loop.py` runs them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
@@ -23,7 +23,7 @@ from train.drafter.config import DrafterConfig
 from train.drafter.warm_start import check_warm_start, other_positions, warm_start
 from train.gate import parameter_groups, start_gates
 from train.losses.choose import slower_on_a_gpu
-from train.objectives.objective import Objective
+from train.objectives.objective import Objective, Supervision
 from train.recipe import TrainRecipe
 from train.run.checkpoint import Checkpoints
 from train.run.folder import checkpoints_of, latest
@@ -147,10 +147,10 @@ def _make_objective(context: RunContext, drafter: Drafter, head: FrozenHead) -> 
     attend = attention(recipe, context.device, config.architecture.head_dim)
     if context.device.type == "cuda" and (line := slower_on_a_gpu(recipe.loss.per_slot)):
         context.say(line)
-    views = {}
+    supervision = Supervision(recipe.loss, weight_J, recipe.train.chunk_rows, recipe.view)
     if recipe.view_sampler:
-        views = {"view_weights": recipe.view_sampler.weights, "detach": recipe.objective.detach}
-    return Objective(drafter, head, recipe.loss, weight_J, attend, recipe.train.chunk_rows, recipe.view, **views)
+        supervision = replace(supervision, view_weights=recipe.view_sampler.weights, detach=recipe.objective.detach)
+    return Objective(drafter, head, attend, supervision)
 
 
 def _make_engine(context: RunContext, objective: Objective) -> deepspeed.DeepSpeedEngine:
