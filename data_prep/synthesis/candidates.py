@@ -13,7 +13,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.hashing import stable_hash
-from data_prep.decoding.generate import Ask, Dialogue
+from data_prep.decoding.dialogues import Ask, Dialogue
 from data_prep.recipe import PLACEHOLDER, FiltersRecipe, KindRecipe, SynthesizeRecipe, TurnRecipe
 from data_prep.sources.records import Lines, Record
 from data_prep.sources.sides import is_heldout

@@ -14,7 +14,8 @@ from common.hashing import stable_hash
 from common.progress import Progress
 from common.ranks import rank, world_size
 from data_prep.capture.build import say
-from data_prep.decoding.generate import Ask, BatchGenerator, Dialogue
+from data_prep.decoding.dialogues import Ask, Dialogue
+from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe
 from data_prep.sources import records as sources
 from data_prep.sources.tokens import LeftOut, messages_of

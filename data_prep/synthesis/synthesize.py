@@ -20,7 +20,8 @@ from common.errors import UserError
 from common.progress import Progress
 from common.ranks import rank, world_size
 from data_prep.capture.build import say
-from data_prep.decoding.generate import BatchGenerator, Dialogue
+from data_prep.decoding.dialogues import Dialogue
+from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe, SynthesizeRecipe
 from data_prep.synthesis.candidates import Author, Texts
 from data_prep.synthesis.filters import repeats

@@ -6,7 +6,9 @@ from transformers import GenerationConfig, TopPLogitsWarper
 
 from common.errors import UserError
 from data_prep.decoding import generate
-from data_prep.decoding.generate import Answer, Ask, BatchGenerator
+from data_prep.decoding.dialogues import Answer, Ask
+from data_prep.decoding.generate import BatchGenerator
+from data_prep.decoding.places import Places
 from data_prep.decoding.sampling import nucleus
 from tests.support.models import small_target
 
@@ -59,7 +61,7 @@ def test_texts_that_slip_when_requests_close_up_are_noticed(target, monkeypatch)
     """Negative control of the above."""
     asks = [asked(tokens, number, max_tokens=1 + number * 3) for number, tokens in enumerate(prompts(14))]
     expected = answers(target, asks, 5)
-    move = generate.Places.move
+    move = Places.move
     moved = []
 
     def forgetful(self, source, destination):
@@ -67,7 +69,7 @@ def test_texts_that_slip_when_requests_close_up_are_noticed(target, monkeypatch)
         self.text_PL[destination] = self.text_PL[source].roll(1, dims=1)
         moved.extend(destination.tolist())
 
-    monkeypatch.setattr(generate.Places, "move", forgetful)
+    monkeypatch.setattr(Places, "move", forgetful)
     assert answers(target, asks, 5) != expected and moved
 
 
