@@ -3,7 +3,7 @@
 Every temperature is decoded by our engine, one request at a time, and by the server at each concurrency; what comes of it is in
 `eval/serving/side_by_side.py`. The server is sent our token ids, and a conversation goes on behind its own answers.
 
-Shapes: J positions of a draft, C = 1 + J counts (`eval/serving/servers.py`).
+Shapes: J positions of a draft, C = 1 + J counts (`eval/serving/counters.py`).
 """
 
 import asyncio
@@ -33,11 +33,12 @@ from eval.engine.drafting import Proposal, StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Stops
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from eval.judging import measure
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, prompts_of, prompts_within
-from eval.serving.servers import Answer, Asked, Server, Vllm, find_server, margin
+from eval.serving.find import find_server
+from eval.serving.servers import Answer, Asked, Server, Vllm, margin
 from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
 from eval.serving.started import interpreter, started, without_drafter, words
 from train.drafter.base import Drafter

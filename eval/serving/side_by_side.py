@@ -8,7 +8,7 @@ depend on one another, so that a test of two binomials would find differences th
 prompts at random: if the server runs this drafter, it is a matter of chance which of the two a prompt's counts came from. p is
 the share of exchanges after which the two lie apart at least as far, corrected for the number of positions.
 
-Shapes: P prompts, or conversations with all of their turns; R exchanges; J positions, C = 1 + J counts (`servers.py`).
+Shapes: P prompts, or conversations with all of their turns; R exchanges; J positions, C = 1 + J counts (`counters.py`).
 """
 
 from dataclasses import dataclass, field
