@@ -19,7 +19,7 @@ from eval.engine.engine import PREFILL_CHUNK, Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.one_by_one import OneByOne
 from eval.engine.request import Stops
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from eval.judging import lossless, measure
 from eval.judging.controls import OtherMemory, zero_memory
 from eval.judging.session import Session

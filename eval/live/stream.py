@@ -14,7 +14,7 @@ from data_prep.target.target import Target
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from eval.judging import measure
 from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
