@@ -37,6 +37,8 @@ class Heartbeat:
         self._over.set()
 
     def _watch(self) -> None:
+        # Whoever prints puts the next line off: the thread wakes up when the silence is `every_s` old, and looks whether it still
+        # is.
         while not self._over.wait(max(0.01, self._said + self._every_s - time.monotonic())):
             if time.monotonic() - self._said >= self._every_s:
                 self.say(self._status())
@@ -81,6 +83,7 @@ class Progress(RichProgress):
         super().__init__("{task.description}", BarColumn(), _Described(unit))
         self._unit = unit
         self._lines = None if silent or self.console.is_terminal else Heartbeat(self._line, every_s=every_s)
+        # rich redraws its bar with control characters, which would fill a log file.
         self.disable = silent or self._lines is not None
 
     def start(self) -> None:
