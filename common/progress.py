@@ -107,6 +107,8 @@ class Progress(RichProgress):
 def counted(items: Iterable, text: Callable[[int], str], every_s: float = EVERY_S) -> Iterator:
     """`items`, and every `every_s` seconds a line of `text`(how many there were). Without a thread, for work that forks."""
     said = time.monotonic()
+    # A fork copies the calling thread alone. A lock that another thread holds at that moment, such as stdout's, would stay locked
+    # in the child for ever. So the lines come from here, between two items.
     for number, item in enumerate(items):
         if time.monotonic() - said >= every_s:
             print(text(number), flush=True)

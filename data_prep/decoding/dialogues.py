@@ -56,6 +56,7 @@ class Line:
         self.empty = False  # nobody waits, and nobody new will come
 
     def take(self, count: int) -> list[Request]:
+        # Those that have begun come first, so that few are held half done.
         taken = [self._going_on.popleft() for _ in range(min(count, len(self._going_on)))]
         while len(taken) < count and (dialogue := next(self._fresh, None)) is not None:
             taken += self._asked(dialogue, None)
@@ -72,6 +73,7 @@ class Line:
 
     def _asked(self, dialogue: Dialogue, answer: Answer | None) -> list[Request]:
         try:
+            # A generator that has not begun takes None alone; that is what starts it.
             return [Request(dialogue, dialogue.send(answer))]
         except StopIteration:
             return []
@@ -81,6 +83,7 @@ def prefill_groups(requests: list[Request]) -> Iterator[list[Request]]:
     """Requests, the shortest first, cut where a forward over their prompts would take more than `PREFILL_TOKENS`."""
     group: list[Request] = []
     for request in requests:
+        # Requests come by length, so that this one is the longest and all of them are padded to it.
         if group and len(request.ask.tokens) * (len(group) + 1) > PREFILL_TOKENS:
             yield group
             group = []

@@ -122,6 +122,7 @@ class BatchGenerator:
         for ask, ids_T, random_U in zip((r.ask for r in group), ids_NT, random_NU):
             ids_T[: len(ask.tokens)] = torch.tensor(ask.tokens)
             if ask.temperature > 0:
+                # Drawn on the CPU: the same numbers on every device.
                 own = torch.Generator().manual_seed(ask.seed)
                 random_U[: ask.max_tokens] = torch.rand(ask.max_tokens, generator=own, dtype=torch.float64)
         ids_NT, size_N, random_NU = (t.to(device) for t in (ids_NT, size_N, random_NU))
@@ -269,6 +270,7 @@ class BatchGenerator:
             self._cache.key[:, :, : cache.room] = cache.key
             self._cache.value[:, :, : cache.room] = cache.value
         self._graphs.clear()
+        # All graphs work in one pool of memory. They may, because no two of them run at the same time.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         return True
 
@@ -287,6 +289,7 @@ class BatchGenerator:
         if not self._cuda:
             return self._count
         a = self._target.architecture
+        # What PyTorch holds and does not use is free for new tensors too, though the driver counts it as taken.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         cached = 2 * a.num_layers * room * a.kv_heads * a.head_dim * self._target.dtype.itemsize
         drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64

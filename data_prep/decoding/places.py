@@ -13,6 +13,7 @@ class Places:
     FIELDS = ("text_PL", "length_P", "size_P", "limit_P", "going_P", "temperature_P", "top_p_P", "random_PU")
 
     def __init__(self, count: int, positions: int, draws: int, device: torch.device):
+        # One more than the cache has: the last token of a text is never processed.
         self.text_PL = torch.zeros(count, positions + 1, dtype=torch.long, device=device)
         # Tokens that are processed, of the prompt, and of prompt and answer at most.
         self.length_P, self.size_P, self.limit_P = torch.zeros(3, count, dtype=torch.long, device=device)
@@ -22,6 +23,7 @@ class Places:
 
     def first(self, count: int) -> "Places":
         """The first `count` places, sharing their memory."""
+        # Without the constructor, which would make tensors of its own.
         part = Places.__new__(Places)
         for name in self.FIELDS:
             setattr(part, name, getattr(self, name)[:count])

@@ -22,6 +22,7 @@ def looping(text: str) -> float:
     words = MARKED.findall(text.casefold())
     grams = [tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)]
     stretch = WINDOW - GRAM + 1
+    # Stretches overlap by half: a loop of up to half a stretch lies whole in one of them.
     starts = range(0, max(1, len(grams) - stretch + stretch // 2), stretch // 2)
     stretches = [grams[start : start + stretch] for start in starts]
     # A short rest says little: the last stretch is as long as the others.
@@ -56,6 +57,7 @@ def repeats(texts: Sequence[str], near: float) -> list[str | None]:
     n - ceil(near * n) + 1 is among those of the other, too, and by the same token among its first. In the order of how many
     texts have them, the rarest first, hardly any two texts meet there that are not alike.
     """
+    # White space is no difference: models vary it from one writing to the next.
     plain = [" ".join(text.split()) for text in texts]
     sets = [shingles(text) for text in plain]
     known, spread = np.unique(np.concatenate(sets), return_counts=True) if sets else (np.empty(0), np.empty(0))

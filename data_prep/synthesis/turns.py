@@ -21,6 +21,8 @@ class Turns:
         self._template = f"the chat template of target {target}"
         self.tokenizer = tokenizer
         self._options = {"chat_template": dateless(tokenizer.get_chat_template()), **options}
+        # Not every special token is in `all_special_ids`: tokenizers mark others, such as those around a turn, as special when
+        # they are added.
         added = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
         try:
@@ -67,6 +69,7 @@ class Turns:
 
     def _end(self, conversations: list[list[dict]]) -> int | None:
         """The special token that ends the last message of each."""
+        # What all conversations end with is the template's. Read backwards, it is what they begin with.
         behind = _common([self.whole(messages)[::-1] for messages in conversations])[::-1]
         return next((token for token in behind if token in self.special), None)
 
