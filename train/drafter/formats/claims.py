@@ -49,12 +49,14 @@ class Claims(NamedTuple):
 
     def says(self, key: str):
         """A key of the format, wherever servers look for it; None: it is not said."""
+        # Trainers write one key at the top or in a section of their own; servers take either.
         places = (self.said, self.said.get("eagle_config") or {}, self.said.get("dflash_config") or {})
         return next((place[key] for place in places if place.get(key) is not None), None)
 
 
 def read_claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
     """What the configuration says. Raises UserError for a kind that is not read, or a key of DFlash that is not known."""
+    # First, because the package writes `architectures` too, of names of its own.
     speculators = fields.get("speculators_model_type")
     dflash = fields.get("dflash_config") or {}
     if speculators:
@@ -63,6 +65,7 @@ def read_claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
     kind = next((ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES), None)
     if kind is None and tensors.named_midlayer:  # some say LlamaForCausalLM, which servers told --method eagle3 read all the same
         kind = "eagle3"
+    # Some checkpoints of P-EAGLE carry EAGLE-3's name of a class.
     if kind == "eagle3" and "mask_hidden" in tensors:
         kind = "peagle"
     refuse(
@@ -93,6 +96,7 @@ def read_claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
         kind=kind,
         format=NAMES[kind],
         said=fields,
+        # What servers' own classes are, where a checkpoint does not say.
         layer={"model_type": "llama" if kind in ("eagle3", "peagle") else "qwen3"} | fields,
         verifier=None,
         inputs=fields.get("eagle_aux_hidden_state_layer_ids"),
@@ -117,6 +121,8 @@ def _speculators_claims(folder: Path, fields: dict, kind: str, tensors: Tensors)
     methods = config.get("proposal_methods") or [{}]
     named = [method for method in methods if method.get("proposal_type") == config.get("default_proposal_method")]
     block = kind in ("dflash", "dspark")
+    # None: as the package's own code has it, causal where attention is sliding. vLLM 0.32 reads the key otherwise
+    # (docs/design.md).
     causal = None if block and not fields.get("sliding_window_non_causal", False) else kind == "peagle"
     return Claims(
         kind=kind,

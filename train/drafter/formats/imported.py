@@ -29,6 +29,7 @@ def imported_config(folder: Path, fields: dict, beside: Beside | None) -> Drafte
         raise UserError(f"{folder} is a checkpoint in {claims.format}'s format: it is read beside a target")
     sizes = beside()
     layer, rotary = read_layers(claims.layer, str(folder))
+    # Counted by the weights, because num_hidden_layers is the target's in some checkpoints.
     depth = len({name.split(".")[1] for name in tensors.names if name.startswith("layers.")})
     _check_sizes(folder, claims, layer, sizes)
     _check_meaning(folder, claims, layer)
@@ -194,6 +195,7 @@ def _hidden_layers(folder: Path, claims: Claims, sizes: Sizes) -> list[int]:
         if claims.kind in ("dflash", "dspark"):
             raise UserError(f"{folder} names no layers that it reads (target_layer_ids)")
         inputs = [2, count // 2, count - 3]
+    # The input of a layer is the output of the one before it.
     layers = sorted(i - 1 for i in inputs) if inputs else sorted(outputs)
     if layers[0] < 0 or layers[-1] >= count or len(set(layers)) < len(layers):
         raise UserError(f"{folder} reads the outputs of layers {layers}; the target has layers 0 to {count - 1}")
