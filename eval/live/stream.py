@@ -56,6 +56,7 @@ class Answer:
             # The request is not at its end, so that nothing is to be cut.
             tokens = list(request.output)
             rounds = list(request.rounds)
+            # The first step is the prompt's forward, which counts for nothing here.
             seconds = self.so_far.decode_s + (time.perf_counter() - started if self._begun else 0.0)
             self.so_far = Generation(tokens, rounds, decode_s=seconds)
             self._begun = True
@@ -117,6 +118,7 @@ class Decoders:
         """To `prompt`, of at most `limit` tokens."""
         needed = room_for(len(prompt), limit, self._lengths[True].longest)
         if needed > self._room:
+            # A power of two: a conversation that grows makes new caches, and records new graphs, only each time it has doubled.
             self._make(max(LEAST_ROOM, 2 ** (needed - 1).bit_length()))
         return Answer(self._engines[drafted], prompt, limit, seed, self.stops)
 
@@ -128,6 +130,7 @@ class Decoders:
         everyone = contenders(alone, target, self.drafter, OtherMemory(1, room))
         cache = None
         for drafted, name in ((False, "baseline"), (True, "trained")):
+            # Two answers at the same time need a cache each. One after the other they can share one.
             if cache is None or self._side_by_side:
                 cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
             self._engines[drafted] = Engine(

@@ -32,8 +32,10 @@ def vllm_counts(text: str) -> np.ndarray | None:
     accepted = {}
     for name, labels, value in samples(text):
         if name == DRAFTS:
+            # A server of several engines has a line for each.
             rounds = (rounds or 0) + round(value)
         if name == ACCEPTED:
+            # vLLM counts from 0, which is slot 1.
             position = int(labels["position"])
             accepted[position] = accepted.get(position, 0) + round(value)
     if rounds is None or not accepted:
@@ -47,4 +49,5 @@ def sglang_counts(meta: dict, slots: int) -> np.ndarray:
     histogram = meta.get("spec_correct_drafts_histogram") or meta.get("spec_accept_histogram") or []
     if rounds and not histogram:
         raise UserError("the SGLang server tells no acceptance by position (spec_correct_drafts_histogram): 0.5.23 does")
+    # histogram[k]: rounds that accepted exactly k tokens. At least j were accepted where k >= j.
     return np.array([rounds, *(sum(histogram[j:]) for j in range(1, slots + 1))])

@@ -13,6 +13,7 @@ def find_server(url: str, names: list[str], drafts: bool = True) -> Server:
     Raises:
         UserError: nobody is there, it serves another model, does not draft, or does not tell of it.
     """
+    # People give either: clients of OpenAI's want /v1, and metrics lie beside it.
     url = url.rstrip("/").removesuffix("/v1")
     try:
         with httpx.Client(base_url=url, headers=api_key(), timeout=30) as client:
@@ -27,6 +28,7 @@ def find_server(url: str, names: list[str], drafts: bool = True) -> Server:
 
 def _found(client: httpx.Client, url: str, names: list[str], drafts: bool) -> Server:
     served = client.get("/v1/models").raise_for_status().json()["data"]
+    # `id` is the name under which it is served, `root` the path that it was loaded from.
     known = {one[name]: one for one in served for name in ("root", "id") if one.get(name)}
     model = next((known[name] for name in names if name in known), None)
     if model is None:
@@ -40,6 +42,7 @@ def _found(client: httpx.Client, url: str, names: list[str], drafts: bool) -> Se
         slots = _vllm_slots(url, told.text) if drafts else 0
         version = client.get("/version")
         return Vllm(*said, slots, "" if version.is_error else str(version.json().get("version", "")))
+    # The newer name and the older one.
     for path in ("/server_info", "/get_server_info"):
         answer = client.get(path)
         info = {} if answer.is_error else answer.json()

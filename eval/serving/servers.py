@@ -89,6 +89,7 @@ class Server:
         self.version = version
 
     def client(self) -> httpx.AsyncClient:
+        # A request that waits behind many others may be silent for minutes. A server that is not there is known at once.
         return httpx.AsyncClient(base_url=self.url, headers=api_key(), timeout=httpx.Timeout(600, connect=30))
 
     async def ask(self, client: httpx.AsyncClient, prompt: list[int], asked: Asked, seed: int) -> Answer:
@@ -111,12 +112,14 @@ class Server:
 
     async def _events(self, client: httpx.AsyncClient, prompt: list[int], asked: Asked, seed: int) -> AsyncIterator[dict]:
         path, body = self._request(prompt, asked, seed)
+        # Streamed, because the time until the first token is known in no other way.
         async with client.stream("POST", path, json=body | {"stream": True}) as response:
             if response.is_error:
                 said = " ".join((await response.aread()).decode(errors="replace").split())
                 raise UserError(f"{self.url} answers {response.status_code}: {said[:300]}")
             async for line in response.aiter_lines():
                 text = line.removeprefix("data:").strip()
+                # Server-sent events: blank lines and comments lie between them.
                 if not line.startswith("data:") or text == "[DONE]":
                     continue
                 event = json.loads(text)
@@ -149,6 +152,7 @@ class Vllm(Server):
                 raise UserError(f"{self.url}/metrics no longer counts drafts")
             if finished is None or done == finished:
                 return count_C, done
+            # Counters of all requests together say nothing of ours once others are among them.
             if done > finished:
                 raise UserError(f"{self.url} answered others too: its counters are of all requests; let it serve nobody else")
             if time.monotonic() > until:
@@ -156,6 +160,7 @@ class Vllm(Server):
             await asyncio.sleep(0.02)
 
     def _request(self, prompt: list[int], asked: Asked, seed: int) -> tuple[str, dict]:
+        # Our ends and not those that the server reads from its own files: both sides have to stop at the same tokens.
         ends = {} if asked.ends is None else {"ignore_eos": True, "stop_token_ids": sorted(asked.ends)}
         body = {
             "model": self.model,
@@ -204,6 +209,7 @@ class Sglang(Server):
     def _take(self, answer: Answer, event: dict) -> None:
         meta = event["meta_info"]
         ids = event["output_ids"]
+        # By default each event repeats everything so far.
         whole = len(ids) == meta["completion_tokens"]  # with --incremental-streaming-output only what is new
         answer.tokens = list(ids) if whole else answer.tokens + ids
         if meta.get("finish_reason"):
