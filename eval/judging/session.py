@@ -85,6 +85,7 @@ class Session:
                 with self._target.uncompiled():  # prompts have any length
                     states = self._target.forward(torch.tensor([one.tokens], device=self._target.device))
                 self._other.fill(b, states.map(lambda t: t[0]))
+        # The same for all contenders, so that their draws are alike.
         seeds = [seed + b for b in range(len(group))]
         for name, engine in self._engines.items():
             self.runs[name] += engine.generate([p.tokens for p in group], limit, seeds, self._stops)
