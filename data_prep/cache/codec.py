@@ -66,7 +66,7 @@ def encode(name: str, state: Tensor, codec: str) -> dict[str, Tensor]:
 
 
 def decode(stored: Tensor | Scaled) -> Tensor:
-    """The state again: what has a scale comes back as bf16, anything else as it is."""
+    """The state again: what has a scale comes back as bf16, anything else in its stored dtype."""
     if isinstance(stored, Scaled):
         # bf16 rounds by 2^-9 of a number, which is lost beside the 2^-4 of e4m3.
         return (stored.values.float() * stored.scale[..., None]).bfloat16()

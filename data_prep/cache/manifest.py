@@ -65,7 +65,7 @@ class Manifest(BaseModel):
         return rows
 
     def bytes_of(self, tokens: int, supervised: int) -> int:
-        """Bytes of the tensors of so many tokens, of which so many predictions are supervised."""
+        """Bytes of the tensors of `tokens` tokens with `supervised` supervised predictions."""
         teachers = tokens if self.last_hidden == "all" else supervised
 
         def row(dtype, shape):

@@ -97,7 +97,7 @@ class Outbox:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def put(self, batch: Batch, states: States) -> None:
-        """Raises whatever the writing of an earlier batch raised."""
+        """Raises the error of an earlier batch that could not be written."""
         # A forward is faster than many disks. Without this wait the states that wait to be written would fill the memory.
         while len(self._pending) >= UNDERWAY:
             self._pending.popleft().result()

@@ -53,7 +53,7 @@ class Line:
     def __init__(self, dialogues: Iterator[Dialogue]):
         self._fresh = dialogues
         self._going_on: deque[Request] = deque()
-        self.empty = False  # nobody waits, and nobody new will come
+        self.empty = False  # no dialogue waits, and no new one will come
 
     def take(self, count: int) -> list[Request]:
         # Those that have begun come first, so that few are held half done.

@@ -67,7 +67,7 @@ class BatchGenerator:
         try:
             self._run(Line(iter(dialogues)))
         finally:
-            # After an error nobody is left for another run.
+            # After an error no request is left over for the next run.
             self._taken.clear()
             self._draining = False
 
@@ -153,7 +153,7 @@ class BatchGenerator:
         state.going_P[place_N] = ~torch.isin(first_N, self._ends_E) & (numbers("max_tokens") > 1)
 
     def _step(self) -> None:
-        """One more token of everybody who is going, on as many places as are in use."""
+        """One more token of every request that is going, on as many places as are in use."""
         width = self._width(max(self._taken) + 1)
         key = (width, self._samples, self._cuts)
         if key not in self._graphs:
@@ -213,7 +213,7 @@ class BatchGenerator:
         return found
 
     def _close_up(self) -> None:
-        """Nobody waits for a place any more: requests move together, so that steps are over fewer places."""
+        """No request waits for a place any more. Those that are left move together, so that steps are over fewer places."""
         count = len(self._taken)
         if self._width(count) == self._width(max(self._taken) + 1):
             return
@@ -239,8 +239,8 @@ class BatchGenerator:
         return width
 
     def _reserve(self, positions: int, draws: int) -> bool:
-        """Make room for requests of so many positions and answers of so many tokens. False: there is no memory for caches beside
-        those in use, so that everybody who is going has to end first; then places may be fewer."""
+        """Make room for requests of `positions` positions and answers of `draws` tokens. False: there is no memory for new caches
+        beside those in use. All requests that are going have to end first; after that there may be fewer places."""
         old = self._places
         cache = self._cache
         if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:

@@ -124,7 +124,7 @@ def load_hub(name: str, config: str | None, split: str, files=None, streaming: b
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, config, split=split, data_files=files, streaming=streaming)
-    except Exception as error:  # the library raises whatever its builders and its network raise
+    except Exception as error:  # the library passes on all errors of its builders and of the network
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}.name={name}, {key}.split={split}: datasets cannot load it ({what[:300]})") from error
 

@@ -41,7 +41,7 @@ class TokenDocument(NamedTuple):
 
 
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask of one record, as long as it is.
+    """Token ids and loss mask of one record, uncut.
 
     Raises:
         LeftOut: the record is malformed, or the chat template cannot say what the assistant wrote.

@@ -31,7 +31,7 @@ from data_prep.synthesis.turns import Turns
 from data_prep.target.architecture import target_sizes
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 
-WINDOW = 1000  # candidates: of the last so many
+WINDOW = 1000  # candidates: of the last ones
 LEAST = 0.01  # must be kept, or the command gives up
 REPEATED = {"exact": "a first message that another conversation has", "near": "a first message nearly as another conversation's"}
 

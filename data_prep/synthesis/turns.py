@@ -32,7 +32,7 @@ class Turns:
             raise UserError(f"{self._template} cannot be used: {reason}") from reason
 
     def whole(self, messages: list[dict], **options) -> list[int]:
-        """A conversation as it is. Raises LeftOut when the template refuses it."""
+        """The tokens of a whole conversation. Raises LeftOut when the template refuses it."""
         return rendered(self.tokenizer, messages, **options, **self._options)["input_ids"]
 
     def before_reply(self, history: list[dict]) -> list[int]:
@@ -40,8 +40,8 @@ class Turns:
         return self.whole(history, add_generation_prompt=True)
 
     def before_user(self, history: list[dict], begun: str = "") -> list[int]:
-        """What the target continues as the user, whose message begins with `begun`: the tokens that are the same whatever comes
-        next. (A blank at the end of `begun` belongs to the token of the next word, which the target has yet to write.)"""
+        """What the target continues as the user, whose message begins with `begun`: the tokens that do not depend on what
+        comes next. (A blank at the end of `begun` belongs to the token of the next word, which the target has yet to write.)"""
         return _common([self.whole([*history, user(begun + probe)]) for probe in PROBES])
 
     def refuse_without_user(self) -> None:

@@ -48,7 +48,7 @@ class StaticDrafting(Protocol):
         """Guess `length` tokens behind the anchor."""
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
-        """Bytes of keys and values of one request of so many tokens (`eval/caches/sparse.py`)."""
+        """Bytes of keys and values of one request of `longest` tokens (`eval/caches/sparse.py`)."""
 
 
 class StaticNobody:

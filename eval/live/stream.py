@@ -29,8 +29,8 @@ UNPRINTABLE = re.compile(r"[^\n\t -~\u00a0-\U0010ffff]")  # what could steer a t
 
 @dataclass
 class Answer:
-    """The answer to one prompt, a round at a time. `so_far` is what there is of it, its seconds being those of its own rounds,
-    whatever was done between them."""
+    """The answer to one prompt, a round at a time. `so_far` is the part that is known; its seconds are those of its own
+    rounds, without the time between them."""
 
     engine: Engine
     prompt: list[int]

@@ -11,7 +11,7 @@ def find_server(url: str, names: list[str], drafts: bool = True) -> Server:
     """The server that answers at `url`. `names`: what its model may be called; `drafts`: whether it has to draft (False: it may).
 
     Raises:
-        UserError: nobody is there, it serves another model, does not draft, or does not tell of it.
+        UserError: no server answers, it serves another model, does not draft, or does not tell of it.
     """
     # People give either: clients of OpenAI's want /v1, and metrics lie beside it.
     url = url.rstrip("/").removesuffix("/v1")

@@ -138,7 +138,7 @@ class Vllm(Server):
     kind = "vLLM"
 
     async def counted(self, client: httpx.AsyncClient, finished: int | None = None) -> tuple[np.ndarray, int]:
-        """(int64 [C], requests that were answered), of the whole server since its start; with `finished`, as soon as so many
+        """(int64 [C], requests that were answered), of the whole server since its start; with `finished`, as soon as that many
         are. Raises UserError when others ask it at the same time, or when it does not count."""
         until = time.monotonic() + SETTLES_S
         while True:

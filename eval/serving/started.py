@@ -133,8 +133,8 @@ def _wait(process: subprocess.Popen, url: str, wait_s: float, log: Path) -> None
 def _stop(process: subprocess.Popen) -> None:
     """Ask the server to end, which ends its engine (it would wait long for one that ended by itself), then kill what is left of
     the group. A group's number stays its own as long as any process of it is there. Shared memory of one that had to be killed
-    goes too: nobody else would remove it."""
-    # Asked before the end: afterwards nobody knows what it had mapped.
+    goes too, because no other process would remove it."""
+    # Asked before the end: afterwards there is no way to learn what it had mapped.
     shared = _shared_memory(process)
     # SIGTERM to the server alone. It ends its engine itself.
     process.terminate()

@@ -112,7 +112,7 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
-        """Keys as they would be so many positions further on."""
+        """Keys as they would be `moved_PG` positions further on."""
         wide = torch.promote_types(key_PGD.dtype, torch.float32)
         return Rope(moved_PG / self.config.rope_factor, self.inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
 

@@ -156,7 +156,7 @@ class Objective(nn.Module):
             selection = self._plan(pack, memory, pack.budget_VN)
             everyone = anchors.repeated(pack.views)
             return self._drafted(pack, everyone, replace(memory, selection=selection)).unflatten(0, (pack.views, -1))
-        # Where nothing is hidden, positions in the cache are those in the document, and nobody needs keys of his own.
+        # Where nothing is hidden, positions in the cache are those in the document, and no anchor needs keys of its own.
         whole = int((pack.budget_VN[0] >= FULL).all())
         parts = [self._drafted(pack, anchors, memory)] * whole
         if pack.views > whole:

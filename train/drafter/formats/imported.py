@@ -2,7 +2,7 @@
 
 The formats, and what each of their keys says, are in claims.py; weights are read in imported_weights.py.
 
-A checkpoint says nothing of its target's weights, so that it is taken beside whatever target is named, if the sizes fit. What it
+A checkpoint says nothing of its target's weights, so that it is taken beside any target whose sizes fit. What it
 leaves to its target (MASK is a row of the target's embedding) is taken once the target is there (`bind`). All that would make
 another function of the same weights is refused by name, and so is every tensor that has no place here.
 """

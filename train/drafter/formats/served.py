@@ -97,7 +97,7 @@ def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str,
     tensors |= _head(drafter, target)
     if method == "dspark":
         tensors |= _markov_head(drafter, target)
-    # MASK: what stands in the place of a hidden state, and of a token, that nobody knows yet.
+    # MASK: what stands in the place of a hidden state, and of a token, that are not known yet.
     if method == "peagle":
         tensors["mask_hidden"] = ours["mask_hidden.weight"][None]
     if method in ("dspark", "peagle") and not _mask_is_a_token(drafter, target):
