@@ -53,9 +53,9 @@ def repeats(texts: Sequence[str], near: float) -> list[str | None]:
     similarity of `near` at least), or None.
 
     Comparing each with each would take hours for 100,000 texts. Two sets of shingles of which one has n, and which are that
-    similar, share at least ceil(near * n) of them. Put the shingles in any one order: one of the first n - ceil(near * n) + 1 is in
-    the other set as well, and among its first ones for the same reason. In the order of how many texts have them, the rarest first,
-    hardly any two texts meet there that are not alike.
+    similar, share at least ceil(near * n) of them. Put the shingles in any one order: one of the first n - ceil(near * n) + 1 is
+    in the other set as well, and among its first ones for the same reason. In the order of how many texts have them, the rarest
+    first, hardly any two texts meet there that are not alike.
     """
     # White space is no difference: models vary it from one writing to the next.
     plain = [" ".join(text.split()) for text in texts]
