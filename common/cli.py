@@ -1,7 +1,11 @@
 """The shell of every entry point: compose and check the configuration, then let Hydra run.
 
-Hydra reports a mistake on many lines, on every rank, with exit code 1. Here the configuration of every job of the
-command line is composed and checked *before* Hydra runs, and a mistake is one line and exit code 2.
+Hydra runs last. It reports a mistake on many lines, on every rank, with exit code 1. In a sweep, a mistake that only our checks
+know would show once the points before it have run. So all jobs of the command line are composed and checked here first. A mistake
+is then one line and exit code 2, before a folder is made or a process is started. Hydra composes each job's configuration once
+more, which by then is known to be right.
+
+Hydra still does everything that its users know: `-m` and its sweepers and launchers, `--cfg`, `--help`, folders and their logs.
 """
 
 import argparse
@@ -174,32 +178,55 @@ def main(
 
     `gather`: where a recipe has a folder `out`, every point of a sweep gets one in it, and `gather`(folder) looks at them all.
     """
+    # 1. The words of the command line. Hydra reads `sys.argv` too, so that they are changed there.
     sys.argv[1:] = without_local_rank(sys.argv[1:])
 
-    def job(config: DictConfig) -> None:
-        try:
-            checked = validated(recipe, config)
-            if gather and in_sweep():
-                checked = checked.model_copy(update={"out": HydraConfig.get().runtime.output_dir})
-            task(checked)
-        except UserError as error:
-            fail(error)
-
-    recipes = []
+    # 2. Every job's recipe, checked.
+    recipes: list[BaseModel] = []
+    swept = False
     try:
         words = arguments()
-        if not (words.help or words.hydra_help or words.cfg or words.info):
-            recipes = [compose(config_name, recipe, overrides) for overrides in jobs_of(words.overrides, words.multirun)]
-            for one in recipes:
-                check(one)
+        recipes = _checked_recipes(config_name, recipe, check, words)
         swept = bool(gather and words.multirun and recipes)
         if swept:
             sys.argv += sweep_words("out", recipes[0].out, words.overrides, ("out", "tracking", "cache.dir"))
     except UserError as error:
         fail(error)
-    hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(job)()
+
+    # 3. Hydra runs the jobs: here, one after the other, or where its launcher starts them.
+    hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(_job(recipe, task, has_out=bool(gather)))()
+
+    # 4. What the points of a sweep say together.
     if swept:
         gather(Path(recipes[0].out))
+
+
+def _checked_recipes(
+    config_name: str, recipe: type[BaseModel], check: Callable[[BaseModel], None], words: argparse.Namespace
+) -> list[BaseModel]:
+    """The recipe of each job. None where Hydra is only asked to show something: help, or a configuration, even a wrong one."""
+    if words.help or words.hydra_help or words.cfg or words.info:
+        return []
+    recipes = [compose(config_name, recipe, overrides) for overrides in jobs_of(words.overrides, words.multirun)]
+    for one in recipes:
+        check(one)
+    return recipes
+
+
+def _job(recipe: type[BaseModel], task: Callable[[BaseModel], None], has_out: bool) -> Callable[[DictConfig], None]:
+    """What Hydra calls for each job. `has_out`: in a sweep the recipe's `out` is the folder that Hydra made for the point."""
+
+    def job(config: DictConfig) -> None:
+        # An error that left this function would become Hydra's many lines.
+        try:
+            checked = validated(recipe, config)
+            if has_out and in_sweep():
+                checked = checked.model_copy(update={"out": HydraConfig.get().runtime.output_dir})
+            task(checked)
+        except UserError as error:
+            fail(error)
+
+    return job
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import xxhash
 
 def stable_hash(text: str) -> int:
     """64 bits that are the same on every machine and in every process; all splits and seeds come from it."""
+    # Python's own `hash` of a string is another one in every process.
     return xxhash.xxh3_64_intdigest(text.encode())
 
 

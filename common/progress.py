@@ -37,6 +37,8 @@ class Heartbeat:
         self._over.set()
 
     def _watch(self) -> None:
+        # Whoever prints puts the next line off: the thread wakes up when the silence is `every_s` old, and looks whether it still
+        # is.
         while not self._over.wait(max(0.01, self._said + self._every_s - time.monotonic())):
             if time.monotonic() - self._said >= self._every_s:
                 self.say(self._status())
@@ -81,6 +83,7 @@ class Progress(RichProgress):
         super().__init__("{task.description}", BarColumn(), _Described(unit))
         self._unit = unit
         self._lines = None if silent or self.console.is_terminal else Heartbeat(self._line, every_s=every_s)
+        # rich redraws its bar with control characters, which would fill a log file.
         self.disable = silent or self._lines is not None
 
     def start(self) -> None:
@@ -104,6 +107,8 @@ class Progress(RichProgress):
 def counted(items: Iterable, text: Callable[[int], str], every_s: float = EVERY_S) -> Iterator:
     """`items`, and every `every_s` seconds a line of `text`(how many there were). Without a thread, for work that forks."""
     said = time.monotonic()
+    # A fork copies the calling thread alone. A lock that another thread holds at that moment, such as stdout's, would stay locked
+    # in the child for ever. So the lines come from here, between two items.
     for number, item in enumerate(items):
         if time.monotonic() - said >= every_s:
             print(text(number), flush=True)

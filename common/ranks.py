@@ -42,6 +42,7 @@ def on_gpu() -> bool:
 
 def free_port() -> int:
     with socket.socket() as probe:
+        # The port is free at this moment. It is closed again, and another process may take it before it is used.
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
@@ -61,8 +62,10 @@ def barrier() -> Callable[[], None]:
         return lambda: None
     from torch import distributed
 
+    # One group serves both: NCCL for a target that is spread over GPUs, gloo for what is on the host.
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu() else "gloo", timeout=timedelta(days=30))
+    # Ranks of a capture wait for the slowest one, which may take hours: no limit that a capture could reach.
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # NCCL's own would give up after minutes
     return lambda: distributed.barrier(group)
 
@@ -96,6 +99,8 @@ def killed_with_parent() -> None:
 
 def _parent_of(pid: int) -> int | None:
     try:
+        # `pid (command) state parent ...`: the command may hold blanks and brackets, so the line is split behind the last
+        # bracket.
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except (OSError, IndexError):
         return None

@@ -24,6 +24,7 @@ def refuse_renamed(command: str, said: Iterable[tuple[str, Any]]) -> None:
     """`said`: the keys that a command line names, with their values. Raises UserError for one that has another name now."""
     renamed = RENAMED[command]
     for key, value in said:
+        # A key may stay while one of its values is gone.
         old = f"{key}={value}" if f"{key}={value}" in renamed else key
         if old in renamed:
             raise UserError(f"{old} is now {renamed[old]}")

@@ -23,6 +23,7 @@ SAFETENSORS = {
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
+    # NumPy has neither bf16 nor fp8, but it can hold their bytes.
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
@@ -30,7 +31,7 @@ def write_safetensors(path: Path, tensors: dict[str, list[Tensor]]) -> str:
     """Write each name's pieces, joined along the first axis, and return the file's xxh3.
 
     The library's own `save_file` would need them joined in memory first and copies every byte once more: three to ten times
-    slower (docs/log.md).
+    slower (docs/research/log.md).
     """
     shapes = {name: (t[0].dtype, (sum(map(len, t)), *t[0].shape[1:])) for name, t in tensors.items()}
     return stream_safetensors(path, shapes, tensors.__getitem__)
@@ -51,9 +52,12 @@ def stream_safetensors(
         end = place + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [place, end]}
         place = end
+    # The format: eight bytes with the header's length, the header as JSON, then the tensors. Blanks fill the header up to a
+    # multiple of eight bytes, so that what follows is aligned.
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     parts = itertools.chain([len(text).to_bytes(8, "little"), text], (raw(t) for name in names for t in pieces(name)))
+    # Hashed on the way, because reading a shard of gigabytes once more would take as long as writing it.
     digest = xxhash.xxh3_128()
     with open(path, "wb", buffering=0) as file:
         for part in parts:

@@ -21,7 +21,8 @@ from eval.prompts.asking import ChatRecipe, DemoRecipe, check_asking
 from eval.prompts.load import load_prompts
 from eval.prompts.suites import Prompt, SuiteRecipe
 from eval.reports import compare
-from eval.serving.servers import ServerRecipe, find_server
+from eval.serving.find import find_server
+from eval.serving.servers import ServerRecipe
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
 from train.drafter.build import load_config

@@ -144,7 +144,7 @@ def tau(counted: np.ndarray) -> float:
     return emitted / steps
 
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5% quantiles for so many seeds
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # by the number of seeds: 97.5% quantiles
 
 
 def interval(statistic, *arms: np.ndarray) -> tuple[float, float, float]:

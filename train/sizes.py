@@ -1,5 +1,5 @@
-"""Sizes that nobody named (`auto` in conf/): the usual ones on a GPU, and on a machine without one smaller ones, with which a CPU
-takes minutes. A key that the command line or an experiment names is never touched."""
+"""Sizes that are `auto` in conf/ and were not set: the usual ones on a GPU. A machine without one gets smaller ones, with which
+a CPU takes minutes. A key that the command line or an experiment names is never touched."""
 
 from common.ranks import world_size
 from data_prep.capture.live import missing

@@ -22,7 +22,7 @@ class Sweep:
     def __init__(self, program: str):
         self.program = program
         self._number = 0  # of the next point
-        self._store = None  # a single process has nobody to tell
+        self._store = None  # a single process has no others to tell
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from torch.distributed import TCPStore
 

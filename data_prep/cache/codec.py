@@ -33,6 +33,7 @@ class Codec(NamedTuple):
 
 
 def _fp8(state: Tensor) -> Scaled:
+    # A row has its own scale: a scale for a whole tensor would push rows of small numbers below what e4m3 can tell from zero.
     largest = state.abs().amax(-1)
     # A row of zeros has no largest value: 0 / tiny is 0, and 0 / 0 would not be.
     scale = (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
@@ -59,13 +60,15 @@ def encode(name: str, state: Tensor, codec: str) -> dict[str, Tensor]:
     kind = CODECS[codec]
     if kind.scaled is None:
         return {name: state.to(kind.dtype)}
+    # In float32, because a quotient in bf16 would be rounded once more before the codec rounds it.
     found = kind.scaled(state.float())
     return {name: found.values, name + SCALE: found.scale}
 
 
 def decode(stored: Tensor | Scaled) -> Tensor:
-    """The state again: what has a scale comes back as bf16, anything else as it is."""
+    """The state again: what has a scale comes back as bf16, anything else in its stored dtype."""
     if isinstance(stored, Scaled):
+        # bf16 rounds by 2^-9 of a number, which is lost beside the 2^-4 of e4m3.
         return (stored.values.float() * stored.scale[..., None]).bfloat16()
     return stored
 

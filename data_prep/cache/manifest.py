@@ -35,6 +35,7 @@ class Manifest(BaseModel):
     last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
     max_length: int
     source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised, what was left out and why
+    # Not part of the identity: another release of PyTorch may go on with a capture.
     software: dict
 
     @model_serializer(mode="wrap")
@@ -57,13 +58,14 @@ class Manifest(BaseModel):
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape of one row) of every tensor of a shard, the scales of fp8 included."""
+        # Every vocabulary fits into 32 bits, and a mask is one byte: beside the states both cost next to nothing.
         rows = {"input_ids": (torch.int32, ()), "loss_mask": (torch.uint8, ())}
         for name, shape in self.states.items():
             rows |= stored(name, shape, self.codec)
         return rows
 
     def bytes_of(self, tokens: int, supervised: int) -> int:
-        """Bytes of the tensors of so many tokens, of which so many predictions are supervised."""
+        """Bytes of the tensors of `tokens` tokens with `supervised` supervised predictions."""
         teachers = tokens if self.last_hidden == "all" else supervised
 
         def row(dtype, shape):
@@ -130,6 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
+# Sorted keys and no blanks: equal values have equal bytes, so that hashes and whole files can be compared.
 def canonical(value) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 

@@ -51,11 +51,13 @@ class CacheReader:
         if self._hash(INDEX) != recorded.get(INDEX):
             raise UserError(f"{self.folder / INDEX} is missing or damaged; remove it and {FILES}, then run data_prep again")
         table = pq.read_table(self.folder / INDEX).combine_chunks()
+        # An empty table has no chunk to combine.
         self.ids = table["id"].combine_chunks() if len(table) else pa.array([], pa.string())
         self.lengths, self.supervised, self._offset, self._teacher_offset = (
             table[name].to_numpy() for name in ("length", "supervised", "offset", "teacher_offset")
         )
         self._xxh3 = table["xxh3"]
+        # A number for each document instead of a name: an index of millions of documents stays small.
         shards = table["shard"].combine_chunks().dictionary_encode()
         self._shard_names = shards.dictionary.to_pylist()
         self._shard = shards.indices.to_numpy()
@@ -87,6 +89,8 @@ class CacheReader:
         names = [*names, *(name + SCALE for name in names if name + SCALE in self._rows)]
         tensors = {}
         with self._file(index) as rows:
+            # The whole mask is read, also for a crop: the supervised tokens before the crop say where its first teacher lies.
+            # That their count is the index's is a cheap look at whether these are the document's bytes.
             mask = rows("loss_mask", offset, length).bool()
             if int(mask.sum()) != supervised:
                 raise UserError(f"{self._shards[self._shard[index]].path} is damaged; run mode=verify, then data_prep again")
@@ -160,6 +164,7 @@ class CacheReader:
             tensor = torch.empty((count, *row), dtype=dtype)
             at = offsets[name] + first * math.prod(row) * dtype.itemsize
             left = tensor.flatten().view(torch.uint8).numpy()
+            # One call reads at most 2 GiB, and nothing at all behind the end of a file that was cut.
             while len(left):
                 if not (got := os.preadv(file.fileno(), [left], at)):
                     raise EOFError
@@ -168,6 +173,8 @@ class CacheReader:
             return tensor
 
         try:
+            # Opened anew for each read. A handle that stayed open would go on reading a file that was removed or replaced, and a
+            # cache may have more shards than a process may have open files.
             with open(path, "rb", buffering=0) as file:
                 if _state(file) != state:
                     raise EOFError
@@ -205,6 +212,7 @@ class CacheReader:
                 if missing := self._rows.keys() - set(shard.keys()):
                     raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run data_prep again, which captures it anew")
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                # Offsets of the header count from its own end, which is where the file stands now.
                 offsets = {key: file.tell() + header[key]["data_offsets"][0] for key in self._rows}
                 return Shard(path, offsets, _state(file))
         except (OSError, SafetensorError) as error:
@@ -215,6 +223,7 @@ class CacheReader:
 
 def _state(file: IO) -> tuple[int, int]:
     found = os.fstat(file.fileno())
+    # A shard that is captured again has another time of change, even where it has the same size.
     return found.st_size, found.st_mtime_ns
 
 
@@ -233,6 +242,7 @@ def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]
     mask = tensors["loss_mask"]
     teachers = slice(*_taught(mask, start, stop))
     out = {name: t[teachers] if is_teacher(name) else t[start:stop] for name, t in tensors.items()}
+    # The slice above shares its memory with the whole document, which may be cropped again elsewhere.
     out["loss_mask"] = out["loss_mask"].clone()
     out["loss_mask"][:1] = 0
     return out

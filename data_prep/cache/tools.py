@@ -122,6 +122,7 @@ def _marked(ids: list[int], mask: list[int], tokenizer, limit: int = 400) -> Tex
 def _draw(path: Path, lengths: np.ndarray, share: np.ndarray, norms: dict[str, np.ndarray]) -> None:
     import matplotlib
 
+    # Draws into files, and needs no screen.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -165,6 +166,8 @@ def merge(recipe: DataPrepRecipe) -> None:
     manifest = first.model_copy(update={"source": source})
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another cache.dir")
+    # Built beside its place and renamed once it is whole, so that no reader finds half a cache. The rename replaces an empty
+    # folder.
     building = folder.with_name(folder.name + ".merging")
     shutil.rmtree(building, ignore_errors=True)  # of a merge that was killed
     building.mkdir(parents=True)
@@ -174,6 +177,7 @@ def merge(recipe: DataPrepRecipe) -> None:
         _link(path.with_suffix(".safetensors"), building / f"{name}.safetensors")
         columns = [tuple(row.values()) for row in rows.to_pylist()]
         write_seal(building / f"{name}.parquet", columns, rows.schema.metadata[b"xxh3"].decode())
+    # First, because `seal` records the manifest's checksum too.
     write_text(building / MANIFEST, manifest.model_dump_json(indent=1))
     seal(building, manifest)
     building.rename(folder)
@@ -182,6 +186,8 @@ def merge(recipe: DataPrepRecipe) -> None:
 
 def _link(source: Path, to: Path) -> None:
     try:
+        # Two names of one file. That is safe, because no shard is changed in place: one that is damaged is removed and written
+        # anew.
         os.link(source, to)
     except OSError:  # another disk
         shutil.copyfile(source, to)

@@ -105,6 +105,7 @@ class CacheWriter:
         documents = each_document(tensors, lengths, self.manifest.last_hidden)
         for id, length, (place, teacher, supervised, one) in zip(ids, lengths, documents):
             offsets = self._tokens + place, self._teachers + teacher
+            # The hash is taken while the bytes are in memory. `mode=verify` compares it with what is on the disk later.
             self._rows.append((id, offsets[0], length, offsets[1], supervised, document_hash(one)))
         self._tokens += len(tensors["input_ids"])
         self._teachers += len(tensors["last_hidden"])
@@ -125,6 +126,7 @@ class CacheWriter:
         self._thread.shutdown()
         self.barrier()
         if self.rank == 0:
+            # Every shard of every process is sealed: the tokenised source is needed no more.
             (self.folder / DOCUMENTS).unlink(missing_ok=True)
             seal(self.folder, self.manifest)
         self.barrier()
@@ -168,6 +170,7 @@ class CacheWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
+        # Each process numbers its shards in steps of `world`, from its own rank on: no two processes ever write one file.
         name = f"shard-{self._next:05d}"
         with self._naming(name):
             # From here on the capture is unfinished again: readers must not find checksums of other files.
@@ -225,6 +228,8 @@ def claim(folder: Path) -> int:
     except BlockingIOError as error:
         os.close(lock)
         raise UserError(f"{folder} is being written by another process") from error
+    # What a capture leaves when it is killed before there is a manifest: its half-written files and the tokenised source.
+    # Anything else is somebody else's.
     if not (folder / MANIFEST).exists() and any(p.suffix != ".tmp" and p.name != DOCUMENTS for p in folder.iterdir()):
         os.close(lock)
         raise UserError(f"{folder} is not empty and holds no cache; choose another cache.dir")
@@ -271,6 +276,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
             f"{folder} holds {index.num_rows} documents, {unique} of them distinct, of a source of {expected}; "
             "remove it and capture again"
         )
+    # In the order of ids, so that the index, and training with it, does not depend on which process wrote which shard.
     _write_table(index, folder / INDEX)
     sums = {name: file_hash(folder / name) for name in (MANIFEST, INDEX, *(p.name for p in parts))}
     # The index is whole before FILES is written: a reader takes a folder with FILES for finished.

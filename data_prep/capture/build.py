@@ -161,9 +161,12 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
     manifest = None
     try:
         if rank() == 0:
+            # Owned before anything is tokenised, so that a second capture into this folder is refused at once and not after an
+            # hour.
             claimed = claim(folder)
             manifest = plan(recipe, tokenise(recipe, folder / DOCUMENTS))
             _say_or_refuse_one_side(recipe, manifest.source, Documents(folder / DOCUMENTS), for_training)
+            # Before the target is loaded, which takes minutes.
             _refuse_small_disk(folder, describe(manifest))
         barrier()
         target = load_target(recipe.target, recipe.capture)
@@ -203,10 +206,12 @@ def estimate(recipe: CaptureSections) -> None:
         target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
         every = batches(documents.by_length(), documents.lengths, recipe.capture.batch_tokens, target.packs)
         tokens = seconds = 0
+        # Batches are in the order of length, so that these are spread from the longest documents to the shortest.
         for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
             batch = Batch([documents[index] for index in every[i]])
             began = time.perf_counter()
             stored = batch.tensors(batch.forward(target), manifest)
+            # To copy to the host is to wait for the device: only then is the clock the batch's.
             {name: tensor.cpu() for name, tensor in stored.items()}
             if number:  # the first one warms up
                 tokens += len(batch.ids_P)
@@ -234,6 +239,7 @@ def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
     shape = target.architecture
     a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
     b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)
+    # A multiplication and an addition for each pair of numbers.
     operations = 2 * a.shape[0] * b.numel()
     count = 0
     spent = 0.0

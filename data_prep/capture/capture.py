@@ -42,6 +42,7 @@ class Batch:
             ids_P = self.ids_P.long().to(target.device)
             lengths = lengths.to(target.device)
             return target.forward_packed(ids_P, lengths).map(lambda t: t[0])
+        # Without packing, documents are padded on the right. Under causal attention no real token sees the padding behind it.
         ids_BT = torch.zeros(len(lengths), max(self.lengths), dtype=torch.long)
         real_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
         ids_BT[real_BT] = self.ids_P.long()
@@ -72,6 +73,7 @@ def batches(indices: np.ndarray, lengths: np.ndarray, batch_tokens: int, packed:
     cuts = []
     longest = 0
     tokens = 0
+    # In the order of length, neighbours have like lengths and little is padded.
     for place, index in enumerate(indices):
         length = int(lengths[index])
         size = tokens + length if packed else longest * (place - (cuts[-1] if cuts else 0) + 1)
@@ -95,7 +97,8 @@ class Outbox:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def put(self, batch: Batch, states: States) -> None:
-        """Raises whatever the writing of an earlier batch raised."""
+        """Raises the error of an earlier batch that could not be written."""
+        # A forward is faster than many disks. Without this wait the states that wait to be written would fill the memory.
         while len(self._pending) >= UNDERWAY:
             self._pending.popleft().result()
         on_gpu = states.last_hidden.device.type == "cuda"
@@ -120,11 +123,13 @@ class Outbox:
             for device in {states.last_hidden.device, *devices}:
                 if device not in self._streams:
                     self._streams[device] = torch.cuda.Stream(device)
+                # The copies must not begin before the forward has written the states.
                 self._streams[device].wait_stream(torch.cuda.current_stream(device))
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             states.map(lambda t: t.record_stream(self._streams[t.device]) or t)  # not reused before it is copied
             for name, tensor in batch.tensors(states, self.writer.manifest).items():
                 if tensor.device.type == "cuda":
+                    # Only a copy into pinned memory runs beside the next forward; any other makes the host wait.
                     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                     tensor = pinned.copy_(tensor, non_blocking=True)
                 host[name] = tensor

@@ -57,6 +57,7 @@ class LiveReader:
 
     def read_many(self, indices: Sequence[int], names: list[str], spans: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Their tensors as `CacheReader.read` gives them, from forwards of at most `capture.batch_tokens` tokens."""
+        # Stable, so that documents of one length keep their order and a batch is the same on every run.
         longest_first = np.argsort(-self.lengths[np.asarray(indices)], kind="stable")
         found: dict[int, dict[str, Tensor]] = {}
         for group in batches(longest_first, self.lengths[np.asarray(indices)], self._batch_tokens, self._target.packs):
@@ -128,6 +129,7 @@ def open_cache(recipe: CaptureSections, barrier: Callable[[], None]) -> CacheRea
     """
     wanted = missing(recipe)
     barrier()  # all have looked before one of them makes it
+    # Every rank runs the target on the documents that it reads itself: nothing is shared, and nothing is waited for.
     if wanted and recipe.cache.on_missing == "live":
         return LiveReader(recipe)
     if wanted:

@@ -60,17 +60,22 @@ def merge(one: Part, other: Part) -> Tensor:
     """Softmax attention over both parts' keys, [B, T, H, D]."""
     a, a_lse = one
     b, b_lse = other
+    # exp(b) / (exp(a) + exp(b)), without the overflow. At least one of the parts has to see a key: of two minus infinities the
+    # difference is no number.
     share = torch.sigmoid(b_lse - a_lse)[..., None]
     return (a + share * (b - a)).to(a.dtype)
 
 
 def _attend(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, hidden_BTL: Tensor) -> Part:
+    # At least float32: this is the definition that the kernels are held against.
     wide = torch.promote_types(q_BTHD.dtype, torch.float32)
     q_BTGSD = q_BTHD.to(wide).unflatten(2, (k_BLGD.shape[2], -1))
     k, v = (t.to(wide).expand(len(q_BTHD), -1, -1, -1) for t in (k_BLGD, v_BLGD))
     scores = torch.einsum("btgsd,blgd->btgsl", q_BTGSD, k) * q_BTHD.shape[-1] ** -0.5
     scores = scores.masked_fill(hidden_BTL[:, :, None, None], -torch.inf)
     lse = scores.logsumexp(-1)
+    # A row that sees nothing has minus infinity everywhere, and the difference of two of these is no number. Zero in its place
+    # gives weights of zero.
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     out = torch.einsum("btgsl,blgd->btgsd", weights, v)
     return out.flatten(2, 3).to(q_BTHD.dtype), lse.flatten(2, 3)
@@ -83,6 +88,7 @@ def _filled(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, gro
     those up to themselves, which is the kernel's causal case. Otherwise a mask says where each request's keys end.
     """
     rows = q_BTHD.shape[1]
+    # On a CPU this costs next to nothing. On a GPU it would make the host wait for the device.
     counts = count_B.tolist()
     if min(counts) == max(counts) and counts[0] > 0:
         if rows == 1 or not growing:
@@ -96,6 +102,7 @@ def _filled(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, gro
     most = max(max(counts) + growing * (rows - 1), 1)
     count_BT = count_B[:, None] + growing * torch.arange(rows)
     hidden_B1TL = (torch.arange(most) >= count_BT[..., None])[:, None]
+    # The kernel adds its mask to the scores.
     mask = torch.zeros(hidden_B1TL.shape, dtype=q_BTHD.dtype).masked_fill_(hidden_B1TL, -torch.inf)
     out, lse = _fused(q_BTHD, k_BLGD[:, :most], v_BLGD[:, :most], mask=mask)
     none_BT1 = (count_BT <= 0)[..., None]  # what the kernel says of such a row is not defined
@@ -124,6 +131,8 @@ def _flash(q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, count_B: Tensor, grow
 
     rows = q_BTHD.shape[1]
     seen_B = (count_B + growing * (rows - 1)).int()  # flash-attn lines the last row up with the last key
+    # num_splits=0 leaves to the kernel over how many blocks it spreads the keys. With few requests and many keys one block for
+    # each head would leave most of the GPU idle.
     out, lse_BHT = flash_attn_with_kvcache(
         q_BTHD, k_BLGD, v_BLGD, cache_seqlens=seen_B, causal=growing, return_softmax_lse=True, num_splits=0
     )

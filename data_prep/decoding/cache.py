@@ -24,6 +24,7 @@ class StaticCache:
 
     def first(self, count: int) -> "StaticCache":
         """The first `count` places of the batch, as a cache that shares their memory."""
+        # Without the constructor, which would make a cache of its own.
         part = StaticCache.__new__(StaticCache)
         part.key = self.key[:, :count]
         part.value = self.value[:, :count]
@@ -54,6 +55,7 @@ class StaticCache:
                 return over_cache(q_BTHD, key, value, base_B + 1, growing=True)[0]
             before = over_cache(q_BTHD, key, value, base_B, growing=False)
             batch, count = q_BTHD.shape[:2]
+            # The rows of all requests are one list of keys here; a row may see those of its own request alone.
             same_BTBT = torch.eye(batch, dtype=torch.bool, device=base_B.device)[:, None, :, None] & seen_BTT[:, :, None]
             return merge(before, over_rows(q_BTHD, k_BTGD.flatten(0, 1), v_BTGD.flatten(0, 1), same_BTBT.flatten(2)))
 
@@ -61,6 +63,7 @@ class StaticCache:
 
     def keep(self, base_B: Tensor, row_BJ: Tensor) -> None:
         """Move the keys of rows `row_BJ` (a path of a tree, from its root) to the places from `base_B` on."""
+        # The right side is a copy by indices, made before anything is written: paths may overlap with where they go.
         source = base_B[:, None] + row_BJ
         target = base_B[:, None] + torch.arange(row_BJ.shape[1], device=base_B.device)
         for kind in (self.key, self.value):

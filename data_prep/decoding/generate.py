@@ -8,12 +8,9 @@ Shapes: P places, N requests that begin together, T rows, L tokens of a text, U 
 head size.
 """
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,111 +18,16 @@ from torch import Tensor
 from common.errors import UserError
 from data_prep.decoding.attention import among_rows
 from data_prep.decoding.cache import StaticCache
+from data_prep.decoding.dialogues import Answer, Dialogue, Line, Request, prefill_groups
 from data_prep.decoding.graphs import Graphed
+from data_prep.decoding.places import Places
 from data_prep.decoding.sampling import drawn, nucleus
 from data_prep.target.target import Target
 
 STEPS_UNSEEN = 8  # on a GPU, between two looks at who has ended
 MOST_PLACES = 512  # on a GPU, unless told otherwise
-PREFILL_TOKENS = 16384  # of one forward over prompts, padding included
 ROOM_STEP = 128  # a cache's positions are a multiple of it
 SHARE = 0.8  # of a GPU's free memory; the rest is for reading prompts
-
-
-class Ask(NamedTuple):
-    """Continue `tokens`. At temperature 0 with the likeliest token, else drawn from random numbers of `seed` alone, so that an
-    answer does not depend on who is asked beside it (but for rounding). `tokens` and `max_tokens` fit into the target's
-    positions."""
-
-    tokens: list[int]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-class Answer(NamedTuple):
-    """`tokens` up to the end token, which is not among them; not `ended`: cut at `max_tokens`."""
-
-    tokens: list[int]
-    ended: bool
-
-
-Dialogue = Generator[Ask, Answer, None]  # yields what it asks, gets its answer, and keeps what it makes of it
-
-
-@dataclass
-class Request:
-    """What a dialogue asks now."""
-
-    dialogue: Dialogue
-    ask: Ask
-
-    @property
-    def positions(self) -> int:
-        """That prompt and answer may take."""
-        return len(self.ask.tokens) + self.ask.max_tokens
-
-
-class Line:
-    """Who waits for a place: dialogues that go on, then those that have not begun."""
-
-    def __init__(self, dialogues: Iterator[Dialogue]):
-        self._fresh = dialogues
-        self._going_on: deque[Request] = deque()
-        self.empty = False  # nobody waits, and nobody new will come
-
-    def take(self, count: int) -> list[Request]:
-        taken = [self._going_on.popleft() for _ in range(min(count, len(self._going_on)))]
-        while len(taken) < count and (dialogue := next(self._fresh, None)) is not None:
-            taken += self._asked(dialogue, None)
-        self.empty = len(taken) < count
-        return taken
-
-    def put_back(self, requests: list[Request]) -> None:
-        self._going_on.extendleft(reversed(requests))
-        self.empty = self.empty and not requests
-
-    def answered(self, request: Request, answer: Answer) -> None:
-        """The dialogue gets its answer; if it asks again it is the first to get a place."""
-        self.put_back(self._asked(request.dialogue, answer))
-
-    def _asked(self, dialogue: Dialogue, answer: Answer | None) -> list[Request]:
-        try:
-            return [Request(dialogue, dialogue.send(answer))]
-        except StopIteration:
-            return []
-
-
-class Places:
-    """What the device knows of its requests, place by place. A text's last token is not processed yet."""
-
-    FIELDS = ("text_PL", "length_P", "size_P", "limit_P", "going_P", "temperature_P", "top_p_P", "random_PU")
-
-    def __init__(self, count: int, positions: int, draws: int, device: torch.device):
-        self.text_PL = torch.zeros(count, positions + 1, dtype=torch.long, device=device)
-        # Tokens that are processed, of the prompt, and of prompt and answer at most.
-        self.length_P, self.size_P, self.limit_P = torch.zeros(3, count, dtype=torch.long, device=device)
-        self.going_P = torch.zeros(count, dtype=torch.bool, device=device)
-        self.temperature_P, self.top_p_P = torch.zeros(2, count, device=device)
-        self.random_PU = torch.zeros(count, draws, dtype=torch.float64, device=device)
-
-    def first(self, count: int) -> "Places":
-        """The first `count` places, sharing their memory."""
-        part = Places.__new__(Places)
-        for name in self.FIELDS:
-            setattr(part, name, getattr(self, name)[:count])
-        return part
-
-    def take_over(self, smaller: "Places") -> None:
-        for name in self.FIELDS:
-            old = getattr(smaller, name)
-            getattr(self, name)[tuple(map(slice, old.shape))] = old
-
-    def move(self, source: Tensor, destination: Tensor) -> None:
-        for name in self.FIELDS:
-            field = getattr(self, name)
-            field[destination] = field[source]
 
 
 class BatchGenerator:
@@ -165,7 +67,7 @@ class BatchGenerator:
         try:
             self._run(Line(iter(dialogues)))
         finally:
-            # After an error nobody is left for another run.
+            # After an error no request is left over for the next run.
             self._taken.clear()
             self._draining = False
 
@@ -205,7 +107,7 @@ class BatchGenerator:
         free = (place for place in range(self._count) if place not in self._taken)
         # Prompts of like lengths are read together, so that little is padded.
         requests = sorted(requests, key=lambda r: len(r.ask.tokens))
-        for group in _groups(requests):
+        for group in prefill_groups(requests):
             places = list(islice(free, len(group)))
             self._prefill(group, places)
             self._taken.update(zip(places, group))
@@ -220,6 +122,7 @@ class BatchGenerator:
         for ask, ids_T, random_U in zip((r.ask for r in group), ids_NT, random_NU):
             ids_T[: len(ask.tokens)] = torch.tensor(ask.tokens)
             if ask.temperature > 0:
+                # Drawn on the CPU: the same numbers on every device.
                 own = torch.Generator().manual_seed(ask.seed)
                 random_U[: ask.max_tokens] = torch.rand(ask.max_tokens, generator=own, dtype=torch.float64)
         ids_NT, size_N, random_NU = (t.to(device) for t in (ids_NT, size_N, random_NU))
@@ -250,7 +153,7 @@ class BatchGenerator:
         state.going_P[place_N] = ~torch.isin(first_N, self._ends_E) & (numbers("max_tokens") > 1)
 
     def _step(self) -> None:
-        """One more token of everybody who is going, on as many places as are in use."""
+        """One more token of every request that is going, on as many places as are in use."""
         width = self._width(max(self._taken) + 1)
         key = (width, self._samples, self._cuts)
         if key not in self._graphs:
@@ -310,7 +213,7 @@ class BatchGenerator:
         return found
 
     def _close_up(self) -> None:
-        """Nobody waits for a place any more: requests move together, so that steps are over fewer places."""
+        """No request waits for a place any more. Those that are left move together, so that steps are over fewer places."""
         count = len(self._taken)
         if self._width(count) == self._width(max(self._taken) + 1):
             return
@@ -336,8 +239,8 @@ class BatchGenerator:
         return width
 
     def _reserve(self, positions: int, draws: int) -> bool:
-        """Make room for requests of so many positions and answers of so many tokens. False: there is no memory for caches beside
-        those in use, so that everybody who is going has to end first; then places may be fewer."""
+        """Make room for requests of `positions` positions and answers of `draws` tokens. False: there is no memory for new caches
+        beside those in use. All requests that are going have to end first; after that there may be fewer places."""
         old = self._places
         cache = self._cache
         if old is not None and cache.room >= positions and old.random_PU.shape[1] >= draws:
@@ -367,6 +270,7 @@ class BatchGenerator:
             self._cache.key[:, :, : cache.room] = cache.key
             self._cache.value[:, :, : cache.room] = cache.value
         self._graphs.clear()
+        # All graphs work in one pool of memory. They may, because no two of them run at the same time.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         return True
 
@@ -385,18 +289,8 @@ class BatchGenerator:
         if not self._cuda:
             return self._count
         a = self._target.architecture
+        # What PyTorch holds and does not use is free for new tensors too, though the driver counts it as taken.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         cached = 2 * a.num_layers * room * a.kv_heads * a.head_dim * self._target.dtype.itemsize
         drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64
         return int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
-
-
-def _groups(requests: list[Request]) -> Iterator[list[Request]]:
-    """Requests, the shortest first, cut where a forward over their prompts would take more than `PREFILL_TOKENS`."""
-    group: list[Request] = []
-    for request in requests:
-        if group and len(request.ask.tokens) * (len(group) + 1) > PREFILL_TOKENS:
-            yield group
-            group = []
-        group.append(request)
-    yield group

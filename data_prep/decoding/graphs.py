@@ -6,7 +6,7 @@ import torch
 
 
 class Graphed:
-    """A function of static tensors: on a GPU one CUDA graph, replayed; on a CPU called as it is.
+    """A function of static tensors: on a GPU one CUDA graph, replayed; on a CPU a plain call.
 
     What it is called with, and what it returns, are the same tensors every time on a GPU.
     """

@@ -50,6 +50,7 @@ def lay_out(model: nn.Module, more: int = 0) -> bool:
     bytes. For decoding alone: what changes a weight afterwards (training, loading, another dtype) does not reach its layout."""
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and can_be_laid_out(layer.weight)]
     layers = [layer for layer in layers if "forward" not in layer.__dict__]  # else it was done
+    # A layout is a second copy of the weight, because the weight itself stays for everything else that reads it.
     if more + sum(layer.weight.nbytes for layer in layers) > MOST * psutil.virtual_memory().available:
         return False
     for layer in layers:

@@ -23,6 +23,7 @@ def distribution(logits: Tensor, temperature: float, top_p: float = 1.0, top_k: 
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     scores = (logits / temperature).reshape(-1, logits.shape[-1])
+    # transformers' own warpers, so that ties are cut as `generate` cuts them. They take the text so far and do not look at it.
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
@@ -50,7 +51,10 @@ def nucleus(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
 def drawn(p_RV: Tensor, u_R: Tensor) -> Tensor:
     """The token of each row that a uniform number in [0, 1) names, [R]: the inverse of the cumulative distribution. `p_RV` need
     not sum to one."""
+    # In float64: the error of a float32 sum over a vocabulary would exceed the probabilities of its rare tokens.
     below_RV = p_RV.double().cumsum(-1)
+    # right=True: a token of probability zero is as wide as nothing and is never drawn. The clamp is for a product that rounds up
+    # to the whole sum.
     return torch.searchsorted(below_RV, (u_R * below_RV[:, -1])[:, None], right=True)[:, 0].clamp(max=p_RV.shape[-1] - 1)
 
 

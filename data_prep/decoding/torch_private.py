@@ -70,6 +70,7 @@ def compile_for_widths(layers: Iterable[nn.Module]) -> None:
 @contextmanager
 def uncompiled(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Layers without what `compile` put in their call, for inputs of any length, each of which would be compiled."""
+    # `compile()` of a module leaves its compiled call in this attribute, and the module's call goes there whenever it is set.
     compiled: list[tuple[nn.Module, Callable | None]] = [(layer, layer._compiled_call_impl) for layer in layers]
     try:
         for layer, _ in compiled:

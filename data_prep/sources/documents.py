@@ -58,6 +58,7 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
             yield from zip(chunk, _encode_chunk(chunk, tokenizer, data))
         return
     arguments = (tokenizer, data, os.getpid())
+    # Forked, so that the tokenizer is not loaded in every worker again.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
     window = deque()
     others = set(multiprocessing.active_children())
@@ -66,6 +67,8 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
         with pool:
             for chunk in chunks:
                 window.append((chunk, pool.submit(_worker, chunk)))
+                # The pool starts its processes at the first `submit`. Which ones they are has to be known in order to see one
+                # die.
                 started = started or set(multiprocessing.active_children()) - others
                 if len(window) > 4 * workers:  # what is read ahead is bounded
                     yield from _result(window, started)
@@ -103,9 +106,11 @@ def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int],
 def _start_worker(tokenizer, data, parent: int) -> None:
     global _worker_state
     _worker_state = tokenizer, data
+    # The processes are the parallelism: threads of the tokenizer in each of them would compete for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The parent may have died before the kernel was told. Then no signal comes any more.
         if os.getppid() != parent:
             os._exit(1)
 
@@ -124,7 +129,10 @@ class Digest:
     def add(self, document: TokenDocument) -> None:
         one = xxhash.xxh3_128()
         for part in (document.id.encode(), document.input_ids.tobytes(), document.loss_mask.tobytes()):
+            # The length goes before each part: without it a byte could move from one part to the next unnoticed.
             one.update(len(part).to_bytes(8, "little") + part)
+        # A sum is the same in any order, so that processes and merged caches agree. An exclusive or would not see a document that
+        # stands twice.
         self.total += one.intdigest()
 
     def hex(self) -> str:
@@ -155,6 +163,7 @@ def write_documents(path: Path, documents: Iterable[TokenDocument], left_out: Co
         temporary.unlink()
         why = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common()) or "the source is empty"
         raise UserError(f"the data source gives no document to capture: {why}")
+    # Not synced: every capture tokenises anew.
     os.replace(temporary, path)
     return {"hash": digest.hex(), **counts, "left_out": dict(left_out)}
 
@@ -163,6 +172,7 @@ class Documents:
     """What `write_documents` wrote: `ids`, `lengths` [N], `supervised` [N], and a `TokenDocument` by index."""
 
     def __init__(self, path: Path):
+        # Mapped into memory: the pages that are read belong to the system's cache and not to this process.
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.ids = self._table["id"]
         self.lengths = pc.list_value_length(self._table["input_ids"]).to_numpy().astype(np.int64)

@@ -55,6 +55,7 @@ def _stdlib(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
             continue  # the library's tests of bad encodings are not readable text
         if heldout in (None, is_heldout_module(path.name)):
             found.append(Record(path.relative_to(root).as_posix(), {"text": text}))
+    # By hash, so that a limit on tokens takes a sample of the whole library instead of its first folders.
     return iter(sorted(found, key=lambda r: stable_hash(r.id)))
 
 
@@ -68,6 +69,7 @@ class Lines:
         self._id_field = id_field
         keys = array("Q")
         places = array("Q")
+        # Bytes, because places in a text file cannot be counted line by line.
         with open(path, "rb") as file:
             place = number = 0
             while line := file.readline():
@@ -122,7 +124,7 @@ def load_hub(name: str, config: str | None, split: str, files=None, streaming: b
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, config, split=split, data_files=files, streaming=streaming)
-    except Exception as error:  # the library raises whatever its builders and its network raise
+    except Exception as error:  # the library passes on all errors of its builders and of the network
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}.name={name}, {key}.split={split}: datasets cannot load it ({what[:300]})") from error
 
@@ -137,6 +139,7 @@ def _hub(data: DataRecipe, heldout: bool | None) -> Iterator[Record]:
     numbered = iter(enumerate(dataset))
     if not data.streaming:
         named = dataset[data.id] if data.id in dataset.column_names else [None] * len(dataset)
+        # Of the ids alone: a data set that is on the disk is not read to be put in order.
         ids = [_id({data.id: name}, data.id, number) for number, name in enumerate(named)]
         numbered = ((i, dataset[i]) for i in sorted(range(len(ids)), key=lambda i: stable_hash(ids[i])))
     seen: set[int] = set()

@@ -41,7 +41,7 @@ class TokenDocument(NamedTuple):
 
 
 def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask of one record, as long as it is.
+    """Token ids and loss mask of one record, uncut.
 
     Raises:
         LeftOut: the record is malformed, or the chat template cannot say what the assistant wrote.
@@ -79,6 +79,7 @@ def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, le
     for k, start in enumerate(range(0, max(len(ids), 1), length)):
         piece = np.asarray(ids[start : start + length], dtype=np.int32)
         supervised = np.asarray(mask[start : start + length], dtype=np.uint8)
+        # Also where a long text was cut: what came before is not in the document.
         supervised[:1] = 0  # the first token is predicted from nothing
         if not supervised.any():
             left_out["no supervised token" if len(piece) > 1 else "fewer than two tokens"] += 1
@@ -97,10 +98,12 @@ def joined(
         if isinstance(one, str):
             yield record, one
             continue
+        # Decided for each record, before joining: a piece that held both sides could be on neither.
         judged = is_validation(record.id)
         prefix = VALIDATION * judged
         name, ids, mask = begun.pop(judged, (prefix + record.id, [], []))
         started = len(ids)
+        # The end token between two texts is the only sign that the next one does not follow from the last.
         ids = ids + one[0] + [end] * (end is not None)
         mask = mask + one[1] + [1] * (end is not None)
         while len(ids) >= length:
@@ -183,6 +186,7 @@ def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data:
     if not tokenizer.chat_template:
         raise UserError("the target's tokenizer has no chat template, which data=chat needs")
 
+    # A template that writes today's date would make another cache tomorrow.
     template = dateless(tokenizer.get_chat_template(tools=tools or None))
 
     def render(some: list[dict], prompt: bool = False, mask: bool = False):
@@ -219,6 +223,7 @@ def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data:
 
 def _prefix(part: list[int], whole: list[int], data: DataRecipe) -> list[int]:
     """`part`, once it is seen to begin `whole`."""
+    # Compared as tokens and not as text: two texts of which one begins the other need not be cut into tokens alike.
     if whole[: len(part)] != part:
         raise LeftOut(
             "the chat template writes a turn differently once others follow it (Qwen3 drops earlier thinking), so that "

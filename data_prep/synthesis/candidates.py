@@ -13,10 +13,10 @@ import numpy as np
 
 from common.errors import UserError
 from common.hashing import stable_hash
-from data_prep.decoding.generate import Ask, Dialogue
+from data_prep.decoding.dialogues import Ask, Dialogue
 from data_prep.recipe import PLACEHOLDER, FiltersRecipe, KindRecipe, SynthesizeRecipe, TurnRecipe
 from data_prep.sources.records import Lines, Record
-from data_prep.sources.sides import is_heldout
+from data_prep.sources.sides import HELDOUT_IN, is_heldout
 from data_prep.sources.tokens import HALF, LeftOut
 from data_prep.synthesis.filters import looping
 from data_prep.synthesis.turns import Turns, assistant, user
@@ -36,6 +36,7 @@ class Draws:
         return stable_hash(self._prefix + what) % 2**63
 
     def uniform(self, what: str) -> float:
+        # A float holds 53 bits exactly, so that the result stays below 1.
         return (stable_hash(self._prefix + what) >> 11) / 2**53
 
     def one(self, what: str, among: list) -> Any:
@@ -56,7 +57,8 @@ class Texts:
         self._lines = Lines(path, "id", "")
         if not len(self._lines):
             raise UserError(f"synthesize.texts={path} has no text")
-        heldout = self._lines.keys % 50 == 0
+        # The rule of `is_heldout`, on the hashes that are there already.
+        heldout = self._lines.keys % HELDOUT_IN == 0
         self._sides = {True: np.flatnonzero(heldout), False: np.flatnonzero(~heldout)}
         _text_of(self._lines[0], path)
         self._path = path
@@ -123,6 +125,7 @@ class Author:
             record = yield from self._conversation(n, kind, draws)
         except LeftOut as reason:
             record = {"left_out": str(reason)}
+        # A candidate that is left out is written too: the numbers of those that are done leave no gap.
         write({"n": n, "kind": kind, **record})
 
     def _conversation(self, n: int, name: str, draws: Draws):

@@ -22,6 +22,7 @@ def looping(text: str) -> float:
     words = MARKED.findall(text.casefold())
     grams = [tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)]
     stretch = WINDOW - GRAM + 1
+    # Stretches overlap by half: a loop of up to half a stretch lies whole in one of them.
     starts = range(0, max(1, len(grams) - stretch + stretch // 2), stretch // 2)
     stretches = [grams[start : start + stretch] for start in starts]
     # A short rest says little: the last stretch is as long as the others.
@@ -52,10 +53,11 @@ def repeats(texts: Sequence[str], near: float) -> list[str | None]:
     similarity of `near` at least), or None.
 
     Comparing each with each would take hours for 100,000 texts. Two sets of shingles of which one has n, and which are that
-    similar, share at least ceil(near * n) of them. So whatever order the shingles are looked at in, one of the first
-    n - ceil(near * n) + 1 is among those of the other, too, and by the same token among its first. In the order of how many
-    texts have them, the rarest first, hardly any two texts meet there that are not alike.
+    similar, share at least ceil(near * n) of them. Put the shingles in any one order: one of the first n - ceil(near * n) + 1 is
+    in the other set as well, and among its first ones for the same reason. In the order of how many texts have them, the rarest
+    first, hardly any two texts meet there that are not alike.
     """
+    # White space is no difference: models vary it from one writing to the next.
     plain = [" ".join(text.split()) for text in texts]
     sets = [shingles(text) for text in plain]
     known, spread = np.unique(np.concatenate(sets), return_counts=True) if sets else (np.empty(0), np.empty(0))

@@ -20,6 +20,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self._path = path
+        # O_APPEND: each write goes to the end that the file has at that moment, whoever wrote there last.
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._waiting: list[str] = []
         self._flushed = time.monotonic()
@@ -35,6 +36,7 @@ class Journal:
 
     def share(self) -> None:
         """Held by all processes of one command; none of another can `lock` meanwhile."""
+        # Rank 0 gives up its exclusive lock by this; the others wait for that here.
         fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def repair(self) -> None:
@@ -54,6 +56,8 @@ class Journal:
         self._flushed = time.monotonic()
         if not lines:
             return
+        # Two kinds of lock, which do not see each other: `flock` is held by a command for as long as it runs, `lockf` by one
+        # process while it writes.
         fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
             size = os.fstat(self._file).st_size
@@ -65,6 +69,7 @@ class Journal:
                     lines = lines[os.write(self._file, lines) :]
                 os.fsync(self._file)
             except OSError as error:
+                # The disk may have taken half a line. It goes, so that the file ends as it did before.
                 os.ftruncate(self._file, size)
                 what = f"{self._path} cannot be written ({error.strerror})"
                 raise UserError(f"{what}; make room, then run the same command again") from error
@@ -76,6 +81,7 @@ class Journal:
         place = 0
         with open(self._path, "rb") as file:
             for line in file:
+                # A line that is just being written, or that a kill cut short.
                 if not line.endswith(b"\n"):
                     return
                 yield place, line

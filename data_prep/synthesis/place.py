@@ -47,6 +47,7 @@ class Place:
         try:
             about = json.loads(self.about.read_text())
             _refuse_others(self.out, settings, about["settings"])
+            # A size shows that lines were added or removed, and costs nothing to read.
             if about["bytes"] != self.out.stat().st_size:
                 raise UserError(f"{self.out} was changed since mode=synthesize wrote it; choose another synthesize.out")
             names = ("conversations", "tokens", "candidates")
@@ -64,6 +65,7 @@ class Place:
             return None
         try:
             if not line.endswith(b"\n"):
+                # The command was killed while it wrote its very first line.
                 if b'{"settings": '.startswith(line[:13]):
                     return None
                 raise ValueError

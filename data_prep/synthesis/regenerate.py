@@ -14,7 +14,8 @@ from common.hashing import stable_hash
 from common.progress import Progress
 from common.ranks import rank, world_size
 from data_prep.capture.build import say
-from data_prep.decoding.generate import Ask, BatchGenerator, Dialogue
+from data_prep.decoding.dialogues import Ask, Dialogue
+from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe
 from data_prep.sources import records as sources
 from data_prep.sources.tokens import LeftOut, messages_of
@@ -79,6 +80,7 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         barrier()
         say(left_out)
         if rank() == 0:
+            # Read again: other processes have appended to it.
             if not (done := _done(journal, out, settings)):
                 raise UserError(f"not one conversation could be answered: {'; '.join(left_out) or 'the source is empty'}")
             print(f"{out}: {len(done):,} conversations; use them with data=chat data.path={out}", flush=True)
@@ -110,6 +112,7 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journa
 def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Counter) -> Iterator[Conversation]:
     """This process's share of what is to be answered. Raises UserError when an answer that is there had other prompts."""
     for record in sources.records(recipe.data, heldout=None):
+        # By id and not by place, because another number of processes has to find the same conversations done.
         if (key := stable_hash(record.id)) % world_size() != rank():
             continue
         try:
@@ -119,6 +122,7 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
+        # The source's replies are dropped: the target's own take their place. Messages between two replies are one prompt.
         prompts: list[list[dict]] = [[]]
         for message in messages:
             if message["role"] != "assistant":
@@ -158,6 +162,8 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Wr
         try:
             for turn, messages in enumerate(conversation.prompts):
                 history += messages
+                # Of the conversation and its turn alone: who else is in the batch, and how many processes there are, changes no
+                # answer.
                 seed = stable_hash(f"regenerate/{ask.seed}/{turn}/{conversation.id}") % 2**63
                 answer = yield Ask(prompt(history), ask.max_tokens, ask.temperature, ask.top_p, seed)
                 history.append({"role": "assistant", "content": tokenizer.decode(answer.tokens, skip_special_tokens=True)})
@@ -194,6 +200,7 @@ def _done(journal: Journal, out: Path, settings: dict) -> dict[int, str]:
             done[stable_hash(record["id"])] = record["prompts"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{out}, line {number} was not written by mode=regenerate; choose another regenerate.out") from error
+        # Answers of two temperatures or targets in one file would be no sample of either.
         if fields := sorted(k for k in settings.keys() | earlier.keys() if settings.get(k) != earlier.get(k)):
             raise UserError(f"{out} was written with other settings; these differ: {', '.join(fields)}. Choose another file")
     return done

@@ -20,7 +20,8 @@ from common.errors import UserError
 from common.progress import Progress
 from common.ranks import rank, world_size
 from data_prep.capture.build import say
-from data_prep.decoding.generate import BatchGenerator, Dialogue
+from data_prep.decoding.dialogues import Dialogue
+from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe, SynthesizeRecipe
 from data_prep.synthesis.candidates import Author, Texts
 from data_prep.synthesis.filters import repeats
@@ -30,7 +31,7 @@ from data_prep.synthesis.turns import Turns
 from data_prep.target.architecture import target_sizes
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 
-WINDOW = 1000  # candidates: of the last so many
+WINDOW = 1000  # candidates: of the last ones
 LEAST = 0.01  # must be kept, or the command gives up
 REPEATED = {"exact": "a first message that another conversation has", "near": "a first message nearly as another conversation's"}
 

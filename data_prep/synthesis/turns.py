@@ -21,6 +21,8 @@ class Turns:
         self._template = f"the chat template of target {target}"
         self.tokenizer = tokenizer
         self._options = {"chat_template": dateless(tokenizer.get_chat_template()), **options}
+        # Not every special token is in `all_special_ids`: tokenizers mark others, such as those around a turn, as special when
+        # they are added.
         added = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
         try:
@@ -30,7 +32,7 @@ class Turns:
             raise UserError(f"{self._template} cannot be used: {reason}") from reason
 
     def whole(self, messages: list[dict], **options) -> list[int]:
-        """A conversation as it is. Raises LeftOut when the template refuses it."""
+        """The tokens of a whole conversation. Raises LeftOut when the template refuses it."""
         return rendered(self.tokenizer, messages, **options, **self._options)["input_ids"]
 
     def before_reply(self, history: list[dict]) -> list[int]:
@@ -38,8 +40,8 @@ class Turns:
         return self.whole(history, add_generation_prompt=True)
 
     def before_user(self, history: list[dict], begun: str = "") -> list[int]:
-        """What the target continues as the user, whose message begins with `begun`: the tokens that are the same whatever comes
-        next. (A blank at the end of `begun` belongs to the token of the next word, which the target has yet to write.)"""
+        """What the target continues as the user, whose message begins with `begun`: the tokens that do not depend on what
+        comes next. (A blank at the end of `begun` belongs to the token of the next word, which the target has yet to write.)"""
         return _common([self.whole([*history, user(begun + probe)]) for probe in PROBES])
 
     def refuse_without_user(self) -> None:
@@ -67,6 +69,7 @@ class Turns:
 
     def _end(self, conversations: list[list[dict]]) -> int | None:
         """The special token that ends the last message of each."""
+        # What all conversations end with is the template's. Read backwards, it is what they begin with.
         behind = _common([self.whole(messages)[::-1] for messages in conversations])[::-1]
         return next((token for token in behind if token in self.special), None)
 

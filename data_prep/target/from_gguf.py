@@ -1,6 +1,6 @@
 """Targets that are one GGUF file: from a file's name to the folder that is made of it, once, and found ever after.
 
-What the file says is read in data_prep/target/gguf_contents.py.
+What the file says is read in data_prep/target/gguf_contents.py and gguf_tokenizer.py.
 """
 
 import fcntl
@@ -20,7 +20,8 @@ from common.errors import UserError, first_line
 from common.files import write_text
 from common.hashing import file_hash
 from common.tensor_files import stream_safetensors
-from data_prep.target.gguf_contents import INTERLEAVED, config_of, dtype_of, generation_of, pieces, read, tensors_of, tokenizer_of
+from data_prep.target.gguf_contents import INTERLEAVED, config_of, dtype_of, generation_of, pieces, read, tensors_of
+from data_prep.target.gguf_tokenizer import tokenizer_of
 
 FORMAT = 1  # of the folders that are made: raise it when the same file becomes another folder
 SEAL = "understudy.json"  # written last: a folder without it, or with files of other sizes, counts for nothing

@@ -1,6 +1,7 @@
-"""What a GGUF file says: weights (most of them quantised), sizes and tokenizer, under the names of llama.cpp.
+"""What a GGUF file says: weights (most of them quantised) and sizes, under the names of llama.cpp.
 
-All knowledge of the format lives in this file. What would be read otherwise than it was meant is refused by name.
+All knowledge of the format lives in this file and in gguf_tokenizer.py. What would be read otherwise than it was meant is refused
+by name.
 
 Shapes: R rows, C columns, D head size.
 """
@@ -10,29 +11,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.errors import UserError, first_line
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}  # Mistral's files are called llama, and are
 INTERLEAVED = ("llama",)  # whose queries and keys llama.cpp rotates as neighbours
-# Of tokenizer.ggml.token_type.
-CONTROL = 3
-USER_DEFINED = 4
 PIECE = 1 << 25  # numbers that are dequantised at once
 
 # Keys of an architecture that are read below. Any other one that says something (is not 0) is refused.
@@ -55,30 +41,6 @@ KNOWN = {
     "vocab_size",
 }
 
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = WORDS.format(digits=r"\p{N}{1,3}")
-QWEN2 = WORDS.format(digits=r"\p{N}")
-# tokenizer.ggml.pre: how text is cut before merges. GPT-2's own rule is the byte level's.
-SPLITS = {
-    "gpt-2": None,
-    "smollm": None,  # behind a cut around every digit
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "llama-bpe": LLAMA3,
-    "tekken": TEKKEN,
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-}
-WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")  # a word of the vocabulary is not merged; BOS unless told otherwise
-
 
 def read(file: Path):
     """The file's GGUFReader: all of its keys, and its tensors mapped into memory.
@@ -99,7 +61,7 @@ def read(file: Path):
     return reader
 
 
-def _value(reader, key: str, default=None):
+def key_value(reader, key: str, default=None):
     field = reader.fields.get(key)
     return default if field is None else field.contents()
 
@@ -112,11 +74,11 @@ def config_of(reader, file: Path) -> PreTrainedConfig:
     Raises:
         UserError: the architecture is not known, a key is missing, or a key says what would go unnoticed.
     """
-    family = _value(reader, "general.architecture")
+    family = key_value(reader, "general.architecture")
     if family not in CONFIGS:
         raise UserError(f"{file} holds a '{family}'; Understudy reads GGUF files of {', '.join(CONFIGS)} (Mistral's are llama)")
     prefix = f"{family}."
-    said = {key.removeprefix(prefix): _value(reader, key) for key in reader.fields if key.startswith(prefix)}
+    said = {key.removeprefix(prefix): key_value(reader, key) for key in reader.fields if key.startswith(prefix)}
     for key, value in sorted(said.items()):
         if (key not in KNOWN and value) or isinstance(value, list):  # a list: layers that differ
             raise UserError(f"{file}: {prefix}{key}={value} is not supported")
@@ -136,9 +98,9 @@ def config_of(reader, file: Path) -> PreTrainedConfig:
             rms_norm_eps=said["attention.layer_norm_rms_epsilon"],
             rope_parameters=_rope(said, file),
             tie_word_embeddings="output.weight" not in tensors,
-            bos_token_id=_value(reader, "tokenizer.ggml.bos_token_id"),
-            eos_token_id=_value(reader, "tokenizer.ggml.eos_token_id"),
-            pad_token_id=_value(reader, "tokenizer.ggml.padding_token_id"),
+            bos_token_id=key_value(reader, "tokenizer.ggml.bos_token_id"),
+            eos_token_id=key_value(reader, "tokenizer.ggml.eos_token_id"),
+            pad_token_id=key_value(reader, "tokenizer.ggml.padding_token_id"),
         )
     except KeyError as error:
         raise UserError(f"{file} lacks {error.args[0]}") from error
@@ -187,80 +149,11 @@ def _llama3_rope(config: PreTrainedConfig, factor_D: Tensor, file: Path) -> None
 
 def generation_of(reader) -> GenerationConfig:
     """Its end tokens are those that the file names: of a text, of a turn, of a message."""
-    named = [_value(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    named = [key_value(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     ends = [i for i in dict.fromkeys(named) if i is not None]
-    start = _value(reader, "tokenizer.ggml.bos_token_id")
-    pad = _value(reader, "tokenizer.ggml.padding_token_id")
+    start = key_value(reader, "tokenizer.ggml.bos_token_id")
+    pad = key_value(reader, "tokenizer.ggml.padding_token_id")
     return GenerationConfig(bos_token_id=start, eos_token_id=ends or None, pad_token_id=pad)
-
-
-def tokenizer_of(reader, file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the file's keys describe, with its chat template.
-
-    Raises:
-        UserError: the file carries none, or one of another kind.
-    """
-    kind = _value(reader, "tokenizer.ggml.model")
-    tokens = _value(reader, "tokenizer.ggml.tokens")
-    if not kind or not tokens:
-        raise UserError(f"{file} carries no tokenizer (tokenizer.ggml.model and .tokens); a target needs its own")
-    types = _value(reader, "tokenizer.ggml.token_type") or []
-    if kind == "llama":  # SentencePiece
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        if not _value(reader, "tokenizer.ggml.add_space_prefix", True):  # which transformers does not read
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-            unspaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-            tokenizer.backend_tokenizer.decoder = decoders.Sequence(unspaced)
-    elif kind == "gpt2":
-        try:
-            tokenizer = _byte_level(reader, tokens, types, file)
-        except UserError:
-            raise
-        except Exception as error:  # the library below raises plain exceptions
-            raise UserError(f"{file}: the tokenizer cannot be rebuilt ({first_line(error)})") from error
-    else:
-        raise UserError(f"{file}: a tokenizer of kind '{kind}' is not supported; those that are: gpt2, llama")
-    marked = [i for i, what in enumerate(types) if what in (CONTROL, USER_DEFINED)]
-    if wrong := [tokens[i] for i in marked if tokenizer.convert_tokens_to_ids(tokens[i]) != i]:
-        raise UserError(f"{file}: the tokenizer cannot be rebuilt; it would lose {wrong[0]!r}")
-    return tokenizer
-
-
-def _byte_level(reader, tokens: list[str], types: list[int], file: Path) -> PreTrainedTokenizerBase:
-    rule = _value(reader, "tokenizer.ggml.pre")
-    if rule not in SPLITS:
-        raise UserError(f"{file}: the tokenizer cuts text by the rule '{rule}'; those that are known: {', '.join(SPLITS)}")
-    merges = _value(reader, "tokenizer.ggml.merges")
-    if merges is None:
-        raise UserError(f"{file} carries half a tokenizer: it lacks tokenizer.ggml.merges")
-    if len(set(tokens)) < len(tokens):
-        raise UserError(f"{file}: the tokenizer has two tokens of one spelling")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=rule in WHOLE_WORDS))
-    if SPLITS[rule] == QWEN2:
-        backend.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Digits(individual_digits=True)] if rule == "smollm" else []
-    if split := SPLITS[rule]:
-        cuts.append(pre_tokenizers.Split(Regex(split), "isolated"))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t, what in zip(tokens, types) if what == CONTROL])
-    backend.add_tokens([AddedToken(t, normalized=False) for t, what in zip(tokens, types) if what == USER_DEFINED])
-    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {ours: _value(reader, f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in named.items()}
-    around = {
-        "bos": _value(reader, "tokenizer.ggml.add_bos_token", rule in WHOLE_WORDS),
-        "eos": _value(reader, "tokenizer.ggml.add_eos_token", False),
-    }
-    added = {which: (tokens[ids[which]], ids[which]) for which, wanted in around.items() if wanted and ids[which] is not None}
-    template = [added[w][0] for w in ("bos",) if w in added] + ["$A"] + [added[w][0] for w in ("eos",) if w in added]
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(added.values()))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=_value(reader, "tokenizer.chat_template"),
-        **{f"{which}_token": None if i is None else tokens[i] for which, i in ids.items()},
-    )
 
 
 def tensors_of(reader, config: PreTrainedConfig, file: Path) -> dict:

@@ -22,7 +22,8 @@ from data_prep.target.target import Target
 from eval.engine.drafting import StaticDrafting
 from eval.engine.lengths import Lengths
 from eval.engine.request import Request, Stops
-from eval.engine.rounds import Rounds, Verification
+from eval.engine.rounds import Rounds
+from eval.engine.verification import Verification
 from eval.oracle.decode import Generation, Round, clock
 
 PREFILL_CHUNK = 1024  # tokens of each prompt that one forward reads

@@ -29,7 +29,7 @@ class Adaptive(Lengths):
     """Any length up to `longest`: the one that emits most tokens per second by what was seen lately.
 
     Two things are measured as running means: cond_j, how often the j-th token is kept where the ones before it are, and a round's
-    seconds at each length. A token that was not drafted says nothing, so cond_j stays as it is until rounds reach slot j again.
+    seconds at each length. A token that was not drafted says nothing, so cond_j does not change until rounds reach slot j again.
     Every `explore`-th round drafts one token more than seems best, or one fewer, by turns: a length may seem slow only because
     the machine was slow when it was tried. Old measurements of seconds give way to new ones. The length is chosen before a
     round's tokens are known, so that their distribution stays the target's.

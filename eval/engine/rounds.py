@@ -1,73 +1,24 @@
 """What the device does in a round: propose, verify, observe, each a function of static tensors that a CUDA graph can hold.
 
-To read plain decoding alone, read `Rounds.verify` and, of what it calls, `_draft_rows`, `_forward`, `_accept_chain`, `_emit` and
-`_advance`. `_rows_since_full` and `_audit` are for partial verification (`eval/caches/partial.py`), `_accept_tree` and
+To read plain decoding alone, read `Rounds.verify` and, of what it calls, `draft_rows`, `_forward`, `_accept_chain`, `_emit` and
+`_advance`. `rows_since_full` and `_audit` are for partial verification (`eval/caches/partial.py`), `_accept_tree` and
 `_straightened` for trees (`eval/engine/tree.py`).
 
 Shapes: B requests, T rows of each, J drafted tokens, K = J + 1, M missing rows, L places of a text, R rounds, U uniform
 numbers, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from data_prep.decoding.cache import StaticCache
-from data_prep.decoding.sampling import Sampling, distribution, drawn
+from data_prep.decoding.sampling import distribution, drawn
 from data_prep.target.states import States
 from data_prep.target.target import Target
-from eval.caches.partial import PartialCache
 from eval.engine.drafting import Proposal, StaticDrafting
 from eval.engine.tree import Tree, walk
+from eval.engine.verification import Rows, Verdict, Verification, draft_rows, rows_since_full
 from eval.oracle.verify import accept, accept_sampled
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How the target verifies.
-
-    Args:
-        sampling: how its tokens are drawn.
-        partial: verify over a part of the cache (lossy), with full rounds in between; None: every round is full.
-        audited: full rounds also check what was verified partially since the last one, and go back to the first mistake (greedy
-            decoding only, which is lossless again).
-    """
-
-    sampling: Sampling
-    partial: PartialCache | None = None
-    audited: bool = False
-
-    @property
-    def partial_tokens(self) -> int:
-        """Tokens that may be verified partially before a full round has to come; 0: every round is full."""
-        return self.partial.recipe.partial_tokens if self.partial else 0
-
-
-class Rows(NamedTuple):
-    """The rows of one forward of the target.
-
-    Row t of request b is the token `ids_BT[b, t]` at position `base_B[b] + depth_BT[b, t]` (`depth_BT` may be [T]: the same for
-    all). `seen_BTT` says which rows each row sees; None: itself and the rows before it. Up to `missing` rows come before the
-    anchor's.
-    """
-
-    anchor_B: Tensor
-    base_B: Tensor
-    missing: int
-    ids_BT: Tensor
-    depth_BT: Tensor
-    seen_BTT: Tensor | None
-
-
-class Verdict(NamedTuple):
-    """What verification keeps: behind position `start_B` stand the first `kept_B` of `tokens_BJ`, then `next_B`."""
-
-    start_B: Tensor
-    tokens_BJ: Tensor
-    kept_B: Tensor
-    next_B: Tensor
 
 
 class Rounds:
@@ -192,7 +143,10 @@ class Rounds:
             how many tokens deep the draft was, how many of them were kept, the first refused one (-1: a tree), the new tokens].
         """
         # 1. The rows of the forward: the anchor's and the draft's, and in a full round after partial ones some before the anchor.
-        rows = self._rows_since_full(proposal) if self.partial and full else self._draft_rows(proposal)
+        if self.partial and full:
+            rows = rows_since_full(proposal, self.text_BL, self.length_B, self.exact_B, self._partial_tokens)
+        else:
+            rows = draft_rows(proposal, self.text_BL, self.length_B)
 
         # 2. The target's forward, with its logits at the anchor and at each drafted token.
         states, logits_BKV = self._forward(rows, full)
@@ -219,43 +173,6 @@ class Rounds:
 
     def observe(self, length: int, full: bool, states: States) -> None:
         self.drafting.observe(states, self.base_B, self.text_BL, self.length_B - 1 - self.base_B)
-
-    # 1. Rows of the forward.
-
-    def _draft_rows(self, proposal: Proposal) -> Rows:
-        """The anchor's row and the draft's."""
-        # A copy: `length_B` is raised in place within this very round.
-        anchor_B = self.length_B.clone()
-        draft_BK = torch.cat([self.text_BL.gather(1, anchor_B[:, None]), proposal.tokens_BJ], dim=1)
-        if proposal.tree is not None:
-            return Rows(anchor_B, anchor_B, 0, draft_BK, proposal.tree.depth_BT, proposal.tree.seen_BTT)
-        depth_T = torch.arange(draft_BK.shape[1], device=anchor_B.device)
-        return Rows(anchor_B, anchor_B, 0, draft_BK, depth_T, None)
-
-    def _rows_since_full(self, proposal: Proposal) -> Rows:
-        """A full round begins where the last full one ended, so that it processes again what was verified partially since. These
-        are at most `partial_tokens` rows; then come the anchor's and the draft's, then padding up to a fixed number of rows."""
-        anchor_B = self.length_B.clone()
-        base_B = self.exact_B.clone()
-        tree = proposal.tree
-        length = proposal.tokens_BJ.shape[1]
-        draft_BK = torch.cat([self.text_BL.gather(1, anchor_B[:, None]), proposal.tokens_BJ], dim=1)
-        row_T = torch.arange(self._partial_tokens + 1 + length, device=base_B.device)
-        before_B1 = (anchor_B - base_B)[:, None]  # rows before the anchor's
-        node_BT = (row_T - before_B1).clamp(0, length)  # rows of the draft, the anchor's being 0
-        drafted_BT = row_T > before_B1
-        known_BT = self.text_BL.gather(1, base_B[:, None] + torch.minimum(row_T, before_B1))
-        ids_BT = torch.where(drafted_BT, draft_BK.gather(1, node_BT), known_BT)
-        if tree is None:
-            return Rows(anchor_B, base_B, self._partial_tokens, ids_BT, row_T, None)
-        depth_BT = torch.where(drafted_BT, before_B1 + tree.depth_BT.gather(1, node_BT), row_T)
-        among_BTT = tree.seen_BTT[self.request_B[:, None, None], node_BT[..., None], node_BT[:, None]]
-        # Padding repeats the last node, which must not see it.
-        among_BTT = among_BTT & (row_T <= before_B1 + length)[:, None]
-        earlier_TT = row_T <= row_T[:, None]
-        # Among drafted rows the tree says who sees whom; elsewhere a row sees those before it.
-        seen_BTT = torch.where(drafted_BT[..., None] & drafted_BT[:, None], among_BTT, earlier_TT)
-        return Rows(anchor_B, base_B, self._partial_tokens, ids_BT, depth_BT, seen_BTT)
 
     # 2. The forward.
 

@@ -146,7 +146,7 @@ def _places(parent_BN: Tensor, depth_BN: Tensor, deepest: int) -> tuple[Tensor, 
 
 def walk(tree: Tree, target_BT: Tensor, deepest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Follow the target's own token from the anchor as long as it was drafted. Where each is drawn from the target's distribution
-    at its row, what is emitted is exactly the target's sample, whatever was drafted.
+    at its row, the output is exactly a sample of the target. The draft decides only how long it is.
 
     Returns:
         how many drafted tokens are kept [B], their rows [B, deepest] (behind the kept ones: anything), the token after them [B].

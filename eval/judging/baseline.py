@@ -19,6 +19,7 @@ class _FirstToken(StoppingCriteria):
     def __call__(self, ids_BT, scores, **options):
         if self.at is None:
             if ids_BT.is_cuda:
+                # Without it the clock would be read when the forward is launched and not when it is done.
                 torch.cuda.synchronize()
             self.at = time.perf_counter()
         return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
@@ -44,7 +45,9 @@ class Transformers:
         ends = {"eos_token_id": sorted(stops.end_tokens) or None, "pad_token_id": 0}
         if stops.strings:
             ends |= {"stop_strings": list(stops.strings), "tokenizer": stops.tokenizer}
+        # `generate` draws from the global generator.
         torch.manual_seed(seed)
+        # Without our hooks and layouts of weights: the model that a user of transformers has.
         with target.as_loaded():
             began = clock(target)
             output = target.model.generate(

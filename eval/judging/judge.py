@@ -19,7 +19,7 @@ from eval.engine.engine import PREFILL_CHUNK, Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.one_by_one import OneByOne
 from eval.engine.request import Stops
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from eval.judging import lossless, measure
 from eval.judging.controls import OtherMemory, zero_memory
 from eval.judging.session import Session
@@ -94,6 +94,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         for temperature in recipe.temperatures:
             sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
             engines: dict[str, Engine] = {}
+            # All engines before the first answer: none of them reserves memory while another is timed.
             for name, drafting in everyone.items():
                 engines[name] = _engine(recipe, target, drafter, name, drafting, caches, sampling)
                 engines[name].reserve(asked["max_new_tokens"])
@@ -173,6 +174,7 @@ def _engine(
     length = 0 if name == "baseline" else recipe.longest(drafter.config)
     if name == "prompt_lookup":  # no tree
         length = min(length, drafter.config.draft_length)
+    # Each contender has lengths of its own: adaptive ones are learned from its own rounds.
     lengths = lengths_of(recipe.draft.length, length)
     if caches.part is None or name in ("baseline", FULLY):
         return Engine(target, drafting, caches.whole, lengths, Verification(sampling), graphs=recipe.graphs)
@@ -184,6 +186,7 @@ def _peak_gib(target: Target) -> float:
     """The most memory: of the GPU, or on a CPU of the process."""
     if target.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    # KiB, on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

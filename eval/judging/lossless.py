@@ -73,7 +73,7 @@ def decide(
     if sampling.temperature == 0 and "transformers" in runs:
         theirs = sum(a.tokens == b.tokens for a, b in zip(runs["transformers"], baseline))
         found["lossless_by"] += f"; plain decoding's equal transformers' in {theirs}"
-    if recipe.verify.kind == "partial":  # lossy, whatever few tokens say
+    if recipe.verify.kind == "partial":  # lossy, also where the few tokens of a test are equal
         found["lossless"] = False
         found["lossless_by"] = f"verify=partial is lossy; {found['lossless_by']}"
     return found
@@ -171,6 +171,7 @@ def _measure(differences: list[Difference], target: Target, prompts: list[list[i
     output behind it, which nothing else looks at."""
     if not differences:
         return
+    # Made only when outputs differ: it is another copy of the target.
     wide = _wider(target)
     head_VE = wide.frozen_head.head_VE
     for one in differences:
@@ -191,6 +192,7 @@ def _measure(differences: list[Difference], target: Target, prompts: list[list[i
         if one.gap > one.bound:
             one.fault = f"{_named(one)} are {one.gap:.2g} apart, rounding may reach {one.bound:.2g}"
             continue
+        # Behind the first difference the two outputs are different texts, and nothing else would look at this one.
         rows = [(0, one.plain), *enumerate(output[one.place :])]
         for row, token in rows:
             gap, most = apart(row, best_T[row], token) if token != best_T[row] else (0.0, 0.0)
@@ -205,6 +207,7 @@ def _wider(target: Target) -> Target:
     dtype = WIDER.get(target.dtype, torch.float64)
     device = target.device
     if device.type == "cuda":
+        # A fifth more, for the activations of one text.
         needed = 1.2 * dtype.itemsize * sum(p.numel() for p in target.model.parameters())
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if needed > torch.cuda.mem_get_info(device)[0] + unused:

@@ -42,6 +42,7 @@ def by_context(runs: dict[str, list[Generation]], bins: int = 8) -> dict[str, di
     anchors = [r.anchor for generations in runs.values() for g in generations for r in g.rounds]
     low = min(anchors, default=0)
     high = max(anchors, default=0)
+    # One width for all runs: bins of their own could not be compared.
     width = (high - low) // bins + 1
     found = {}
     for name, generations in runs.items():
@@ -120,6 +121,7 @@ WINDOW = 8  # tokens before one that decide how it is written: spaces, and chara
 
 def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:
     """What `token` adds to the text; a character of several tokens is its last one's."""
+    # Decoded with what stands before it: alone, many tokenizers would drop a leading blank.
     head, whole = (HALF.sub("", tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (before, [*before, token]))
     return whole[len(head) :]
 
@@ -169,11 +171,13 @@ def sampling_p_value(
         token = ids[0, len(prompt) :, None]
         own = p_TV.gather(1, token)
         before = torch.where(p_TV > own, p_TV, 0).sum(1, keepdim=True)  # likelier tokens rank first
+        # Equal probabilities are put in order by token, so that each token has an interval of its own.
         ties = torch.where((p_TV == own) & (torch.arange(p_TV.shape[1], device=ids.device) < token), p_TV, 0).sum(1, keepdim=True)
         rank = before + ties + own * torch.rand(own.shape, generator=generator, device=own.device, dtype=own.dtype)
         counts += torch.histc(rank.cpu(), bins=bins, min=0, max=1)
     expected = counts.sum() / bins
     statistic = ((counts - expected) ** 2 / expected).sum()
+    # The upper tail of a chi-square distribution with bins - 1 degrees of freedom.
     return float(torch.special.gammaincc(torch.tensor((bins - 1) / 2, dtype=torch.float64), statistic / 2))
 
 

@@ -47,7 +47,7 @@ class Session:
         self.groups: list[range] = []
 
     def warm_up(self, prompts: list[Prompt], asked: dict) -> None:
-        """Answers that do not count, so that nobody's first request pays for what is done once."""
+        """Answers that do not count, so that no contender's first request pays for what is done once."""
         if not asked["warmup"]:
             return
         limit = asked["max_new_tokens"]
@@ -85,6 +85,7 @@ class Session:
                 with self._target.uncompiled():  # prompts have any length
                     states = self._target.forward(torch.tensor([one.tokens], device=self._target.device))
                 self._other.fill(b, states.map(lambda t: t[0]))
+        # The same for all contenders, so that their draws are alike.
         seeds = [seed + b for b in range(len(group))]
         for name, engine in self._engines.items():
             self.runs[name] += engine.generate([p.tokens for p in group], limit, seeds, self._stops)
@@ -93,5 +94,6 @@ class Session:
 
 
 def _other(prompt: Prompt, before: Prompt, prompts: list[Prompt]) -> Prompt:
-    """Whose memory a request is shown as the control: the one before it, or anyone else's."""
+    """Whose memory a request is shown as the control: that of the request before it, or of another one where both are of one
+    conversation."""
     return before if before.id != prompt.id else next((p for p in prompts if p.id != prompt.id), before)

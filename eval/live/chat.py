@@ -24,6 +24,7 @@ class Chat:
         self._recipe = recipe
         self._positions = room_of(recipe, drafter.config)
         self._decoders = Decoders(recipe, target, drafter, recipe.chat.temperature, side_by_side=False)
+        # Texts of a model are printed as they are: rich would read square brackets as markup and :words: as emoji.
         self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._drafted = True
         self._seed = recipe.seed
@@ -82,6 +83,7 @@ class Chat:
         if not answer.so_far.tokens:
             return
         said = self._decoders.tokenizer.decode(answer.so_far.tokens, skip_special_tokens=True)
+        # An interrupted answer stays in the conversation as far as it came: it is what the person has read.
         self._messages = [*messages, {"role": "assistant", "content": said}]
 
     def _end(self, answer: Answer) -> None:
@@ -121,6 +123,7 @@ def interruptions() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed.append(True)
 
+    # A round is not interrupted: caches and the request's state would no longer belong together.
     usual = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: bool(pressed)

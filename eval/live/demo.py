@@ -44,7 +44,9 @@ def demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
         console.width = WIDTH
     tokens = [asked(decoders.tokenizer, one.messages, recipe.chat.thinking) for one in recipe.demo.prompts]
     answer = lambda prompt, limit: [decoders.answer(prompt, limit, recipe.seed, drafted) for drafted in (False, True)]
+    # Asks for the longest prompt's room, and leaves the answer alone.
     answer(max(tokens, key=len), most)  # caches of one size for all
+    # What is done once (compiled code, graphs, layouts of weights) is done before a clock runs.
     for one in answer(tokens[0], min(most, recipe.demo.warmup_tokens)):
         while not one.done:
             one.step()
@@ -75,6 +77,7 @@ def demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
 def take_turns(plain: Answer, drafted: Answer, show) -> None:
     """Both answers to their ends; `show` is called behind every round."""
     while going := [one for one in (plain, drafted) if not one.done]:
+        # The side whose clock is behind is next. So at any moment both texts are what would have been written in the same time.
         min(going, key=lambda one: one.so_far.decode_s).step()
         show()
 

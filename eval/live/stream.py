@@ -14,7 +14,7 @@ from data_prep.target.target import Target
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Request, Stops
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from eval.judging import measure
 from eval.judging.controls import OtherMemory
 from eval.judging.judge import contenders
@@ -29,8 +29,8 @@ UNPRINTABLE = re.compile(r"[^\n\t -~\u00a0-\U0010ffff]")  # what could steer a t
 
 @dataclass
 class Answer:
-    """The answer to one prompt, a round at a time. `so_far` is what there is of it, its seconds being those of its own rounds,
-    whatever was done between them."""
+    """The answer to one prompt, a round at a time. `so_far` is the part that is known; its seconds are those of its own
+    rounds, without the time between them."""
 
     engine: Engine
     prompt: list[int]
@@ -56,6 +56,7 @@ class Answer:
             # The request is not at its end, so that nothing is to be cut.
             tokens = list(request.output)
             rounds = list(request.rounds)
+            # The first step is the prompt's forward, which counts for nothing here.
             seconds = self.so_far.decode_s + (time.perf_counter() - started if self._begun else 0.0)
             self.so_far = Generation(tokens, rounds, decode_s=seconds)
             self._begun = True
@@ -117,6 +118,7 @@ class Decoders:
         """To `prompt`, of at most `limit` tokens."""
         needed = room_for(len(prompt), limit, self._lengths[True].longest)
         if needed > self._room:
+            # A power of two: a conversation that grows makes new caches, and records new graphs, only each time it has doubled.
             self._make(max(LEAST_ROOM, 2 ** (needed - 1).bit_length()))
         return Answer(self._engines[drafted], prompt, limit, seed, self.stops)
 
@@ -128,6 +130,7 @@ class Decoders:
         everyone = contenders(alone, target, self.drafter, OtherMemory(1, room))
         cache = None
         for drafted, name in ((False, "baseline"), (True, "trained")):
+            # Two answers at the same time need a cache each. One after the other they can share one.
             if cache is None or self._side_by_side:
                 cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
             self._engines[drafted] = Engine(

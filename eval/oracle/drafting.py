@@ -1,4 +1,4 @@
-"""Who drafts: a trained drafter, prompt lookup, or nobody. One small interface, called once a round.
+"""Who drafts: a trained drafter, prompt lookup, or no drafter at all. One small interface, called once a round.
 
 Shapes: P verified positions, J drafted tokens, V vocabulary, E hidden size.
 """

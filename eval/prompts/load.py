@@ -119,6 +119,7 @@ def _drawn(suite: SuiteRecipe) -> Iterator[tuple[str, str | None, list[str]]]:
     rows = numbered_rows(suite.path, suite.name, suite.config, suite.split)
     found = []
     seen = {}
+    # All records are read before any is drawn, so that a wrong one is found whatever the seed.
     for number, (place, fields) in enumerate(rows):
         category = fields.get(suite.category)
         named = fields.get(suite.id)
@@ -137,6 +138,7 @@ def _in_turn(records: list[tuple[str, str | None, list[str]]], suite: SuiteRecip
     waiting: dict[str, list] = {}
     for one in records:
         waiting.setdefault(suite.kind_of(one[1]), []).append(one)
+    # Kinds end at different times; those that are left go on.
     rounds = zip_longest(*waiting.values())
     return [one for taken in rounds for one in taken if one is not None]
 
@@ -152,6 +154,7 @@ def _prompt(id: str, category: str | None, turns: list[str], style: Style) -> tu
         return Prompt(id, tokens, category, messages, (), style, len(tokens) + new), was_cut
     whole = list(messages)
     for turn in turns[1:]:
+        # Replies are not known yet: what the template writes around them is counted here, and their most tokens behind it.
         whole += [{"role": "assistant", "content": ""}, {"role": "user", "content": turn}]
     takes = len(style.render(whole)) + len(turns) * new
     return Prompt(id, style.render(messages), category, messages, tuple(turns[1:]), style, takes), False

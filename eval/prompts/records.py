@@ -32,6 +32,7 @@ def _file(path: Path) -> Iterator[tuple[int, dict]]:
     if not path.is_file():
         raise UserError(f"suite.path={path} is not a file")
     if path.suffix == ".jsonl":
+        # As bytes: lines of text also end at characters such as U+2028, which JSON may hold inside a string.
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             if line.strip():
                 try:

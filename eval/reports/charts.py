@@ -14,6 +14,7 @@ def svg(label: str, columns: int, height: float, draw, width: float = 10.5) -> s
     """What `draw`(axes in a row) draws with matplotlib, as inline SVG in the page's own text colour."""
     import matplotlib
 
+    # Draws into files, and needs no screen.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -84,6 +84,8 @@ def compare(reports: dict[str, dict], seed: int) -> dict:
             counts = counted(figures, _requests(report, figures))
             paired = report["prompts"]["ids"] == reports[first]["prompts"]["ids"]
             value = statistics(counts.sum(0))
+            # The same prompts are drawn for both runs where they were judged on the same ones. What makes a prompt easy or hard
+            # then leaves the difference.
             drawn = statistics(resampled(counts, seed, 0 if paired else number))
             rows[run] = {"prompts": len(counts), "paired": paired, **_with_interval("", value, drawn)}
             rows[run] |= {"conditional": figures["conditional"], "lossless": page.lossless(figures)}
@@ -106,6 +108,7 @@ def counted(figures: dict, requests: list[str]) -> np.ndarray:
     each = np.hstack([np.array(figures[name], float) for name in COUNTED])
     place = {}
     found = np.zeros((len(set(requests)), each.shape[1]))
+    # Turns of a conversation are no independent draws: they are counted together.
     np.add.at(found, [place.setdefault(one, len(place)) for one in requests], each)
     return found
 
@@ -121,6 +124,7 @@ def statistics(sums: np.ndarray) -> np.ndarray:
 def resampled(counts: np.ndarray, seed: int, stream: int) -> np.ndarray:
     """[R, 6] sums over P prompts drawn with replacement. Equal seeds, streams and P draw the same prompts."""
     prompts = len(counts)
+    # How often each prompt is drawn is all that a sum needs: a product with these counts gives all resamples at once.
     drawn = np.random.default_rng([seed, stream]).multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
     return drawn.astype(float) @ counts
 

@@ -167,6 +167,7 @@ def write_page(out: Path, report: dict) -> None:
 
 def write_sweep(out: Path, heads: list[str], rows: list[list[str]], picture: Path) -> None:
     """`sweep.html`: a sweep's table and its picture."""
+    # Inside the page, which has to open without any file beside it.
     image = base64.b64encode(picture.read_bytes()).decode()
     sections = {
         "Against the budget of memory positions": table(heads, rows)

@@ -83,6 +83,7 @@ def draw(out: Path, report: dict) -> None:
     right.invert_yaxis()
     right.margins(x=0.15)
     right.set(xlabel="tokens/s, decode only", title="Speed")
+    # Written beside and renamed, so that no half picture stands under the name. It is not synced: it can be drawn again.
     figure.savefig(out / "report.tmp.png", dpi=120)
     plt.close(figure)
     (out / "report.tmp.png").replace(out / "report.png")

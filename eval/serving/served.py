@@ -3,7 +3,7 @@
 Every temperature is decoded by our engine, one request at a time, and by the server at each concurrency; what comes of it is in
 `eval/serving/side_by_side.py`. The server is sent our token ids, and a conversation goes on behind its own answers.
 
-Shapes: J positions of a draft, C = 1 + J counts (`eval/serving/servers.py`).
+Shapes: J positions of a draft, C = 1 + J counts (`eval/serving/counters.py`).
 """
 
 import asyncio
@@ -33,11 +33,12 @@ from eval.engine.drafting import Proposal, StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import lengths_of
 from eval.engine.request import Stops
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from eval.judging import measure
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, prompts_of, prompts_within
-from eval.serving.servers import Answer, Asked, Server, Vllm, find_server, margin
+from eval.serving.find import find_server
+from eval.serving.servers import Answer, Asked, Server, Vllm, margin
 from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
 from eval.serving.started import interpreter, started, without_drafter, words
 from train.drafter.base import Drafter
@@ -76,6 +77,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
             room = target_sizes(recipe.target).max_positions - server.slots
             asking = Asking(*prompts_within(recipe, room, tokenizer))
         # The server needs the memory of the target, which nothing holds any more.
+        # Reference cycles, as of hooks, would keep the target until the next collection.
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -161,6 +163,7 @@ def _checkpoint(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Pa
     """What a server loads, and what vLLM does with it otherwise than we: an export into `folder`, unless the drafter stands in a
     server's format already."""
     own = folder_of(recipe.drafter)
+    # An export of what was imported might be another checkpoint than the one that is asked about.
     if is_foreign(read_fields(own)):
         return own, []
     notes = save_export(drafter, target, folder, "speculators")
@@ -261,6 +264,7 @@ async def _level(server: Server, client, prompts: list[Prompt], concurrency: int
     numbers = count()
     counts = isinstance(server, Vllm) and server.slots > 0  # those of all requests together
     alone = counts and concurrency == 1
+    # The counters run since the server's start: a run's own are a difference of two looks.
     before_C, answered = await server.counted(client) if counts else (None, 0)
 
     async def converse() -> None:
@@ -269,9 +273,11 @@ async def _level(server: Server, client, prompts: list[Prompt], concurrency: int
             prompt = waiting.popleft()
             turn = 0
             while prompt:
+                # A seed for each request, also where several are asked at once.
                 answer = await server.ask(client, prompt.tokens, asked, seed + next(numbers))
                 run.answers[prompt.id, turn] = answer
                 if alone:
+                    # vLLM answers first and counts then. Without this wait the last rounds would be counted for the next request.
                     after_C, answered = await server.counted(client, answered + 1)
                     answer.count_C = after_C - before_C
                     before_C = after_C

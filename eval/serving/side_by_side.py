@@ -8,7 +8,7 @@ depend on one another, so that a test of two binomials would find differences th
 prompts at random: if the server runs this drafter, it is a matter of chance which of the two a prompt's counts came from. p is
 the share of exchanges after which the two lie apart at least as far, corrected for the number of positions.
 
-Shapes: P prompts, or conversations with all of their turns; R exchanges; J positions, C = 1 + J counts (`servers.py`).
+Shapes: P prompts, or conversations with all of their turns; R exchanges; J positions, C = 1 + J counts (`counters.py`).
 """
 
 from dataclasses import dataclass, field
@@ -99,10 +99,12 @@ def exchanged(a_PC: np.ndarray, b_PC: np.ndarray, seed: int) -> np.ndarray:
     the share of exchanges in which *any* position lies apart as far as j does, each measured in its own standard deviations. That
     corrects for the number of positions (Westfall and Young)."""
     swap_RP = np.random.default_rng(seed).integers(0, 2, (EXCHANGES, len(a_PC)))
+    # Row 0 exchanges nothing: it is what was seen.
     swap_RP[0] = 0
     both_C = (a_PC + b_PC).sum(0)
     first_RC = a_PC.sum(0) + swap_RP @ (b_PC - a_PC)
     apart_RJ = np.abs(joint(first_RC) - joint(both_C - first_RC))
+    # Positions late in a draft are seldom reached and vary more. In their own deviations all can be compared.
     apart_RJ /= np.maximum(np.sqrt((apart_RJ**2).mean(0)), 1e-12)  # nothing apart in any exchange stays nothing
     return (apart_RJ.max(1, keepdims=True) >= apart_RJ[0] - 1e-9).mean(0)
 
@@ -139,6 +141,7 @@ def conclusions(result: dict, temperature: str, prompts: int, why_not: str | Non
     if not tested:
         alone = "not tested: each prompt's counts are known at concurrency 1 alone (server.concurrency=[1,...])"
         return [*found, why_not or alone]
+    # Greedy decoding leaves no chance, so that counts are compared before any test.
     if "equal" in rows["1"]:
         found += _counts(rows["1"], rows[OURS])
     apart = [one for one in tested if one["p"] < SURE]

@@ -29,6 +29,7 @@ def interpreter(server: ServerRecipe) -> str:
     """The Python that has vLLM. Raises UserError when there is none."""
     found = server.python
     if found is None and (command := shutil.which("vllm")):
+        # `vllm` is a script of its environment; its first line names that environment's Python.
         first = Path(command).read_bytes().split(b"\n", 1)[0].decode(errors="replace")
         found = first.removeprefix("#!").strip()
     if found is None and OWN.exists():
@@ -37,6 +38,7 @@ def interpreter(server: ServerRecipe) -> str:
         raise UserError("server.start=vllm: no vllm on PATH; server.python=PATH names the interpreter that has it")
     if shutil.which(found) is None:
         raise UserError(f"server.python={found} is no program")
+    # Asked of that interpreter, because this one need not have vLLM. `find_spec` does not import it, which would take long.
     asked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if subprocess.run([found, "-c", asked], capture_output=True).returncode:
         raise UserError(f"server.start=vllm: {found} has no vllm; server.python=PATH names the interpreter that has it")
@@ -50,6 +52,7 @@ def words(server: ServerRecipe, python: str, target: str, speculative: dict, pos
     command += ["--max-model-len", str(positions), "--max-num-seqs", str(max(server.concurrency))]
     command += ["--speculative-config", json.dumps(speculative)]
     if cpu:
+        # Without compiling, which takes minutes on a CPU.
         command.append("--enforce-eager")
     return [*command, *map(str, server.args)]
 
@@ -70,6 +73,7 @@ def started(server: ServerRecipe, command: list[str], log: Path) -> Iterator[str
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
+    # In GiB. Its own default may be more than the machine has free.
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of this process, not of vLLM's
         environment.pop(name, None)
@@ -103,6 +107,7 @@ def last_words(log: Path) -> str:
     said = lines[-1] if lines else "it said nothing"
     for number, line in enumerate(lines):
         error = re.search(r"\b\w*(Error|Exception): .*", line)
+        # The first error is the cause. Those behind it are of processes that waited for the one that failed.
         if error and "WARNING" not in line:
             after = lines[number + 1 : number + 2] if "validation error" in line else []  # pydantic's reason stands below
             said = " ".join([error[0], *after])
@@ -128,8 +133,10 @@ def _wait(process: subprocess.Popen, url: str, wait_s: float, log: Path) -> None
 def _stop(process: subprocess.Popen) -> None:
     """Ask the server to end, which ends its engine (it would wait long for one that ended by itself), then kill what is left of
     the group. A group's number stays its own as long as any process of it is there. Shared memory of one that had to be killed
-    goes too: nobody else would remove it."""
+    goes too, because no other process would remove it."""
+    # Asked before the end: afterwards there is no way to learn what it had mapped.
     shared = _shared_memory(process)
+    # SIGTERM to the server alone. It ends its engine itself.
     process.terminate()
     try:
         process.wait(STOPS_S)

@@ -23,8 +23,8 @@ from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import Lengths
 from eval.engine.request import Stops
-from eval.engine.rounds import Verification
 from eval.engine.tree import TreeShape
+from eval.engine.verification import Verification
 from tests.benchmarks import line, options, target_of
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter

@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 
 from common.hashing import stable_hash
 from common.recipe import ROOT
-from data_prep.decoding.generate import Ask, BatchGenerator
+from data_prep.decoding.dialogues import Ask
+from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataRecipe, TargetRecipe
 from data_prep.sources.records import records
 from data_prep.synthesis.turns import Turns

@@ -9,7 +9,9 @@ from transformers import GenerationConfig, TopPLogitsWarper
 
 from common.errors import UserError
 from data_prep.decoding import generate
-from data_prep.decoding.generate import Answer, Ask, BatchGenerator
+from data_prep.decoding.dialogues import Answer, Ask
+from data_prep.decoding.generate import BatchGenerator
+from data_prep.decoding.places import Places
 from data_prep.decoding.sampling import nucleus
 from tests.support.models import small_target
 
@@ -62,7 +64,7 @@ def test_a_fault_in_moving_requests_together_changes_the_answers(target, monkeyp
     """Negative control of the above."""
     asks = [asked(tokens, number, max_tokens=1 + number * 3) for number, tokens in enumerate(prompts(14))]
     expected = answers(target, asks, 5)
-    move = generate.Places.move
+    move = Places.move
     moved = []
 
     def forgetful(self, source, destination):
@@ -70,7 +72,7 @@ def test_a_fault_in_moving_requests_together_changes_the_answers(target, monkeyp
         self.text_PL[destination] = self.text_PL[source].roll(1, dims=1)
         moved.extend(destination.tolist())
 
-    monkeypatch.setattr(generate.Places, "move", forgetful)
+    monkeypatch.setattr(Places, "move", forgetful)
     assert answers(target, asks, 5) != expected and moved
 
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from common import cli, ranks
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.decoding.generate import Answer
+from data_prep.decoding.dialogues import Answer
 from data_prep.decoding.sampling import distribution, drawn
 from data_prep.recipe import DataPrepRecipe, KindRecipe
 from data_prep.sources.sides import is_heldout

@@ -31,8 +31,10 @@ from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from eval.recipe import EvalRecipe, check_evaluation, prompts_within
 from eval.serving import side_by_side
+from eval.serving.counters import sglang_counts, vllm_counts
+from eval.serving.find import find_server
 from eval.serving.served import _incomparable, ours
-from eval.serving.servers import Answer, Asked, ServerRecipe, Sglang, Vllm, find_server, sglang_counts, vllm_counts
+from eval.serving.servers import Answer, Asked, ServerRecipe, Sglang, Vllm
 from eval.serving.started import interpreter, started, words
 from tests.support.commands import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
 from tests.support.served_drafters import drafter_for

@@ -8,7 +8,7 @@ from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticTrained
 from eval.engine.engine import Engine, room_for
 from eval.engine.lengths import Lengths
-from eval.engine.rounds import Verification
+from eval.engine.verification import Verification
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.choose import BACKENDS
 

@@ -1,5 +1,5 @@
 """Miniature GGUF files of random models, written as llama.cpp's converter writes them. Its rules are said here once more, in
-other words than data_prep/target/gguf_contents.py says them."""
+other words than data_prep/target/gguf_contents.py and gguf_tokenizer.py say them."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ Keys = Tensor | tuple[Tensor, ...]  # [K, G, D], or in parts: the memory's, then
 class AttentionBackend(Protocol):
     """Softmax attention of rows over the keys that they see.
 
-    `takes_parts`: it also takes keys, and values, as a tuple of the memory's and each step's. Then nobody has to join them, and
+    `takes_parts`: it also takes keys, and values, as a tuple of the memory's and each step's. They need not be joined then, and
     no step of ttt keeps a long tensor of its own for the backward.
     """
 

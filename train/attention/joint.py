@@ -50,7 +50,7 @@ def _join_kernel(
     top_S = tl.load(memory_lse + head * places + place, mask=s < seeing, other=float("-inf"))
     out_SD = tl.load(memory + place * (G * S * D) + at_SD, mask=seeing_SD, other=0.0).to(tl.float32)
     # The memory's output is a softmax already: of weight one at its log-sum-exp, or of weight zero. Each draft key is then merged
-    # as in an online softmax: what there is is scaled down when a larger score comes.
+    # as in an online softmax: the sum so far is scaled down when a larger score comes.
     sum_S = tl.where(top_S == float("-inf"), 0.0, 1.0)
     for step in range(steps):
         key = (step * rows + row) * (G * D) + g * D + d  # of this row's own draft key: no other row sees it

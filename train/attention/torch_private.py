@@ -1,4 +1,4 @@
-"""What we use of PyTorch and of flash-attn that is no promise of theirs: each name, and what breaks without it.
+"""What we use of PyTorch and of flash-attn that these libraries do not promise to keep: each name, and what breaks without it.
 
 Attention, losses and fp8 say these names here alone, so that a release that moves one is mended in one place.
 `tests/train/test_private_torch.py` fails when one goes, or takes other arguments.

@@ -50,7 +50,7 @@ class DraftHead(nn.Module):
         return head.head_VE if self.kept_D is None else head.head_VE[self.kept_D]
 
     def use_fp8(self) -> None:
-        """A frozen head's products in fp8, while it trains. One that learns stays as it is."""
+        """A frozen head's products in fp8, while it trains. One that learns is not changed."""
         self._uses_fp8 = self.weight is None
 
     def heads(self, head: FrozenHead) -> Heads:

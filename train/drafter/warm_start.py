@@ -118,7 +118,7 @@ def _weights(folder: str, config: DrafterConfig, head: FrozenHead) -> dict[str, 
     else:
         try:
             theirs = load_file(folder_of(folder) / "model.safetensors")
-        except Exception as error:  # whatever safetensors raises for a file that is cut
+        except Exception as error:  # safetensors raises several kinds of errors for a file that is cut
             raise UserError(f"drafter.warm_start={folder}: its weights cannot be read ({error})") from error
     foreign = _foreign(other, config)
     return {name: t for name, t in theirs.items() if not any(part in name for part in foreign)}

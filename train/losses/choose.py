@@ -2,8 +2,8 @@
 
 import torch
 
-from train.losses import terms
 from train.losses.reference import reference_loss
+from train.losses.terms import without_kernel
 from train.losses.types import LossKernel
 
 
@@ -15,11 +15,6 @@ def loss_kernel(loss: dict[str, float], device: torch.device, dtype: torch.dtype
     from train.losses.fused import fused  # Triton is there where PyTorch has CUDA, and nowhere else for certain
 
     return fused
-
-
-def without_kernel(loss: dict[str, float]) -> list[str]:
-    """Terms that have a weight and are not in the fused kernel."""
-    return [name for name, weight in loss.items() if weight and name not in terms.in_kernel()]
 
 
 def slower_on_a_gpu(loss: dict[str, float]) -> str | None:

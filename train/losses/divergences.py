@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 def kl(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor | None = None) -> Tensor:
     """Forward KL(p || q) = sum_v p (log p - log q). The only term in which p is renormalised over the draft vocabulary (LK
-    losses, section 3): as it is, the drafter would be asked to sum to less than one."""
+    losses, section 3): otherwise the drafter would be asked for probabilities that sum to less than one."""
     return F.kl_div(log_q, log_p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from common.errors import UserError
 from train.losses import terms
-from train.losses.choose import without_kernel
 from train.losses.types import Chunk, RowStatistics
 
 BLOCK = 4096  # tokens of a row that are looked at together
@@ -200,7 +199,7 @@ def fused(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatis
     Raises:
         UserError: a term has a weight that the kernel lacks. It would train at zero.
     """
-    if missing := without_kernel(loss):
+    if missing := terms.without_kernel(loss):
         raise UserError(f"loss.{missing[0]} is no part of the fused kernel (train/losses/fused.py); docs/extend/loss.md")
     lse_whole_T, best_whole_T = _softmax(chunk.target_TV)
     target = chunk.target_TV

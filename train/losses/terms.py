@@ -16,7 +16,7 @@ class Term(NamedTuple):
     Args:
         meaning: what it is, in a line, with its paper where it has one.
         definition: the plain definition. Of a per-slot term a function (log_q [R, D], log_p [R, D], label [R], mix [R]) -> [R],
-            see `divergences`; of another term whatever its caller in `train/objectives/` asks for.
+            see `divergences`; of another term what its caller in `train/objectives/` asks for.
         per_slot: its rows are summed under the slot weights, with those of all per-slot terms. Otherwise it is averaged by
             itself, with a divisor of its own.
         in_kernel: the Triton kernel (`train/losses/fused.py`) has it. Only of per-slot terms: no other passes through the kernel.
@@ -76,3 +76,8 @@ def per_slot() -> tuple[str, ...]:
 def in_kernel() -> tuple[str, ...]:
     """The terms that the Triton kernel has."""
     return tuple(name for name, term in TERMS.items() if term.in_kernel)
+
+
+def without_kernel(loss: dict[str, float]) -> list[str]:
+    """Terms that have a weight and are not in the fused kernel."""
+    return [name for name, weight in loss.items() if weight and name not in in_kernel()]

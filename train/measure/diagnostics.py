@@ -226,7 +226,7 @@ def gradients(drafter: Drafter, rows: int) -> dict:
     projections make draft keys alone; in `hidden` and `tokens` also the memory's, and learn from every position of it.
 
     Args:
-        rows: draft rows of the step, of anchors that count: so many draft K/V could learn.
+        rows: draft rows of the step, of anchors that count. This is how many of the drafter's own K/V could learn.
     """
     found: dict = {"draft_rows": rows}
     for index, layer in enumerate(drafter.layers):

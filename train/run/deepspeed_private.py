@@ -32,8 +32,8 @@ Of its CPU collectives:
 Of `torch.distributed`, because DeepSpeed makes process groups of its own and names no timeout for them:
 - `distributed_c10d.default_pg_timeout`, `default_pg_nccl_timeout`: without them `train.timeout_s` holds for our collectives and
   not for DeepSpeed's.
-- `distributed_c10d._get_default_store`: through it ranks that are left count themselves. Without it nobody names the rank that is
-  missing.
+- `distributed_c10d._get_default_store`: through it ranks that are left count themselves. Without it no message says which
+  rank is missing.
 
 This module does not import DeepSpeed: that chooses its accelerator when it is imported, and train/main.py says which before that.
 """

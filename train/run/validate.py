@@ -1,4 +1,4 @@
-"""Judging a checkpoint: acceptance and loss on documents that nobody trains on, and why they are what they are.
+"""Judging a checkpoint: acceptance and loss on documents that are not trained on, and diagnostics that explain them.
 
 Shapes: V views (budgets), N anchors, J drafted slots.
 """

@@ -77,7 +77,7 @@ FORMATS = {
 
 
 def check_export(config: DrafterConfig, format: str) -> None:
-    """Raises UserError when nobody could load the drafter as a checkpoint of this format."""
+    """Raises UserError when no server could load the drafter as a checkpoint of this format."""
     kinds = FORMATS[format].kinds
     reasons = {} if kinds is None else _unfit_for_hidden(config)
     if kinds is not None and not any(reasons.values()):

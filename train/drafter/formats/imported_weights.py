@@ -122,6 +122,7 @@ def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> 
     d2t_D = tensors["d2t"]
     refuse(folder, {f"has d2t of {d2t_D.dtype}, which holds no offsets": d2t_D.is_floating_point()})
     d2t_D = d2t_D.long()
+    # d2t holds offsets: draft token i is target token i + d2t[i].
     kept_D = torch.arange(len(d2t_D)) + d2t_D
     inside = bool(((kept_D >= 0) & (kept_D < config.architecture.vocab_size)).all())
     said = tensors["t2d"].bool().nonzero().flatten() if "t2d" in tensors else kept_D.sort().values
@@ -175,6 +176,7 @@ def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensor
     if "embed_tokens.weight" in tensors:
         theirs_VE = tensors["embed_tokens.weight"]
         off_V = _rows_that_differ(folder, theirs_VE, table_VE)
+        # MASK is a token that no text holds, so that a trainer may put its learned embedding into that row.
         if token is not None and off_V[token]:
             mask_1E = theirs_VE[token : token + 1].to(table_VE)
             off_V[token] = False
@@ -183,6 +185,7 @@ def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensor
                 f"{folder} has an embedding of its own: {int(off_V.sum())} rows are not the target's, such as that of token "
                 f"{int(off_V.nonzero()[0])}; drafters here read their target's"
             )
+    # The file goes before the row of the embedding.
     if token is not None and (folder / MASK_FILE).is_file():
         stored = torch.load(folder / MASK_FILE, weights_only=True)
         said = stored.get("mask_token_id", token) if isinstance(stored, dict) else token
@@ -204,6 +207,8 @@ def _factored(folder: Path, table_NR: Tensor, through_NE: Tensor, name: str) -> 
     for part_NE, part_NR in parts:
         gram_EE += part_NE.double().T @ part_NE.double()
         right_ER += part_NE.double().T @ part_NR.double()
+    # A vocabulary's embedding may have fewer than E independent directions. This keeps the system solvable and changes nothing
+    # else.
     gram_EE += 1e-12 * gram_EE.trace() * torch.eye(size).double()
     x_ER = torch.linalg.solve(gram_EE, right_ER)
     missed = sum((part_NE.double() @ x_ER - part_NR.double()).square().sum() for part_NE, part_NR in parts)

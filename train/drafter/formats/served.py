@@ -67,6 +67,7 @@ def save_served(drafter: Drafter, target: Target, folder: Path, format: str) -> 
         mask = {"mask_token_id": drafter.config.mask_token_id, "embedding": drafter.mask.weight[0].detach().cpu().clone()}
         torch.save(mask, folder / f"{MASK_FILE}.tmp")
         publish(folder / f"{MASK_FILE}.tmp", folder / MASK_FILE)
+    # safetensors takes contiguous tensors alone, and refuses two that share memory.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
@@ -96,7 +97,7 @@ def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str,
     tensors |= _head(drafter, target)
     if method == "dspark":
         tensors |= _markov_head(drafter, target)
-    # MASK: what stands in the place of a hidden state, and of a token, that nobody knows yet.
+    # MASK: what stands in the place of a hidden state, and of a token, that are not known yet.
     if method == "peagle":
         tensors["mask_hidden"] = ours["mask_hidden.weight"][None]
     if method in ("dspark", "peagle") and not _mask_is_a_token(drafter, target):
@@ -110,6 +111,7 @@ def _ascending(drafter: Drafter) -> dict[str, Tensor]:
     """The drafter's weights under its own names; what belongs to a layer of the target stands by ascending layer."""
     weights = dict(drafter.state_dict())
     layers = drafter.config.hidden_layers
+    # Ours may list layers in any order, and servers concatenate the features by ascending layer.
     order = sorted(range(len(layers)), key=lambda i: layers[i])
     for name in {"fc.weight", "mask_hidden.weight"} & weights.keys():
         chunks = weights[name].chunk(len(layers), dim=1)
@@ -129,6 +131,7 @@ def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
         return {}
     tensors = {"lm_head.weight": drafter.head.heads(target.frozen_head).draft_DE}
     if kept_D is not None:
+        # Offsets, not ids: servers add the draft token to them.
         tensors["d2t"] = kept_D - torch.arange(len(kept_D), device=kept_D.device)
         sayable_V = torch.zeros(config.architecture.vocab_size, dtype=torch.bool, device=kept_D.device)
         tensors["t2d"] = sayable_V.index_fill_(0, kept_D, True)

@@ -41,6 +41,7 @@ def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dic
     inputs = [i + 1 for i in sorted(config.hidden_layers)]
     folder = Path(target.folder)
     verifier = {
+        # The whole path, because the server may be started from another folder.
         "name_or_path": str(folder.resolve()) if folder.exists() else target.folder,
         "architectures": target.model.config.architectures or [type(target.model).__name__],
     }
