@@ -14,7 +14,8 @@ from common.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
-from eval.recipe import EvalRecipe, check_target
+from eval.check import check_target
+from eval.recipe import EvalRecipe
 from tests.conftest import ROOT, command
 from tests.support.gguf_files import small_model, write_gguf
 from train.drafter import config as drafter_config

@@ -12,7 +12,8 @@ from common.errors import UserError
 from common.hashing import file_hash
 from data_prep.cache.manifest import FILES, MANIFEST, canonical
 from data_prep.recipe import DataPrepRecipe
-from eval.recipe import EvalRecipe, check_evaluation
+from eval.check import check_evaluation
+from eval.recipe import EvalRecipe
 from tests.conftest import ROOT, SMALL, command
 from train.build import check_training, engine_config
 from train.recipe import TrainRecipe
