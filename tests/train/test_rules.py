@@ -10,11 +10,11 @@ from common.rules import first_broken
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture
 from tests.support.rules import by_name, pattern
-from train import rules
+from train import machine_rules, rules
 from train.build import check_training
 from train.recipe import TrainRecipe
 
-RULES = by_name(rules.TABLES)
+RULES = by_name((*rules.TABLES, *machine_rules.TABLES))
 SPARSE = "objective=budgetdraft"
 LINES = {
     "keys of blocks under ttt": ["objective=ttt", "+objective.causal=true"],
@@ -72,13 +72,13 @@ def contexts(manifest) -> dict:
     lm = {"path": "x", "positions": 2048}
     return {
         "batch that ranks cannot share": (["train.batch=8"], 3),
-        "fp8 on an older GPU": (["train.fp8=true"], rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
-        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], rules.Shapes(small, tile=16)),
+        "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
+        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, tile=16)),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],
-            rules.Documents(longest=4096, lm=lm),
+            machine_rules.Documents(longest=4096, lm=lm),
         ),
-        "cache of another tokenizer": ([], rules.Tokens(manifest, "another")),
+        "cache of another tokenizer": ([], machine_rules.Tokens(manifest, "another")),
     }
 
 
