@@ -10,6 +10,7 @@ from data_prep.target.architecture import Architecture, target_sizes
 from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from eval import drafter_rules, rules
 from eval.prompts.asking import check_asking
+from eval.read_by import unread
 from eval.recipe import EvalRecipe, known_positions, prompts_of, prompts_within, room_of, view_of
 from eval.reports import compare
 from eval.serving.servers import find_server
@@ -21,7 +22,14 @@ from train.drafter.formats.export import check_export
 
 
 def check_evaluation(recipe: EvalRecipe) -> None:
-    """Raises UserError for everything that can be known before the target is loaded."""
+    """Raises UserError for everything that can be known before the target is loaded, and warns of named keys that the mode does
+    not read."""
+    _refuse(recipe)
+    for line in unread(recipe.mode, recipe.named):
+        print(line, flush=True)
+
+
+def _refuse(recipe: EvalRecipe) -> None:
     # 1. What needs the command alone.
     refuse(rules.TEMPERATURES, recipe)
     refuse_file("out", recipe.out)

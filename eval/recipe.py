@@ -110,6 +110,8 @@ class EvalRecipe(Section):
     """Attention backend of drafters under a view, and of mode=score."""
     seed: int
     """Seed of sampling."""
+    # No part of the recipe: groups and keys that the command line names, as it names them.
+    named: tuple[str, ...] = Field((), exclude=True)
 
     def tree(self, config: DrafterConfig) -> TreeShape | None:
         """Of drafts; None: they are chains."""

@@ -13,6 +13,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture
 from eval import drafter_rules, rules
 from eval.check import check_evaluation, check_target
+from eval.read_by import READ_BY, unread
 from eval.recipe import EvalRecipe
 from tests.support.rules import by_name, pattern
 from train.drafter.config import DrafterConfig
@@ -158,3 +159,35 @@ def test_every_rule_has_a_case():
     elsewhere = {"no weights", "target of another tokenizer", "cache of another target", "drafts that no server makes"}
     elsewhere |= {rule.name for rule in rules.LOADED}
     assert {*LINES, *CONTEXTS, *elsewhere} == set(RULES)
+
+
+# A line of the mode, and the keys that it warns about.
+UNREAD = [
+    ("mode=score", ["score.documents=4", "suite.new_tokens=8", "suite=heldout", "view.budget=0", "seed=1"], []),
+    ("mode=score", ["draft.length=2", "batch=2", "suite.count=4"], ["draft.length", "batch", "suite.count"]),
+    ("mode=decode", ["batch=2", "draft.length=2", "temperatures=[0]", "+suite.balanced=false"], []),
+    ("mode=decode", ["score.documents=4", "chat.thinking=true", "format=dflash"], ["score.documents", "chat.thinking", "format"]),
+    ("mode=export", ["format=drafter", "seed=1", "data=stdlib"], ["seed", "data"]),
+]
+
+
+@pytest.mark.parametrize("mode,words,expected", UNREAD)
+def test_a_named_key_that_the_mode_does_not_read_is_a_line(cache, ttt, tmp_path, capsys, mode, words, expected):
+    check_evaluation(composed(mode, f"drafter={written(tmp_path, ttt)}", f"cache.dir={cache}", f"out={tmp_path}/out", *words))
+    lines = capsys.readouterr().out.splitlines()
+    if mode in ("mode=decode", "mode=export"):
+        assert lines.pop(0) == f"warning: {mode} does not read cache.dir; mode=score, mode=diagnose would"
+    assert [line.split(";")[0] for line in lines] == [f"warning: {mode} does not read {key}" for key in expected]
+
+
+def test_every_key_of_the_table_is_warned_about_in_the_other_modes_alone():
+    modes = EvalRecipe.model_fields["mode"].annotation.__args__
+    for key, readers in READ_BY.items():
+        assert readers and set(readers) <= set(modes)
+        section, _, name = key.partition(".")
+        assert section in EvalRecipe.model_fields
+        assert not name or name in EvalRecipe.model_fields[section].annotation.model_fields
+        for mode in modes:
+            warned = bool(unread(mode, [f"{key}.any" if key in ("score", "draft") else key]))
+            above = {mode for other, more in READ_BY.items() if other.startswith(f"{key}.") for mode in more}
+            assert warned == (mode not in {*readers, *above})
