@@ -5,7 +5,7 @@ import torch
 
 from common.cli import refuse_file
 from common.errors import UserError
-from common.ranks import world_size
+from common.ranks import rank, world_size
 from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
@@ -21,6 +21,7 @@ from train.gate import gate_floor
 from train.precision.fp8 import TILE
 from train.recipe import ObjectiveRecipe, TrainRecipe
 from train.schedules.registry import OBJECTIVES
+from train.unread import unread
 
 
 def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int], list[int]]:
@@ -139,7 +140,8 @@ def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int 
 
 
 def check_training(recipe: TrainRecipe) -> None:
-    """Raises UserError for everything that can be known before the target is loaded and a GPU is touched."""
+    """Raises UserError for everything that can be known before the target is loaded and a GPU is touched, and warns of named keys
+    that do nothing."""
     # 1. What needs neither the cache nor the target.
     refuse(machine_rules.RANKS, recipe, world_size())
     if recipe.run.dir:
@@ -163,6 +165,10 @@ def check_training(recipe: TrainRecipe) -> None:
         _positions(recipe, manifest, lm_config(recipe.drafter.lm))
         check_vocabulary(recipe.drafter.lm, tokenizer, tokens.vocabulary)
     refuse(machine_rules.VOCABULARY, recipe, tokens)
+    # 5. Every rank gets here; one of them speaks, and only of a recipe that can be trained.
+    if rank() == 0:
+        for line in unread(recipe):
+            print(line, flush=True)
 
 
 def _machine(recipe: TrainRecipe, device: torch.device) -> machine_rules.Machine:

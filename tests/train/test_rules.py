@@ -13,6 +13,7 @@ from tests.support.rules import by_name, pattern
 from train import machine_rules, rules
 from train.build import check_training
 from train.recipe import TrainRecipe
+from train.unread import UNREAD, unread
 
 RULES = by_name((*rules.TABLES, *machine_rules.TABLES))
 SPARSE = "objective=budgetdraft"
@@ -96,3 +97,39 @@ def test_rules_of_what_is_not_here_speak_too(cache):
 
 def test_every_rule_has_a_case(cache):
     assert {*LINES, *contexts(CacheReader(cache).manifest)} == set(RULES)
+
+
+ONE_BUDGET = [SPARSE, "view.budget=256"]
+PAPER = [SPARSE, "objective.budgets=paper"]
+# What a line names, and the keys of it that do nothing.
+IGNORED = [
+    (["objective.detach=true", "objective.draws=2"], ["objective.detach", "objective.draws"]),
+    (["objective.full=0.5", "objective.smallest=80"], ["objective.full", "objective.smallest"]),
+    (["objective.largest=999", "objective.budgets=paper"], ["objective.largest", "objective.budgets"]),
+    ([SPARSE, "objective.detach=true", "objective.draws=2", "objective.smallest=80", "objective.full=0.5"], []),
+    ([*ONE_BUDGET, "objective.draws=2", "objective.detach=true"], ["objective.draws"]),
+    ([*ONE_BUDGET, "objective.budgets=paper"], ["objective.budgets"]),
+    (PAPER, []),
+    ([*PAPER, "objective.smallest=80", "objective.draws=2"], ["objective.smallest", "objective.draws"]),
+    (["objective.decay=4"], []),
+    (["objective.weights=dpace", "objective.decay=4"], ["objective.decay"]),
+    (["drafter.sequential_size=8"], ["drafter.sequential_size"]),
+    (["drafter.sequential=gru", "drafter.sequential_size=8"], []),
+]
+
+
+@pytest.mark.parametrize("words,expected", IGNORED)
+def test_a_named_key_that_does_nothing_is_a_line(words, expected):
+    # Files list some of the keys and leave others out; ++ sets either.
+    recipe = cli.compose("train", TrainRecipe, [f"++{word}" if "." in word else word for word in words])
+    said = [line.split(": ")[1] for line in unread(recipe)]
+    assert sorted(said) == sorted(f"training does not read {key}" for key in expected)
+
+
+def test_every_key_that_may_do_nothing_has_a_case():
+    assert {key for _, keys in IGNORED for key in keys} == {key for one in UNREAD for key in one.keys}
+
+
+def test_the_check_says_it(cache, capsys):
+    check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "++drafter.sequential_size=8"]))
+    assert capsys.readouterr().out == "warning: training does not read drafter.sequential_size: it is for drafter.sequential\n"
