@@ -119,7 +119,8 @@ class EvalRecipe(Section):
 
     def longest(self, config: DrafterConfig) -> int:
         """Tokens of a draft, at most."""
-        tree, length = self.tree(config), self.draft.length
+        tree = self.tree(config)
+        length = self.draft.length
         if tree:
             return min(self.draft.nodes or 4 * tree.depth, tree.most)
         return length if isinstance(length, int) else config.draft_length
