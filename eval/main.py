@@ -23,12 +23,13 @@ from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target.architecture import target_sizes  # noqa: E402
 from data_prep.target.loading import load_target, pick_device  # noqa: E402
 from data_prep.target.target import Target  # noqa: E402
+from eval.check import check_evaluation, check_target  # noqa: E402
 from eval.judging import measure
 from eval.judging.judge import judge  # noqa: E402
 from eval.judging.score import diagnose, score  # noqa: E402
 from eval.live.chat import chat  # noqa: E402
 from eval.live.demo import PICTURE, demo  # noqa: E402
-from eval.recipe import EvalRecipe, check_evaluation, check_target, named_view, view_of  # noqa: E402
+from eval.recipe import EvalRecipe, named_view, view_of  # noqa: E402
 from eval.reports import compare, page, report, sweep
 from eval.serving import served, side_by_side  # noqa: E402
 from train.drafter.base import Drafter  # noqa: E402

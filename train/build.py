@@ -5,14 +5,14 @@ import torch
 
 from common.cli import refuse_file
 from common.errors import UserError
-from common.ranks import world_size
+from common.ranks import rank, world_size
 from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
 from data_prep.target.architecture import Architecture
 from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
-from train import rules
+from train import machine_rules
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
 from train.drafter.standalone import check_vocabulary, lm_config
@@ -21,6 +21,7 @@ from train.gate import gate_floor
 from train.precision.fp8 import TILE
 from train.recipe import ObjectiveRecipe, TrainRecipe
 from train.schedules.registry import OBJECTIVES
+from train.unread import unread
 
 
 def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int], list[int]]:
@@ -44,7 +45,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     available = held["kv"] or held["hidden"]
     if len(available) < count and not native:
         available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
-    refuse(rules.HELD, recipe, rules.Held(needs, held, available))
+    refuse(machine_rules.HELD, recipe, machine_rules.Held(needs, held, available))
     target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
         first, last = (0 if count > 1 else len(available) - 1), len(available) - 1
@@ -59,7 +60,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     }
     named = [*target_layers, *hidden_layers, *source_layers]
     reads = {name: layers for name, layers in reads.items() if needs[name]}
-    refuse(rules.LAYERS, recipe, rules.ReadLayers(named, reads, held, deepest))
+    refuse(machine_rules.LAYERS, recipe, machine_rules.ReadLayers(named, reads, held, deepest))
     return list(target_layers), list(hidden_layers), source_layers
 
 
@@ -69,7 +70,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
     sampler = recipe.view_sampler
     architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
-    refuse(rules.SHAPES, recipe, rules.Shapes(architecture, TILE))
+    refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, TILE))
     return DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
@@ -134,21 +135,22 @@ def _positions(recipe: TrainRecipe, manifest: Manifest, lm: dict | None) -> int 
     longest = manifest.max_length
     if lm is None:
         return min(longest, recipe.train.pack_tokens) if recipe.drafter.start == "random" else None
-    refuse(rules.DOCUMENTS, recipe, rules.Documents(longest, lm))
+    refuse(machine_rules.DOCUMENTS, recipe, machine_rules.Documents(longest, lm))
     return max(longest, int(factor * (lm["positions"] or 0)))
 
 
 def check_training(recipe: TrainRecipe) -> None:
-    """Raises UserError for everything that can be known before the target is loaded and a GPU is touched."""
+    """Raises UserError for everything that can be known before the target is loaded and a GPU is touched, and warns of named keys
+    that do nothing."""
     # 1. What needs neither the cache nor the target.
-    refuse(rules.RANKS, recipe, world_size())
+    refuse(machine_rules.RANKS, recipe, world_size())
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
     device = pick_device(recipe.target.device)
     # 2. The machine, and the attention that it can run.
     manifest = manifest_of(recipe)
     attention(recipe, device, manifest.target["architecture"].get("head_dim", 128))  # of a cache yet to be made it is not known
-    refuse(rules.MACHINE, recipe, _machine(recipe, device))
+    refuse(machine_rules.MACHINE, recipe, _machine(recipe, device))
     # 3. The cache's layers, and the drafter that reads them.
     chosen_layers(recipe, manifest)
     if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest
@@ -157,17 +159,21 @@ def check_training(recipe: TrainRecipe) -> None:
             check_warm_start(recipe.drafter.warm_start, config)
     # 4. The target's tokens.
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
-    tokens = rules.Tokens(manifest, tokenizer_hashes(tokenizer)[0])
-    refuse(rules.TOKENIZER, recipe, tokens)
+    tokens = machine_rules.Tokens(manifest, tokenizer_hashes(tokenizer)[0])
+    refuse(machine_rules.TOKENIZER, recipe, tokens)
     if recipe.drafter.lm:
         _positions(recipe, manifest, lm_config(recipe.drafter.lm))
         check_vocabulary(recipe.drafter.lm, tokenizer, tokens.vocabulary)
-    refuse(rules.VOCABULARY, recipe, tokens)
+    refuse(machine_rules.VOCABULARY, recipe, tokens)
+    # 5. Every rank gets here; one of them speaks, and only of a recipe that can be trained.
+    if rank() == 0:
+        for line in unread(recipe):
+            print(line, flush=True)
 
 
-def _machine(recipe: TrainRecipe, device: torch.device) -> rules.Machine:
+def _machine(recipe: TrainRecipe, device: torch.device) -> machine_rules.Machine:
     on_gpu = device.type == "cuda"
-    return rules.Machine(
+    return machine_rules.Machine(
         bf16=uses_bf16(recipe, device),
         capability=torch.cuda.get_device_capability(device) if on_gpu else None,
         name=torch.cuda.get_device_name(device) if on_gpu else None,

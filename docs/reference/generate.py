@@ -23,6 +23,7 @@ from pydantic import BaseModel  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
+from eval.read_by import READ_BY  # noqa: E402
 from eval.recipe import EvalRecipe  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
 
@@ -37,7 +38,8 @@ Every key of the three commands. `python docs/reference/generate.py` writes this
 A key is set on the command line as `section.key=value`. A group, such as `data` or `reuse`, is a folder of `conf/` with one file
 per choice: `data=jsonl` takes `conf/data/jsonl.yaml`, whose values may differ from the defaults below. `+section.key=value` sets
 a key that the file does not list. Defaults are those of the command without any argument. *required* means that there is none;
-*unset* means that the chosen file does not list the key and the recipe's own default holds.
+*unset* means that the chosen file does not list the key and the recipe's own default holds. `eval` warns of a key on the command
+line that its mode does not read.
 """
 
 
@@ -103,20 +105,27 @@ def _yaml(value) -> str:
     return str(value).replace("'", "") if value != "" else '""'
 
 
-def table(title: str, model: type[BaseModel], prefix: str, composed) -> str:
-    """The keys of one group, and those of the groups in it."""
+def readers_of(model: type[BaseModel], key: str) -> str:
+    """Which modes of eval read a key or a group; empty where all do, or where its group says so. Other commands have no such
+    table."""
+    return f" Modes: {', '.join(READ_BY[key])}." if model is EvalRecipe and key in READ_BY else ""
+
+
+def table(title: str, model: type[BaseModel], prefix: str, composed, command: type[BaseModel]) -> str:
+    """The keys of one group of a command, and those of the groups in it."""
     rows, inner = [], []
     for name, field in keys(model).items():
         part = section_of(field)
         below = composed[name] if isinstance(composed, DictConfig) and name in composed else None
         if part:
-            inner.append(table(f"{title}.{name}" if prefix else name, part, f"{prefix}{name}.", below))
+            inner.append(table(f"{title}.{name}" if prefix else name, part, f"{prefix}{name}.", below, command))
         else:
             allowed = values_of(field.annotation) + range_of(field)
-            cells = (f"`{prefix}{name}`", allowed, default_of(field, composed, name), field.description)
+            said = field.description + readers_of(command, f"{prefix}{name}")
+            cells = (f"`{prefix}{name}`", allowed, default_of(field, composed, name), said)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    said = " ".join((model.__doc__ or "").split()) if prefix else "Those of no group."
-    head = f"### {title}\n\n{said}\n\n| key | values | default | what it is |\n|---|---|---|---|\n"
+    about = " ".join((model.__doc__ or "").split()) + readers_of(command, prefix[:-1]) if prefix else "Those of no group."
+    head = f"### {title}\n\n{about.strip()}\n\n| key | values | default | what it is |\n|---|---|---|---|\n"
     own = head + "\n".join(rows) + "\n" if rows else ""
     return "\n".join([part for part in (own, *inner) if part])
 
@@ -127,7 +136,7 @@ def page() -> str:
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             composed = hydra.compose(command)
         said = " ".join(model.__doc__.split())
-        parts.append(f"## {command}\n\n{said}\n\n" + table("no group", model, "", composed))
+        parts.append(f"## {command}\n\n{said}\n\n" + table("no group", model, "", composed, model))
     return "\n".join(parts)
 
 

@@ -14,9 +14,10 @@ from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target
+from eval.check import check_evaluation
 from eval.live.chat import Chat
 from eval.prompts.asking import asked
-from eval.recipe import EvalRecipe, check_evaluation, room_of
+from eval.recipe import EvalRecipe, room_of
 from tests.support.commands import ROOT, command
 from tests.support.decoding import generated
 from tests.support.terminal import GREEN, Terminal

@@ -16,6 +16,7 @@ from common import cli
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
+from eval.check import check_evaluation
 from eval.engine.drafting import StaticNobody
 from eval.engine.lengths import Adaptive
 from eval.engine.request import Stops
@@ -23,7 +24,7 @@ from eval.engine.rounds import Rounds
 from eval.judging import lossless
 from eval.oracle.decode import Generation, Round
 from eval.oracle.verify import accept
-from eval.recipe import EvalRecipe, check_evaluation
+from eval.recipe import EvalRecipe
 from eval.reports import page
 from tests.support.engines import engine_of, trained
 from tests.support.models import HIDDEN_LAYERS

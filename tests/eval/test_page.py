@@ -13,10 +13,11 @@ from common import cli
 from common.errors import UserError
 from common.recipe import ROOT
 from data_prep.target.loading import load_tokenizer
+from eval.check import check_evaluation
 from eval.judging import measure
 from eval.main import gather, run
 from eval.oracle.decode import Generation, Round
-from eval.recipe import EvalRecipe, check_evaluation
+from eval.recipe import EvalRecipe
 from eval.reports import charts, compare, page, report, sweep
 
 ATTACK = "<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(1)>"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from common import cli
 from common.errors import UserError
 from data_prep.target.target import Target
-from eval.recipe import EvalRecipe, check_target
+from eval.check import check_target
+from eval.recipe import EvalRecipe
 from tests.support.commands import ROOT, command
 from tests.support.gguf_files import small_model, write_gguf
 from tests.support.tiny_drafter import save_tiny_drafter

@@ -26,10 +26,11 @@ from common.ranks import free_port
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
+from eval.check import check_evaluation
 from eval.judging.measure import sampling_p_value
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
-from eval.recipe import EvalRecipe, check_evaluation, prompts_within
+from eval.recipe import EvalRecipe, prompts_within
 from eval.serving import side_by_side
 from eval.serving.counters import sglang_counts, vllm_counts
 from eval.serving.find import find_server

@@ -16,9 +16,10 @@ from common import cli
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from eval.check import check_evaluation
 from eval.prompts.load import load_prompts
 from eval.prompts.suites import SuiteRecipe, cut
-from eval.recipe import EvalRecipe, check_evaluation
+from eval.recipe import EvalRecipe
 from eval.reports.sweep import gather
 from tests.support.commands import ROOT
 from train.drafter.build import load_config, new_drafter

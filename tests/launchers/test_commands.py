@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from common import cli
 from common.errors import UserError
 from data_prep.recipe import DataPrepRecipe
-from eval.recipe import EvalRecipe, check_evaluation
+from eval.check import check_evaluation
+from eval.recipe import EvalRecipe
 from tests.support.caches import rewrite
 from tests.support.commands import ROOT, SMALL, command
 from train.build import check_training, engine_config

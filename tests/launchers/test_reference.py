@@ -4,7 +4,9 @@ import importlib.util
 import subprocess
 import sys
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from common import cli
@@ -68,3 +70,64 @@ def test_a_comment_that_says_something_else_is_replaced(generate):
     head = "# head\n# sizes: written by hand\n"
     found = generate.commented(head + "sizes: [1, 2]  # something else\n", Group)
     assert found == head + "sizes: [1, 2]".ljust(generate.COLUMN) + "# How many.\n"
+
+
+# Keys whose default in conf is not the recipe's own, and why: the recipe's own is for files that leave the key out.
+TARGET = "tiny has a token of its own; other targets may have none"
+TOKENS = "the standard library is cut to a size; other sources are taken whole"
+AUTO = "null in view=auto: as the drafter was trained"
+HELDOUT = "suite=heldout says how much; a suite of records is taken whole unless its file says so"
+DIFFERENT = {
+    "data_prep": {"target.mask_token_id": TARGET, "data.max_tokens": TOKENS},
+    "train": {
+        "target.mask_token_id": TARGET,
+        "data.max_tokens": TOKENS,
+        "objective.anchors": "null, every position, is for ttt; blockwise, the default objective, draws anchors",
+        "loss.kl": "the one term of loss=kl; other files name theirs",
+    },
+    "eval": {
+        "target.mask_token_id": TARGET,
+        "data.max_tokens": TOKENS,
+        **{f"view.{name}": AUTO for name in ("sink", "chunk", "scorer", "pool", "positions", "refresh")},
+        **{f"suite.{name}": HELDOUT for name in ("prompt_tokens", "new_tokens", "count", "warmup_tokens")},
+    },
+}
+
+
+def differing(generate, model: type[BaseModel], composed: dict, prefix: str = "") -> set[str]:
+    """Keys with a default in the recipe and another one in what is composed."""
+    found = set()
+    for name, field in generate.keys(model).items():
+        if name not in composed:
+            continue
+        section = generate.section_of(field)
+        if section:
+            found |= differing(generate, section, composed[name], f"{prefix}{name}.")
+        elif not field.is_required() and field.get_default(call_default_factory=True) != composed[name]:
+            found.add(f"{prefix}{name}")
+    return found
+
+
+@pytest.mark.parametrize("command", DIFFERENT)
+def test_defaults_of_recipes_and_of_conf_agree(generate, command):
+    with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose(command))
+    assert differing(generate, generate.COMMANDS[command], composed) == set(DIFFERENT[command])
+
+
+def test_every_setting_of_a_suite_has_the_recipe_s_default(generate):
+    composed = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/suite/_keys.yaml"))
+    # Suites that others report on are asked as conversations, and each says how long an answer is; held-out text is no chat.
+    assert differing(generate, generate.section_of(EvalRecipe.model_fields["suite"]), composed) == {"chat", "new_tokens"}
+
+
+def test_a_default_that_conf_sets_otherwise_is_found(generate):
+    class Inner(Section):
+        same: int = 1
+        other: int = 2
+
+    class Outer(Section):
+        inner: Inner
+        needed: int
+
+    assert differing(generate, Outer, {"inner": {"same": 1, "other": 3}, "needed": 4}) == {"inner.other"}

@@ -14,8 +14,9 @@ from common.errors import UserError
 from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from data_prep.target.loading import load_target
+from eval.check import check_evaluation
 from eval.main import run
-from eval.recipe import EvalRecipe, check_evaluation
+from eval.recipe import EvalRecipe
 from eval.reports import compare, sweep
 from tests.support.commands import ROOT, SMALL, command, deepspeed
 from tests.support.runs import losses

@@ -10,11 +10,12 @@ from common.rules import first_broken
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture
 from tests.support.rules import by_name, pattern
-from train import rules
+from train import machine_rules, rules
 from train.build import check_training
 from train.recipe import TrainRecipe
+from train.unread import UNREAD, unread
 
-RULES = by_name(rules.TABLES)
+RULES = by_name((*rules.TABLES, *machine_rules.TABLES))
 SPARSE = "objective=budgetdraft"
 LINES = {
     "keys of blocks under ttt": ["objective=ttt", "+objective.causal=true"],
@@ -72,13 +73,13 @@ def contexts(manifest) -> dict:
     lm = {"path": "x", "positions": 2048}
     return {
         "batch that ranks cannot share": (["train.batch=8"], 3),
-        "fp8 on an older GPU": (["train.fp8=true"], rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
-        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], rules.Shapes(small, tile=16)),
+        "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
+        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, tile=16)),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],
-            rules.Documents(longest=4096, lm=lm),
+            machine_rules.Documents(longest=4096, lm=lm),
         ),
-        "cache of another tokenizer": ([], rules.Tokens(manifest, "another")),
+        "cache of another tokenizer": ([], machine_rules.Tokens(manifest, "another")),
     }
 
 
@@ -96,3 +97,39 @@ def test_rules_about_other_caches_and_devices_refuse_in_a_made_up_context(cache)
 
 def test_every_rule_has_a_case(cache):
     assert {*LINES, *contexts(CacheReader(cache).manifest)} == set(RULES)
+
+
+ONE_BUDGET = [SPARSE, "view.budget=256"]
+PAPER = [SPARSE, "objective.budgets=paper"]
+# What a line names, and the keys of it that do nothing.
+IGNORED = [
+    (["objective.detach=true", "objective.draws=2"], ["objective.detach", "objective.draws"]),
+    (["objective.full=0.5", "objective.smallest=80"], ["objective.full", "objective.smallest"]),
+    (["objective.largest=999", "objective.budgets=paper"], ["objective.largest", "objective.budgets"]),
+    ([SPARSE, "objective.detach=true", "objective.draws=2", "objective.smallest=80", "objective.full=0.5"], []),
+    ([*ONE_BUDGET, "objective.draws=2", "objective.detach=true"], ["objective.draws"]),
+    ([*ONE_BUDGET, "objective.budgets=paper"], ["objective.budgets"]),
+    (PAPER, []),
+    ([*PAPER, "objective.smallest=80", "objective.draws=2"], ["objective.smallest", "objective.draws"]),
+    (["objective.decay=4"], []),
+    (["objective.weights=dpace", "objective.decay=4"], ["objective.decay"]),
+    (["drafter.sequential_size=8"], ["drafter.sequential_size"]),
+    (["drafter.sequential=gru", "drafter.sequential_size=8"], []),
+]
+
+
+@pytest.mark.parametrize("words,expected", IGNORED)
+def test_a_named_key_that_does_nothing_is_a_line(words, expected):
+    # Files list some of the keys and leave others out; ++ sets either.
+    recipe = cli.compose("train", TrainRecipe, [f"++{word}" if "." in word else word for word in words])
+    said = [line.split(": ")[1] for line in unread(recipe)]
+    assert sorted(said) == sorted(f"training does not read {key}" for key in expected)
+
+
+def test_every_key_that_may_do_nothing_has_a_case():
+    assert {key for _, keys in IGNORED for key in keys} == {key for one in UNREAD for key in one.keys}
+
+
+def test_the_check_says_it(cache, capsys):
+    check_training(cli.compose("train", TrainRecipe, [f"cache.dir={cache}", "++drafter.sequential_size=8"]))
+    assert capsys.readouterr().out == "warning: training does not read drafter.sequential_size: it is for drafter.sequential\n"

@@ -1,0 +1,221 @@
+"""Every combination of keys that an evaluation refuses: (condition, words), tried in order. See common/rules.py.
+
+The first tables need nothing but the recipe. The others also need the drafter, its target, the cache or a server; what they need
+is read by `eval/check.py`. What a drafter can be asked for is in `eval/drafter_rules.py`. Neither module imports another part of
+`eval`, so that all of them may use it.
+
+r: the recipe (EvalRecipe). c: the context, which each table names.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.rules import Rule
+from data_prep.cache.manifest import Manifest
+from data_prep.target.architecture import Architecture
+from train.drafter.config import DrafterConfig
+
+TEMPERATURES = (
+    Rule(
+        "negative temperature",
+        lambda r: min(r.temperatures) < 0,
+        "temperatures={r.temperatures}: a temperature is 0 (greedy) or more",
+    ),
+)
+
+# Of every mode but compare.
+RUNS = (
+    Rule(
+        "runs without compare",
+        lambda r: r.runs,
+        "runs= is for mode=compare; mode={r.mode} judges one drafter",
+    ),
+)
+
+# Of mode=served.
+SERVER = (
+    Rule(
+        "not one server",
+        lambda r: (r.server.url is None) == (r.server.start is None),
+        "mode=served asks a server: say server.url=http://HOST:PORT, or server.start=vllm, which starts one",
+    ),
+    Rule(
+        "started server without a drafter",
+        lambda r: r.server.start and r.drafter is None,
+        "server.start={r.server.start} serves a drafter: say which, drafter=RUN/checkpoints/best",
+    ),
+)
+
+# Of a server that is to be started. c: the configuration of its drafter.
+STARTED = (
+    Rule(
+        "shorter blocks that look ahead",
+        lambda r, c: r.draft.length and not c.schedule.causal(c),
+        "draft.length={r.draft.length}: slots of {r.drafter}'s blocks see each other, so that a server that "
+        "fills shorter ones would run another function; leave it out",
+    ),
+)
+
+
+class ServerRoom(NamedTuple):
+    """How many positions a running server has for a request (None: it does not say), and how many the longest takes."""
+
+    positions: int | None
+    takes: int
+
+
+# Of a server that runs. c: ServerRoom.
+RUNNING = (
+    Rule(
+        "requests beyond the server",
+        lambda r, c: c.positions and c.takes > c.positions,
+        "server.url={r.server.url} has {c.positions} positions for a request, and these take up to {c.takes} "
+        "(start it with a greater --max-model-len, or ask for fewer tokens)",
+    ),
+)
+
+DRAFTER = (
+    Rule(
+        "no drafter",
+        lambda r: r.drafter is None,
+        "mode={r.mode} judges a drafter: say which, drafter=RUN/checkpoints/best",
+    ),
+)
+
+# c: the files of weights in the drafter's folder.
+WEIGHTS = (Rule("no weights", lambda r, files: not files, "{r.drafter} holds no weights (model.safetensors)"),)
+
+
+# Of mode=chat and mode=demo. c: whether the command is a sweep.
+PERSON = (Rule("sweep of a person", lambda r, swept: swept, "mode={r.mode} is for a person; it has no sweep (-m)"),)
+
+
+class Found(NamedTuple):
+    """How many prompts there are, and where they are from."""
+
+    count: int
+    source: str
+
+
+# c: Found.
+PROMPTS = (
+    Rule(
+        "controls over one prompt",
+        lambda r, c: c.count < 2 and r.controls and r.mode == "decode",
+        "{c.source} has one prompt, and one control shows a drafter another's memory: say controls=false",
+    ),
+)
+
+
+def _is_out(r, folder: Path) -> bool:
+    return Path(r.out).resolve() == folder.resolve()
+
+
+# Of mode=export. c: the drafter's own folder.
+EXPORT = (
+    Rule("export onto the drafter", _is_out, "out={r.out} is the drafter's own folder; an export needs another"),
+    Rule(
+        "export for any target",
+        lambda r, folder: r.any_target and r.format != "drafter",
+        "format={r.format} writes parts of the drafter's own target: leave out any_target=true",
+    ),
+)
+
+
+class Cached(NamedTuple):
+    """A drafter's configuration, the manifest of the cache that it is judged on, and the cache's longest document in tokens."""
+
+    config: DrafterConfig
+    manifest: Manifest
+    longest: int
+
+
+def _of_another_target(r, c: Cached) -> bool:
+    other = c.manifest.target["weights_hash"] != c.config.target["weights_hash"]
+    return c.config.is_bound and other and not r.any_target
+
+
+def _state_not_held(r, c: Cached) -> dict | None:
+    for kind, needed, held in (
+        ("hidden", c.config.hidden_layers, c.manifest.hidden_layers),
+        ("kv", c.config.kv_layers, c.manifest.kv_layers),
+    ):
+        if missing := sorted(set(needed) - set(held)):
+            return {"kind": kind, "missing": missing}
+    return None
+
+
+def _parts_of_documents(r, c: Cached) -> bool:
+    # Without stored queries the target reads the documents again, and it can do so from the start only.
+    reads_again = r.mode == "diagnose" and not set(c.config.query_layers) <= set(c.manifest.query_layers)
+    return reads_again and r.score.pack_tokens < c.longest
+
+
+# Of mode=score and mode=diagnose. c: Cached.
+CACHE = (
+    Rule(
+        "cache of another target",
+        _of_another_target,
+        "{r.cache.dir} is a cache of another target than the drafter's",
+    ),
+    Rule(
+        "state that the cache lacks",
+        _state_not_held,
+        "the drafter reads {kind} states of layer(s) {missing}, which {r.cache.dir} lacks",
+    ),
+)
+DOCUMENTS = (
+    Rule(
+        "diagnose of parts of documents",
+        _parts_of_documents,
+        "mode=diagnose needs whole documents: score.pack_tokens={c.longest} for {r.cache.dir}",
+    ),
+)
+
+
+class Loaded(NamedTuple):
+    """A drafter's configuration, the target that was loaded, and the hash of the target whose cache is read with it (None: no
+    cache is)."""
+
+    config: DrafterConfig
+    architecture: Architecture
+    weights_hash: str
+    cached_hash: str | None
+
+    @property
+    def is_another(self) -> bool:
+        """Whether the drafter is bound to another target."""
+        return self.config.is_bound and self.weights_hash != self.config.target["weights_hash"]
+
+
+def _differing(r, c: Loaded) -> dict | None:
+    if not c.is_another:
+        return None
+    for name, mine in vars(c.config.architecture).items():
+        theirs = getattr(c.architecture, name)
+        # Formats round a number otherwise: SmolLM2's norm_eps is 1e-5 in one file and 9.9999997e-6 in another.
+        if np.size(mine) != np.size(theirs) or not np.allclose(mine, theirs, rtol=1e-5, atol=0):
+            both = f"{name} {mine}, and {r.target.path} has {theirs}"
+            return {"differs": both if np.size(mine) == 1 else f"another {name}"}
+    return None
+
+
+# Once the target is loaded. c: Loaded.
+LOADED = (
+    Rule(
+        "cache of another target than the loaded one",
+        lambda r, c: c.cached_hash is not None and c.cached_hash != c.weights_hash,
+        "{r.cache.dir} is a cache of another target than {r.target.path}",
+    ),
+    Rule(
+        "other weights",
+        lambda r, c: c.is_another and not r.any_target,
+        "{r.drafter} was trained for other weights of {c.config.target[id]} than those of {r.target.path}: its "
+        "drafts would seldom be accepted (any_target=true tries it all the same)",
+    ),
+    Rule("another architecture", _differing, "{r.drafter} is for targets with {differs}"),
+)
+
+TABLES = (TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, PERSON, PROMPTS, EXPORT, CACHE, DOCUMENTS, LOADED)

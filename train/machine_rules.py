@@ -1,0 +1,233 @@
+"""Recipes that training refuses on this machine, for this cache or this target: (condition, words), tried in order.
+
+`train/build.py` reads what they need to know and applies them. Combinations that need the recipe alone are in `train/rules.py`.
+
+r: the recipe. c: the context, which each table names.
+"""
+
+from typing import NamedTuple
+
+from common.rules import Rule
+from data_prep.cache.manifest import Manifest
+from data_prep.target.architecture import Architecture
+from train.recipe import TrainRecipe
+
+# c: the number of ranks.
+RANKS = (
+    Rule(
+        "batch that ranks cannot share",
+        lambda r, world: r.train.batch % world,
+        "train.batch={r.train.batch} packs a step cannot be shared by {c} ranks; make it a multiple of the world size",
+    ),
+)
+
+
+class Machine(NamedTuple):
+    """Where a training is to run. `capability` and `name` are a GPU's; None on a CPU."""
+
+    bf16: bool
+    capability: tuple[int, int] | None
+    name: str | None
+
+
+# c: Machine.
+MACHINE = (
+    Rule(
+        "recompute of a language model",
+        lambda r, c: r.drafter.lm and r.train.recompute,
+        "train.recompute=true is not for drafter.lm",
+    ),
+    Rule(
+        "fp8 without what it needs",
+        lambda r, c: r.train.fp8 and (r.drafter.lm or not c.bf16 or r.deepspeed.stage == 3),
+        "train.fp8=true needs bf16 (train.precision=bf16), ZeRO 0 to 2, and no drafter.lm",
+    ),
+    Rule(
+        "fp8 on an older GPU",
+        lambda r, c: r.train.fp8 and c.capability and c.capability < (8, 9),
+        "train.fp8=true: {c.name} has no fp8 products; use train.fp8=false",
+    ),
+)
+
+
+class Held(NamedTuple):
+    """What a recipe needs of a cache, and what the cache holds, by kind of state (hidden, kv, query). `available`: layers that
+    drafter.target_layers=auto chooses from."""
+
+    needs: dict[str, bool]
+    layers: dict[str, list[int]]
+    available: list[int]
+
+
+def _kind_not_held(r: TrainRecipe, c: Held) -> dict | None:
+    lacking = next((name for name, needed in c.needs.items() if needed and not c.layers[name]), None)
+    if lacking is None:
+        return None
+    wants = "loss.query_align" if lacking == "query" else f"reuse={r.reuse.kind}"
+    kinds = ",".join(name for name in c.layers if c.needs[name] or c.layers[name])
+    return {"wants": wants, "kind": lacking, "kinds": kinds}
+
+
+def _too_few_layers(r: TrainRecipe, c: Held) -> dict | None:
+    too_few = r.drafter.target_layers == "auto" and len(c.available) < r.drafter.layers
+    return {"held": len(c.available)} if too_few else None
+
+
+def _other_count_of_layers(r: TrainRecipe, c: Held) -> dict | None:
+    named = r.drafter.target_layers
+    return {"named": len(named)} if named != "auto" and len(named) != r.drafter.layers else None
+
+
+# c: Held.
+HELD = (
+    Rule(
+        "kind that the cache lacks",
+        _kind_not_held,
+        "{wants} needs {kind} states, which the cache {r.cache.dir} does not hold; capture it with cache.kinds=[{kinds}]",
+    ),
+    Rule(
+        "more draft layers than captured ones",
+        _too_few_layers,
+        "drafter.layers={r.drafter.layers}, but the cache holds {held} layer(s); name drafter.target_layers, "
+        "or capture more layers",
+    ),
+    Rule(
+        "target_layers of another number",
+        _other_count_of_layers,
+        "drafter.target_layers names {named} layers for drafter.layers={r.drafter.layers}",
+    ),
+)
+
+
+class ReadLayers(NamedTuple):
+    """Layers of the target that a drafter reads or starts from. `reads`: by kind, those whose states it needs; `held`: by kind,
+    those of the cache; `deepest`: the target's last layer."""
+
+    named: list[int]
+    reads: dict[str, list[int]]
+    held: dict[str, list[int]]
+    deepest: int
+
+
+def _no_such_layer(r: TrainRecipe, c: ReadLayers) -> dict | None:
+    wrong = [layer for layer in c.named if not 0 <= layer <= c.deepest]
+    return {"layer": wrong[0]} if wrong else None
+
+
+def _layer_not_held(r: TrainRecipe, c: ReadLayers) -> dict | None:
+    for name, layers in c.reads.items():
+        if missing := sorted(set(layers) - set(c.held[name])):
+            return {"kind": name, "missing": missing, "held": c.held[name]}
+    return None
+
+
+# c: ReadLayers.
+LAYERS = (
+    Rule(
+        "layer that the target lacks",
+        _no_such_layer,
+        "the target has layers 0 to {c.deepest}; there is no layer {layer}",
+    ),
+    Rule(
+        "layer that the cache lacks",
+        _layer_not_held,
+        "reuse={r.reuse.kind} needs {kind} states of layer(s) {missing}; the cache {r.cache.dir} holds {held}",
+    ),
+)
+
+
+class Shapes(NamedTuple):
+    """The target's architecture, and how many rows and columns an fp8 product takes at a time."""
+
+    architecture: Architecture
+    tile: int
+
+
+def _no_whole_tiles(r: TrainRecipe, c: Shapes) -> dict | None:
+    sizes = [c.architecture.hidden_size, c.architecture.intermediate_size]
+    if not r.drafter.own_head:
+        sizes.append(r.drafter.vocabulary or c.architecture.vocab_size)
+    return {"sizes": sizes} if r.train.fp8 and any(size % c.tile for size in sizes) else None
+
+
+def _normed_differently(r: TrainRecipe, c: Shapes) -> dict | None:
+    # Draft keys stand beside the target's own in one softmax only where those are read as they are.
+    beside = r.reuse.kind in ("kv", "hybrid") and r.reuse.source in ("native", "head_concat")
+    differs = r.drafter.qk_norm not in (None, c.architecture.qk_norm)
+    return {"norm": str(r.drafter.qk_norm).lower()} if beside and differs else None
+
+
+# c: Shapes.
+SHAPES = (
+    Rule(
+        "fp8 of sizes that are no whole tiles",
+        _no_whole_tiles,
+        "train.fp8=true needs sizes that are whole {c.tile}s; the target's states, MLP and head have {sizes}",
+    ),
+    Rule(
+        "keys that are normed differently",
+        _normed_differently,
+        "drafter.qk_norm={norm} with reuse.source={r.reuse.source}: draft keys and the target's would be normed differently; "
+        "drafter.qk_norm=null follows the target",
+    ),
+)
+
+
+class Documents(NamedTuple):
+    """The longest document of a cache, and the language model that is to read it (its path and positions)."""
+
+    longest: int
+    lm: dict | None
+
+
+def _beyond_the_language_model(r: TrainRecipe, c: Documents) -> dict | None:
+    positions = c.lm and c.lm["positions"]
+    if not positions or c.longest <= r.drafter.rope_factor * positions:
+        return None
+    return {"positions": positions, "factor": -(-c.longest // positions)}
+
+
+# c: Documents.
+DOCUMENTS = (
+    Rule(
+        "documents beyond a language model",
+        _beyond_the_language_model,
+        "drafter.lm={c.lm[path]} knows {positions} positions, the cache's documents have up to {c.longest}; scale its "
+        "positions with drafter.rope_factor={factor}, or cut the documents (data.max_length)",
+    ),
+)
+
+
+class Tokens(NamedTuple):
+    """The cache's manifest, and the hash of the target's tokenizer."""
+
+    manifest: Manifest
+    tokenizer_hash: str
+
+    @property
+    def vocabulary(self) -> int:
+        return self.manifest.target["architecture"]["vocab_size"]
+
+
+# c: Tokens.
+TOKENIZER = (
+    Rule(
+        "cache of another tokenizer",
+        lambda r, c: c.tokenizer_hash != c.manifest.tokenizer_hash,
+        "the cache {r.cache.dir} was captured with another tokenizer than that of target {r.target.path}",
+    ),
+)
+VOCABULARY = (
+    Rule(
+        "vocabulary that is not reduced",
+        lambda r, c: r.drafter.vocabulary and r.drafter.vocabulary >= c.vocabulary,
+        "drafter.vocabulary={r.drafter.vocabulary} is no less than the target's {c.vocabulary}; leave it out",
+    ),
+    Rule(
+        "mask outside the vocabulary",
+        lambda r, c: r.target.mask_token_id is not None and r.target.mask_token_id >= c.vocabulary,
+        "target.mask_token_id={r.target.mask_token_id} is outside the vocabulary of {c.vocabulary}",
+    ),
+)
+
+TABLES = (RANKS, MACHINE, HELD, LAYERS, SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)
