@@ -312,9 +312,10 @@ def unfused(monkeypatch) -> str:
 
 
 def test_a_term_that_the_kernel_lacks_is_refused_and_not_trained_as_zero(fused, unfused):
-    logits = torch.randn(1, VOCAB)
-    one = torch.ones(1)
-    none = torch.zeros(1, dtype=torch.long)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a compiled kernel reads a GPU's memory alone
+    logits = torch.randn(1, VOCAB, device=device)
+    one = torch.ones(1, device=device)
+    none = torch.zeros(1, dtype=torch.long, device=device)
     chunk = Chunk(logits, logits.clone(), none, None, none, one, one, None)
     with pytest.raises(UserError, match="loss.hellinger is no part of the fused kernel"):
         fused({"kl": 1.0, unfused: 1.0}, chunk, True)
