@@ -1,4 +1,4 @@
-"""BudgetDraft: two branches in one loss, budgets that are functions of seed, step and document, one teacher asked once.
+"""BudgetDraft: full and sparse views in one loss, budgets that are functions of seed, step and document, one teacher asked once.
 
 Shapes: V views, N anchors, J steps or slots; target_TV: T rows of a teacher, V vocabulary.
 """

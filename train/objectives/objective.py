@@ -175,7 +175,6 @@ class Objective(nn.Module):
             return self._drafted(pack, everyone, replace(memory, selection=selection)).unflatten(0, (pack.views, -1))
         # Positions in the cache: each anchor gets keys of its own, moved together. Where nothing is hidden (`FULL`), they are the
         # positions in the document, and all anchors read the same keys.
-        # Where nothing is hidden, positions in the cache are those in the document, and no anchor needs keys of its own.
         whole = int((pack.budget_VN[0] >= FULL).all())
         parts = [self._drafted(pack, anchors, memory)] * whole
         if pack.views > whole:
