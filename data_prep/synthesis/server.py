@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import httpx
-import tenacity
 
 from common.errors import UserError
 from data_prep.recipe import RegenerateRecipe
@@ -101,6 +100,8 @@ class Server:
         body["messages"] = history
         if self._ask.thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self._ask.thinking}
+        import tenacity  # only a server needs it: capture and synthesis run without
+
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._ask.attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
