@@ -96,12 +96,12 @@ class Server:
 
     async def _posted(self, client: httpx.AsyncClient, history: list[dict]) -> httpx.Response:
         """The answer to one request, after as many attempts as are worth it. Raises httpx's errors."""
+        import tenacity  # only a server needs it: capture and synthesis run without
+
         body = {key: self._settings[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")}
         body["messages"] = history
         if self._ask.thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self._ask.thinking}
-        import tenacity  # only a server needs it: capture and synthesis run without
-
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._ask.attempts),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
