@@ -14,8 +14,8 @@ RENAMED = {
     "eval": {
         "prompts.count": "suite.count",
         "prompts.tokens": "suite.prompt_tokens",
-        "prompts.max_new_tokens": "suite.new_tokens",
-        "context": "suite.prompt_tokens (mode=decode and served) or score.context (mode=score)",
+        "prompts.max_new_tokens": "suite.new_tokens (mode=decode and served) or score.new_tokens (mode=score and diagnose)",
+        "context": "suite.prompt_tokens (mode=decode and served) or score.context (mode=score and diagnose)",
     },
 }
 

@@ -27,8 +27,10 @@ VIEW = (
 )
 
 
-def _beyond_the_target(r, c: Judged) -> bool:
-    return bool(r.span) and not r.asks_suite and r.span[1] + c.config.slots > c.config.architecture.max_positions
+def _beyond_the_target(r, c: Judged) -> dict | None:
+    if not r.span or r.asks_suite or r.span[1] + c.config.slots <= c.config.architecture.max_positions:
+        return None
+    return {"section": "suite" if r.decodes else "score", "new": r.span[1] - r.span[0]}
 
 
 # c: Judged.
@@ -46,7 +48,7 @@ MODES = (
     Rule(
         "context beyond the target",
         _beyond_the_target,
-        "{r.span[0]} tokens of context and suite.new_tokens={r.suite.new_tokens} exceed the "
+        "{r.span[0]} tokens of context and {section}.new_tokens={new} exceed the "
         "target's {c.config.architecture.max_positions} positions",
     ),
 )

@@ -17,7 +17,6 @@ READ_BY = {
     "tracking": ("decode", "score", "demo", "served", "compare"),
     "data": ("decode", "served"),
     "suite": ("decode", "served"),
-    "suite.new_tokens": ("decode", "served", "score", "diagnose"),
     "cache": ("score", "diagnose"),
     "score": ("score", "diagnose"),
     "chat": ("chat",),

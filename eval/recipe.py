@@ -35,6 +35,8 @@ class ScoreRecipe(Section):
     """Tokens of a pack."""
     context: int | None = Field(None, ge=2)
     """Tokens before the first anchor; null: anchors may be anywhere."""
+    new_tokens: int = Field(64, ge=2)
+    """Behind `context`, anchors lie in this many positions: as many as decoding makes tokens."""
 
 
 class VerifyRecipe(PartialRecipe):
@@ -144,10 +146,11 @@ class EvalRecipe(Section):
     @property
     def span(self) -> tuple[int, int] | None:
         """Positions of the anchors behind a context, as many as decoding makes tokens; None: a context is not asked for."""
-        context = {"score": self.score.context, "diagnose": self.score.context}.get(self.mode)
-        if self.decodes:
-            context = self.suite.prompt_tokens
-        return context and (context, context + self.suite.new_tokens)
+        if self.decodes and self.suite.prompt_tokens:
+            return self.suite.prompt_tokens, self.suite.prompt_tokens + self.suite.new_tokens
+        if self.mode in ("score", "diagnose") and self.score.context:
+            return self.score.context, self.score.context + self.score.new_tokens
+        return None
 
 
 # view=auto of a drafter that was trained under the full view: what view=topk_chunk says.

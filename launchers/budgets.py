@@ -54,7 +54,7 @@ def judge(o) -> None:
         for arm in o.arms:
             run = o.runs / arm / f"seed{seed}"
             words = [str(ROOT / "eval/main.py"), "-m", f"drafter={run / 'checkpoints/last'}", *sweep]
-            score = [*words, "mode=score", f"cache.dir={o.runs / 'cache'}", "suite.new_tokens=256", "score.anchors=64"]
+            score = [*words, "mode=score", f"cache.dir={o.runs / 'cache'}", "score.new_tokens=256", "score.anchors=64"]
             score.append(f"score.context={contexts}")
             decode = [*words, f"suite.prompt_tokens={contexts}", "data.long=join"]
             decode.append(f"controls={str(seed == 0 and arm == 'sandwich').lower()}")

@@ -114,14 +114,13 @@ def judge(o) -> None:
             words = [
                 str(ROOT / "eval/main.py"),
                 f"drafter={run / 'checkpoints/last'}",
-                f"cache.dir={o.runs / 'cache'}",
                 *o.overrides,
             ]
             report = run / "report"
             diagnosis = run / "diagnosis"
             work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={report}"], run / "report.log", report))
             if seed == 0:
-                words = [*words, "mode=diagnose", f"out={diagnosis}"]
+                words = [*words, "mode=diagnose", f"cache.dir={o.runs / 'cache'}", f"out={diagnosis}"]
                 work.append((f"{arm}, diagnosis", words, run / "diagnosis.log", diagnosis))
     each(o.jobs, work)
 
@@ -135,7 +134,7 @@ def reports(o, arm: str) -> list[dict]:
 
 
 def counts(found: list[dict], temperature: str) -> np.ndarray:
-    """[seeds, prompts, 2]: tokens emitted, verify steps."""
+    """[seeds, prompts, 2]: tokens emitted, rounds."""
     return np.array([report["temperatures"][temperature]["per_prompt"] for report in found], dtype=float)
 
 

@@ -280,6 +280,8 @@ class TrainRecipe(CaptureSections):
 
         try:  # a run of an earlier release does not know the newest keys: it has their defaults
             known = {name: value for name, value in earlier.items() if name in TrainRecipe.model_fields}
+            if known["objective"].get("budgets") == "fixed":  # an earlier release's word for what view.budget says
+                known["objective"] = {k: v for k, v in known["objective"].items() if k != "budgets"}
             earlier = TrainRecipe.model_validate(known).model_dump(mode="json")
         except ValidationError:
             pass

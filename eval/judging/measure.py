@@ -1,6 +1,6 @@
 """Many generations -> the figures of a report.
 
-Definitions: tau = tokens emitted per verify step, the bonus token included; joint_j and cond_j as in
+Definitions: tau = tokens emitted per round, the bonus token included; joint_j and cond_j as in
 `train/measure/acceptance.py`, counted over all rounds (a slot that was not drafted was not accepted), so that
 tau = 1 + sum_j joint_j. A round of which an audit took back everything emitted nothing: tau is less by the share of such rounds.
 """

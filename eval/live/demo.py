@@ -129,7 +129,7 @@ def row(name: str, found: dict) -> list[str]:
 
 
 def table(result: dict, lines: box.Box = box.HEAVY_HEAD) -> Table:
-    made = Table(title="tau = tokens per verify step; greedy, one request at a time", box=lines)
+    made = Table(title="tau = tokens per round; greedy, one request at a time", box=lines)
     for head in HEADS:
         made.add_column(head, justify="right" if head else "left", no_wrap=not head)
     for one in result["prompts"]:

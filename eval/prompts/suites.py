@@ -57,7 +57,7 @@ class SuiteRecipe(Section):
     short: Literal["keep", "drop"] = "keep"
     """What becomes of prompts with fewer than prompt_tokens."""
     new_tokens: int = Field(2, ge=2)
-    """Most new tokens per reply. mode=score: anchors lie in this many positions behind score.context."""
+    """Most new tokens per reply."""
     count: int | None = Field(None, ge=1)
     """Number of prompts; null: all."""
     shuffle: int | None = None
@@ -85,10 +85,13 @@ class SuiteRecipe(Section):
             raise ValueError(f"suite.kinds names the category '{twice[0]}' twice")
         if (self.kinds or self.balanced) and self.category is None:
             raise ValueError("suite.kinds and suite.balanced need suite.category, the field that says what a prompt is")
-        if self.heldout and (self.count is None or self.count < 2 or self.prompt_tokens is None):
-            # The control that shows a drafter another request's memory takes two prompts.
+        needed = ("count", "prompt_tokens", "new_tokens")
+        absent = [name for name in needed if name not in self.model_fields_set or getattr(self, name) is None]
+        # The control that shows a drafter another request's memory takes two prompts.
+        if self.heldout and (absent or self.count < 2):
             raise ValueError(
-                "suite=heldout needs suite.count, 2 or more, and suite.prompt_tokens: how many documents, and how much of each"
+                "suite=heldout needs suite.count, 2 or more, suite.prompt_tokens and suite.new_tokens: how many documents, "
+                "how much of each, and how many new tokens"
             )
         if not self.heldout and (self.turns is None) == (self.template is None):
             raise ValueError("give suite.turns, the field of a conversation's turns, or suite.template, the only turn, not both")

@@ -103,7 +103,7 @@ def _requests(report: dict, figures: dict) -> list[str]:
 
 
 def counted(figures: dict, requests: list[str]) -> np.ndarray:
-    """[P, 6], for each prompt, or conversation with all of its turns: tokens emitted by verify steps, verify steps; output
+    """[P, 6], for each prompt, or conversation with all of its turns: tokens emitted by rounds, rounds; output
     tokens, seconds; the baseline's output tokens, its seconds."""
     each = np.hstack([np.array(figures[name], float) for name in COUNTED])
     place = {}

@@ -28,7 +28,7 @@ def print_table(report: dict) -> None:
     kv = report["drafter_kv"]
     asked = "unseen prompts" if prompts["suite"] == "heldout" else f"prompts of {prompts['suite']}"
     table = Table(
-        title=f"tau = tokens per verify step; {prompts['count']} {asked}, {prompts['tokens']} tokens on average",
+        title=f"tau = tokens per round; {prompts['count']} {asked}, {prompts['tokens']} tokens on average",
         caption=(f"view {view['kind']}, {view['budget']} positions" if view["budget"] else "everything visible")
         + f"; K/V that a round reads: {kv['read_mib']:.2f} MiB, that the drafter keeps: {kv['kept_mib']:.2f} MiB",
     )

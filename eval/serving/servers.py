@@ -4,7 +4,7 @@ Both kinds are sent token ids and answer with token ids, so that they read the v
 
     vLLM      /v1/completions; `/metrics` counts the drafts of the whole server, so that a request's own are known only while it
               is alone there
-    SGLang    /generate, its own endpoint; the `meta_info` of each answer counts the verify steps of that request
+    SGLang    /generate, its own endpoint; the `meta_info` of each answer counts the rounds of that request
 
 Both count whole rounds, as `eval/oracle/decode.py` does: a draft that goes beyond the output's end counts with all of it
 that was accepted. vLLM 0.32 was run on a CPU; of SGLang only the sources were read.

@@ -198,7 +198,7 @@ def _outputs(row: dict) -> str:
 
 
 CAPTION = (
-    "tau: tokens per verify step; by position: the share of rounds that accepted at least so many tokens. TTFT: until the first "
+    "tau: tokens per round; by position: the share of rounds that accepted at least that many tokens. TTFT: until the first "
     "token, in our engine without a network, in the server with it. Speedup: against the same server without a drafter, as many "
     "at a time."
 )

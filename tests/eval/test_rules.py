@@ -163,8 +163,9 @@ def test_every_rule_has_a_case():
 
 # A line of the mode, and the keys that it warns about.
 UNREAD = [
-    ("mode=score", ["score.documents=4", "suite.new_tokens=8", "suite=heldout", "view.budget=0", "seed=1"], []),
-    ("mode=score", ["draft.length=2", "batch=2", "suite.count=4"], ["draft.length", "batch", "suite.count"]),
+    ("mode=score", ["score.documents=4", "score.new_tokens=8", "view.budget=0", "seed=1"], []),
+    ("mode=score", ["draft.length=2", "batch=2", "suite.new_tokens=4"], ["draft.length", "batch", "suite.new_tokens"]),
+    ("mode=diagnose", ["suite=heldout"], ["suite"]),
     ("mode=decode", ["batch=2", "draft.length=2", "temperatures=[0]", "+suite.balanced=false"], []),
     ("mode=decode", ["score.documents=4", "chat.thinking=true", "format=dflash"], ["score.documents", "chat.thinking", "format"]),
     ("mode=export", ["format=drafter", "seed=1", "data=stdlib"], ["seed", "data"]),

@@ -243,10 +243,10 @@ def test_a_cache_without_the_needed_states_is_refused(cache, tmp_path):
         (["view=topk_chunk", "view.scorer=best"], "view.scorer: Input should be"),
         (["view=h2o", "view.budget=3", "view.sink=3"], "view=h2o always shows 3 sinks"),
         (["score.context=1"], "score.context.*greater than or equal to 2"),
-        (["context=64"], r"context is now suite.prompt_tokens \(mode=decode and served\) or score.context \(mode=score\)"),
+        (["context=64"], r"context is now suite.prompt_tokens \(mode=decode and served\) or score.context \(mode=score and"),
         (["prompts.tokens=64"], "prompts.tokens is now suite.prompt_tokens"),
         (["suite.count=null"], "suite=heldout needs suite.count, 2 or more"),
-        (["suite.prompt_tokens=null"], "suite=heldout needs suite.count, 2 or more, and suite.prompt_tokens"),
+        (["suite.prompt_tokens=null"], "suite=heldout needs suite.count, 2 or more, suite.prompt_tokens and suite.new_tokens"),
     ],
 )
 def test_eval_refuses_settings_that_cannot_work(words, message):

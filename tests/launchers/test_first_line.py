@@ -94,6 +94,12 @@ def test_a_resumed_run_keeps_its_first_default_sizes(monkeypatch):
     assert set(compose().resumable_differences(earlier)) >= {"train.batch", "train.max_steps"}
     assert compose().going_on(earlier).resumable_differences(earlier) == []
     assert compose("train.batch=4").going_on(earlier).resumable_differences(earlier) == ["train.batch"]
+    # `fixed` was a word for what view.budget says alone.
+    budget = compose("objective=budgetdraft", "view.budget=256")
+    earlier = budget.model_dump(mode="json")
+    earlier["objective"]["budgets"] = "fixed"
+    assert budget.resumable_differences(earlier) == []
+    assert "view.budget" in compose("objective=budgetdraft", "view.budget=128").resumable_differences(earlier)
     assert compose().going_on({}) == compose()
 
 

@@ -21,12 +21,11 @@ PRIVATE = {
     "torch._dynamo.maybe_mark_dynamic": "attention=flex compiles a program for every new number of tiles until PyTorch learns it",
     "torch._scaled_mm": "train.fp8: products of fp8 matrices on a GPU",
 }
-# Of flash-attn's, where it is installed; without them PyTorch's own kernel runs.
-FLASH_ATTN = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
 
 
 @cache
 def has_flash_attn() -> bool:
+    """Whether flash-attn is there with the private functions that are called below; without them PyTorch's own kernel runs."""
     try:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward  # noqa: F401
     except ImportError:  # not there, or built for another PyTorch

@@ -195,7 +195,6 @@ class Visibility:
         memory = m.position.numel()
         drafts = d.group.numel()
         # 1. Memory: tiles whose ranges of documents meet, before the last anchor. Whole ones: one document, before the first.
-        # 1. Memory: tiles whose ranges of documents meet, before the last anchor. Whole: in one document, before the first.
         document, anchor, group, slot = (_bounds(t)[:, :, None] for t in (q.document, q.anchor, q.group, q.slot))
         k_document, k_position = (_bounds(t, after=drafts) for t in (m.document, m.position))
         k_group, k_slot = (_bounds(t, before=memory) for t in (d.group, d.slot))

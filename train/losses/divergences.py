@@ -58,7 +58,7 @@ def lk_lambda(log_q: Tensor, log_p: Tensor, label: Tensor, mix: Tensor) -> Tenso
 
 def expected_accepted(overlap_NJ: Tensor, valid_NJ: Tensor) -> Tensor:
     """E = sum_k prod_{i<=k} alpha_i over the slots that count, [N]: differentiable through the product. A slot that does not
-    count before those that do was shown to the drafter, and cannot be refused."""
+    count before those that do was given to the drafter, and cannot be refused."""
     return (torch.where(valid_NJ, overlap_NJ, 1.0).cumprod(1) * valid_NJ).sum(1)
 
 

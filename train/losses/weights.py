@@ -17,7 +17,7 @@ def geometric(slots: int, ratio: float) -> Tensor:
 def dpace(label_probability_NJ: Tensor, valid_NJ: Tensor, smoothing: float = 0.5) -> Tensor:
     """D-PACE: w_j = sum_{m >= j} prod_{i <= m} c_i with c = (1 - smoothing) q(label) + smoothing: how much of the expected
     length rests on slot j. Constant in the drafter; zero where a slot does not count (slots before the first that does were
-    shown to the drafter: c = 1)."""
+    given to the drafter: c = 1)."""
     c = torch.where(valid_NJ, (1 - smoothing) * label_probability_NJ.detach() + smoothing, 1.0)
     reached = c.cumprod(1) * valid_NJ
     return reached.flip(1).cumsum(1).flip(1) * valid_NJ

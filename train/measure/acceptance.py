@@ -1,6 +1,6 @@
 """Counting acceptance. The training log, checkpoint selection and `eval mode=score` all count here.
 
-joint_j = P(slots 1..j are all accepted), cond_j = joint_j / joint_{j−1}, tau = 1 + sum_j joint_j (tokens per verify step,
+joint_j = P(slots 1..j are all accepted), cond_j = joint_j / joint_{j−1}, tau = 1 + sum_j joint_j (tokens per round,
 the bonus token included). Teacher-forced: slots are judged on the text, not on a decoded continuation.
 
 Shapes: V views, N anchors, J slots.
