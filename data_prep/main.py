@@ -21,20 +21,20 @@ from common.rules import refuse  # noqa: E402
 from data_prep import rules  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
 from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
-from data_prep.capture import build as prepare  # noqa: E402
+from data_prep.capture import build  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
 from data_prep.synthesis.regenerate import check_regeneration, regenerate  # noqa: E402
 from data_prep.synthesis.synthesize import check_synthesis, synthesize  # noqa: E402
 
 # Modes that one process does; the others of a launcher have nothing to do.
-ALONE = {"estimate": prepare.estimate, "verify": verify, "inspect": inspect, "merge": merge}
+ALONE = {"estimate": build.estimate, "verify": verify, "inspect": inspect, "merge": merge}
 
 
 def check_data_prep(recipe: DataPrepRecipe) -> None:
     """What can be refused before a document is read or the target is loaded."""
     match recipe.mode:
         case "capture" | "estimate":
-            prepare.check_capture(recipe)
+            build.check_capture(recipe)
             refuse(rules.MODES, recipe)
         case "regenerate":
             check_regeneration(recipe)
@@ -55,7 +55,7 @@ def run(recipe: DataPrepRecipe) -> None:
     try:
         match recipe.mode:
             case "capture":
-                prepare.build(recipe, ranks.barrier())
+                build.build(recipe, ranks.barrier())
             case "regenerate":
                 regenerate(recipe, ranks.barrier())
             case "synthesize":

@@ -30,6 +30,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     Raises:
         UserError: the cache lacks a layer or a kind that the recipe needs.
     """
+    # 1. What this drafter reads, and what the cache holds.
     reuse = recipe.reuse
     count = recipe.drafter.layers
     if recipe.drafter.lm:
@@ -46,13 +47,23 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     if len(available) < count and not native:
         available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
     refuse(machine_rules.HELD, recipe, machine_rules.Held(needs, held, available))
+
+    # 2. The layers: where `auto` stands, draft layers are spread from the first layer to the last (one alone: the last).
     target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
-        first, last = (0 if count > 1 else len(available) - 1), len(available) - 1
+        last = len(available) - 1
+        first = 0 if count > 1 else last
         target_layers = [available[i] for i in np.linspace(first, last, count).round().astype(int)]
-    auto = lambda layers, name: [] if not needs[name] else held[name] if layers == "auto" else list(layers)
-    hidden_layers = auto(reuse.hidden_layers, "hidden")
-    source_layers = [] if reuse.source == "native" else auto(reuse.kv_layers, "kv")
+
+    def layers_of(kind: str, said: list[int] | str) -> list[int]:
+        if not needs[kind]:
+            return []
+        return held[kind] if said == "auto" else list(said)
+
+    hidden_layers = layers_of("hidden", reuse.hidden_layers)
+    source_layers = [] if reuse.source == "native" else layers_of("kv", reuse.kv_layers)
+
+    # 3. They exist, and the cache holds their states.
     reads = {
         "hidden": hidden_layers,
         "kv": source_layers or target_layers,
@@ -69,7 +80,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
     lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
     sampler = recipe.view_sampler
-    architecture, qk_norm = Architecture(**manifest.target["architecture"]), recipe.drafter.qk_norm
+    architecture = Architecture(**manifest.target["architecture"])
     refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, TILE))
     return DrafterConfig(
         objective=recipe.objective.kind,
@@ -85,7 +96,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         source_layers=source_layers,
         fusion=recipe.reuse.fusion,
         gate_floor=gate_floor(recipe),
-        qk_norm=qk_norm,
+        qk_norm=recipe.drafter.qk_norm,
         draft_vocab=recipe.drafter.vocabulary,
         own_head=recipe.drafter.own_head,
         sequential=recipe.drafter.sequential,

@@ -256,11 +256,19 @@ class TrainRecipe(CaptureSections):
     @property
     def view_sampler(self) -> ViewSampler | None:
         """The views of a step; None: everything, alone."""
-        o, budget = self.objective, self.view.budget
-        if not o.sparse:
+        objective = self.objective
+        if not objective.sparse:
             return None
-        sampler, smallest = ("fixed", budget) if budget else (o.budgets, o.smallest)
-        return ViewSampler(o.full, o.sparse, sampler, smallest, o.largest, o.draws, self.train.seed)
+        budget = self.view.budget  # one number stands in the place of all that would be drawn
+        return ViewSampler(
+            full=objective.full,
+            sparse=objective.sparse,
+            sampler="fixed" if budget else objective.budgets,
+            smallest=budget or objective.smallest,
+            largest=objective.largest,
+            draws=objective.draws,
+            seed=self.train.seed,
+        )
 
     def resumable_differences(self, earlier: dict) -> list[str]:
         """Keys in which a run that is to be resumed differs from how it began. Where it logs or runs does not count."""
@@ -285,5 +293,6 @@ class TrainRecipe(CaptureSections):
             earlier = TrainRecipe.model_validate(known).model_dump(mode="json")
         except ValidationError:
             pass
-        mine, theirs = core(self.model_dump(mode="json")), core(earlier)
+        mine = core(self.model_dump(mode="json"))
+        theirs = core(earlier)
         return sorted(".".join(k) for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))

@@ -14,7 +14,7 @@ from common.ranks import rank, world_size
 from data_prep.cache.codec import SCALE
 from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, each_document
 from data_prep.cache.reader import CacheReader, crop
-from data_prep.capture import build as prepare
+from data_prep.capture import build
 from data_prep.capture.capture import Batch, batches
 from data_prep.recipe import CaptureSections
 from data_prep.sources.documents import Documents
@@ -32,16 +32,16 @@ class LiveReader:
     def __init__(self, recipe: CaptureSections):
         self.folder = Path(recipe.cache.dir)
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the file's name
-            source = prepare.tokenise(recipe, Path(folder) / DOCUMENTS, processes=world_size())  # every process for itself
+            source = build.tokenise(recipe, Path(folder) / DOCUMENTS, processes=world_size())  # every process for itself
             self._documents = Documents(Path(folder) / DOCUMENTS)
-        refuse_one_side(self._documents.ids, f"data={recipe.data.source} gives", prepare.advice(recipe, source))
+        refuse_one_side(self._documents.ids, f"data={recipe.data.source} gives", build.advice(recipe, source))
         order = pc.sort_indices(self._documents.ids)  # a cache's index is in the order of ids too
         self._order = order.to_numpy()
         self.ids = self._documents.ids.take(order).combine_chunks()
         self.lengths = self._documents.lengths[self._order]
         self._batch_tokens = recipe.capture.batch_tokens
         self._target = load_target(recipe.target, recipe.capture)
-        self.manifest = prepare.completed(prepare.plan(recipe, source), self._target)
+        self.manifest = build.completed(build.plan(recipe, source), self._target)
         self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers, self.manifest.query_layers)
 
     def __len__(self) -> int:
@@ -84,10 +84,10 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
         UserError: there is no cache and there cannot be one, or the cache is not the one that is described.
     """
     if missing(recipe):
-        prepare.check_capture(recipe)
+        build.check_capture(recipe)
         if recipe.cache.on_missing == "live" and recipe.capture.spread == "tp":
             raise UserError("cache.on_missing=live with capture.spread=tp: every rank reads other documents; capture first")
-        return prepare.plan(recipe, {})
+        return build.plan(recipe, {})
     reader = CacheReader(recipe.cache.dir)
     if recipe.cache.on_missing != "fail":
         if fields := contradicted(recipe, reader.manifest):
@@ -114,7 +114,7 @@ def contradicted(recipe: CaptureSections, manifest: Manifest) -> list[str]:
     said = {field for field, keys in SAID_BY.items() if recipe.names(*keys)}
     if "cache" in recipe.named:  # cache=fp8: the files of that group differ in nothing else
         said.add("codec")
-    fields = prepare.differences(prepare.plan(recipe, {}), manifest)
+    fields = build.differences(build.plan(recipe, {}), manifest)
     theirs = manifest.source.get("recipe", {})
     if any(theirs.get(key) != value for key, value in recipe.data.model_dump().items() if f"data.{key}" not in recipe.chosen):
         fields.append("data")
@@ -135,5 +135,5 @@ def open_cache(recipe: CaptureSections, barrier: Callable[[], None]) -> CacheRea
     if wanted:
         if rank() == 0:
             print(f"no finished cache at {recipe.cache.dir}: it is captured first (cache.on_missing=capture)", flush=True)
-        prepare.build(recipe, barrier, for_training=True)
+        build.build(recipe, barrier, for_training=True)
     return CacheReader(recipe.cache.dir)

@@ -16,8 +16,7 @@ from common.recipe import ROOT
 from data_prep.cache.manifest import FILES, MANIFEST
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.tools import inspect, merge, verify
-from data_prep.capture import build as prepare
-from data_prep.capture.build import build, estimate
+from data_prep.capture import build
 from data_prep.capture.live import LiveReader, manifest_of, open_cache
 from data_prep.recipe import DataPrepRecipe
 from data_prep.target.loading import load_target, load_tokenizer
@@ -37,7 +36,7 @@ def recipe_of(*words):
 def captured(tmp_path, name, rows, *words):
     path = write_lines(tmp_path / f"{name}.jsonl", rows)
     recipe = recipe_of("data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / name}", *words)
-    build(recipe, lambda: None)
+    build.build(recipe, lambda: None)
     return recipe
 
 
@@ -81,7 +80,7 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
         "cache.kinds=[hidden,kv,query]",
     ]
     recipe = recipe_of(*words, "inspect.examples=1")
-    build(recipe, lambda: None)
+    build.build(recipe, lambda: None)
     capsys.readouterr()
     inspect(recipe)
     shown = capsys.readouterr().out
@@ -100,12 +99,12 @@ def test_estimate_announces_what_the_capture_takes(tmp_path, capsys, kinds):
         "data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}", "cache=fp8", "capture.batch_tokens=64",
         f"cache.kinds=[{kinds}]",
     )  # fmt: skip
-    estimate(recipe)
+    build.estimate(recipe)
     said = capsys.readouterr().out
     assert f"layers [0, 5], {kinds.replace(',', '+')}, fp8" in said
     assert re.search(r"[\d,]+ tokens/s on cpu .*hours on one process", said) and "are free" in said
     assert not (tmp_path / "cache").exists()
-    build(recipe, lambda: None)
+    build.build(recipe, lambda: None)
     reader = CacheReader(tmp_path / "cache")
     per_token = int(re.search(r"([\d,]+) bytes a token", said)[1].replace(",", ""))
     stored = sum(t.nbytes for path in reader.folder.glob("*.safetensors") for t in load_file(path).values())
@@ -113,7 +112,7 @@ def test_estimate_announces_what_the_capture_takes(tmp_path, capsys, kinds):
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
     with pytest.raises(UserError, match="the cache takes .* are free; make room, or store less: cache=fp8"):
         captured(tmp_path, "cache", TEXTS)
     assert not (tmp_path / "cache").exists()
@@ -124,13 +123,13 @@ def test_another_capture_into_a_finished_cache_is_refused_and_leaves_it_alone(tm
     changes = {"codec": "fp8"}, {"layers": [0, 2]}, {"last_hidden": "all"}, {"kinds": ["hidden", "kv", "query"]}
     for change in changes:  # known before a document is read
         with pytest.raises(UserError, match=f"these differ: .*{next(iter(change)).replace('kinds', 'query_layers')}"):
-            prepare.check_capture(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
+            build.check_capture(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
     other = write_lines(tmp_path / "other.jsonl", TEXTS[:3])
     with pytest.raises(UserError, match="these differ: source.documents, source.hash"):  # known after
-        build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": other})}), lambda: None)
+        build.build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": other})}), lambda: None)
     verify(recipe)
     moved = write_lines(tmp_path / "moved.jsonl", TEXTS)  # the same data by another name is the same data
-    build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": moved})}), lambda: None)
+    build.build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": moved})}), lambda: None)
     verify(recipe)
 
 

@@ -14,7 +14,7 @@ from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from tests.support.commands import ROOT, SMALL, command, deepspeed
 from tests.support.runs import losses
-from train import build as prepare
+from train import build
 from train.recipe import TrainRecipe
 from train.run.ranks import loss_of_a_rank
 
@@ -74,7 +74,7 @@ def test_the_manifest_for_kubernetes_says_what_the_command_takes(cache):
     # The embedded target stands in for the one whose weights are not here, and its cache for the one on the cluster.
     here = [word for word in words if not word.startswith(("target=", "cache.dir="))]
     recipe = cli.compose("train", TrainRecipe, [*here, f"cache.dir={cache}"])
-    prepare.check_training(recipe)
+    build.check_training(recipe)
     assert recipe.train.batch % (int(env["NODES"]) * int(env["GPUS"])) == 0
     cli.compose("train", TrainRecipe, words)
     # Its command line, as the operator's environment completes it.

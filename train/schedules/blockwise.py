@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def block_rows(document_N: Tensor, anchor_N: Tensor, slots: int) -> DraftRows:
     """The rows of N blocks, slot by slot within an anchor; `anchor_N` counts from the document's start."""
-    count, device = len(anchor_N), anchor_N.device
+    count = len(anchor_N)
+    device = anchor_N.device
     slot = torch.arange(slots, device=device).repeat(count)
     anchor = anchor_N.repeat_interleave(slots)
     return DraftRows(
