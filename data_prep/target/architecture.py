@@ -36,8 +36,19 @@ class Architecture(Sizes):
     norm_eps: float
     qk_norm: bool
     qkv_bias: bool
-    inv_freq: list[float]  # RoPE angles per position, [D/2]
+    inv_freq: list[float]  # RoPE angles per position of the first 2 R dimensions of a head, [R]; the others are not turned
     rope_scale: float  # what cos and sin are multiplied by (YaRN)
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """What the stored keys and values of one of the target's layers are like."""
+
+    kv_heads: int
+    head_dim: int
+    inv_freq: list[float]  # RoPE angles per position of the first 2 R dimensions of a head, [R]; the others are not turned
+    rope_scale: float
+    window: int | None = None  # the target's queries read this many positions, their own included; None: all
 
 
 def refuse_family(path: str, config: PretrainedConfig) -> None:

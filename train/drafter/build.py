@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from data_prep.target.architecture import Architecture, Sizes
+from data_prep.target.architecture import Architecture, KVLayer, Sizes
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.imported import imported_config
@@ -35,7 +35,9 @@ def load_config(folder: str | Path, beside: Callable[[], Sizes | Architecture] |
         except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:  # a number where others have a list
             raise UserError(f"{folder}/config.json is of no checkpoint that is known: {error}") from error
     try:
-        return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"])})
+        shapes = fields.get("kv_shapes")
+        kv_shapes = [KVLayer(**shape) for shape in shapes] if shapes else None
+        return DrafterConfig(**fields | {"architecture": Architecture(**fields["architecture"]), "kv_shapes": kv_shapes})
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}/config.json is not the configuration of a drafter: {error}") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.target.architecture import Architecture
+from data_prep.target.architecture import Architecture, KVLayer
 from train.schedules.registry import OBJECTIVES
 from train.schedules.schedule import Schedule
 
@@ -67,6 +67,8 @@ class DrafterConfig:
     fc_norm: bool = False  # pairs: each layer's hidden state is normed before fc joins them (EAGLE-3.1)
     norm_output: bool = False  # ttt over pairs: the next step reads the stream after the final norm (EAGLE-3.1)
     norm_before_residual: bool = False  # pairs: the first layer's residual stream begins as its normed feature
+    target_hidden: int | None = None  # E of the target; null: the draft layers' own
+    kv_shapes: list[KVLayer] | None = None  # of the target layers whose K/V are read, as `kv_layers`; null: as `architecture`
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
 
     @property
