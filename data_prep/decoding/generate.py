@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from data_prep.decoding.attention import among_rows
+from data_prep.decoding.attention import Reading, among_rows
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.dialogues import Answer, Dialogue, Line, Request, prefill_groups
 from data_prep.decoding.graphs import Graphed
@@ -130,10 +130,10 @@ class BatchGenerator:
         keys = self._cache.key
         values = self._cache.value
 
-        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor) -> Tensor:
+        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor, reading: Reading) -> Tensor:
             keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
             values[layer, place_N, : v_NTGD.shape[1]] = v_NTGD
-            return among_rows(q_NTHD, k_NTGD, v_NTGD)
+            return among_rows(q_NTHD, k_NTGD, v_NTGD, reading)
 
         with self._target.uncompiled():
             states = self._target.forward_through(ids_NT, position_NT, attend)

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError, first_line
 from data_prep.decoding import torch_private
+from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import transformers_private as private
 from data_prep.target.architecture import STATIC_ROPE, Architecture, refuse_family
@@ -26,8 +27,8 @@ from data_prep.target.from_gguf import plain
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
 
-# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Reading], Tensor]
 
 
 @torch.compiler.disable  # a compiled layer would forget what it sets

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from data_prep.decoding.attention import Reading
+
 # Paths from a causal LM of one of our families.
 PRIVATE = {
     "config._attn_implementation": "decoding over our own caches: the attention is exchanged for a forward (`attention_given`)",
@@ -134,17 +136,19 @@ def state_module(layer: nn.Module, kind: str) -> nn.Module:
 
 @torch.compiler.disable  # else dynamo traces the call into a compiled layer, and each new function would be compiled anew
 def _given_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options):
-    """transformers' interface of an attention: [B, H, T, D] in, [B, T, H, D] out."""
+    """transformers' interface of an attention: [B, H, T, D] in, [B, T, H, D] out. What differs between families comes from their
+    own modules: `scaling`, `sliding_window`, `s_aux` (gpt-oss's sinks). Other options say nothing that decoding needs."""
     q_BTHD, k_BTGD, v_BTGD = (t.transpose(1, 2) for t in (query, key, value))
-    return _given.get()(module.layer_idx, q_BTHD, k_BTGD, v_BTGD), None
+    reading = Reading(options.get("scaling"), options.get("sliding_window"), options.get("s_aux"))
+    return _given.get()(module.layer_idx, q_BTHD, k_BTGD, v_BTGD, reading), None
 
 
 AttentionInterface.register(GIVEN, _given_attention)
 
 
 @contextmanager
-def attention_given(model: PreTrainedModel, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Forwards inside call `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated) -> [B, T, H, D].
+def attention_given(model: PreTrainedModel, attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Forwards inside call `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated, `Reading`) -> [B, T, H, D].
 
     The setting is written as it stands: `set_attn_implementation`, the public way, checks every submodule each time, and decoding
     would pay for that in every round. The function itself is in a context variable, so that two threads do not share one.

@@ -56,7 +56,7 @@ def test_a_given_attention_is_asked_for_every_layer_and_then_gone(family):
     target.forward(IDS_BT, cache)
     seen = []
 
-    def attend(layer, q_BTHD, k_BTGD, v_BTGD):
+    def attend(layer, q_BTHD, k_BTGD, v_BTGD, reading):
         seen.append(layer)
         if layer == 0:  # later layers read what this attention returned
             torch.testing.assert_close(k_BTGD.transpose(1, 2), cache.layers[0].keys)
