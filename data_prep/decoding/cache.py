@@ -3,20 +3,37 @@
 Shapes: B requests, T rows of each, L places, G key/value heads, D head size, N layers.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from data_prep.decoding.attention import Reading, joined, merge, over_cache, over_rows, sunk
+from data_prep.target.target import Target
 
 
 class StaticCache:
     """The target's keys and values, rotated, [N, B, L, G, D] each."""
 
-    on_device = True  # where drafters can read them
+    on_device = True
+    in_halves = True  # keys are in the layout that drafters read (data_prep/target/rotation.py)
 
     def __init__(self, layers: int, batch: int, room: int, heads: int, size: int, dtype: torch.dtype, device):
         self.key, self.value = torch.zeros(2, layers, batch, room, heads, size, dtype=dtype, device=device)
         self.row_B1 = torch.arange(batch, device=device)[:, None]
+
+    @classmethod
+    def of(cls, target: Target, batch: int, room: int) -> Self:
+        """A cache of `batch` requests of `target`, with `room` places for each."""
+        layers, heads, size = target.kv_sizes
+        made = cls(layers, batch, room, heads, size, target.dtype, target.device)
+        made.in_halves = not target.turns_neighbours
+        return made
+
+    @property
+    def lends(self) -> bool:
+        """Whether drafters can read keys and values here as they stand."""
+        return self.on_device and self.in_halves
 
     @property
     def room(self) -> int:

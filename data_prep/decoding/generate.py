@@ -261,17 +261,15 @@ class BatchGenerator:
             self._graphs.clear()
             self._shrink(room)
         self._draining = False
-        a = self._target.architecture
-        device = self._target.device
-        self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
-        self._places = Places(self._count, room, draws, device)
+        self._cache = StaticCache.of(self._target, self._count, room)
+        self._places = Places(self._count, room, draws, self._target.device)
         if old is not None:
             self._places.take_over(old)
             self._cache.key[:, :, : cache.room] = cache.key
             self._cache.value[:, :, : cache.room] = cache.value
         self._graphs.clear()
         # All graphs work in one pool of memory. They may, because no two of them run at the same time.
-        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda and self._target.graphs else None
         return True
 
     def _shrink(self, room: int) -> None:
@@ -288,9 +286,9 @@ class BatchGenerator:
         """Places of new caches that there is memory for."""
         if not self._cuda:
             return self._count
-        a = self._target.architecture
+        layers, heads, size = self._target.kv_sizes
         # What PyTorch holds and does not use is free for new tensors too, though the driver counts it as taken.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        cached = 2 * a.num_layers * room * a.kv_heads * a.head_dim * self._target.dtype.itemsize
-        drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64
+        cached = 2 * layers * room * heads * size * self._target.dtype.itemsize
+        drawn_from = 32 * self._target.config.vocab_size  # logits, probabilities and their sums, in float32 and float64
         return int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))

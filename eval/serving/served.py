@@ -27,6 +27,7 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.architecture import target_sizes
+from data_prep.target.families import family_of
 from data_prep.target.loading import load_target, load_tokenizer
 from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticTrained
@@ -128,7 +129,10 @@ def _ask_ours(recipe: EvalRecipe, load: Callable, described: Callable, server: S
     if not server:
         place, asking.notes = _checkpoint(recipe, target, drafter, folder)
         asking.command = _start_of(recipe, target, config, place, slots, said["positions"])
-    asking.own = ours(recipe, target, drafter, prompts, said, slots)
+    if why_not := family_of(target.model.config).decode:
+        asking.notes = [*asking.notes, f"nothing here is compared with our engine, which does not decode this target: {why_not}"]
+    else:
+        asking.own = ours(recipe, target, drafter, prompts, said, slots)
     return asking
 
 
@@ -200,9 +204,7 @@ def ours(
 ) -> dict[float, Run]:
     """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
     limit = said["max_new_tokens"]
-    a = target.architecture
-    room = room_for(said["positions"] - limit, limit, slots)
-    cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache = StaticCache.of(target, 1, room_for(said["positions"] - limit, limit, slots))
     if recipe.compile:
         target.compile()
     if target.frozen_head.product.is_laid_out:

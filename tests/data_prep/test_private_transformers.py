@@ -27,7 +27,7 @@ def test_a_name_that_went_is_noticed(name):
     place = model
     for part in path.split(".") if path else []:
         place = place[int(part)] if part.isdecimal() else getattr(place, part)
-    if last == "_attn_implementation":  # a property of the class
+    if place is model.config:  # its settings are properties of the class
         place = model
         last = "config"
         model_type = model.config.model_type
