@@ -11,7 +11,7 @@ from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
 from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.transformers_private import layer_config, rotary_of
+from data_prep.target.transformers_private import layer_config, rotary_of, window_of
 
 LIKE = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are built as a drafter's
 UNLIMITED = 2**30  # positions, of a model that names no limit
@@ -140,6 +140,13 @@ def layers_with_kv(config: PretrainedConfig) -> list[int]:
     # Of a Gemma 4, the last layers read the keys and values of earlier ones.
     own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
     return [layer for layer in range(own) if kinds[layer] in ("full_attention", "sliding_attention")]
+
+
+def shortest_window(config: PretrainedConfig) -> int | None:
+    """How many positions a query of a layer with a window reads, where there are such layers."""
+    config = config.get_text_config(decoder=True)
+    windows = (window_of(config, layer) for layer in range(config.num_hidden_layers))
+    return min((window for window in windows if window is not None), default=None)
 
 
 class Rotary(NamedTuple):

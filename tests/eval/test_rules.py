@@ -138,6 +138,7 @@ def test_a_loaded_target_that_does_not_belong_there_is_refused(cache, ttt):
 # What no short test can make: a server, a sweep. The rule, its context and the line.
 CONTEXTS = {
     "requests beyond the server": (rules.ServerRoom(positions=100, takes=101), ["mode=served", "server.url=http://here"]),
+    "partial verification of windows": (rules.Decoded("gemma3_text", window=512), ["verify=partial"]),
     "sweep of a person": (True, ["mode=chat"]),
 }
 
