@@ -89,8 +89,8 @@ WEIGHTS = (Rule("no weights", lambda r, files: not files, "{r.drafter} holds no 
 
 
 class Decoded(NamedTuple):
-    """A target that our engine is to decode: its family, and how many positions a layer reads that does not read all of them (None:
-    all layers do)."""
+    """A target that our engine is to decode: its family, and how many positions its layers with a window read (None: it has no
+    such layers)."""
 
     family: str
     window: int | None
@@ -101,8 +101,8 @@ DECODED = (
     Rule(
         "partial verification of windows",
         lambda r, c: r.verify.partial and c.window is not None,
-        "verify={r.verify.kind}: layers of {r.target.path}, a '{c.family}', read the last {c.window} positions of a text, and the "
-        "part of its cache that is read does not say which these are. Leave out verify: full verification reads them",
+        "verify={r.verify.kind}: layers of target {r.target.path}, a '{c.family}', read the last {c.window} positions alone, and "
+        "a part of its cache does not say which these are. Leave out verify: full verification knows them",
     ),
 )
 
@@ -236,4 +236,7 @@ LOADED = (
     Rule("another architecture", _differing, "{r.drafter} is for targets with {differs}"),
 )
 
-TABLES = (TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT, CACHE, DOCUMENTS, LOADED)
+TABLES = (
+    *(TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
+    *(CACHE, DOCUMENTS, LOADED),
+)
