@@ -22,7 +22,7 @@ from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, Trained
 from tests.support.decoding import generated
 from tests.support.engines import REFERENCE, engine_of, triples
-from tests.support.families import MINIATURES, miniature
+from tests.support.families import MINIATURES, MULTIMODAL, miniature
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 
@@ -30,7 +30,9 @@ NEW = 20
 UNKNOWN = Family(decode="nobody has tried it")
 QUICK = ("mistral", "qwen3_windowed", "gemma3_text", "gpt_oss", "qwen3_moe", "glm4", "glm4_moe", "phi", "olmo2", "granite")
 DECODABLE = [
-    name for name, fields in MINIATURES.items() if FAMILIES.get(fields.get("model_type", name), UNKNOWN).decode is None
+    name
+    for name, fields in (MINIATURES | MULTIMODAL).items()
+    if FAMILIES.get(fields.get("model_type", name), UNKNOWN).decode is None
 ]
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DECODABLE]
 PROMPTS = [torch.randint(3, 26, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (13, 4, 19)]

@@ -15,6 +15,7 @@ from eval import drafter_rules, rules
 from eval.check import check_evaluation, check_target
 from eval.read_by import READ_BY, unread
 from eval.recipe import EvalRecipe
+from tests.support.families import configuration
 from tests.support.rules import by_name, pattern
 from train.drafter.config import DrafterConfig
 
@@ -119,6 +120,18 @@ def test_a_drafter_without_weights_or_of_another_target_is_refused(cache, ttt, t
     assert said().startswith(f"{tmp_path} was trained for target {ttt.target['id']}, whose tokenizer is not that of ")
     written(tmp_path, replace(ttt, target=ttt.target | {"weights_hash": "another"}))
     assert said("mode=score") == f"{cache} is a cache of another target than the drafter's"
+
+
+@pytest.mark.parametrize("mode", ["decode", "chat", "demo", "score"])
+def test_a_target_that_our_engine_does_not_decode_is_refused_where_it_would(cache, ttt, tmp_path, mode):
+    """By its configuration: there are no weights. A drafter is judged over its cache all the same, as far as this goes."""
+    written(tmp_path, ttt)
+    configuration("gemma2").save_pretrained(tmp_path / "target")
+    words = [f"drafter={tmp_path}", f"cache.dir={cache}", f"target.path={tmp_path / 'target'}"]
+    with pytest.raises(UserError) as refused:
+        check_evaluation(composed(*words, f"mode={mode}"))
+    decoded_here = "is a 'gemma2', which is not decoded here: it caps the scores of its attention" in str(refused.value)
+    assert decoded_here == (mode != "score")
 
 
 def test_a_loaded_target_that_does_not_belong_there_is_refused(cache, ttt):
