@@ -59,6 +59,7 @@ class Asking:
     ends: frozenset[int] | None = None
     command: list[str] = field(default_factory=list)  # that starts a server; empty: one that runs is asked
     notes: list[str] = field(default_factory=list)  # what the server does otherwise than we do
+    alone: str | None = None  # why our engine was not asked for this drafter; None: it was
     own: dict[float, Run] = field(default_factory=dict)  # our engine's answers at each temperature
 
 
@@ -111,7 +112,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         for who, run in runs.items():
             if judge and temperature > 0 and who != OURS:
                 rows[who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
-        why_not = _incomparable(server, asking.config, temperature) if mine else None
+        why_not = _incomparable(server, asking.config, temperature) if mine else asking.alone
         result["temperatures"][name] = rows
         result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
         result["said"][name] = conclusions(result, name, len(asking.prompts), why_not)
@@ -130,7 +131,7 @@ def _ask_ours(recipe: EvalRecipe, load: Callable, described: Callable, server: S
         place, asking.notes = _checkpoint(recipe, target, drafter, folder)
         asking.command = _start_of(recipe, target, config, place, slots, said["positions"])
     if why_not := family_of(target.model.config).decode:
-        asking.notes = [*asking.notes, f"nothing here is compared with our engine, which does not decode this target: {why_not}"]
+        asking.alone = f"our engine does not decode this target ({why_not}): the server's figures stand alone"
     else:
         asking.own = ours(recipe, target, drafter, prompts, said, slots)
     return asking

@@ -26,9 +26,9 @@ from tests.support.families import MINIATURES, MULTIMODAL, miniature
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 
-NEW = 20
+NEW = 16
 UNKNOWN = Family(decode="nobody has tried it")
-QUICK = ("mistral", "qwen3_windowed", "gemma3_text", "gpt_oss", "qwen3_moe", "glm4", "glm4_moe", "phi", "olmo2", "granite")
+QUICK = ("mistral", "gemma3_text", "gpt_oss", "glm4", "granite")
 DECODABLE = [
     name
     for name, fields in (MINIATURES | MULTIMODAL).items()
@@ -121,7 +121,7 @@ def test_all_that_decode_give_generate_s_tokens(targets, name):
         assert 0 < sum(r.kept for r in one.rounds) < sum(r.drafted for r in one.rounds)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gpt_oss", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gemma3_text", "qwen3_moe"))])
 def test_a_drafter_s_rounds_are_the_plain_loop_s_and_its_trees_change_no_token(targets, name):
     target, expected = targets(name)
     target.capture((0, 1, 2), ())
@@ -193,3 +193,20 @@ def test_nodes_of_a_tree_read_what_their_paths_read_one_by_one(window, sinks_H):
 def test_keys_are_lent_to_drafters_where_they_lie_as_drafters_read_them(targets):
     assert StaticCache.of(targets("qwen3_moe")[0], 1, 8).lends
     assert not StaticCache.of(targets("glm4")[0], 1, 8).lends  # its neighbours turn together
+
+
+def test_where_the_host_decides_something_no_graph_is_recorded(targets):
+    """Of experts on a CPU, in float32; and of a rotary embedding that looks how long the text is."""
+    graphs = {name: targets(name)[0].graphs for name in ("mistral", "gpt_oss", "qwen3_moe", "llama_longrope")}
+    assert graphs == {"mistral": True, "gpt_oss": False, "qwen3_moe": False, "llama_longrope": False}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_mixture_of_experts_is_widened_to_float64(targets, name):
+    """By which a report tells ties from errors. PyTorch's kernel for all experts at once has no float64."""
+    target, _ = targets(name)
+    wide = target.widened(torch.float64, "cpu")
+    ids_BT = torch.tensor([PROMPTS[0]])
+    exact_BTV, found_BTV = (one.logits(one.forward(ids_BT).last_hidden) for one in (wide, target))
+    assert exact_BTV.dtype == torch.float64
+    torch.testing.assert_close(found_BTV, exact_BTV.float(), rtol=1e-4, atol=1e-4)
