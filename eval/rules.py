@@ -102,7 +102,7 @@ DECODED = (
         "partial verification of windows",
         lambda r, c: r.verify.partial and c.window is not None,
         "verify={r.verify.kind}: layers of target {r.target.path}, a '{c.family}', read the last {c.window} positions alone, and "
-        "a part of its cache does not say which these are. Leave out verify: full verification knows them",
+        "a part of its cache does not say which these are. verify=full reads them",
     ),
 )
 

@@ -1,5 +1,7 @@
 """Attention over preallocated caches equals its definition, `dense`, which is computed from all scores."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -105,3 +107,15 @@ def test_sinks_are_one_more_score_of_the_softmax(window):
     both = over_cache(q, key, value, count_B + 8, growing=False)
     torch.testing.assert_close(sunk(joined(near, far), sinks_H), sunk(both, sinks_H), rtol=1e-12, atol=1e-12)
     assert (sunk(both, sinks_H) - both[0]).abs().max() > 1e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="flash-attn runs on a GPU")
+@pytest.mark.parametrize("counts", [[9, 9], [9, 1, 3]])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_flash_attn_s_windows_and_scales_equal_dense_attention(counts, rows):
+    q, key, value, count_B = (t.cuda() for t in inputs(counts, rows, 6, 2, torch.bfloat16))
+    for reading in (Reading(0.7), Reading(window=4), Reading(0.7, window=4)):
+        out, lse = over_cache(q, key, value, count_B, True, reading)
+        expected, expected_lse = dense(q, key.nan_to_num(0), value.nan_to_num(0), count_B, True, reading)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, expected_lse, rtol=2e-2, atol=2e-2, check_dtype=False)

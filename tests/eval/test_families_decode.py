@@ -210,3 +210,19 @@ def test_a_mixture_of_experts_is_widened_to_float64(targets, name):
     exact_BTV, found_BTV = (one.logits(one.forward(ids_BT).last_hidden) for one in (wide, target))
     assert exact_BTV.dtype == torch.float64
     torch.testing.assert_close(found_BTV, exact_BTV.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_moe"])
+def test_graphs_on_a_gpu_give_the_tokens_of_plain_calls(name, tmp_path):
+    target = Target(str(miniature(name, tmp_path)), dtype=torch.bfloat16, device="cuda")
+    counts_on_device = torch.cuda.get_device_capability()[0] in (9, 10)
+    assert target.graphs == (name == "gemma3_text" or counts_on_device)
+    found = [
+        engine_of(target, StaticNobody(), 0, batch=3, new=NEW, graphs=graphs).generate(PROMPTS, NEW, [0, 0, 0], Stops())
+        for graphs in (False, True)
+    ]
+    assert [one.tokens for one in found[0]] == [one.tokens for one in found[1]]
+    target.compile()  # rounds otherwise
+    compiled = engine_of(target, StaticNobody(), 0, batch=3, new=NEW).generate(PROMPTS, NEW, [0, 0, 0], Stops())
+    assert [len(one.tokens) for one in compiled] == [NEW] * 3
