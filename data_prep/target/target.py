@@ -268,7 +268,9 @@ class Target:
         return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+        """For `forward`. Layers with a window keep all positions too: to take refused tokens back, they need those that a window
+        of these tokens had left behind."""
+        return DynamicCache()
 
     @property
     def end_tokens(self) -> frozenset[int]:
