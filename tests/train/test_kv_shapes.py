@@ -9,6 +9,7 @@ key/value heads, D head size.
 """
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +19,12 @@ from transformers.models.phi import modeling_phi
 
 from common import cli
 from common.errors import UserError
-from data_prep.cache.reader import CacheReader
 from data_prep.decoding import attention
 from data_prep.decoding.attention import over_span
 from data_prep.target.architecture import KVLayer, read_layers
 from data_prep.target.target import Target
 from eval.engine.drafting import StaticTrained
 from eval.engine.request import Stops
-from eval.engine.tree import TreeShape
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
 from tests.support.alignment import measure
@@ -35,7 +34,7 @@ from tests.support.models import drafter_of, from_layer_zero, random_weights
 from tests.support.packs import REFERENCE, cached, objective_of
 from train.attention.choose import BACKENDS
 from train.attention.visibility import known_rows
-from train.build import attention as chosen_attention
+from train.build import attention as attention_of
 from train.build import drafter_config
 from train.data.pack import PackDocument, make_pack
 from train.drafter.build import load_config
@@ -253,3 +252,69 @@ def test_the_engine_s_rounds_are_the_plain_loop_s(objective, reuse, layers):
     assert [triples(one) for one in found] == [triples(one) for one in expected]
     kept, drafted = (sum(getattr(r, name) for g in found for r in g.rounds) for name in ("kept", "drafted"))
     assert 0 < kept < drafted
+
+
+# What a recipe and a cache make of it.
+
+
+def manifest(shapes: dict[int, KVLayer], captured=(0, 1, 2)):
+    """As far as a drafter's configuration asks: a target of three layers, of which `shapes` are not as its architecture says."""
+    target = {
+        "id": "x",
+        "weights_hash": "0",
+        "architecture": asdict(exact_target().architecture),
+        "kv_shapes": {str(layer): asdict(shape) for layer, shape in shapes.items()},
+    }
+    layers = list(captured)
+    return SimpleNamespace(
+        target=target, hidden_layers=layers, kv_layers=layers, query_layers=[], tokenizer_hash="0", max_length=99
+    )
+
+
+def recipe(*words):
+    return cli.compose("train", TrainRecipe, ["cache.dir=x", "target.device=cpu", *words])
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return exact_target().kv_shapes[1]
+
+
+NATIVE = ["objective=ttt", "reuse=kv", "drafter.layers=2", "drafter.target_layers=[1,2]"]
+
+
+def test_shapes_come_from_the_manifest_and_go_through_a_drafter_s_file(usual, tmp_path):
+    narrow = replace(usual, window=5, head_dim=4)
+    config = drafter_config(recipe(*NATIVE, "drafter.start=random"), manifest({2: narrow, 0: replace(usual, window=7)}))
+    assert config.kv_shapes == [usual, narrow] and config.windowed
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load_config(tmp_path) == config
+    # Of layers that are as the architecture says, nothing is written down.
+    config = drafter_config(recipe(*NATIVE), manifest({0: replace(usual, window=7)}))
+    assert config.kv_shapes is None and not config.windowed
+
+
+def test_attention_is_chosen_by_what_the_draft_layers_read(usual):
+    cpu = torch.device("cpu")
+    words = [*NATIVE, "drafter.attention=flash"]
+    assert attention_of(recipe(*words), cpu, drafter_config(recipe(*words), manifest({}))) is BACKENDS["flash"]
+    with pytest.raises(UserError, match="attention=flash is for .* layers without a window"):
+        attention_of(recipe(*words), cpu, drafter_config(recipe(*words), manifest({2: replace(usual, window=5)})))
+
+
+def test_a_projection_reads_layers_of_other_sizes_each_rotated_as_it_is(targets):
+    """The keys of memory, made by hand; a projection begins as the choice of the layer that is like the drafter."""
+    target = targets["gemma4_text_k_eq_v"]
+    sizes = [(target.kv_shapes[layer].kv_heads, target.kv_shapes[layer].head_dim) for layer in LAYERS]
+    assert sizes == [(1, 32), (2, 16)] and target.architecture.head_dim == 32
+    drafter = drafter_of(target, "ttt", "kv+projected", kv_shapes=[target.kv_shapes[i] for i in LAYERS], start="random")
+    pack = text(target, capture=LAYERS)
+    found = objective_of(target, drafter, KL).remember(pack).layers[0]["kv"]
+    turned = [
+        Rope(pack.places.position, torch.tensor(shape.inv_freq), shape.rope_scale, torch.float32)(pack.states.key[layer])
+        for layer, shape in ((i, target.kv_shapes[i]) for i in LAYERS)
+    ]
+    close(found.key.flatten(1), torch.cat([key.flatten(1) for key in turned], dim=1) @ drafter.target_kv[0].k.weight.T)
+    drafter.target_kv[0].k.weight.data.zero_()
+    drafter.target_kv[0].start(2)
+    assert torch.equal(drafter.target_kv[0].k.weight, torch.eye(32, 64))  # of the first layer, though the second is nearer
