@@ -12,7 +12,7 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture, KVLayer
+from data_prep.target.architecture import Architecture, KVLayer, target_config, unlike
 from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from train import machine_rules
 from train.attention.choose import attention_backend
@@ -181,6 +181,7 @@ def check_training(recipe: TrainRecipe) -> None:
     # 2. The machine.
     manifest = manifest_of(recipe)
     refuse(machine_rules.MACHINE, recipe, _machine(recipe, device))
+    refuse(machine_rules.START, recipe, unlike(target_config(recipe.target)))
     # 3. The cache's layers, the drafter that reads them, and the attention that it can run.
     chosen_layers(recipe, manifest)
     if not manifest.target["weights_hash"]:  # the target has yet to be loaded, and the engine says the rest

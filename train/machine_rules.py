@@ -51,6 +51,16 @@ MACHINE = (
 )
 
 
+# c: why draft layers cannot begin as layers of the target; None: they can.
+START = (
+    Rule(
+        "start from layers of another kind",
+        lambda r, c: c and r.drafter.start == "target" and not r.drafter.lm,
+        "drafter.start=target: draft layers cannot begin as layers of {r.target.path}, because {c}; use drafter.start=random",
+    ),
+)
+
+
 class Held(NamedTuple):
     """What a recipe needs of a cache, and what the cache holds, by kind of state (hidden, kv, query). `available`: layers that
     drafter.target_layers=auto chooses from."""
@@ -181,17 +191,6 @@ def _heads_that_differ(r: TrainRecipe, c: DrafterConfig) -> dict | None:
     return {"one": c.kv_layers[0], "other": differs[0]} if differs else None
 
 
-def _starts_from_other_sizes(r: TrainRecipe, c: DrafterConfig) -> dict | None:
-    # A branch that does not read K/V in place has the architecture's sizes, and would begin with the weights of other heads.
-    in_place = c.branches == ["kv"] and not c.source.startswith("projected")
-    if c.start != "target" or not c.kv_shapes or in_place:
-        return None
-    sizes = {layer: (shape.kv_heads, shape.head_dim) for layer, shape in zip(c.kv_layers, c.kv_shapes)}
-    own = (c.own_shape.kv_heads, c.own_shape.head_dim)
-    wrong = [layer for layer in c.target_layers if sizes.get(layer, own) != own]
-    return {"layer": wrong[0]} if wrong else None
-
-
 # c: DrafterConfig.
 KV_SHAPES = (
     Rule(
@@ -199,12 +198,6 @@ KV_SHAPES = (
         _heads_that_differ,
         "reuse.source=head_concat: the K/V of layers {one} and {other} differ (heads, rotary embedding or window); name layers "
         "that are alike (reuse.kv_layers), or use reuse.source=projected_rope",
-    ),
-    Rule(
-        "start from a layer of other sizes",
-        _starts_from_other_sizes,
-        "drafter.start=target: the heads of layer {layer} have other sizes than the drafter's; name other drafter.target_layers, "
-        "or use drafter.start=random",
     ),
     Rule(
         "view of a window",
@@ -272,4 +265,4 @@ VOCABULARY = (
     ),
 )
 
-TABLES = (RANKS, MACHINE, HELD, LAYERS, SHAPES, KV_SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)
+TABLES = (RANKS, MACHINE, START, HELD, LAYERS, SHAPES, KV_SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)

@@ -208,7 +208,7 @@ def on_gpu(visibility: Visibility) -> Visibility:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on a GPU only")
-@pytest.mark.parametrize("rule", ["block", "causal block", "third step of ttt"])
+@pytest.mark.parametrize("rule", ["block", "causal block", "block under a window", "third step of ttt"])
 def test_flex_backward_equals_reference_on_a_gpu(rule):
     q, k, v, rows, memory = packed_case(size=64)
     drafts = rows
@@ -220,7 +220,8 @@ def test_flex_backward_equals_reference_on_a_gpu(rule):
         keys = memory.position.numel() + drafts.slot.numel()
         q, k, v = (torch.randn(n, h, 64, generator=g) for n, h in ((6, 4), (keys, 2), (keys, 2)))
     move = lambda value: type(value)(*(getattr(value, f).cuda() for f in value.__dataclass_fields__))
-    visibility = Visibility(move(rows), move(memory), move(drafts), causal=rule != "block")
+    window = 9 if rule.endswith("window") else None
+    visibility = Visibility(move(rows), move(memory), move(drafts), causal=not rule.startswith("block"), window=window)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).cuda()
     gradients = []
     for name in ("reference", "flex"):

@@ -76,13 +76,12 @@ def contexts(manifest) -> dict:
     about = ("blockwise", "kv", [0, 1], [], 4, False, False, 0, "target", None, small, {})
     windows = DrafterConfig(*about, kv_shapes=[replace(own, window=n) for n in (8, 9)])
     joined = replace(windows, source="head_concat", source_layers=[0, 1])
-    wide = replace(windows, source="projected", source_layers=[0, 1], kv_shapes=[replace(own, kv_heads=n) for n in (1, 3)])
     return {
         "batch that ranks cannot share": (["train.batch=8"], 3),
         "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
         "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, tile=16)),
+        "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
         "heads side by side that differ": (["reuse=kv", "reuse.source=head_concat"], joined),
-        "start from a layer of other sizes": (["reuse=kv", "reuse.source=projected"], wide),
         "view of a window": ([SPARSE, "reuse=kv"], windows),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],
