@@ -1,8 +1,8 @@
 """Attention over preallocated caches, of which each request has filled as much as it has: no sizes change, nothing is copied.
 
-Shapes: B requests, T rows of each, Q = B x T rows, L places of a cache, R draft rows as keys, H query heads, G key/value heads, D
-head size, S query heads of a KV head. A part is (output [B, T, H, D], log-sum-exp of its scores [B, T, H]); parts over different
-keys are merged by the latter.
+Shapes: B requests, T rows of each, Q = B x T rows, L places of a cache, W places of it that rows with a window span, R draft rows
+as keys, H query heads, G key/value heads, D head size, S query heads of a KV head. A part is (output [B, T, H, D], log-sum-exp of
+its scores [B, T, H]); parts over different keys are merged by the latter.
 """
 
 from functools import cache
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from data_prep.decoding.torch_private import attention_with_lse
 
 Part = tuple[Tensor, Tensor]
+
+PIECE = 256  # rows whose scores exist at a time, where they read through a window
 
 
 class Reading(NamedTuple):
@@ -55,6 +57,25 @@ def over_cache(
     if has_flash(q_BTHD) and (reading.window is None or (growing and place_BT is None)):
         return _flash(q_BTHD, k_BLGD, v_BLGD, count_B, growing, reading)
     return dense(q_BTHD, k_BLGD, v_BLGD, count_B, growing, reading, place_BT)
+
+
+def over_span(
+    q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, first_BT: Tensor, count_BT: Tensor, window: int
+) -> Part:
+    """Rows that read through a window: row t of a request reads the places from `first_BT` (below 0: from 0) to `count_BT` - 1,
+    `window` of them at most. From a row to the next both grow by one at most. Places that no row reads are not touched."""
+    if q_BTHD.shape[1] > PIECE:
+        pieces = zip(*(t.split(PIECE, dim=1) for t in (q_BTHD, first_BT, count_BT)))
+        found = [over_span(q, k_BLGD, v_BLGD, first, count, window) for q, first, count in pieces]
+        return tuple(torch.cat(part, dim=1) for part in zip(*found))
+    # How many places the rows span together is a number that the host knows, so that a CUDA graph can hold this.
+    span = min(window + q_BTHD.shape[1], k_BLGD.shape[1])
+    begin_B1 = first_BT[:, :1].clamp(min=0, max=k_BLGD.shape[1] - span)
+    place_BW = begin_B1 + torch.arange(span, device=q_BTHD.device)
+    row_B1 = torch.arange(len(place_BW), device=q_BTHD.device)[:, None]
+    place_B1W = place_BW[:, None]
+    hidden_BTW = (place_B1W < first_BT[..., None]) | (place_B1W >= count_BT[..., None])
+    return _attend(q_BTHD, k_BLGD[row_B1, place_BW], v_BLGD[row_B1, place_BW], hidden_BTW)
 
 
 def has_flash(q: Tensor) -> bool:

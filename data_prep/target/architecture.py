@@ -1,6 +1,7 @@
 """What a model's configuration says of it, before weights are loaded."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -170,14 +171,19 @@ def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
             config.head_dim = config.hidden_size // config.num_attention_heads
         factor = 1.0
         rope = config.rope_parameters
-        if fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
-            raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
+        turned = int(config.head_dim * (fields.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1))
+        if turned % 2 or not 0 < turned <= config.head_dim:
+            raise ValueError(f"it rotates {turned} of {config.head_dim} dimensions of a head")
         if rope["rope_type"] not in STATIC_ROPE:
             raise UserError(f"{where}: rope type '{rope['rope_type']}' changes with the length; read: {', '.join(STATIC_ROPE)}")
         if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
             factor = float(rope["factor"])
             config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        inv_freq, scale = rotary_of(config)
+        rotary = deepcopy(config)
+        if config.rope_parameters["rope_type"] == "default":
+            # Of the kinds that are read this one alone takes the whole head, whatever partial_rotary_factor says.
+            rotary.head_dim = turned
+        inv_freq, scale = rotary_of(rotary)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
     return config, Rotary(inv_freq, scale, factor)

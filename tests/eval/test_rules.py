@@ -10,7 +10,7 @@ from common import cli
 from common.errors import UserError
 from common.rules import first_broken
 from data_prep.cache.reader import CacheReader
-from data_prep.target.architecture import Architecture
+from data_prep.target.architecture import Architecture, KVLayer
 from eval import drafter_rules, rules
 from eval.check import check_evaluation, check_target
 from eval.read_by import READ_BY, unread
@@ -32,6 +32,7 @@ DRAFTERS = {
     "lm": {"reuse": "none", "target_layers": [], "positions": 100, "lm": LM},
     "small vocabulary": {"draft_vocab": 4, "own_head": True},
     "other layers": {"target_layers": [3]},
+    "windowed": {"kv_shapes": [KVLayer(1, 8, [1.0], 1.0, window=8)]},
 }
 VIEW = ["view=topk_chunk", "view.budget=128"]
 PARTIAL = ["verify=partial"]
@@ -43,6 +44,7 @@ LINES = {
     "started server without a drafter": (None, ["mode=served", "server.start=vllm"]),
     "shorter blocks that look ahead": ("dflash", ["mode=served", "server.start=vllm", "draft.length=2"]),
     "no drafter": (None, []),
+    "view of a window": ("windowed", VIEW),
     "in_cache positions of mixed keys": ("projected", [*VIEW, "view.positions=in_cache"]),
     "view in a mode of the full view": ("ttt", [*VIEW, "mode=export"]),
     "diagnose of a language model": ("lm", ["mode=diagnose"]),
