@@ -103,7 +103,7 @@ MINIATURES: dict[str, dict] = {
         "moe_intermediate_size": 24,
     },
     "glm4": {"head_dim": 16, "rope_parameters": HALF},
-    "glm4_moe": {**ROUTED, "rope_parameters": HALF, "head_dim": 16, "use_qk_norm": True},
+    "glm4_moe": {**ROUTED, "attention_bias": True, "rope_parameters": HALF, "head_dim": 16, "use_qk_norm": True},
     "deepseek_v3": {
         **ROUTED,
         "num_key_value_heads": 4,
