@@ -29,6 +29,7 @@ from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import Sizes, target_sizes
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
+from data_prep.target.transformers_private import active_weights
 
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
@@ -235,7 +236,7 @@ def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Do
 def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
     """Print about how long the forwards of a capture will take, before the first of them: two operations a weight and token, at
     the rate of one product of the target's own sizes, timed for a moment. Attention, copies and the disk come on top."""
-    weights = sum(p.numel() for p in target.model.parameters()) - target.model.get_input_embeddings().weight.numel()
+    weights = active_weights(target.model)
     shape = target.architecture
     a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
     b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)
