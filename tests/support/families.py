@@ -159,6 +159,10 @@ MULTIMODAL: dict[str, dict] = {
         "vision_start_token_id": 26,
         "vision_end_token_id": 25,
     },
+    "qwen3_5_moe": {
+        "text_config": "qwen3_5_moe_text",
+        "vision_config": {**_vision("qwen3_5_moe_vision", "depth", "num_heads"), "out_hidden_size": SIZES["hidden_size"]},
+    },
     "mistral3": {
         "text_config": "mistral",
         "vision_config": {**_vision("pixtral"), "image_size": 16},
