@@ -10,7 +10,7 @@ from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
 from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.transformers_private import rotary_of
+from data_prep.target.transformers_private import layer_config, rotary_of
 
 LIKE = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are built as a drafter's
 UNLIMITED = 2**30  # positions, of a model that names no limit
@@ -80,12 +80,15 @@ def no_causal_lm(path: str, error: Exception) -> UserError:
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """`config`: of a model's language part."""
     heads = config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or []
+    # Where layers differ (Gemma 4), sizes are those of the layers that read all positions.
+    one = layer_config(config, kinds.index("full_attention")) if "full_attention" in kinds else config
     return Sizes(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=getattr(one, "num_key_value_heads", None) or heads,
+        head_dim=getattr(one, "head_dim", None) or config.hidden_size // heads,
         max_positions=max_positions(config),
         vocab_size=config.vocab_size,
     )

@@ -70,6 +70,7 @@ class Target:
         self._sources: list[tuple[str, int, Source]] = []  # (kind, layer, what that state is the output of)
         self._hooks: list[RemovableHandle] = []
         self._kv: dict[int, KVFound] = {}
+        self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
         self._kv = prove(self, [] if family_of(self.model.config).kv else layers_with_kv(self.model.config))
 
@@ -293,7 +294,10 @@ class Target:
         output = source.module.taken[..., source.part]
         if kind == "hidden":
             return output
-        output = output if output.dim() == 4 else output.unflatten(-1, (-1, private.head_dim(self.model, layer)))
+        if output.dim() == 3:
+            output = output.unflatten(-1, (-1, private.head_dim(self.model, layer)))
+        elif self._heads_first:
+            output = output.transpose(1, 2)
         heads = _all_heads(output, private.head_count(self.model, layer, kind))
         found = self._kv.get(layer)
         return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads

@@ -47,6 +47,9 @@ SOURCES = {
     "value": ("v_norm", "v_proj", "qkv_proj"),
 }
 
+# Families whose norms of queries and keys come after heads and tokens have changed places.
+HEADS_FIRST = ("gemma3_text", "phi")
+
 GIVEN = "understudy_given"  # under this name transformers knows the attention of `attention_given`
 _given: ContextVar[Callable] = ContextVar("given")
 
@@ -132,9 +135,17 @@ def head_count(model: PreTrainedModel, index: int, kind: str) -> int:
     config = text_config(model)
     if kind == "query":
         return config.num_attention_heads
-    # Where layers differ, each has a configuration of its own.
-    of_layers = getattr(config, "per_layer_config", None)
-    return getattr(of_layers[index] if of_layers else config, "num_key_value_heads", None) or config.num_attention_heads
+    return getattr(layer_config(config, index), "num_key_value_heads", None) or config.num_attention_heads
+
+
+def layer_config(config: PretrainedConfig, index: int) -> PretrainedConfig:
+    """What a configuration says of one layer, where layers differ (Gemma 4); versions differ in whether it can be asked."""
+    return config.per_layer_config[index] if hasattr(config, "per_layer_config") else config
+
+
+def norms_heads_first(config: PretrainedConfig) -> bool:
+    """Whether the norms of queries and keys make [B, heads, T, D] of them, and not [B, T, heads, D]."""
+    return config.model_type in HEADS_FIRST
 
 
 def window(model: PreTrainedModel, index: int) -> int | None:
