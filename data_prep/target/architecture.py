@@ -1,5 +1,6 @@
 """What a model's configuration says of it, before weights are loaded."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +105,19 @@ def max_positions(config: PretrainedConfig) -> int:
         if parameters.get("rope_type") == "longrope":
             longest = min(longest, parameters.get("original_max_position_embeddings") or longest)
     return longest
+
+
+def other_kv_sizes(config: PretrainedConfig, sizes: Sizes, layers: Iterable[int]) -> dict[str, dict[str, int]]:
+    """Heads of keys and values, and their size, of those of `layers` that differ from `sizes`."""
+    config = config.get_text_config(decoder=True)
+    found = {}
+    for layer in sorted(layers):
+        one = layer_config(config, layer)
+        own = {name: getattr(one, key, None) for name, key in (("kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"))}
+        own = {name: size or getattr(sizes, name) for name, size in own.items()}
+        if own != {"kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}:
+            found[str(layer)] = own
+    return found
 
 
 def unlike(config: PretrainedConfig) -> str | None:

@@ -40,15 +40,15 @@ def prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
     target.capture(every, kv_layers)
     try:
         states = target.forward(ids_BT, cache)
-        own = target.model(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
+        hidden, logits = private.own_outputs(target.model, ids_BT)
     finally:
         target.capture((), ())
     # The last of transformers' hidden states is normed; the logits say whether that is right.
     for layer in every[:-1]:
-        _demand(target, f"hidden states after layer {layer}", states.hidden[layer], own.hidden_states[layer + 1])
-    _demand_embedding(target, target.frozen_head.embed(ids_BT), own.hidden_states[0])
+        _demand(target, f"hidden states after layer {layer}", states.hidden[layer], hidden[layer + 1])
+    _demand_embedding(target, target.frozen_head.embed(ids_BT), hidden[0])
     if not target.spread_by_tensors:  # each process has a part of the head
-        _demand(target, "logits", target.logits(states.last_hidden), own.logits)
+        _demand(target, "logits", target.logits(states.last_hidden), logits)
     return {layer: _rotation(target, layer, states.key[layer], states.value[layer], cache) for layer in kv_layers}
 
 

@@ -6,7 +6,7 @@ Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 
@@ -150,6 +150,23 @@ class Target:
     def kv_shapes(self) -> dict[int, KVLayer]:
         """Of every layer that yields keys and values."""
         return {layer: found.shape for layer, found in self._kv.items()}
+
+    def other_kv_shapes(self, layers: Iterable[int]) -> dict[int, KVLayer]:
+        """Of these layers, where keys and values of some are not as `architecture` says; else nothing."""
+        a = self.architecture
+        alike = KVLayer(a.kv_heads, a.head_dim, a.inv_freq, a.rope_scale)
+        shapes = {layer: self._kv[layer].shape for layer in sorted(layers)}
+        return {} if all(shape == alike for shape in shapes.values()) else shapes
+
+    @property
+    def head_facts(self) -> dict[str, float]:
+        """What is done to embeddings and logits beside the products, where anything is."""
+        facts = {
+            "embed_scale": private.embed_scale(self.model),
+            "logit_scale": self.logit_scale,
+            "softcap": self.frozen_head.softcap,
+        }
+        return {name: value for name, value in facts.items() if value not in (None, 1.0)}
 
     @property
     def logit_scale(self) -> float:

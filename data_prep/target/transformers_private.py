@@ -251,6 +251,18 @@ def attention_given(model: PreTrainedModel, attend: Callable[[int, Tensor, Tenso
         _given.reset(given)
 
 
+def own_outputs(model: PreTrainedModel, ids_BT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(hidden states, the embedding before and the normed one last; logits) as the model itself hands them out."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    output = model(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
+    # transformers leaves the hooks that it took them with, and they would be compiled with the layers.
+    for module, hooks in before.items():
+        for key in module._forward_hooks.keys() - hooks:
+            del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+    return output.hidden_states, output.logits
+
+
 def tensor_parallel() -> dict:
     """What `from_pretrained` takes to spread every layer over all processes. Versions differ in the way to say it."""
     try:
