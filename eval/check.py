@@ -7,7 +7,7 @@ from common.cli import in_sweep, refuse_file
 from common.rules import refuse
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture, target_sizes
-from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from eval import drafter_rules, rules
 from eval.prompts.asking import check_asking
 from eval.read_by import unread
@@ -51,7 +51,7 @@ def _refuse(recipe: EvalRecipe) -> None:
         _check_positions(recipe, config, [recipe.span[1] + config.slots] * recipe.suite.count, "prompts")
 
     # 4. The target's tokens, and what is asked with them.
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     refuse(drafter_rules.TOKENIZER, recipe, drafter_rules.Tokens(config, tokenizer_hashes(tokenizer)[0]))
     _check_asked(recipe, judged, tokenizer)
 
@@ -78,7 +78,7 @@ def _check_server(recipe: EvalRecipe) -> None:
         interpreter(server)
         return
     found = find_server(server.url, recipe.target_names)
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     _, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - found.slots, tokenizer)
     refuse(rules.RUNNING, recipe, rules.ServerRoom(found.positions, said["positions"]))
 

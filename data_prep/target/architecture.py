@@ -58,8 +58,10 @@ def target_config(recipe: TargetRecipe) -> PretrainedConfig:
     """Of the target, with no weights loaded; of one that reads pictures too, of the whole. Raises UserError when there is no
     configuration of a causal LM at the target's path."""
     try:
-        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(
+            plain(recipe.location, recipe.revision), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+    except failures(recipe.trust_remote_code, OSError, ValueError) as error:
         raise no_causal_lm(recipe.path, error) from error
     check_decoder(recipe.path, config)
     return config
@@ -75,7 +77,26 @@ def target_sizes(recipe: TargetRecipe) -> Sizes:
 
 
 def no_causal_lm(path: str, error: Exception) -> UserError:
+    if needs_trust(error):
+        return untrusted(path)
     return UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})")
+
+
+def failures(trust_remote_code: bool, *known: type[Exception]) -> tuple[type[Exception], ...]:
+    """What loading may raise; where it runs the code of others: anything."""
+    return (Exception,) if trust_remote_code else known
+
+
+def needs_trust(error: Exception) -> bool:
+    """Whether transformers refuses to run code that it found beside a model."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def untrusted(path: str) -> UserError:
+    return UserError(
+        f"target.path={path} comes with its own Python code, without which transformers cannot load it. That code may do all that "
+        "you may: read it, then say target.trust_remote_code=true"
+    )
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:

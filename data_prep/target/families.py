@@ -46,6 +46,7 @@ FAMILIES = {
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
+    "mistral3": Family(),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
