@@ -94,8 +94,8 @@ def needs_trust(error: Exception) -> bool:
 
 def untrusted(path: str) -> UserError:
     return UserError(
-        f"target.path={path} comes with its own Python code, without which transformers cannot load it. That code may do all that "
-        "you may: read it, then say target.trust_remote_code=true"
+        f"target.path={path} comes with its own Python code, without which transformers cannot load it. That code may do all "
+        "that you may: read it, then say target.trust_remote_code=true"
     )
 
 

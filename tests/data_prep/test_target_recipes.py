@@ -41,7 +41,13 @@ def words(request, tmp_path):
     config.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TINY / name, tmp_path)
-    return [f"target={request.param}", f"target.path={tmp_path}", f"cache.dir={tmp_path / 'cache'}", "data.max_length=256"]
+    return [
+        f"target={request.param}",
+        f"target.path={tmp_path}",
+        f"cache.dir={tmp_path / 'cache'}",
+        "cache.kinds=[hidden]",
+        "data.max_length=256",
+    ]
 
 
 def test_each_recipe_has_a_miniature():
@@ -50,7 +56,7 @@ def test_each_recipe_has_a_miniature():
 
 
 def test_states_of_the_recipe_can_be_captured(words):
-    check_data_prep(cli.compose("data_prep", DataPrepRecipe, [*words, "cache.kinds=[hidden]"]))
+    check_data_prep(cli.compose("data_prep", DataPrepRecipe, words))
 
 
 def test_drafters_of_the_recipe_can_be_trained(words):
