@@ -1,6 +1,7 @@
 """Targets that are not what a target should be: refused in one line, or read all the same."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common import cli
 from common.errors import UserError
+from data_prep.capture.live import manifest_of, open_cache
 from data_prep.recipe import DataPrepRecipe
 from data_prep.target.architecture import target_sizes
 from data_prep.target.loading import load_target
 from data_prep.target.target import Target
-from tests.support.families import MULTIMODAL, SIZES, miniature
+from tests.support.commands import ROOT
+from tests.support.conversations import write_lines
+from tests.support.families import MULTIMODAL, SIZES, configuration, miniature
+from train.recipe import TrainRecipe
 
 IDS_BT = torch.tensor([[5, 2, 7, 11, 3, 8, 1]])
 ENCODERS_WITH_DECODERS = {
@@ -77,6 +82,23 @@ def test_language_part_of_a_model_that_reads_pictures(name, tmp_path):
     own = target.model(input_ids=IDS_BT, output_hidden_states=True)
     torch.testing.assert_close(states.hidden[1], own.hidden_states[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(target.logits(states.last_hidden), own.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_need_not_name_the_kinds_of_a_finished_cache(tmp_path):
+    """The kinds of conf/cache hold keys and values, which DeepSeek-V3 does not have."""
+    config = configuration("deepseek_v3")
+    config.vocab_size = 8192  # of the tokenizer
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "data_prep/targets/tiny" / name, tmp_path)
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": f"text {i} of a few, as long as it has to be"} for i in range(4)])
+    words = [f"target.path={tmp_path}", f"cache.dir={tmp_path / 'cache'}", "data=jsonl", f"data.path={texts}"]
+    recipe = lambda *more: cli.compose("train", TrainRecipe, [*words, "data.max_length=64", "capture.workers=1", *more])
+    with pytest.raises(UserError, match="'deepseek_v3', which yields no keys and values"):
+        open_cache(recipe(), lambda: None)
+    captured = open_cache(recipe("cache.kinds=[hidden]"), lambda: None).manifest
+    assert captured.hidden_layers == [0, 1, 2] and captured.kv_layers == []
+    assert manifest_of(recipe()) == captured
 
 
 @pytest.fixture
