@@ -15,12 +15,13 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from data_prep.decoding import torch_private
 from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
 from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, no_causal_lm, sizes_of, unlike
 from data_prep.target.families import check_decoder, family_of
@@ -70,14 +71,21 @@ class Target:
         self._sources: list[tuple[str, int, Source]] = []  # (kind, layer, what that state is the output of)
         self._hooks: list[RemovableHandle] = []
         self._kv: dict[int, KVFound] = {}
+        # Whether it computes with quantised weights, or rounds what its layers read: no wider dtype says what rounding may do.
+        self.rounds = any(quantised_model.rounds(module) for module in self.model.modules())
+        if self.quantisation and not self.rounds:
+            self.quantisation = quantised.dequantised(self.quantisation)
         self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
         self._kv = prove(self, [] if family_of(self.model.config).kv else layers_with_kv(self.model.config))
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
         try:
+            config = AutoConfig.from_pretrained(self.folder, revision=self.revision)
+            self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder,
+                config=quantised.to_load(config, device),
                 revision=self.revision,
                 dtype=self.dtype,
                 attn_implementation=attention,
@@ -85,6 +93,8 @@ class Target:
                 **spreading,
             )
             model = (model if spreading else model.to(device)).eval()
+            if quantised.fields_of(config):
+                quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise no_causal_lm(self.path, error) from error
@@ -92,6 +102,7 @@ class Target:
         # transformers would go on with random values for them.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
+        quantised.refuse_unexpected(self.path, report["unexpected_keys"], private.text_config(model).num_hidden_layers)
         return model.requires_grad_(False)
 
     def _look_inside(self) -> None:
@@ -102,15 +113,16 @@ class Target:
             raise no_causal_lm(self.path, error) from error
         head = self.model.get_output_embeddings()
         self.frozen_head = FrozenHead(
-            self.model.get_input_embeddings().weight,
-            head.weight,
+            quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
+            quantised_model.plain_weight(self.path, "LM head", head),
             embed_scale=private.embed_scale(self.model),
             bias_V=head.bias,
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
-        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
+        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled. Not
+        for one that `rounds`."""
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
         buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
         other = copy.copy(self)
@@ -246,7 +258,8 @@ class Target:
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        torch_private.compile_for_widths(self.layers)
+        if not self.rounds:  # kernels of quantised weights choose by the number of rows themselves, and few can be traced
+            torch_private.compile_for_widths(self.layers)
 
     def uncompiled(self) -> AbstractContextManager[None]:
         """For forwards of any length, each of which would be compiled."""
@@ -277,9 +290,9 @@ class Target:
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
-        """One layer under the names of `train/drafter/layers.py`."""
+        """One layer under the names of `train/drafter/layers.py`, in plain numbers."""
         modules = private.weighted_modules(self.layers[index])
-        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+        weights = {f"{name}.weight": quantised_model.dense(module, self.dtype) for name, module in modules.items()}
         return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
 
     @property
@@ -299,7 +312,10 @@ class Target:
         return private.final_norm(self.model).weight
 
     def weights_hash(self) -> str:
-        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
+        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in. Of a quantised
+        checkpoint, that of its files: the same whichever kernels it was loaded for."""
+        if self.quantisation and self.quantisation["method"] != "gguf":
+            return quantised.files_hash(self.folder, self.revision, quantised.in_words(quantised.stored(self.quantisation)))
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
