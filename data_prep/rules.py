@@ -63,7 +63,7 @@ CHECKPOINT = (
         "unknown quantisation",
         lambda r, c: c.method is not None and not c.known,
         "target.path={c.path} is quantised by '{c.method}', which transformers does not load: it would read the weights without "
-        "their scales. A checkpoint in compressed-tensors, fp8, gptq or awq can be a target, or the model before it was quantised",
+        "their scales. A checkpoint in compressed-tensors, fp8, gptq or awq can be a target, or the model before quantisation",
     ),
     Rule(
         "ModelOpt without a word in config.json",

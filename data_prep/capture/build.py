@@ -123,7 +123,8 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
 
 def differences(planned: Manifest, manifest: Manifest) -> list[str]:
     """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
-    later = ("source.", "target.weights_hash", "target.architecture.", "target.kv_shapes", "target.head", "target.quantisation.computed")
+    of_target = ("weights_hash", "architecture.", "kv_shapes", "head", "quantisation.computed")
+    later = ("source.", *(f"target.{name}" for name in of_target))
     return [f for f in planned.differs(manifest) if not f.startswith(later)]
 
 

@@ -162,7 +162,8 @@ def in_words(quantisation: dict | None) -> str:
     """A quantisation as messages name it."""
     if not quantisation:
         return "not quantised"
-    return "quantised by " + ", ".join(f"{value}" if name == "method" else f"{name}={value}" for name, value in quantisation.items())
+    rest = [f"{name}={value}" for name, value in quantisation.items() if name != "method"]
+    return f"quantised by {', '.join([quantisation['method'], *rest])}"
 
 
 def apart(one: dict | None, other: dict | None) -> str:
