@@ -113,7 +113,7 @@ def method_of(fields: dict) -> str:
 
 def quantisation_of(path: str, revision: str | None, config: PretrainedConfig) -> dict | None:
     """What the manifest says of a target's quantisation; None: there is none. `config`: of the folder that is loaded."""
-    if path.endswith(".gguf"):
+    if str(path).endswith(".gguf"):
         return {"method": "gguf", "tensors": tensor_types(path, revision)}
     return described(fields_of(config))
 
