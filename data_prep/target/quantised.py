@@ -114,7 +114,8 @@ def method_of(fields: dict) -> str:
 def quantisation_of(path: str, revision: str | None, config: PretrainedConfig) -> dict | None:
     """What the manifest says of a target's quantisation; None: there is none. `config`: of the folder that is loaded."""
     if str(path).endswith(".gguf"):
-        return {"method": "gguf", "tensors": tensor_types(path, revision)}
+        # A folder that was made of the file before is loaded without the package that reads the file.
+        return {"method": "gguf", **({"tensors": tensor_types(path, revision)} if find_spec("gguf") else {})}
     return described(fields_of(config))
 
 
