@@ -184,6 +184,12 @@ def to_load(config: PretrainedConfig, device: torch.device) -> PretrainedConfig:
     return config
 
 
+def placing(config: PretrainedConfig, device: torch.device) -> dict:
+    """What `from_pretrained` takes so that weights are loaded onto `device`, where a method would choose one itself."""
+    fields = fields_of(config)
+    return {"device_map": {"": str(device)}} if fields and method_of(fields) == "bitsandbytes" else {}
+
+
 def multiplied_out(method: str, device: torch.device) -> bool:
     """Whether weights of `method` are multiplied out when they are loaded onto `device`."""
     if method not in GPU_ALONE:

@@ -90,7 +90,7 @@ class Target:
                 dtype=self.dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
-                **spreading,
+                **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
             if quantised.fields_of(config):
