@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 from common.cli import in_sweep, refuse_file
 from common.rules import refuse
 from data_prep.cache.reader import CacheReader
-from data_prep.target.architecture import Architecture, target_sizes
+from data_prep.target.architecture import Architecture, shortest_window, target_config, target_sizes
+from data_prep.target.families import check_decodable
 from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from eval import drafter_rules, rules
 from eval.prompts.asking import check_asking
@@ -50,15 +51,21 @@ def _refuse(recipe: EvalRecipe) -> None:
     if recipe.decodes and recipe.span and not recipe.asks_suite:
         _check_positions(recipe, config, [recipe.span[1] + config.slots] * recipe.suite.count, "prompts")
 
-    # 4. The target's tokens, and what is asked with them.
+    # 4. Whether our engine decodes the target.
+    if recipe.mode in ("decode", "chat", "demo"):
+        found = target_config(recipe.target)
+        check_decodable(recipe.target.path, found)
+        refuse(rules.DECODED, recipe, rules.Decoded(found.model_type, shortest_window(found)))
+
+    # 5. The target's tokens, and what is asked with them.
     tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
     refuse(drafter_rules.TOKENIZER, recipe, drafter_rules.Tokens(config, tokenizer_hashes(tokenizer)[0]))
     _check_asked(recipe, judged, tokenizer)
 
-    # 5. The machine.
+    # 6. The machine.
     attention_backend(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
 
-    # 6. What single modes write and read.
+    # 7. What single modes write and read.
     if recipe.mode == "export":
         refuse(rules.EXPORT, recipe, folder_of(recipe.drafter))
         check_export(config, recipe.format)

@@ -89,6 +89,24 @@ DRAFTER = (
 WEIGHTS = (Rule("no weights", lambda r, files: not files, "{r.drafter} holds no weights (model.safetensors)"),)
 
 
+class Decoded(NamedTuple):
+    """A target that our engine is to decode: its family, and how many positions its layers with a window read (None: it has no
+    such layers)."""
+
+    family: str
+    window: int | None
+
+
+# c: Decoded.
+DECODED = (
+    Rule(
+        "partial verification of windows",
+        lambda r, c: r.verify.partial and c.window is not None,
+        "verify={r.verify.kind}: layers of target {r.target.path}, a '{c.family}', read the last {c.window} positions alone, and "
+        "a part of its cache does not say which these are. verify=full reads them",
+    ),
+)
+
 # Of mode=chat and mode=demo. c: whether the command is a sweep.
 PERSON = (Rule("sweep of a person", lambda r, swept: swept, "mode={r.mode} is for a person; it has no sweep (-m)"),)
 
@@ -232,4 +250,7 @@ LOADED = (
     Rule("another architecture", _differing, "{r.drafter} is for targets with {differs}"),
 )
 
-TABLES = (TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, PERSON, PROMPTS, EXPORT, CACHE, DOCUMENTS, LOADED)
+TABLES = (
+    *(TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
+    *(CACHE, DOCUMENTS, LOADED),
+)

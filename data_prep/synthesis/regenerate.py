@@ -23,6 +23,8 @@ from data_prep.synthesis.conversation import Conversation, Write
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.server import Server
 from data_prep.synthesis.turns import Turns
+from data_prep.target.architecture import target_config
+from data_prep.target.families import check_decodable
 from data_prep.target.loading import load_target, load_tokenizer
 
 BEGINS = b'{"id": '  # every line of ours
@@ -44,6 +46,8 @@ def check_regeneration(recipe: DataPrepRecipe) -> None:
         raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
     if Path(recipe.regenerate.out).is_dir():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
+    if not recipe.regenerate.base_url:
+        check_decodable(recipe.target.path, target_config(recipe.target))
     if not recipe.regenerate.base_url and not load_tokenizer(recipe.target.location, recipe.target.revision).chat_template:
         raise UserError(f"the tokenizer of target {recipe.target.path} has no chat template")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from common.errors import UserError
 from common.ranks import rank
@@ -36,7 +37,7 @@ def prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
     """
     every = range(len(target.layers))
     ids_BT = torch.arange(3, 3 + TOKENS, device=target.device)[None] % target.config.vocab_size
-    cache = target.new_cache()
+    cache = DynamicCache(config=target.model.config)
     target.capture(every, kv_layers)
     try:
         states = target.forward(ids_BT, cache)

@@ -20,10 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from data_prep.decoding import torch_private
+from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, no_causal_lm, sizes_of, unlike
+from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, max_positions, no_causal_lm, sizes_of, unlike
 from data_prep.target.families import check_decoder, family_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.frozen_head import FrozenHead
@@ -32,8 +33,8 @@ from data_prep.target.rotation import halves_of_neighbours
 from data_prep.target.states import States
 from data_prep.target.transformers_private import Source
 
-# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Reading], Tensor]
 
 
 @torch.compiler.disable  # a compiled layer would forget what it sets
@@ -107,10 +108,13 @@ class Target:
 
     def _look_inside(self) -> None:
         """What is looked up in `model`, again whenever that is another one."""
+        if self.dtype == torch.float64:
+            private.loop_over_experts(self.model)
         try:
             self.layers = private.layers(self.model)
         except (ValueError, AttributeError, NotImplementedError) as error:
             raise no_causal_lm(self.path, error) from error
+        self._looks_at_length = private.looks_at_length(self.model)
         head = self.model.get_output_embeddings()
         self.frozen_head = FrozenHead(
             quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
@@ -181,6 +185,17 @@ class Target:
         return {name: value for name, value in facts.items() if value not in (None, 1.0)}
 
     @property
+    def kv_sizes(self) -> tuple[int, int, int]:
+        """Layers, heads and size of a head of all its keys and values, of a target that is decoded here: its layers are alike."""
+        shape = self._kv[0].shape
+        return len(self.layers), shape.kv_heads, shape.head_dim
+
+    @property
+    def turns_neighbours(self) -> bool:
+        """Whether its own cache has keys in another layout than `forward` hands out (`KVFound.neighbours`)."""
+        return any(found.neighbours for found in self._kv.values())
+
+    @property
     def logit_scale(self) -> float:
         """What the logits are multiplied by: `last_hidden` is, so that they are its products with the head."""
         return private.logit_scale(self.config)
@@ -219,6 +234,9 @@ class Target:
     @torch.no_grad()
     def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend: Attend) -> States:
         """The forward with another attention: `attend` decides what came before these rows, and what each of them sees."""
+        if self._looks_at_length:
+            # A draft may reach beyond the text's end, where it is cut. No row there may change how all others are turned.
+            position_BT = position_BT.clamp(max=max_positions(self.config) - 1)
         with private.attention_given(self.model, attend):
             return self._run(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
 
@@ -258,7 +276,9 @@ class Target:
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        if not self.rounds:  # kernels of quantised weights choose by the number of rows themselves, and few can be traced
+        # Code that waits for the choice of experts would be compiled for every number of tokens that an expert gets. Kernels of
+        # quantised weights choose by the number of rows themselves, and few of them can be traced.
+        if not private.experts_ask_host(self.model) and not self.rounds:
             torch_private.compile_for_widths(self.layers)
 
     def uncompiled(self) -> AbstractContextManager[None]:
@@ -275,13 +295,20 @@ class Target:
         finally:
             self._hook()
 
+    @property
+    def graphs(self) -> bool:
+        """Whether a CUDA graph can hold a forward: the host decides nothing in it."""
+        return not self._looks_at_length and not private.experts_ask_host(self.model)
+
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
         logits = self.frozen_head.product(last_hidden)
         return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+        """For `forward`. Layers with a window keep all positions too: to take refused tokens back, they need those that a window
+        of these tokens had left behind."""
+        return DynamicCache()
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -27,6 +27,7 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.architecture import target_sizes
+from data_prep.target.families import family_of
 from data_prep.target.loading import load_target, load_tokenizer
 from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticTrained
@@ -58,6 +59,7 @@ class Asking:
     ends: frozenset[int] | None = None
     command: list[str] = field(default_factory=list)  # that starts a server; empty: one that runs is asked
     notes: list[str] = field(default_factory=list)  # what the server does otherwise than we do
+    alone: str | None = None  # why our engine was not asked for this drafter; None: it was
     own: dict[float, Run] = field(default_factory=dict)  # our engine's answers at each temperature
 
 
@@ -110,7 +112,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         for who, run in runs.items():
             if judge and temperature > 0 and who != OURS:
                 rows[who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
-        why_not = _incomparable(server, asking.config, temperature) if mine else None
+        why_not = _incomparable(server, asking.config, temperature) if mine else asking.alone
         result["temperatures"][name] = rows
         result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
         result["said"][name] = conclusions(result, name, len(asking.prompts), why_not)
@@ -128,7 +130,10 @@ def _ask_ours(recipe: EvalRecipe, load: Callable, described: Callable, server: S
     if not server:
         place, asking.notes = _checkpoint(recipe, target, drafter, folder)
         asking.command = _start_of(recipe, target, config, place, slots, said["positions"])
-    asking.own = ours(recipe, target, drafter, prompts, said, slots)
+    if why_not := family_of(target.model.config).decode:
+        asking.alone = f"our engine does not decode this target ({why_not}): the server's figures stand alone"
+    else:
+        asking.own = ours(recipe, target, drafter, prompts, said, slots)
     return asking
 
 
@@ -200,9 +205,7 @@ def ours(
 ) -> dict[float, Run]:
     """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
     limit = said["max_new_tokens"]
-    a = target.architecture
-    room = room_for(said["positions"] - limit, limit, slots)
-    cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache = StaticCache.of(target, 1, room_for(said["positions"] - limit, limit, slots))
     if recipe.compile:
         target.compile()
     if target.frozen_head.product.is_laid_out:

@@ -49,7 +49,7 @@ def test_states_are_those_of_transformers(target):
     close(target.logits(states.last_hidden), logits)
     # 1. The model's own cache, which keeps all positions when nobody tells it of windows.
     windowed = any(shape.window for shape in target.kv_shapes.values())
-    cache = DynamicCache() if windowed else target.new_cache()
+    cache = target.new_cache() if windowed else DynamicCache(config=target.model.config)
     target.forward(IDS_BT, cache)
     # 2. Turned by what is said of their layer, captured keys are the cache's; as they are stored, they are not.
     for layer, shape in target.kv_shapes.items():

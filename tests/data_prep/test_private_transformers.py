@@ -27,7 +27,7 @@ def test_a_name_that_went_is_noticed(name):
     place = model
     for part in path.split(".") if path else []:
         place = place[int(part)] if part.isdecimal() else getattr(place, part)
-    if last == "_attn_implementation":  # a property of the class
+    if place is model.config:  # its settings are properties of the class
         place = model
         last = "config"
         model_type = model.config.model_type
@@ -56,7 +56,7 @@ def test_a_given_attention_is_asked_for_every_layer_and_then_gone(family):
     target.forward(IDS_BT, cache)
     seen = []
 
-    def attend(layer, q_BTHD, k_BTGD, v_BTGD):
+    def attend(layer, q_BTHD, k_BTGD, v_BTGD, reading):
         seen.append(layer)
         if layer == 0:  # later layers read what this attention returned
             torch.testing.assert_close(k_BTGD.transpose(1, 2), cache.layers[0].keys)

@@ -6,10 +6,14 @@ from importlib.util import find_spec
 import pytest
 
 from common import cli
+from common.errors import UserError
 from common.rules import first_broken
 from data_prep import rules
 from data_prep.recipe import DataPrepRecipe
+from data_prep.synthesis.regenerate import check_regeneration
+from data_prep.synthesis.synthesize import check_synthesis
 from data_prep.target.quantised import Checkpoint
+from tests.support.families import configuration
 from tests.support.rules import by_name, pattern
 
 RULES = by_name(rules.TABLES)
@@ -49,6 +53,24 @@ def test_a_line_that_meets_the_rule_is_refused_with_its_words(name, monkeypatch)
 
 def test_a_checkpoint_that_is_whole_meets_no_rule():
     assert first_broken(rules.CHECKPOINT, None, WHOLE) is first_broken(rules.CHECKPOINT, None, BARE) is None
+
+
+def test_a_target_that_our_engine_does_not_decode_generates_no_text(tmp_path):
+    """By its configuration: there are no weights. A server may be asked for it."""
+    configuration("gemma2").save_pretrained(tmp_path / "target")
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+
+    def composed(mode: str, *words: str) -> DataPrepRecipe:
+        words = [f"mode={mode}", f"target.path={tmp_path / 'target'}", f"{mode}.out={tmp_path / 'out.jsonl'}", *words]
+        return cli.compose("data_prep", DataPrepRecipe, words)
+
+    chats = ["data=chat", f"data.path={tmp_path / 'in.jsonl'}"]
+    said = "is a 'gemma2', which is not decoded here: .*regenerate.base_url"
+    with pytest.raises(UserError, match=said):
+        check_regeneration(composed("regenerate", *chats))
+    with pytest.raises(UserError, match=said):
+        check_synthesis(composed("synthesize", "synthesize.count=1"))
+    check_regeneration(composed("regenerate", *chats, "regenerate.base_url=http://here"))
 
 
 def test_every_rule_has_a_case():
