@@ -143,9 +143,15 @@ def _check_positions(recipe: EvalRecipe, config: DrafterConfig, takes: list[int]
     )
 
 
-def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Architecture, weights_hash: str) -> None:
+def check_target(
+    recipe: EvalRecipe,
+    config: DrafterConfig,
+    architecture: Architecture,
+    weights_hash: str,
+    quantisation: dict | None = None,
+) -> None:
     """Raises UserError when the target that was loaded is not the drafter's, or with `any_target` not of its architecture; and
     when a cache that is read with it is of another one."""
     reads_cache = recipe.mode in ("score", "diagnose")
-    cached_hash = CacheReader(recipe.cache.dir).manifest.target["weights_hash"] if reads_cache else None
-    refuse(rules.LOADED, recipe, rules.Loaded(config, architecture, weights_hash, cached_hash))
+    cached = CacheReader(recipe.cache.dir).manifest.target if reads_cache else None
+    refuse(rules.LOADED, recipe, rules.Loaded(config, architecture, weights_hash, cached, quantisation))

@@ -14,6 +14,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
 from data_prep.target.architecture import Architecture, KVLayer, target_config, unlike
 from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
+from data_prep.target.quantised import in_words
 from train import machine_rules
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
@@ -118,6 +119,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
             "id": manifest.target["id"],
             "weights_hash": manifest.target["weights_hash"],
             "tokenizer_hash": manifest.tokenizer_hash,
+            **{name: value for name, value in manifest.target.items() if name == "quantisation"},
         },
     )
     config = replace(config, kv_shapes=_kv_shapes(manifest, config))
@@ -223,8 +225,8 @@ def check_target(architecture: Architecture, weights_hash: str, manifest: Manife
         )
     if weights_hash != manifest.target["weights_hash"]:
         raise UserError(
-            f"the cache {cache_dir} was captured from another target: weights hash {manifest.target['weights_hash']}, "
-            f"loaded {weights_hash}"
+            f"the cache {cache_dir} was captured from another target: {in_words(manifest.target.get('quantisation'))}, weights "
+            f"hash {manifest.target['weights_hash']}, loaded {weights_hash}"
         )
 
 

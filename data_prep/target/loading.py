@@ -11,6 +11,7 @@ from common.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
 from data_prep.target.architecture import needs_trust, untrusted
 from data_prep.target.from_gguf import plain
+from data_prep.target.quantised import check_checkpoint
 from data_prep.target.target import Target
 
 
@@ -48,6 +49,7 @@ def target_tokenizer(recipe: TargetRecipe) -> PreTrainedTokenizerBase:
 
 def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> Target:
     """The target of a `TargetRecipe`, on its device and in its dtype; with the attention and the spread of `capture`."""
+    check_checkpoint(recipe)
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     if capture is None:

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -29,6 +30,7 @@ from common.errors import UserError
 from data_prep.decoding import torch_private
 from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
 from data_prep.target.architecture import (
     Architecture,
@@ -90,36 +92,39 @@ class Target:
         self._sources: list[tuple[str, int, Source]] = []  # (kind, layer, what that state is the output of)
         self._hooks: list[RemovableHandle] = []
         self._kv: dict[int, KVFound] = {}
+        # Whether it computes with quantised weights, or rounds what its layers read: no wider dtype says what rounding may do.
+        self.rounds = any(quantised_model.rounds(module) for module in self.model.modules())
+        if self.quantisation and not self.rounds:
+            self.quantisation = quantised.dequantised(self.quantisation)
         self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
         self._kv = prove(self, [] if family_of(self.model.config).kv else layers_with_kv(self.model.config))
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
-        kind = self._kind()
+        config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
+        self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
         try:
-            model, report = kind.from_pretrained(
+            model, report = _kind(config).from_pretrained(
                 self.folder,
+                config=quantised.to_load(config, device),
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 dtype=self.dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
-                **spreading,
+                **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
+            if quantised.fields_of(config):
+                quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise no_causal_lm(self.path, error) from error
         # transformers would go on with random values for them.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
+        quantised.refuse_unexpected(self.path, report["unexpected_keys"], private.text_config(model).num_hidden_layers)
         return model.requires_grad_(False)
-
-    def _kind(self) -> type:
-        """Which class loads it: of a model that reads pictures too and whose language part has no class of its own, the whole."""
-        config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
-        whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
     def _look_inside(self) -> None:
         """What is looked up in `model`, again whenever that is another one."""
@@ -132,15 +137,16 @@ class Target:
         self._looks_at_length = private.looks_at_length(self.model)
         head = self.model.get_output_embeddings()
         self.frozen_head = FrozenHead(
-            self.model.get_input_embeddings().weight,
-            head.weight,
+            quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
+            quantised_model.plain_weight(self.path, "LM head", head),
             embed_scale=private.embed_scale(self.model),
             bias_V=head.bias,
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
-        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
+        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled. Not
+        for one that `rounds`."""
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
         buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
         other = copy.copy(self)
@@ -290,8 +296,9 @@ class Target:
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        # Code that waits for the choice of experts would be compiled for every number of tokens that an expert gets.
-        if not private.experts_ask_host(self.model):
+        # Code that waits for the choice of experts would be compiled for every number of tokens that an expert gets. Kernels of
+        # quantised weights choose by the number of rows themselves, and few of them can be traced.
+        if not private.experts_ask_host(self.model) and not self.rounds:
             torch_private.compile_for_widths(self.layers)
 
     def uncompiled(self) -> AbstractContextManager[None]:
@@ -330,9 +337,9 @@ class Target:
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
-        """One layer under the names of `train/drafter/layers.py`."""
+        """One layer under the names of `train/drafter/layers.py`, in plain numbers."""
         modules = private.weighted_modules(self.layers[index])
-        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+        weights = {f"{name}.weight": quantised_model.dense(module, self.dtype) for name, module in modules.items()}
         return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
 
     @property
@@ -352,7 +359,10 @@ class Target:
         return private.final_norm(self.model).weight
 
     def weights_hash(self) -> str:
-        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
+        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in. Of a quantised
+        checkpoint, that of its files: the same whichever kernels it was loaded for."""
+        if self.quantisation and self.quantisation["method"] != "gguf":
+            return quantised.files_hash(self.folder, self.revision, quantised.in_words(quantised.stored(self.quantisation)))
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -371,6 +381,12 @@ class Target:
         heads = _all_heads(output, private.head_count(self.model, layer, kind))
         found = self._kv.get(layer)
         return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
+
+
+def _kind(config: PretrainedConfig) -> type:
+    """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _spreading(spread: str) -> dict:

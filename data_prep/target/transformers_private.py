@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from data_prep.decoding.attention import Reading
 
@@ -304,6 +305,16 @@ def own_outputs(model: PreTrainedModel, ids_BT: Tensor) -> tuple[tuple[Tensor, .
             del module._forward_hooks[key]
         module.__dict__.pop("_output_capturing_hooks_installed", None)
     return output.hidden_states, output.logits
+
+
+def quantisation_methods() -> set[str]:
+    """Names of quantisations that transformers loads. It reads weights of any other as if they were not quantised."""
+    return {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+
+
+def kept_in_float32(model: PreTrainedModel) -> set[str]:
+    """Parts of names of parameters that the model keeps in float32 whichever dtype is asked for."""
+    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def tensor_parallel() -> dict:

@@ -49,7 +49,7 @@ class DrafterConfig:
     start: str  # target | random
     mask_token_id: int | None
     architecture: Architecture
-    target: dict  # id, weights_hash, tokenizer_hash
+    target: dict  # id, weights_hash, tokenizer_hash; quantisation, where the target is quantised
     source: str = "native"  # how target K/V become memory: native | projected | projected_rope | head_concat
     source_layers: list[int] = field(default_factory=list)  # whose K/V every draft layer reads, unless native
     fusion: str = "gated_delta"  # hybrid: gated_delta | cross_only
