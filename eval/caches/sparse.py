@@ -100,12 +100,22 @@ class SparseCache:
             self._picked = [{} for _ in self.memory.layers]
             self._select(count)
         found = (self.memory, anchor) if fits else self._taken_out(anchor, count)
-        self._most("read", found[0].nbytes())
+        self._most("read", self._read(found[0]))
         self._most("kept", self._held())
         return found
 
     def _most(self, what: str, nbytes: int) -> None:
         self.bytes[what] = max(self.bytes[what], nbytes)
+
+    def _read(self, memory: Memory) -> int:
+        """Bytes of what the rows of a round read: of a layer with a window, that much."""
+        config = self.drafter.config
+        total = 0
+        for layer, kinds in enumerate(memory.layers):
+            for branch, kv in kinds.items():
+                count = len(kv.key)
+                total += kv.nbytes * min(count, config.shape(layer, branch).window or count) // max(count, 1)
+        return total
 
     def _held(self) -> int:
         return self.memory.nbytes() + sum(p.kv.nbytes for layer in self._picked for p in layer.values())

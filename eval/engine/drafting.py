@@ -168,8 +168,11 @@ class StaticTrained:
 
     def kv_bytes(self, longest: int) -> dict[str, int]:
         """Preallocated places that a request does not fill count for its `peak` alone."""
-        parts = [part for kinds in self.memory.layers for part in kinds.values()]
-        read = sum(part.key[0, 0].nbytes + part.value[0, 0].nbytes for part in parts) * longest
+        read = 0
+        for layer, kinds in enumerate(self.memory.layers):
+            for branch, part in kinds.items():
+                window = self.drafter.config.shape(layer, branch).window or longest
+                read += (part.key[0, 0].nbytes + part.value[0, 0].nbytes) * min(longest, window)
         peak = self.memory.nbytes() // self.memory.batch
         return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
 
