@@ -8,10 +8,8 @@ Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,10 +20,10 @@ from common.errors import UserError
 from data_prep.decoding import torch_private
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, no_causal_lm, sizes_of, unlike
-from data_prep.target.families import check_decoder, family_of
+from data_prep.target.architecture import KVLayer, no_causal_lm
+from data_prep.target.described import Described, hash_of
+from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.proof import KVFound, prove
 from data_prep.target.rotation import halves_of_neighbours
 from data_prep.target.states import States
@@ -41,7 +39,7 @@ def _take(module: nn.Module, inputs, output) -> None:
     module.taken = output[0] if isinstance(output, tuple) else output
 
 
-class Target:
+class Target(Described):
     """A causal LM of transformers. What of it yields which state is found by structure and proven on six tokens.
 
     Raises:
@@ -72,7 +70,7 @@ class Target:
         self._kv: dict[int, KVFound] = {}
         self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
-        self._kv = prove(self, [] if family_of(self.model.config).kv else layers_with_kv(self.model.config))
+        self._kv = prove(self, self.layers_with_kv)
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
         try:
@@ -94,21 +92,6 @@ class Target:
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
         return model.requires_grad_(False)
 
-    def _look_inside(self) -> None:
-        """What is looked up in `model`, again whenever that is another one."""
-        try:
-            self.layers = private.layers(self.model)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise no_causal_lm(self.path, error) from error
-        head = self.model.get_output_embeddings()
-        self.frozen_head = FrozenHead(
-            self.model.get_input_embeddings().weight,
-            head.weight,
-            embed_scale=private.embed_scale(self.model),
-            bias_V=head.bias,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
-        )
-
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
         """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
@@ -125,28 +108,6 @@ class Target:
         return other
 
     @property
-    def architecture(self) -> Architecture:
-        """Of draft layers that are like the target's. Where its layers differ, they are like those that read all positions."""
-        sizes = asdict(sizes_of(self.config))
-        norm = None
-        attention = private.attention_of(self.layers[0])
-        if unlike(self.config) is None:
-            sizes["head_dim"] = attention.head_dim  # configurations need not say it
-        if self._kv:
-            norm = getattr(private.attention_of(self.layers[min(self._kv)]), "k_norm", None)
-        plain_rotary = ([1e4 ** (-2 * i / sizes["head_dim"]) for i in range(sizes["head_dim"] // 2)], 1.0)
-        inv_freq, rope_scale = private.rotary(self.model) or plain_rotary
-        return Architecture(
-            **sizes,
-            intermediate_size=getattr(self.config, "intermediate_size", None) or 4 * sizes["hidden_size"],
-            norm_eps=private.norm_eps(self.config),
-            qk_norm=norm is not None and norm.weight.shape == (sizes["head_dim"],),
-            qkv_bias=unlike(self.config) is None and attention.k_proj.bias is not None,
-            inv_freq=inv_freq,
-            rope_scale=rope_scale,
-        )
-
-    @property
     def kv_shapes(self) -> dict[int, KVLayer]:
         """Of every layer that yields keys and values."""
         return {layer: found.shape for layer, found in self._kv.items()}
@@ -157,21 +118,6 @@ class Target:
         alike = KVLayer(a.kv_heads, a.head_dim, a.inv_freq, a.rope_scale)
         shapes = {layer: self._kv[layer].shape for layer in sorted(layers)}
         return {} if all(shape == alike for shape in shapes.values()) else shapes
-
-    @property
-    def head_facts(self) -> dict[str, float]:
-        """What is done to embeddings and logits beside the products, where anything is."""
-        facts = {
-            "embed_scale": private.embed_scale(self.model),
-            "logit_scale": self.logit_scale,
-            "softcap": self.frozen_head.softcap,
-        }
-        return {name: value for name, value in facts.items() if value not in (None, 1.0)}
-
-    @property
-    def logit_scale(self) -> float:
-        """What the logits are multiplied by: `last_hidden` is, so that they are its products with the head."""
-        return private.logit_scale(self.config)
 
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
         """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist, or that has no
@@ -276,36 +222,15 @@ class Target:
         ids = self.model.generation_config.eos_token_id
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
-    def layer_weights(self, index: int) -> dict[str, Tensor]:
-        """One layer under the names of `train/drafter/layers.py`."""
-        modules = private.weighted_modules(self.layers[index])
-        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
-        return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
-
-    @property
-    def rope_config(self) -> dict:
-        """The rotary embedding as a configuration file says it, in the names of old and new readers."""
-        parameters = dict(self.model.config.rope_parameters)
-        theta = parameters.pop("rope_theta")
-        plain = parameters.get("rope_type", "default") == "default"
-        return {
-            "rope_theta": theta,
-            "rope_scaling": None if plain else parameters,
-            "rope_parameters": {"rope_theta": theta, **parameters},
-        }
-
-    @property
-    def final_norm_weight(self) -> Tensor:
-        return private.final_norm(self.model).weight
-
     def weights_hash(self) -> str:
         """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
-        digest = xxhash.xxh3_128()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # tensor parallel: all ranks ask
-            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        weights = self.model.state_dict()
+
+        def value(name: str) -> Tensor:
+            # Under tensor parallelism a process has a part, and all ask together.
+            return weights[name].full_tensor() if hasattr(weights[name], "full_tensor") else weights[name]
+
+        return hash_of(sorted(weights), value)
 
     def _taken(self, kind: str, layer: int, source: Source) -> Tensor:
         output = source.module.taken[..., source.part]
