@@ -56,7 +56,7 @@ def chosen_layers(recipe: CaptureSections) -> Layers:
     named = [] if cache.layers == "auto" else sorted(set(cache.layers))
     if wrong := [layer for layer in named if not 0 <= layer < count]:
         raise UserError(f"cache.layers: the target has layers 0 to {count - 1}; there is no layer {wrong[0]}")
-    attending = []
+    of_attention = []
     if {"kv", "query"} & set(cache.kinds):
         check_kv(recipe.target.path, config)
         attending = layers_with_kv(config)
@@ -65,7 +65,7 @@ def chosen_layers(recipe: CaptureSections) -> Layers:
                 f"cache.layers: layer {wrong[0]} of this '{config.model_type}' has no keys and values of its own; layers "
                 f"{', '.join(map(str, attending))} have. cache.layers=auto chooses among them; cache.kinds=[hidden] takes any"
             )
-    of_attention = named or [attending[i] for i in auto_layers(len(attending))]
+        of_attention = named or [attending[i] for i in auto_layers(len(attending))]
     return Layers(
         hidden=(named or auto_layers(count)) if "hidden" in cache.kinds else [],
         kv=of_attention if "kv" in cache.kinds else [],

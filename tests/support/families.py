@@ -6,7 +6,17 @@ A name is the family's `model_type`, or begins with the family's name where it c
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SIZES = {
     "vocab_size": 29,
@@ -192,6 +202,15 @@ def miniature_model(name: str, seed: int = 0) -> PreTrainedModel:
         elif tensor.dim() == 1 or "bias" in key or "norm" in key:
             tensor.add_(0.2 * noise)
     return model
+
+
+def add_tokenizer(path: Path) -> Path:
+    """One word for each token; `path` itself."""
+    words = {f"w{index}": index for index in range(SIZES["vocab_size"])}
+    rules = Tokenizer(WordLevel(words, unk_token="w0"))
+    rules.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="w0", eos_token="w1").save_pretrained(path)
+    return path
 
 
 def miniature(name: str, folder: Path | str, seed: int = 0) -> Path:
