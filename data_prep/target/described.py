@@ -21,11 +21,14 @@ class Described:
     """Of a causal LM of transformers: what its states are like, and what a drafter takes of it. Layers, embedding and head are
     found by structure.
 
-    Who inherits it has `path`, `revision`, `model` and `config` (of the language part).
+    Who inherits it sets these; `config` is the language part's, `folder` what transformers and servers load.
     """
 
     path: str
     revision: str | None
+    folder: str
+    dtype: torch.dtype
+    device: torch.device
     model: PreTrainedModel
     config: PretrainedConfig
     layers: nn.ModuleList
