@@ -22,7 +22,7 @@ from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
 from data_prep.target.target import Target
 
-MAPPED = 2**30  # bytes of a file that are read before it is closed: as long as it is open, they count as this process's memory
+MAPPED = 2**28  # bytes of a file that are read before it is closed: as long as it is open, they count as this process's memory
 
 
 class _NotByName(Exception):
