@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+from common.ranks import world_size
 from data_prep.decoding import torch_private
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import transformers_private as private
@@ -119,6 +120,11 @@ class Target(Described):
         shapes = {layer: self._kv[layer].shape for layer in sorted(layers)}
         return {} if all(shape == alike for shape in shapes.values()) else shapes
 
+    @property
+    def kv_heads_here(self) -> int:
+        """Of a layer, on this process; the target is one whose layers are alike."""
+        return self.architecture.kv_heads // (world_size() if self.spread_by_tensors else 1)
+
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
         """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist, or that has no
         such state."""
@@ -185,7 +191,10 @@ class Target(Described):
 
     def compile(self) -> None:
         """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
-        (torch.compile; all layers share it). On a CPU, lay their weights out."""
+        (torch.compile; all layers share it). On a CPU, lay their weights out. Layers whose parts lie in several processes stay as
+        they are."""
+        if self.spread_by_tensors:
+            return
         if self.device.type == "cpu":
             if lay_out(private.decoder(self.model), self.frozen_head.head_VE.nbytes):
                 self.frozen_head.product.lay_out()
@@ -210,6 +219,10 @@ class Target(Described):
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
+        if self.spread_by_tensors:
+            # Each process has a part of the head, and its module puts the parts together.
+            logits = self.model.get_output_embeddings()(last_hidden)
+            return self.frozen_head.capped(logits if logits.dtype == torch.float64 else logits.float())
         logits = self.frozen_head.product(last_hidden)
         return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
