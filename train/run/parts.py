@@ -8,7 +8,8 @@ import deepspeed
 import numpy as np
 import torch
 
-from common.ranks import barrier, rank
+from common.errors import UserError
+from common.ranks import from_rank_0, rank
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader
 from data_prep.target.frozen_head import FrozenHead
@@ -103,11 +104,16 @@ def _read_target(context: RunContext) -> TargetParts:
     if uses_bf16(recipe, context.device) and recipe.target.dtype == "auto":
         changes["dtype"] = "bfloat16"
     target = load_parts(recipe.target.model_copy(update=changes))
-    # One rank reads all files. The others wait for as long as that takes, which may be minutes: no collective has such a limit.
-    wait = barrier()
-    if rank() == 0:
-        check_target(target.architecture, target.weights_hash(), context.reader.manifest, recipe.cache.dir)
-    wait()
+
+    def refusal() -> str | None:
+        try:
+            check_target(target.architecture, target.weights_hash(), context.reader.manifest, recipe.cache.dir)
+        except UserError as error:
+            return str(error)
+
+    # One rank reads all of the files, for all.
+    if refused := from_rank_0(refusal):
+        raise UserError(refused)
     return target
 
 
