@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Origin(NamedTuple):
@@ -22,10 +22,10 @@ class Origin(NamedTuple):
     converter: object | None
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM whose parameters have names and shapes, and take no memory."""
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, kind: type) -> PreTrainedModel:
+    """A model of transformers' class `kind` whose parameters have names and shapes, and take no memory."""
     with _hollow():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        return kind.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 @contextmanager

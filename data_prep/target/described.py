@@ -11,6 +11,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
 from data_prep.target.architecture import Architecture, layers_with_kv, no_causal_lm, sizes_of, unlike
 from data_prep.target.families import family_of
@@ -31,6 +32,7 @@ class Described:
     device: torch.device
     model: PreTrainedModel
     config: PretrainedConfig
+    quantisation: dict | None  # as the manifest says it
     layers: nn.ModuleList
     frozen_head: FrozenHead
 
@@ -42,8 +44,8 @@ class Described:
             raise no_causal_lm(self.path, error) from error
         head = self.model.get_output_embeddings()
         self.frozen_head = FrozenHead(
-            self.model.get_input_embeddings().weight,
-            head.weight,
+            quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
+            quantised_model.plain_weight(self.path, "LM head", head),
             embed_scale=private.embed_scale(self.model),
             bias_V=head.bias,
             softcap=getattr(self.config, "final_logit_softcapping", None),
@@ -92,14 +94,20 @@ class Described:
         return private.logit_scale(self.config)
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
-        """One layer under the names of `train/drafter/layers.py`."""
+        """One layer under the names of `train/drafter/layers.py`, in plain numbers."""
         modules = private.weighted_modules(self.layers[index])
-        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+        weights = {f"{name}.weight": quantised_model.dense(module, self.dtype) for name, module in modules.items()}
         return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
 
     @property
     def final_norm_weight(self) -> Tensor:
         return private.final_norm(self.model).weight
+
+    def hash_of_quantised(self) -> str | None:
+        """What tells a quantised checkpoint from others; None: it is not quantised, or was made of a GGUF file."""
+        if not self.quantisation or self.quantisation["method"] == "gguf":
+            return None
+        return quantised.files_hash(self.folder, self.revision, quantised.in_words(quantised.stored(self.quantisation)))
 
     @property
     def rope_config(self) -> dict:

@@ -3,24 +3,20 @@
 A rank of a training needs the embedding, the LM head and at most a few layers. The others stay on the disk.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import cached_file
 
 from common.errors import first_line
 from common.ranks import rank
-from data_prep.target import checkpoint_private, transformers_private
-from data_prep.target.architecture import no_causal_lm
+from data_prep.target import checkpoint_private, quantised, transformers_private
+from data_prep.target.architecture import no_causal_lm, read_config
 from data_prep.target.described import Described, hash_of
-from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.target import Target
+from data_prep.target.target import Target, kind_of
 
 MAPPED = 2**28  # bytes of a file that are read before it is closed: as long as it is open, they count as this process's memory
 
@@ -43,17 +39,22 @@ class TargetParts(Described):
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
     ):
         self.path = path
         self.revision = revision
         self.dtype = dtype
         self.device = torch.device(device)
         self.folder = plain(path, revision)
+        self.trust_remote_code = trust_remote_code
         self._whole: Target | None = None
+        config = read_config(path, self.folder, revision, trust_remote_code)
+        self.quantisation = quantised.quantisation_of(path, revision, config)
+        if trust_remote_code:
+            self._load_whole("its code is its own")
+            return
         try:
-            config = AutoConfig.from_pretrained(self.folder, revision=revision)
-            check_decoder(path, config)
-            self.model = checkpoint_private.skeleton(config, dtype)
+            self.model = checkpoint_private.skeleton(config, dtype, kind_of(config))
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise no_causal_lm(path, error) from error
         self.config = transformers_private.text_config(self.model)
@@ -73,11 +74,13 @@ class TargetParts(Described):
 
     def weights_hash(self) -> str:
         """`Target.weights_hash`, from the files, of which one tensor at a time is in memory (of experts, a layer's)."""
+        if (stored := self.hash_of_quantised()) is not None:
+            return stored
         if self._whole is None:
             try:
                 return self._hash_of_files()
             except NOT_BY_NAME as error:
-                self._load_whole(error)
+                self._load_whole(first_line(error))
         return self._whole.weights_hash()
 
     def _need(self, modules: Callable[[], list[nn.Module]]) -> None:
@@ -89,12 +92,10 @@ class TargetParts(Described):
             for module in modules():
                 weights.fill(module)
         except NOT_BY_NAME as error:
-            self._load_whole(error)
+            self._load_whole(first_line(error))
 
     def _hash_of_files(self) -> str:
         weights = _Weights(self)
-        if getattr(self.model.config, "quantization_config", None) is not None:
-            raise _NotByName("they are quantised")
 
         def loaded(name: str) -> Tensor:
             value = weights.value(name)
@@ -103,11 +104,13 @@ class TargetParts(Described):
 
         return hash_of(sorted(weights.own), loaded)
 
-    def _load_whole(self, error: Exception) -> None:
+    def _load_whole(self, why: str) -> None:
         if rank() == 0:
-            why = f"its weights cannot be read by name ({first_line(error)})"
-            print(f"target {self.path}: {why}; the whole model is loaded", flush=True)
-        self._whole = Target(self.path, self.revision, self.dtype, self.device)
+            said = f"its weights cannot be read by name ({why}); the whole model is loaded"
+            print(f"target {self.path}: {said}", flush=True)
+        trust = self.trust_remote_code
+        self._whole = Target(self.path, self.revision, self.dtype, self.device, trust_remote_code=trust)
+        self.quantisation = self._whole.quantisation
         self.model = self._whole.model
         self.config = self._whole.config
         self._look_inside()
@@ -177,13 +180,8 @@ class _Weights:
     def _found(self) -> dict[str, str]:
         """Name of a tensor -> its file."""
         folder = self._target.folder
-        options = {"revision": self._target.revision, "_raise_exceptions_for_missing_entries": False}
-        if whole := cached_file(folder, SAFE_WEIGHTS_NAME, **options):
-            with safe_open(whole, framework="pt") as file:
-                return dict.fromkeys(file.keys(), whole)
-        index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **options)
-        if not index:
-            raise _NotByName(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-        names = json.loads(Path(index).read_text())["weight_map"]
+        names = quantised.tensor_files(folder, self._target.revision)
+        if not names:
+            raise _NotByName("there are no safetensors")
         files = {file: cached_file(folder, file, revision=self._target.revision) for file in set(names.values())}
         return {name: files[file] for name, file in names.items()}

@@ -13,25 +13,34 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from common.ranks import world_size
 from data_prep.decoding import torch_private
+from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import KVLayer, no_causal_lm
+from data_prep.target.architecture import KVLayer, failures, max_positions, no_causal_lm, read_config
 from data_prep.target.described import Described, hash_of
-from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
 from data_prep.target.proof import KVFound, prove
 from data_prep.target.rotation import halves_of_neighbours
 from data_prep.target.states import States
 from data_prep.target.transformers_private import Source
 
-# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Reading], Tensor]
 
 
 @torch.compiler.disable  # a compiled layer would forget what it sets
@@ -55,11 +64,13 @@ class Target(Described):
         device: torch.device | str = "cpu",
         attention: str | None = None,  # null: what transformers chooses
         spread: str = "none",
+        trust_remote_code: bool = False,
     ):
         transformers_logging.disable_progress_bar()
         self.path = path
         self.revision = revision
         self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
         self.spread_by_tensors = spread == "tp"
         self.folder = plain(path, revision)  # what transformers and servers load: of a GGUF file, what it was dequantised to
@@ -69,32 +80,49 @@ class Target(Described):
         self._sources: list[tuple[str, int, Source]] = []  # (kind, layer, what that state is the output of)
         self._hooks: list[RemovableHandle] = []
         self._kv: dict[int, KVFound] = {}
+        # Whether it computes with quantised weights, or rounds what its layers read: no wider dtype says what rounding may do.
+        self.rounds = any(quantised_model.rounds(module) for module in self.model.modules())
+        if self.quantisation and not self.rounds:
+            self.quantisation = quantised.dequantised(self.quantisation)
         self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
         self._kv = prove(self, self.layers_with_kv)
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
+        config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
+        self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = kind_of(config).from_pretrained(
                 self.folder,
+                config=quantised.to_load(config, device),
                 revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
                 dtype=self.dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
-                **spreading,
+                **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
+            if quantised.fields_of(config):
+                quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
-        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise no_causal_lm(self.path, error) from error
-        check_decoder(self.path, model.config)
         # transformers would go on with random values for them.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
+        quantised.refuse_unexpected(self.path, report["unexpected_keys"], private.text_config(model).num_hidden_layers)
         return model.requires_grad_(False)
 
+    def _look_inside(self) -> None:
+        if self.dtype == torch.float64:
+            private.loop_over_experts(self.model)
+        super()._look_inside()
+        self._looks_at_length = private.looks_at_length(self.model)
+
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
-        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
+        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled. Not
+        for one that `rounds`."""
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
         buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
         other = copy.copy(self)
@@ -121,9 +149,16 @@ class Target(Described):
         return {} if all(shape == alike for shape in shapes.values()) else shapes
 
     @property
-    def kv_heads_here(self) -> int:
-        """Of a layer, on this process; the target is one whose layers are alike."""
-        return self.architecture.kv_heads // (world_size() if self.spread_by_tensors else 1)
+    def kv_sizes(self) -> tuple[int, int, int]:
+        """Layers, heads on this process, and size of a head of all its keys and values, of a target that is decoded here: its
+        layers are alike."""
+        shape = self._kv[0].shape
+        return len(self.layers), shape.kv_heads // (world_size() if self.spread_by_tensors else 1), shape.head_dim
+
+    @property
+    def turns_neighbours(self) -> bool:
+        """Whether its own cache has keys in another layout than `forward` hands out (`KVFound.neighbours`)."""
+        return any(found.neighbours for found in self._kv.values())
 
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
         """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist, or that has no
@@ -159,6 +194,9 @@ class Target(Described):
     @torch.no_grad()
     def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend: Attend) -> States:
         """The forward with another attention: `attend` decides what came before these rows, and what each of them sees."""
+        if self._looks_at_length:
+            # A draft may reach beyond the text's end, where it is cut. No row there may change how all others are turned.
+            position_BT = position_BT.clamp(max=max_positions(self.config) - 1)
         with private.attention_given(self.model, attend):
             return self._run(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
 
@@ -201,7 +239,10 @@ class Target(Described):
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        torch_private.compile_for_widths(self.layers)
+        # Code that waits for the choice of experts would be compiled for every number of tokens that an expert gets. Kernels of
+        # quantised weights choose by the number of rows themselves, and few of them can be traced.
+        if not private.experts_ask_host(self.model) and not self.rounds:
+            torch_private.compile_for_widths(self.layers)
 
     def uncompiled(self) -> AbstractContextManager[None]:
         """For forwards of any length, each of which would be compiled."""
@@ -217,6 +258,11 @@ class Target(Described):
         finally:
             self._hook()
 
+    @property
+    def graphs(self) -> bool:
+        """Whether a CUDA graph can hold a forward: the host decides nothing in it."""
+        return not (self.spread_by_tensors or self._looks_at_length or private.experts_ask_host(self.model))
+
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
         if self.spread_by_tensors:
@@ -227,7 +273,9 @@ class Target(Described):
         return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+        """For `forward`. Layers with a window keep all positions too: to take refused tokens back, they need those that a window
+        of these tokens had left behind."""
+        return DynamicCache()
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -236,7 +284,10 @@ class Target(Described):
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def weights_hash(self) -> str:
-        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
+        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in. Of a quantised
+        checkpoint, that of its files: the same whichever kernels it was loaded for."""
+        if (stored := self.hash_of_quantised()) is not None:
+            return stored
         weights = self.model.state_dict()
 
         def value(name: str) -> Tensor:
@@ -256,6 +307,12 @@ class Target(Described):
         heads = _all_heads(output, private.head_count(self.model, layer, kind))
         found = self._kv.get(layer)
         return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
+
+
+def kind_of(config: PretrainedConfig) -> type:
+    """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _spreading(spread: str) -> dict:
