@@ -112,7 +112,7 @@ class Described:
     @property
     def rope_config(self) -> dict:
         """The rotary embedding as a configuration file says it, in the names of old and new readers."""
-        parameters = dict(self.model.config.rope_parameters)
+        parameters = dict(self.config.rope_parameters)
         theta = parameters.pop("rope_theta")
         plain = parameters.get("rope_type", "default") == "default"
         return {
