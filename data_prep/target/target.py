@@ -84,6 +84,7 @@ class Target:
         try:
             config = AutoConfig.from_pretrained(self.folder, revision=self.revision)
             self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
+            is_quantised = quantised.fields_of(config) is not None
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 config=quantised.to_load(config, device),
@@ -94,7 +95,7 @@ class Target:
                 **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
-            if quantised.fields_of(config):
+            if is_quantised:
                 quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
