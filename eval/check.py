@@ -8,7 +8,7 @@ from common.rules import refuse
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture, shortest_window, target_config, target_sizes
 from data_prep.target.families import check_decodable
-from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from eval import drafter_rules, rules
 from eval.prompts.asking import check_asking
 from eval.read_by import unread
@@ -58,7 +58,7 @@ def _refuse(recipe: EvalRecipe) -> None:
         refuse(rules.DECODED, recipe, rules.Decoded(found.model_type, shortest_window(found)))
 
     # 5. The target's tokens, and what is asked with them.
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     refuse(drafter_rules.TOKENIZER, recipe, drafter_rules.Tokens(config, tokenizer_hashes(tokenizer)[0]))
     _check_asked(recipe, judged, tokenizer)
 
@@ -85,7 +85,7 @@ def _check_server(recipe: EvalRecipe) -> None:
         interpreter(server)
         return
     found = find_server(server.url, recipe.target_names)
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     _, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - found.slots, tokenizer)
     refuse(rules.RUNNING, recipe, rules.ServerRoom(found.positions, said["positions"]))
 

@@ -13,7 +13,7 @@ from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
 from data_prep.target.architecture import Architecture, KVLayer, target_config, unlike
-from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import in_words
 from train import machine_rules
 from train.attention.choose import attention_backend
@@ -194,7 +194,7 @@ def check_training(recipe: TrainRecipe) -> None:
         if recipe.drafter.warm_start:
             check_warm_start(recipe.drafter.warm_start, config)
     # 4. The target's tokens.
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     tokens = machine_rules.Tokens(manifest, tokenizer_hashes(tokenizer)[0])
     refuse(machine_rules.TOKENIZER, recipe, tokens)
     if recipe.drafter.lm:

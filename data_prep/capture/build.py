@@ -29,7 +29,7 @@ from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import check_checkpoint, in_words, quantisation_of, unrounded
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
@@ -90,7 +90,7 @@ def check_capture(recipe: CaptureSections) -> None:
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
     """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
-    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.target.location, recipe.target.revision))
+    tokenizer_hash, template_hash = tokenizer_hashes(target_tokenizer(recipe.target))
     sizes = target_sizes(recipe.target)
     layers = chosen_layers(recipe)
     config = target_config(recipe.target)
@@ -143,7 +143,7 @@ def completed(manifest: Manifest, target) -> Manifest:
 def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
     """Write the tokenised source to `path`, as one of `processes` that do so at once; returns the manifest's word on it and
     says what was left out."""
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     left_out: Counter = Counter()
     workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
     documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)

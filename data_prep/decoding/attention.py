@@ -56,26 +56,29 @@ def over_cache(
     # flash-attn's windows are counted from the last key that a row reads.
     if has_flash(q_BTHD) and (reading.window is None or (growing and place_BT is None)):
         return _flash(q_BTHD, k_BLGD, v_BLGD, count_B, growing, reading)
-    return dense(q_BTHD, k_BLGD, v_BLGD, count_B, growing, reading, place_BT)
+    if reading.window is None:
+        return dense(q_BTHD, k_BLGD, v_BLGD, count_B, growing, reading)
+    count_BT = _counts(count_B, growing, q_BTHD.shape[1])
+    return over_span(q_BTHD, k_BLGD, v_BLGD, _first(reading.window, count_BT, place_BT), count_BT, reading)
 
 
 def over_span(
-    q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, first_BT: Tensor, count_BT: Tensor, window: int
+    q_BTHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor, first_BT: Tensor, count_BT: Tensor, reading: Reading
 ) -> Part:
     """Rows that read through a window: row t of a request reads the places from `first_BT` (below 0: from 0) to `count_BT` - 1,
-    `window` of them at most. From a row to the next both grow by one at most. Places that no row reads are not touched."""
+    a window of them at most. From a row to the next both grow by one at most. Places that no row reads are not touched."""
     if q_BTHD.shape[1] > PIECE:
         pieces = zip(*(t.split(PIECE, dim=1) for t in (q_BTHD, first_BT, count_BT)))
-        found = [over_span(q, k_BLGD, v_BLGD, first, count, window) for q, first, count in pieces]
+        found = [over_span(q, k_BLGD, v_BLGD, first, count, reading) for q, first, count in pieces]
         return tuple(torch.cat(part, dim=1) for part in zip(*found))
     # How many places the rows span together is a number that the host knows, so that a CUDA graph can hold this.
-    span = min(window + q_BTHD.shape[1], k_BLGD.shape[1])
+    span = min(reading.window + q_BTHD.shape[1], k_BLGD.shape[1])
     begin_B1 = first_BT[:, :1].clamp(min=0, max=k_BLGD.shape[1] - span)
     place_BW = begin_B1 + torch.arange(span, device=q_BTHD.device)
     row_B1 = torch.arange(len(place_BW), device=q_BTHD.device)[:, None]
     place_B1W = place_BW[:, None]
     hidden_BTW = (place_B1W < first_BT[..., None]) | (place_B1W >= count_BT[..., None])
-    return _attend(q_BTHD, k_BLGD[row_B1, place_BW], v_BLGD[row_B1, place_BW], hidden_BTW)
+    return _attend(q_BTHD, k_BLGD[row_B1, place_BW], v_BLGD[row_B1, place_BW], hidden_BTW, reading.scale)
 
 
 def has_flash(q: Tensor) -> bool:

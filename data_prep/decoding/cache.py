@@ -70,7 +70,7 @@ class StaticCache:
             self.write(layer, place_BT, k_BTGD, v_BTGD)
             key, value = self.layer(layer)
             if seen_BTT is None:
-                return sunk(over_cache(q_BTHD, key, value, base_B + 1, True, reading), reading.sinks_H)
+                return sunk(over_cache(q_BTHD, key, value, base_B + 1, growing=True, reading=reading), reading.sinks_H)
             near_BTT = seen_BTT
             at_BT = None
             if reading.window is not None:
@@ -78,7 +78,7 @@ class StaticCache:
                 depth_BT = seen_BTT.sum(-1) - 1
                 at_BT = base_B[:, None] + depth_BT
                 near_BTT = seen_BTT & (depth_BT[:, :, None] - depth_BT[:, None] < reading.window)
-            before = over_cache(q_BTHD, key, value, base_B, False, reading, at_BT)
+            before = over_cache(q_BTHD, key, value, base_B, growing=False, reading=reading, place_BT=at_BT)
             batch = len(q_BTHD)
             # The rows of all requests are one list of keys here; a row may see those of its own request alone.
             same_BTBT = torch.eye(batch, dtype=torch.bool, device=base_B.device)[:, None, :, None] & near_BTT[:, :, None]

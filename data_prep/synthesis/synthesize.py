@@ -30,7 +30,7 @@ from data_prep.synthesis.place import Account, Place
 from data_prep.synthesis.turns import Turns
 from data_prep.target.architecture import target_config, target_sizes
 from data_prep.target.families import check_decodable
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
 
 WINDOW = 1000  # candidates: of the last ones
 LEAST = 0.01  # must be kept, or the command gives up
@@ -123,7 +123,7 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
 
 
 def _turns(recipe: DataPrepRecipe) -> Turns:
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     return Turns(tokenizer, recipe.target.id, recipe.synthesize.template)
 
 

@@ -56,13 +56,18 @@ class KVLayer:
 
 
 def target_config(recipe: TargetRecipe) -> PretrainedConfig:
-    """Of the target, with no weights loaded; of one that reads pictures too, of the whole. Raises UserError when there is no
-    configuration of a causal LM at the target's path."""
+    """Of the target, with no weights loaded. Raises UserError as `read_config` does."""
+    return read_config(recipe.path, plain(recipe.location, recipe.revision), recipe.revision, recipe.trust_remote_code)
+
+
+def read_config(path: str, folder: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    """Of the model in `folder`, which the user knows as `path`; of one that reads pictures too, of the whole. Raises UserError
+    when there is no configuration of a causal LM, or one whose code must not run."""
     try:
-        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
-    except (OSError, ValueError) as error:
-        raise no_causal_lm(recipe.path, error) from error
-    check_decoder(recipe.path, config)
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except failures(trust_remote_code, OSError, ValueError) as error:
+        raise no_causal_lm(path, error) from error
+    check_decoder(path, config)
     return config
 
 
@@ -76,7 +81,26 @@ def target_sizes(recipe: TargetRecipe) -> Sizes:
 
 
 def no_causal_lm(path: str, error: Exception) -> UserError:
+    if needs_trust(error):
+        return untrusted(path)
     return UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})")
+
+
+def failures(trust_remote_code: bool, *known: type[Exception]) -> tuple[type[Exception], ...]:
+    """What loading may raise; where it runs the code of others: anything."""
+    return (Exception,) if trust_remote_code else known
+
+
+def needs_trust(error: Exception) -> bool:
+    """Whether transformers refuses to run code that it found beside a model."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def untrusted(path: str) -> UserError:
+    return UserError(
+        f"target.path={path} comes with its own Python code, without which transformers cannot load it. That code may do all "
+        "that you may: read it, then say target.trust_remote_code=true"
+    )
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:

@@ -15,7 +15,15 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
@@ -24,8 +32,18 @@ from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, max_positions, no_causal_lm, sizes_of, unlike
-from data_prep.target.families import check_decoder, family_of
+from data_prep.target.architecture import (
+    Architecture,
+    KVLayer,
+    failures,
+    layers_with_kv,
+    max_positions,
+    no_causal_lm,
+    read_config,
+    sizes_of,
+    unlike,
+)
+from data_prep.target.families import family_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.proof import KVFound, prove
@@ -58,11 +76,13 @@ class Target:
         device: torch.device | str = "cpu",
         attention: str | None = None,  # null: what transformers chooses
         spread: str = "none",
+        trust_remote_code: bool = False,
     ):
         transformers_logging.disable_progress_bar()
         self.path = path
         self.revision = revision
         self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
         self.spread_by_tensors = spread == "tp"
         self.folder = plain(path, revision)  # what transformers and servers load: of a GGUF file, what it was dequantised to
@@ -81,14 +101,15 @@ class Target:
         self._kv = prove(self, [] if family_of(self.model.config).kv else layers_with_kv(self.model.config))
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
+        config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
+        self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
+        is_quantised = quantised.fields_of(config) is not None
         try:
-            config = AutoConfig.from_pretrained(self.folder, revision=self.revision)
-            self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
-            is_quantised = quantised.fields_of(config) is not None
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = _kind(config).from_pretrained(
                 self.folder,
                 config=quantised.to_load(config, device),
                 revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
                 dtype=self.dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
@@ -98,9 +119,8 @@ class Target:
             if is_quantised:
                 quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
-        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise no_causal_lm(self.path, error) from error
-        check_decoder(self.path, model.config)
         # transformers would go on with random values for them.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
@@ -362,6 +382,12 @@ class Target:
         heads = _all_heads(output, private.head_count(self.model, layer, kind))
         found = self._kv.get(layer)
         return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
+
+
+def _kind(config: PretrainedConfig) -> type:
+    """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _spreading(spread: str) -> dict:

@@ -73,7 +73,7 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
 def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     """The figures of report.json."""
     # 1. What is asked, who answers, and in which caches.
-    tokenizer = load_tokenizer(target.path, target.revision)
+    tokenizer = load_tokenizer(target.path, target.revision, target.trust_remote_code)
     prompts, asked = prompts_of(recipe, drafter.config, tokenizer)
     stops = Stops(target.end_tokens, tuple(recipe.stop), tokenizer)
     longest = recipe.longest(drafter.config)

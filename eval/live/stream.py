@@ -99,7 +99,7 @@ class Decoders:
         self.drafter = drafter
         self._side_by_side = side_by_side
         self.sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
-        self.tokenizer = load_tokenizer(target.path, target.revision)
+        self.tokenizer = load_tokenizer(target.path, target.revision, target.trust_remote_code)
         self.stops = Stops(target.end_tokens, tuple(recipe.stop), self.tokenizer)
         if recipe.compile:
             target.compile()

@@ -28,7 +28,7 @@ from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.architecture import target_sizes
 from data_prep.target.families import family_of
-from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.loading import load_target, load_tokenizer, target_tokenizer
 from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticTrained
 from eval.engine.engine import Engine, room_for
@@ -75,7 +75,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         if recipe.drafter:
             asking = _ask_ours(recipe, load, described, server, Path(folder) / "drafter")
         else:
-            tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+            tokenizer = target_tokenizer(recipe.target)
             room = target_sizes(recipe.target).max_positions - server.slots
             asking = Asking(*prompts_within(recipe, room, tokenizer))
         # The server needs the memory of the target, which nothing holds any more.
@@ -125,7 +125,7 @@ def _ask_ours(recipe: EvalRecipe, load: Callable, described: Callable, server: S
     config = drafter.config
     slots = min(server.slots, config.draft_length) if server else recipe.longest(config)
     facts = described(recipe, target, drafter)
-    prompts, said = prompts_of(recipe, config, load_tokenizer(recipe.target.location, recipe.target.revision))
+    prompts, said = prompts_of(recipe, config, target_tokenizer(recipe.target))
     asking = Asking(prompts, said, facts, config, target.end_tokens)
     if not server:
         place, asking.notes = _checkpoint(recipe, target, drafter, folder)
@@ -211,7 +211,7 @@ def ours(
     if target.frozen_head.product.is_laid_out:
         lay_out(drafter)
     drafting = Likeliest(drafter, target.frozen_head)
-    stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision))
+    stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision, target.trust_remote_code))
     found = {}
     for temperature in recipe.temperatures:
         sampling = Sampling(temperature, recipe.top_p, recipe.top_k)

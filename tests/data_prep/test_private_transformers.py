@@ -37,7 +37,10 @@ def test_a_name_that_went_is_noticed(name):
     assert name in private.missing(model)
 
 
-@pytest.mark.parametrize("name", ["._attn_implementation", ".self_attn", ".rotary_emb", "modeling_llama"])
+SETTINGS = ["._attn_implementation", "._experts_implementation"]
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, ".self_attn", ".rotary_emb", "modeling_llama"])
 def test_no_other_file_uses_a_private_name_of_transformers(name):
     others = uses(name) - {"data_prep/target/transformers_private.py"}
     # A language model as a drafter is of any family, and looks whether its body has rotary positions.

@@ -20,7 +20,7 @@ from transformers.models.phi import modeling_phi
 from common import cli
 from common.errors import UserError
 from data_prep.decoding import attention
-from data_prep.decoding.attention import over_span
+from data_prep.decoding.attention import Reading, over_span
 from data_prep.target.architecture import KVLayer, read_layers
 from data_prep.target.target import Target
 from eval.engine.drafting import StaticTrained
@@ -226,11 +226,11 @@ def test_rows_that_read_through_a_window_equal_their_definition():
             count_BT = count_B[:, None] + growing * torch.arange(5)
             first_BT = count_B[:, None] + torch.arange(5) + 1 - window
             hidden_BTL = (torch.arange(40) >= count_BT[..., None]) | (torch.arange(40) < first_BT[..., None])
-            expected = attention._attend(q, key, value, hidden_BTL)
+            expected = attention._attend(q, key, value, hidden_BTL, 0.7)
             for piece in (256, 2):
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(attention, "PIECE", piece)
-                    for mine, theirs in zip(over_span(q, key, value, first_BT, count_BT, window), expected):
+                    for mine, theirs in zip(over_span(q, key, value, first_BT, count_BT, Reading(0.7, window)), expected):
                         torch.testing.assert_close(mine, theirs)
 
 
