@@ -30,7 +30,7 @@ from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
 from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
-from data_prep.target.quantised import check_checkpoint, quantisation_of
+from data_prep.target.quantised import check_checkpoint, in_words, quantisation_of, unrounded
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
 
@@ -225,6 +225,12 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             _refuse_small_disk(folder, describe(manifest))
         barrier()
         target = load_target(recipe.target, recipe.capture)
+        if rank() == 0 and unrounded(target.quantisation):
+            print(
+                f"{recipe.target.path} is {in_words(target.quantisation)}: states differ a little from those of a server, which "
+                "rounds activations too",
+                flush=True,
+            )
         if rank() == 0:
             say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
         together = recipe.capture.spread == "tp"

@@ -91,6 +91,7 @@ class Target(Described):
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
         config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
         self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
+        is_quantised = quantised.fields_of(config) is not None
         try:
             model, report = kind_of(config).from_pretrained(
                 self.folder,
@@ -103,7 +104,7 @@ class Target(Described):
                 **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
-            if quantised.fields_of(config):
+            if is_quantised:
                 quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
