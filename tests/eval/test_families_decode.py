@@ -135,6 +135,7 @@ def test_a_drafter_s_rounds_are_the_plain_loop_s_and_its_trees_change_no_token(t
         oracle = decode(target, Trained(drafter, head, REFERENCE), prompt, NEW, 0.0, 0)
         assert chain.tokens == new and tree.tokens == new and oracle.tokens == new
         assert triples(chain) == triples(oracle)
+        assert [r.drafted_tokens[0] for r in chain.rounds] == [r.drafted_tokens[0] for r in oracle.rounds]
     assert sum(r.kept for one in trees for r in one.rounds) > 0
     target.capture((), ())
 
