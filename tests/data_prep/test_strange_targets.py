@@ -17,6 +17,7 @@ from data_prep.target.target import Target
 from tests.support.commands import ROOT
 from tests.support.conversations import write_lines
 from tests.support.families import MULTIMODAL, SIZES, configuration, miniature
+from train.drafter.standalone import lm_config
 from train.recipe import TrainRecipe
 
 IDS_BT = torch.tensor([[5, 2, 7, 11, 3, 8, 1]])
@@ -126,6 +127,8 @@ def test_code_of_a_model_does_not_run_unless_it_is_said(with_code):
     (with_code / "configuration_doubled.py").write_text("raise SystemExit('the code ran')")
     said = refused(with_code)
     assert "its own Python code" in said and "target.trust_remote_code=true" in said
+    with pytest.raises(UserError, match="drafter.lm=.* there is no language model"):
+        lm_config(str(with_code))
 
 
 def test_code_of_a_model_that_is_trusted(with_code):

@@ -61,7 +61,7 @@ def lm_config(path: str) -> dict:
     """What a drafter's configuration says of a causal LM. Raises UserError when there is none at `path`, or one whose rotary
     frequencies change with the length of the text."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # null would ask at the terminal
     except (OSError, ValueError) as error:
         raise UserError(f"drafter.lm={path}: there is no language model ({first_line(error)})") from error
     positions = getattr(config, "max_position_embeddings", None)
@@ -78,7 +78,7 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     """Raises UserError when the model's tokens are not the target's."""
     mine = {i: t for t, i in tokenizer.get_vocab().items()}
     try:
-        theirs = {i: t for t, i in AutoTokenizer.from_pretrained(path).get_vocab().items()}
+        theirs = {i: t for t, i in AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab().items()}
     except (OSError, ValueError):
         if (size := lm_config(path)["config"]["vocab_size"]) != vocab_size:
             raise UserError(f"drafter.lm={path} has no tokenizer, and {size} tokens where the target has {vocab_size}") from None
