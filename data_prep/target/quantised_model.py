@@ -5,6 +5,7 @@ Shapes: N outputs, K inputs.
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from common.errors import UserError
@@ -38,7 +39,9 @@ def rounds(module: nn.Module) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype in PLAIN and type(tensor.data) is Tensor
+    # Methods have tensors of types of their own. Under tensor parallelism a plain one is of such a type too.
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.dtype in PLAIN and type(part.data) is Tensor
 
 
 def plain_weight(path: str, what: str, module: nn.Module) -> Tensor:
