@@ -23,7 +23,7 @@ def test_a_drafter_trains_over_a_quantised_target_and_is_judged_beside_it(name, 
     quick = ["suite.count=2", "suite.prompt_tokens=16", "suite.new_tokens=8", "temperatures=[0]", "controls=false"]
     words = [ROOT / "eval/main.py", f"drafter={tmp_path / 'run/checkpoints/best'}", f"out={tmp_path / 'report'}", *quick]
     refused = command(*words, f"target.path={TINY}")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.returncode == 2
     assert f"(the one is quantised by {method}, " in refused.stderr and "the other not quantised)" in refused.stderr
     done = command(*words, f"target.path={target}")
     assert done.returncode == 0, done.stderr
