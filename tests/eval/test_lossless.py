@@ -107,7 +107,7 @@ def test_correct_bf16_runs_differ_only_at_ties(target):
     assert same == {"lossless": True, "lossless_by": "32 of 32 outputs equal plain decoding's, token for token"}
 
 
-def test_an_error_behind_a_tie_is_found(target):
+def test_an_error_behind_a_tie_is_found(target, monkeypatch):
     """One token, ten places behind the first difference, that no rounding explains."""
     prompts = texts()
     run, batches = decoded(target, trained(target, "ttt", "hybrid"), 4, prompts)
@@ -115,6 +115,10 @@ def test_an_error_behind_a_tie_is_found(target):
     ids = [f"prompt-{i}" for i in range(len(prompts))]
     honest = lossless.greedy(target, prompts, ids, run, plain, batches)
     assert honest["lossless"]
+    with monkeypatch.context() as quantised:
+        quantised.setattr(target, "rounds", True)
+        unknown = lossless.greedy(target, prompts, ids, run, plain, batches)
+        assert not unknown["lossless"] and "the target is quantised, and has no wider dtype" in unknown["lossless_by"]
     one = next(tie for tie in honest["ties"]["per_prompt"] if tie["position"] - len(prompts[ids.index(tie["id"])]) < NEW - 12)
     number = ids.index(one["id"])
     place = one["position"] - len(prompts[number]) + 10

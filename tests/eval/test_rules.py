@@ -137,15 +137,20 @@ def test_a_target_that_our_engine_does_not_decode_is_refused_where_it_would(cach
 
 
 def test_a_loaded_target_that_does_not_belong_there_is_refused(cache, ttt):
-    def said(config: DrafterConfig, architecture: Architecture, weights: str, *words: str) -> str:
+    def said(config: DrafterConfig, architecture: Architecture, weights: str, *words: str, quantisation=None) -> str:
         with pytest.raises(UserError) as refused:
-            check_target(composed("drafter=d", f"cache.dir={cache}", *words), config, architecture, weights)
+            check_target(composed("drafter=d", f"cache.dir={cache}", *words), config, architecture, weights, quantisation)
         return str(refused.value)
 
     path = "data_prep/targets/tiny"
     other = replace(ttt.architecture, hidden_size=1)
     assert said(ttt, other, "b", "mode=score") == f"{cache} is a cache of another target than {path}"
     assert "d was trained for other weights of " in said(ttt, ttt.architecture, "b")
+    gptq = {"method": "gptq", "bits": 4}
+    apart = f"those of {path} (the one is not quantised, the other quantised by gptq, bits=4): its drafts"
+    assert apart in said(ttt, ttt.architecture, "b", quantisation=gptq)
+    apart = f"another target than {path} (the one is not quantised, the other quantised by gptq, bits=4)"
+    assert said(ttt, ttt.architecture, "b", "mode=score", quantisation=gptq) == f"{cache} is a cache of {apart}"
     size = ttt.architecture.hidden_size
     assert said(ttt, other, "b", "any_target=true") == f"d is for targets with hidden_size {size}, and {path} has 1"
 
