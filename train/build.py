@@ -1,5 +1,7 @@
 """A recipe and a cache -> the drafter that is to be trained, what its engine is told, and every refusal that needs no GPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -10,11 +12,12 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture
+from data_prep.target.architecture import Architecture, KVLayer
 from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from train import machine_rules
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
+from train.drafter.own_sizes import draft_architecture, own_sizes
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
 from train.gate import gate_floor
@@ -80,9 +83,10 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
     lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
     sampler = recipe.view_sampler
-    architecture = Architecture(**manifest.target["architecture"])
-    refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, TILE))
-    return DrafterConfig(
+    target = Architecture(**manifest.target["architecture"])
+    architecture = draft_architecture(recipe.drafter.named_sizes, target)
+    refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, target, TILE))
+    config = DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
         target_layers=target_layers,
@@ -112,12 +116,26 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         norm_output=recipe.drafter.norm_output,
         mask_token_id=recipe.target.mask_token_id,
         architecture=architecture,
+        target_hidden=target.hidden_size if architecture.hidden_size != target.hidden_size else None,
+        own_sizes=own_sizes(architecture, target),
         target={
             "id": manifest.target["id"],
             "weights_hash": manifest.target["weights_hash"],
             "tokenizer_hash": manifest.tokenizer_hash,
         },
     )
+    return replace(config, kv_shapes=_kv_shapes(manifest, config.kv_layers, target, architecture))
+
+
+def _kv_shapes(manifest: Manifest, layers: list[int], target: Architecture, own: Architecture) -> list[KVLayer] | None:
+    """What the stored K/V of these layers are like; None: as those of the draft layers."""
+    stored = manifest.target.get("kv_shapes", {})
+    shapes = [KVLayer(**stored[str(i)]) if str(i) in stored else _kv_shape(target) for i in layers]
+    return None if all(shape == _kv_shape(own) for shape in shapes) else shapes
+
+
+def _kv_shape(a: Architecture) -> KVLayer:
+    return KVLayer(a.kv_heads, a.head_dim, a.inv_freq, a.rope_scale)
 
 
 def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
@@ -160,7 +178,8 @@ def check_training(recipe: TrainRecipe) -> None:
     device = pick_device(recipe.target.device)
     # 2. The machine, and the attention that it can run.
     manifest = manifest_of(recipe)
-    attention(recipe, device, manifest.target["architecture"].get("head_dim", 128))  # of a cache yet to be made it is not known
+    # Of a cache yet to be made the target's is not known.
+    attention(recipe, device, recipe.drafter.head_dim or manifest.target["architecture"].get("head_dim", 128))
     refuse(machine_rules.MACHINE, recipe, _machine(recipe, device))
     # 3. The cache's layers, and the drafter that reads them.
     chosen_layers(recipe, manifest)

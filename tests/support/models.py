@@ -5,10 +5,12 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.target.architecture import KVLayer
 from data_prep.target.target import Target
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
+from train.drafter.own_sizes import draft_architecture, own_sizes
 
 HIDDEN_LAYERS = (0, 1, 2)
 
@@ -101,6 +103,24 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         # It starts at zero, where it would change nothing that a test sees.
         torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
     return drafter
+
+
+# Sizes of draft layers of their own, all of them other than those of `small_target`, and those that leave its K/V in place.
+OWN_SIZES = {"hidden_size": 24, "heads": 6, "kv_heads": 3, "head_dim": 4, "intermediate_size": 40}
+BESIDE_KV = {"hidden_size": 24, "heads": 6, "intermediate_size": 40}
+
+
+def own_sized(target: Target, objective: str, reuse: str, sizes: dict | None = None, **options) -> Drafter:
+    """A drafter whose layers have sizes of their own, every weight of it random."""
+    theirs = target.architecture
+    own = draft_architecture(OWN_SIZES if sizes is None else sizes, theirs)
+    sizes = {"architecture": own, "own_sizes": own_sizes(own, theirs), "start": "random"}
+    if own.hidden_size != theirs.hidden_size:
+        sizes["target_hidden"] = theirs.hidden_size
+    if own.head_dim != theirs.head_dim:
+        count = len(REUSE_FIELDS[reuse].get("source_layers", ()))
+        sizes["kv_shapes"] = [KVLayer(theirs.kv_heads, theirs.head_dim, theirs.inv_freq, theirs.rope_scale)] * count or None
+    return random_weights(drafter_of(target, objective, reuse, **sizes, **options))
 
 
 def from_layer_zero(target, objective, reuse="kv"):

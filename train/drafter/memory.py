@@ -63,8 +63,9 @@ class TargetKV(nn.Module):
         self.layers = config.layers_of(layer)
         if self.source.startswith("projected"):
             size = a.kv_heads * a.head_dim
-            self.k = nn.Linear(count * size, size, bias=False)
-            self.v = nn.Linear(count * size, size, bias=False)
+            inputs = count * size if config.kv_shapes is None else sum(s.kv_heads * s.head_dim for s in config.kv_shapes)
+            self.k = nn.Linear(inputs, size, bias=False)
+            self.v = nn.Linear(inputs, size, bias=False)
 
     def forward(self, states: States, rope: Rope, dtype: torch.dtype) -> KV:
         keys = [states.key[layer].to(dtype) for layer in self.layers]
