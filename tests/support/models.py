@@ -120,7 +120,7 @@ def own_sized(target: Target, objective: str, reuse: str, sizes: dict | None = N
     if own.head_dim != theirs.head_dim:
         count = len(REUSE_FIELDS[reuse].get("source_layers", ()))
         sizes["kv_shapes"] = [KVLayer(theirs.kv_heads, theirs.head_dim, theirs.inv_freq, theirs.rope_scale)] * count or None
-    return random_weights(drafter_of(target, objective, reuse, **sizes, **options))
+    return random_weights(drafter_of(target, objective, reuse, **sizes, **options), seed=8)
 
 
 def from_layer_zero(target, objective, reuse="kv"):
