@@ -128,7 +128,7 @@ class DrafterRecipe(Section):
     """Query heads of a draft layer; null: as the target."""
     kv_heads: int | None = Field(None, ge=1)
     """Key/value heads of a draft layer; null: as the target."""
-    head_dim: int | None = Field(None, ge=2)
+    head_dim: int | None = Field(None, ge=4)
     """Size of a draft layer's heads; null: as the target."""
     intermediate_size: int | None = Field(None, ge=1)
     """Size of a draft layer's MLP; null: as the target."""

@@ -110,17 +110,24 @@ OWN_SIZES = {"hidden_size": 24, "heads": 6, "kv_heads": 3, "head_dim": 4, "inter
 BESIDE_KV = {"hidden_size": 24, "heads": 6, "intermediate_size": 40}
 
 
+def sized_fields(target: Target, sizes: dict) -> dict:
+    """Fields of DrafterConfig for a drafter whose layers have these sizes of their own."""
+    theirs = target.architecture
+    own = draft_architecture(sizes, theirs)
+    fields = {"architecture": own, "own_sizes": own_sizes(own, theirs), "start": "random"}
+    if own.hidden_size != theirs.hidden_size:
+        fields["target_hidden"] = theirs.hidden_size
+    return fields
+
+
 def own_sized(target: Target, objective: str, reuse: str, sizes: dict | None = None, **options) -> Drafter:
     """A drafter whose layers have sizes of their own, every weight of it random."""
     theirs = target.architecture
-    own = draft_architecture(OWN_SIZES if sizes is None else sizes, theirs)
-    sizes = {"architecture": own, "own_sizes": own_sizes(own, theirs), "start": "random"}
-    if own.hidden_size != theirs.hidden_size:
-        sizes["target_hidden"] = theirs.hidden_size
-    if own.head_dim != theirs.head_dim:
-        count = len(REUSE_FIELDS[reuse].get("source_layers", ()))
-        sizes["kv_shapes"] = [KVLayer(theirs.kv_heads, theirs.head_dim, theirs.inv_freq, theirs.rope_scale)] * count or None
-    return random_weights(drafter_of(target, objective, reuse, **sizes, **options), seed=8)
+    fields = sized_fields(target, OWN_SIZES if sizes is None else sizes)
+    sources = REUSE_FIELDS[reuse].get("source_layers", [])
+    if fields["architecture"].head_dim != theirs.head_dim and sources:
+        fields["kv_shapes"] = [KVLayer(theirs.kv_heads, theirs.head_dim, theirs.inv_freq, theirs.rope_scale) for _ in sources]
+    return random_weights(drafter_of(target, objective, reuse, **fields, **options), seed=8)
 
 
 def from_layer_zero(target, objective, reuse="kv"):

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from common import cli
 from common.errors import UserError
 from data_prep.cache.reader import CacheReader
+from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.transformers_private import rotary_of
 from eval.engine.drafting import StaticTrained
 from eval.engine.request import Stops
@@ -27,6 +29,8 @@ from tests.support.packs import objective_of, packed
 from train.build import drafter_config
 from train.drafter import warm_start as exchange
 from train.drafter.build import load_drafter
+from train.drafter.formats.export import save_export
+from train.drafter.formats.names import MASK_FILE
 from train.drafter.own_sizes import draft_architecture, plain_rope
 from train.losses.recipe import LossRecipe
 from train.recipe import TrainRecipe
@@ -142,6 +146,88 @@ def test_what_is_trained_has_the_sizes_that_are_named(target):
 def test_a_drafter_without_sizes_of_its_own_has_no_projection(target):
     names = {name for name, _ in drafter_of(target, "ttt", "hidden").named_parameters()}
     assert not any("target" in name for name in names)
+
+
+# Exports
+
+
+def served(tmp_path, target, objective, format, sizes=OWN_SIZES, reuse="hidden", **options):
+    """(the drafter, what its checkpoint holds, its config.json, what the command says of it)."""
+    options = {"qk_norm": objective != "ttt"} | options
+    drafter = own_sized(target, objective, reuse, sizes, **options)
+    notes = save_export(drafter, target, tmp_path, format)
+    return drafter, load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text()), notes
+
+
+@torch.no_grad()
+def assert_multiplied_out(drafter, target, tensors):
+    """Embedding and head do what the projections do around the target's own."""
+    head = target.frozen_head
+    table_VE = tensors["embed_tokens.weight"].clone()
+    if not drafter.config.schedule.token_by_token:
+        mask = drafter.config.mask_token_id
+        assert torch.equal(table_VE[mask], drafter.mask.weight[0])
+        table_VE[mask] = drafter.embed(torch.tensor(mask), head)
+    torch.testing.assert_close(table_VE, drafter.embed(torch.arange(len(table_VE)), head))
+    normed_RE = torch.randn(5, drafter.config.architecture.hidden_size, generator=torch.Generator().manual_seed(0))
+    logits_RV = drafter.head.logits(drafter.to_target(normed_RE), head)
+    kept = slice(None) if drafter.head.kept_D is None else drafter.head.kept_D
+    torch.testing.assert_close(normed_RE @ tensors["lm_head.weight"].T, logits_RV[:, kept])
+
+
+@pytest.mark.parametrize("objective,format,reuse", [
+    ("ttt", "eagle3", "hidden"),
+    ("ttt", "speculators", "hidden+norms"),
+    ("ttt", "eagle3", "hidden+vocab"),
+    ("blockwise_pairs", "speculators", "hidden"),
+    ("blockwise", "dflash", "hidden"),
+    ("blockwise+markov", "dspark", "hidden+vocab"),
+])  # fmt: skip
+def test_an_export_has_the_projections_multiplied_out(target, tmp_path, objective, format, reuse):
+    drafter, tensors, config, notes = served(tmp_path, target, objective, format, reuse=reuse)
+    assert_multiplied_out(drafter, target, tensors)
+    assert not any("_target" in name for name in tensors) and not (tmp_path / MASK_FILE).exists()
+    assert config["target_hidden_size"] == 32 and tensors["fc.weight"].shape == (24, 3 * 32)
+    layer = config.get("transformer_layer_config", config)
+    named = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    assert [layer[name] for name in named] == list(OWN_SIZES.values())
+    assert layer["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0} and layer["rope_scaling"] is None
+    assert config["draft_vocab_size"] == (8 if reuse == "hidden+vocab" else 11)
+    assert any("it holds an embedding and an LM head" in note for note in notes)
+    assert any("has no blocks of another hidden size" in n for n in notes) == (format in ("dflash", "dspark"))
+    assert any("the speculators package 0.9.0" in n for n in notes) == (format == "speculators")
+
+
+@torch.no_grad()
+def test_a_markov_head_s_tables_add_what_the_head_adds(target, tmp_path):
+    drafter, tensors, _, _ = served(tmp_path, target, "blockwise+markov", "dspark")
+    head = target.frozen_head
+    output_VE = torch.zeros(11, 32)
+    added_VE, _ = drafter.sequential.step(output_VE, drafter.embed(torch.arange(11), head), None)
+    tables = tensors["markov_head.markov_w1.weight"] @ tensors["markov_head.markov_w2.weight"].T
+    torch.testing.assert_close(tables, drafter.head.logits(added_VE, head), rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_leave_the_hidden_size_need_no_table(target, tmp_path):
+    _, tensors, config, _ = served(tmp_path, target, "ttt", "eagle3", {"heads": 8, "intermediate_size": 40})
+    assert not {"embed_tokens.weight", "lm_head.weight"} & tensors.keys()
+    assert "target_hidden_size" not in config and config["draft_vocab_size"] is None
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (8, 40)
+    assert config["rope_parameters"]["rope_theta"] == target.rope_config["rope_theta"]
+
+
+def test_a_scale_of_the_target_s_embeddings_is_in_the_table(target, tmp_path, monkeypatch):
+    head = target.frozen_head
+    monkeypatch.setattr(target, "frozen_head", FrozenHead(head.embedding_VE, head.head_VE, embed_scale=4.0))
+    save_export(drafter_of(target, "ttt", "hidden", qk_norm=False), target, tmp_path, "eagle3")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["embed_tokens.weight"], 4 * head.embedding_VE) and "lm_head.weight" not in tensors
+
+
+def test_a_checkpoint_of_another_hidden_size_is_not_read_back(target, tmp_path):
+    served(tmp_path, target, "ttt", "eagle3")
+    with pytest.raises(UserError, match="has layers of hidden size 24 beside states of 32 .target_hidden_size., and an"):
+        load_drafter(tmp_path, lambda: target.architecture)
 
 
 # Rotary embeddings

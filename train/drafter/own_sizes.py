@@ -34,7 +34,7 @@ def plain_rope(inv_freq: list[float]) -> tuple[float, float] | None:
     frequencies alone (YaRN, Llama 3) is taken away. None: its frequencies do not say it."""
     freq_R = torch.tensor(inv_freq, dtype=torch.float64)
     count = len(freq_R)
-    if count < 3:
+    if count < 2:
         return None
     ratio = freq_R[1] / freq_R[0]
     series_R = ratio ** torch.arange(count)

@@ -111,10 +111,10 @@ def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str,
 
 
 def _has_table(drafter: Drafter, target: Target) -> bool:
-    """Whether the checkpoint holds a table of embeddings: servers have no projection around draft layers of another size, and no
-    other place for a learned MASK of DSpark and P-EAGLE."""
+    """Whether the checkpoint holds a table of embeddings. Servers' drafts have no projection around layers of another size, no
+    scale of the target's embeddings (Gemma's), and no other place for a learned MASK of DSpark and P-EAGLE."""
     learned = method_of(drafter.config) in ("dspark", "peagle") and not _mask_is_a_token(drafter, target)
-    return bool(drafter.config.target_hidden) or learned
+    return bool(drafter.config.target_hidden) or target.frozen_head.embed_scale != 1 or learned
 
 
 def _table(drafter: Drafter, target: Target) -> Tensor:
@@ -213,6 +213,8 @@ def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
 def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
     """What SGLang 0.5.23 does with a checkpoint of a format that it reads."""
     method = method_of(config)
+    if config.target_hidden and method != "eagle3":
+        return {"SGLang 0.5.23 has no blocks of another hidden size than the target's, and refuses it": True}
     last = config.architecture.num_layers - 1
     token = config.mask_token_id
     reduced = bool(config.draft_vocab)
@@ -236,9 +238,6 @@ def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
             method == "dflash" and learned
         ),
         f"SGLang 0.5.23 passes over the learned MASK and embeds token {token}": dspark and learned,
-        "SGLang 0.5.23 has no blocks of another hidden size than the target's, and refuses it": (
-            method != "eagle3" and bool(config.target_hidden)
-        ),
     }
 
 
@@ -250,9 +249,8 @@ def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:
 
 def _mask_goes_beside(drafter: Drafter, target: Target) -> bool:
     """Whether the checkpoint needs vLLM's file of one embedding: DFlash's readers know no other small place for it."""
-    if drafter.config.target_hidden:  # there is a table
-        return False
-    return method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
+    learned = method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
+    return learned and not _has_table(drafter, target)
 
 
 def _plain(a: Architecture) -> bool:
