@@ -87,6 +87,7 @@ def contexts(manifest) -> dict:
             small_heads,
             machine_rules.Shapes(replace(unlike, head_dim=8), unlike, tile=16),
         ),
+        "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],
             machine_rules.Documents(longest=4096, lm=lm),

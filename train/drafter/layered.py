@@ -259,8 +259,8 @@ class LayeredDrafter(Drafter):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         if not self.config.schedule.token_by_token:
             token = self.config.mask_token_id
-            mask_1E = head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]
-            self.mask.weight.copy_(self.from_target((mask_1E * head.embed_scale).to(self.dtype)))
+            mask_1E = head.table_VE.mean(0, keepdim=True) if token is None else head.table_VE[token : token + 1]
+            self.mask.weight.copy_(self.from_target(mask_1E.to(self.dtype)))
             if self.config.pairs:
                 self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's
             if self.sequential:
