@@ -31,7 +31,7 @@ from train.drafter import warm_start as exchange
 from train.drafter.build import load_drafter
 from train.drafter.formats.export import save_export
 from train.drafter.formats.names import MASK_FILE
-from train.drafter.own_sizes import draft_architecture, plain_rope
+from train.drafter.own_sizes import draft_architecture, plain_rope, rope_config
 from train.losses.recipe import LossRecipe
 from train.recipe import TrainRecipe
 
@@ -267,6 +267,8 @@ def test_heads_of_another_size_have_the_target_s_theta(target, rope, theirs):
     expected, _ = frequencies(16, **theirs)
     torch.testing.assert_close(torch.tensor(own.inv_freq), torch.tensor(expected), rtol=1e-6, atol=0)
     assert own.rope_scale == 1
+    assert rope_config(own)["rope_parameters"] == {"rope_type": "default", "rope_theta": 150000.0} | theirs
+    assert (rope_config(wide) is None) == (rope in (YARN, LLAMA3))
 
 
 @pytest.mark.parametrize("inv_freq", [frequencies(64, **LONG)[0], [1.0], [1.0, 0.5, 0.4, 0.1]])

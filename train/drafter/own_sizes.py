@@ -6,6 +6,7 @@ Shapes: R frequencies of a rotary embedding.
 from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from data_prep.target.architecture import Architecture
 
@@ -19,9 +20,13 @@ def draft_architecture(named: dict[str, int], target: Architecture) -> Architect
     found = plain_rope(target.inv_freq)
     if own.head_dim == target.head_dim or found is None:
         return own
-    theta, factor = found
-    power_R = torch.arange(0, own.head_dim, 2).double() / own.head_dim
-    return replace(own, inv_freq=(theta**-power_R / factor).tolist(), rope_scale=1.0)
+    return replace(own, inv_freq=_frequencies(own.head_dim, *found).tolist(), rope_scale=1.0)
+
+
+def _frequencies(head_dim: int, theta: float, factor: float) -> Tensor:
+    """Of an unscaled rotary embedding, whose positions are divided by `factor`, [R]."""
+    power_R = torch.arange(0, head_dim, 2).double() / head_dim
+    return theta**-power_R / factor
 
 
 def own_sizes(own: Architecture, target: Architecture) -> list[str]:
@@ -48,9 +53,15 @@ def plain_rope(inv_freq: list[float]) -> tuple[float, float] | None:
     return float(f"{float(ratio**-count):.6g}"), float(f"{float(1 / freq_R[0]):.6g}")
 
 
-def rope_config(a: Architecture) -> dict:
-    """The rotary embedding of layers that have one of their own (`draft_architecture`), as a configuration file says it."""
-    theta, factor = plain_rope(a.inv_freq)
+def rope_config(a: Architecture) -> dict | None:
+    """The rotary embedding of draft layers as a configuration file says it. None: it is scaled otherwise than linearly, or it
+    turns a part of a head."""
+    found = plain_rope(a.inv_freq)
+    if found is None or a.rope_scale != 1 or 2 * len(a.inv_freq) != a.head_dim:
+        return None
+    theta, factor = found
+    if not torch.allclose(torch.tensor(a.inv_freq).double(), _frequencies(a.head_dim, theta, factor), rtol=1e-4, atol=0):
+        return None
     parameters = {} if factor == 1 else {"rope_type": "linear", "factor": factor}
     return {
         "rope_theta": theta,

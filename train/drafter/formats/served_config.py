@@ -5,7 +5,7 @@ from pathlib import Path
 from data_prep.target.target import Target
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import method_of
-from train.drafter.own_sizes import rope_config as own_rope_config
+from train.drafter.own_sizes import rope_config
 
 CLASSES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator", "dflash": "DFlashSpeculator", "dspark": "DSparkSpeculator"}
 
@@ -108,7 +108,8 @@ def _markov(config: DrafterConfig) -> dict:
 def _layers(config: DrafterConfig, target: Target, dtype: str) -> dict:
     """The draft layers as a transformer of their own."""
     a = config.architecture
-    rope = own_rope_config(a) if "inv_freq" in config.own_sizes else target.rope_config
+    # Said by the draft layers themselves where it can be: a target's configuration may say several, or in words of its family.
+    rope = rope_config(a) or target.rope_config
     if config.rope_factor != 1:
         linear = {"rope_type": "linear", "factor": config.rope_factor}
         rope |= {"rope_scaling": linear, "rope_parameters": rope["rope_parameters"] | linear}
