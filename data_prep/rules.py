@@ -51,6 +51,50 @@ SPREAD = (
     ),
 )
 
+# Of a target before it is loaded. c: target.quantised.Checkpoint.
+CHECKPOINT = (
+    Rule(
+        "adapter instead of a model",
+        lambda r, c: c.adapter,
+        "target.path={c.path} holds an adapter (adapter_config.json), which would be left out: merge it into its model first "
+        "(merge_and_unload of peft) and name the merged one",
+    ),
+    Rule(
+        "unknown quantisation",
+        lambda r, c: c.method is not None and not c.known,
+        "target.path={c.path} is quantised by '{c.method}', which transformers does not load: it would read the weights without "
+        "their scales. A checkpoint in compressed-tensors, fp8, gptq or awq can be a target, or the model before quantisation",
+    ),
+    Rule(
+        "ModelOpt without a word in config.json",
+        lambda r, c: c.method is None and c.modelopt,
+        "target.path={c.path} is quantised by ModelOpt (hf_quant_config.json), which transformers does not load: it would read "
+        "the weights without their scales. A checkpoint in compressed-tensors or fp8 can be a target, or the model before it "
+        "was quantised",
+    ),
+    Rule(
+        "scales without a word in config.json",
+        lambda r, c: c.method is None and c.scale,
+        "target.path={c.path}: its files hold scales of quantised weights ({c.scale}), and config.json has no "
+        "quantization_config that says how to read them: transformers would leave them out",
+    ),
+    Rule(
+        "quantisation without its package",
+        lambda r, c: c.missing,
+        "target.path={c.path} is quantised by {c.method}: pip install {c.missing}",
+    ),
+    Rule(
+        "quantised weights outside of safetensors",
+        lambda r, c: c.method is not None and not c.safetensors,
+        "target.path={c.path} is quantised and has no model.safetensors: quantised weights are read from safetensors alone",
+    ),
+    Rule(
+        "quantised weights under tp",
+        lambda r, c: c.method is not None and c.spread == "tp",
+        "capture.spread=tp divides weights that are not quantised; for {c.path} use capture.spread=device_map",
+    ),
+)
+
 # Over DataPrepRecipe.
 MODES = (
     Rule(
@@ -65,4 +109,4 @@ MODES = (
     ),
 )
 
-TABLES = (INSTALLED, SPREAD, MODES)
+TABLES = (INSTALLED, SPREAD, CHECKPOINT, MODES)

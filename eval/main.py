@@ -46,7 +46,7 @@ def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
     not belong together."""
     drafter = load_drafter(recipe.drafter, lambda: target_sizes(recipe.target))
     target = load_target(recipe.target)
-    check_target(recipe, drafter.config, target.architecture, target.weights_hash())
+    check_target(recipe, drafter.config, target.architecture, target.weights_hash(), target.quantisation)
     if not drafter.config.is_bound:
         bind(drafter, folder_of(recipe.drafter), recipe.target.id, target)
     view = view_of(recipe, drafter.config)

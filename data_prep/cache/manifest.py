@@ -25,7 +25,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int
-    target: dict  # id, revision, weights_hash, and the sizes of target.architecture.Architecture
+    # id, revision, weights_hash, the sizes of target.architecture.Architecture; `quantisation` where the weights are quantised.
+    target: dict
     tokenizer_hash: str
     chat_template_hash: str
     hidden_layers: list[int]
@@ -89,6 +90,9 @@ class Manifest(BaseModel):
     def identity(self) -> dict:
         """What two captures of the same thing share: not by which software they were made, nor how the data were named."""
         fields = self.model_dump(exclude={"software"})
+        # Caches of GGUF files were captured before a manifest named quantisations; their weights' hash tells them apart.
+        if self.target.get("quantisation", {}).get("method") == "gguf":
+            fields["target"] = {key: value for key, value in self.target.items() if key != "quantisation"}
         return fields | {"source": {key: value for key, value in self.source.items() if key != "recipe"}}
 
 

@@ -29,7 +29,8 @@ from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
+from data_prep.target.quantised import check_checkpoint, quantisation_of
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
 
@@ -78,6 +79,7 @@ def check_capture(recipe: CaptureSections) -> None:
     cli.refuse_file("cache.dir", recipe.cache.dir)
     sources.check_source(recipe.data)
     refuse(rules.INSTALLED, recipe)
+    check_checkpoint(recipe.target, recipe.capture.spread)
     sizes = target_sizes(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
@@ -88,11 +90,13 @@ def check_capture(recipe: CaptureSections) -> None:
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
     """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
-    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.target.location, recipe.target.revision))
+    tokenizer_hash, template_hash = tokenizer_hashes(target_tokenizer(recipe.target))
     sizes = target_sizes(recipe.target)
     layers = chosen_layers(recipe)
+    config = target_config(recipe.target)
+    quantisation = quantisation_of(recipe.target.location, recipe.target.revision, config)
     # Of layers that differ from `sizes`, what is needed to know how much will be stored; the loaded target tells the rest.
-    shapes = other_kv_sizes(target_config(recipe.target), sizes, {*layers.kv, *layers.query})
+    shapes = other_kv_sizes(config, sizes, {*layers.kv, *layers.query})
     return Manifest(
         format_version=FORMAT_VERSION,
         target={
@@ -102,6 +106,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
             "architecture": asdict(sizes),
             "mask_token_id": recipe.target.mask_token_id,
             **({"kv_shapes": shapes} if shapes else {}),
+            **({"quantisation": quantisation} if quantisation else {}),
         },
         tokenizer_hash=tokenizer_hash,
         chat_template_hash=template_hash,
@@ -118,7 +123,8 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
 
 def differences(planned: Manifest, manifest: Manifest) -> list[str]:
     """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
-    later = ("source.", "target.weights_hash", "target.architecture.", "target.kv_shapes", "target.head")
+    of_target = ("weights_hash", "architecture.", "kv_shapes", "head", "quantisation.computed")
+    later = ("source.", *(f"target.{name}" for name in of_target))
     return [f for f in planned.differs(manifest) if not f.startswith(later)]
 
 
@@ -129,13 +135,15 @@ def completed(manifest: Manifest, target) -> Manifest:
         known["kv_shapes"] = {str(layer): asdict(shape) for layer, shape in shapes.items()}
     if facts := target.head_facts:
         known["head"] = facts
+    if target.quantisation:
+        known["quantisation"] = target.quantisation
     return manifest.model_copy(update={"target": manifest.target | known})
 
 
 def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
     """Write the tokenised source to `path`, as one of `processes` that do so at once; returns the manifest's word on it and
     says what was left out."""
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     left_out: Counter = Counter()
     workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
     documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)

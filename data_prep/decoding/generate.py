@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from data_prep.decoding.attention import among_rows
+from data_prep.decoding.attention import Reading, among_rows
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.dialogues import Answer, Dialogue, Line, Request, prefill_groups
 from data_prep.decoding.graphs import Graphed
@@ -130,10 +130,10 @@ class BatchGenerator:
         keys = self._cache.key
         values = self._cache.value
 
-        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor) -> Tensor:
+        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor, reading: Reading) -> Tensor:
             keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
             values[layer, place_N, : v_NTGD.shape[1]] = v_NTGD
-            return among_rows(q_NTHD, k_NTGD, v_NTGD)
+            return among_rows(q_NTHD, k_NTGD, v_NTGD, reading)
 
         with self._target.uncompiled():
             states = self._target.forward_through(ids_NT, position_NT, attend)
@@ -261,17 +261,15 @@ class BatchGenerator:
             self._graphs.clear()
             self._shrink(room)
         self._draining = False
-        a = self._target.architecture
-        device = self._target.device
-        self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
-        self._places = Places(self._count, room, draws, device)
+        self._cache = StaticCache.of(self._target, self._count, room)
+        self._places = Places(self._count, room, draws, self._target.device)
         if old is not None:
             self._places.take_over(old)
             self._cache.key[:, :, : cache.room] = cache.key
             self._cache.value[:, :, : cache.room] = cache.value
         self._graphs.clear()
         # All graphs work in one pool of memory. They may, because no two of them run at the same time.
-        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda and self._target.graphs else None
         return True
 
     def _shrink(self, room: int) -> None:
@@ -288,9 +286,9 @@ class BatchGenerator:
         """Places of new caches that there is memory for."""
         if not self._cuda:
             return self._count
-        a = self._target.architecture
+        layers, heads, size = self._target.kv_sizes
         # What PyTorch holds and does not use is free for new tensors too, though the driver counts it as taken.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        cached = 2 * a.num_layers * room * a.kv_heads * a.head_dim * self._target.dtype.itemsize
-        drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64
+        cached = 2 * layers * room * heads * size * self._target.dtype.itemsize
+        drawn_from = 32 * self._target.config.vocab_size  # logits, probabilities and their sums, in float32 and float64
         return int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))

@@ -23,7 +23,9 @@ from data_prep.synthesis.conversation import Conversation, Write
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.server import Server
 from data_prep.synthesis.turns import Turns
-from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.architecture import target_config
+from data_prep.target.families import check_decodable
+from data_prep.target.loading import load_target, target_tokenizer
 
 BEGINS = b'{"id": '  # every line of ours
 
@@ -44,7 +46,9 @@ def check_regeneration(recipe: DataPrepRecipe) -> None:
         raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
     if Path(recipe.regenerate.out).is_dir():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
-    if not recipe.regenerate.base_url and not load_tokenizer(recipe.target.location, recipe.target.revision).chat_template:
+    if not recipe.regenerate.base_url:
+        check_decodable(recipe.target.path, target_config(recipe.target))
+    if not recipe.regenerate.base_url and not target_tokenizer(recipe.target).chat_template:
         raise UserError(f"the tokenizer of target {recipe.target.path} has no chat template")
 
 
@@ -145,7 +149,7 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Wr
     """The target in this process, `batch` conversations at a time, each turn by turn."""
     ask = recipe.regenerate
     target = load_target(recipe.target)
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
     turns = Turns(tokenizer, recipe.target.id, recipe.data.template | thinking)
 

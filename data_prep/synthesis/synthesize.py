@@ -28,8 +28,9 @@ from data_prep.synthesis.filters import repeats
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.place import Account, Place
 from data_prep.synthesis.turns import Turns
-from data_prep.target.architecture import target_sizes
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.architecture import target_config, target_sizes
+from data_prep.target.families import check_decodable
+from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
 
 WINDOW = 1000  # candidates: of the last ones
 LEAST = 0.01  # must be kept, or the command gives up
@@ -56,6 +57,7 @@ def check_synthesis(recipe: DataPrepRecipe) -> None:
         raise UserError(f"synthesize.kinds: no kind has a share above 0{needed}")
     if recipe.capture.spread != "none":
         raise UserError(f"mode=synthesize runs the target whole on each GPU, not with capture.spread={recipe.capture.spread}")
+    check_decodable(recipe.target.path, target_config(recipe.target))
     positions = target_sizes(recipe.target).max_positions
     if ask.most_tokens > positions:
         raise UserError(f"synthesize.most_tokens={ask.most_tokens} exceeds the target's {positions} positions")
@@ -121,7 +123,7 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
 
 
 def _turns(recipe: DataPrepRecipe) -> Turns:
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     return Turns(tokenizer, recipe.target.id, recipe.synthesize.template)
 
 

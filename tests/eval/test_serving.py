@@ -58,10 +58,10 @@ EXPORTS = {
     "dflash, one layer": ("dflash", "blockwise", {"target_layers": [1], "rope_factor": 2.0}),
     "dflash": ("dflash", "blockwise", {}),
     "eagle3, own sizes": ("eagle3", "ttt", {"sizes": SIZES}),
-    "eagle3.1, own sizes, norms": (
+    "eagle3.1, own sizes, norms, reduced": (
         "speculators",
         "ttt",
-        {"sizes": SIZES, "target_layers": [1, 4], "qk_norm": True, "fc_norm": True, "norm_output": True},
+        {"sizes": SIZES, "target_layers": [1, 4], "qk_norm": True, "fc_norm": True, "norm_output": True, "draft_vocab": 500},
     ),
     "peagle, own sizes": (
         "speculators",

@@ -46,6 +46,7 @@ CELLS = [
     ("ttt", "kv+head_concat", BESIDE_KV),
     ("blockwise", "hidden", OWN_SIZES),
     ("blockwise", "kv+projected_rope", OWN_SIZES),
+    ("ttt", "kv+projected", OWN_SIZES),
     ("blockwise", "hybrid", BESIDE_KV),
     ("blockwise_pairs+markov", "hidden+vocab", OWN_SIZES),
     ("blockwise_shifted+gru", "hidden", OWN_SIZES),

@@ -144,7 +144,7 @@ def _make_objective(context: RunContext, drafter: Drafter, head: FrozenHead) -> 
     config = drafter.config
     dpace = recipe.objective.weights == "dpace"  # weights slots by what the drafter says of them
     weight_J = None if dpace else slot_weights(recipe.objective, config.draft_length)
-    attend = attention(recipe, context.device, config.architecture.head_dim)
+    attend = attention(recipe, context.device, config)
     if context.device.type == "cuda" and (line := slower_on_a_gpu(recipe.loss.per_slot)):
         context.say(line)
     supervision = Supervision(recipe.loss, weight_J, recipe.train.chunk_rows, recipe.view)

@@ -141,7 +141,7 @@ def bind(drafter: Drafter, folder: Path, name: str, target: Target) -> None:
     """Make an imported drafter this target's: what the checkpoint left to it, and whose it is from now on. Raises UserError as
     `left_to_target` does."""
     drafter.load_state_dict(left_to_target(folder, drafter.config, target.frozen_head), strict=False)
-    tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision))[0]
+    tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision, target.trust_remote_code))[0]
     identity = {"id": name, "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hash}
     drafter.config = replace(drafter.config, target=identity)
 

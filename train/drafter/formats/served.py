@@ -80,7 +80,7 @@ def save_served(drafter: Drafter, target: Target, folder: Path, format: str) -> 
 def _check_rotary(drafter: Architecture, target: Architecture, format: str) -> None:
     mine = torch.tensor([drafter.rope_scale, *drafter.inv_freq])
     theirs = torch.tensor([target.rope_scale, *target.inv_freq])
-    if not torch.allclose(mine, theirs, rtol=1e-4, atol=0):
+    if len(mine) != len(theirs) or not torch.allclose(mine, theirs, rtol=1e-4, atol=0):
         raise UserError(f"format={format} has the target's rotary embedding; this drafter, which was imported, has another")
 
 

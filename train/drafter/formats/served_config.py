@@ -113,6 +113,10 @@ def _layers(config: DrafterConfig, target: Target, dtype: str) -> dict:
     if config.rope_factor != 1:
         linear = {"rope_type": "linear", "factor": config.rope_factor}
         rope |= {"rope_scaling": linear, "rope_parameters": rope["rope_parameters"] | linear}
+    turned = 2 * len(a.inv_freq) / a.head_dim
+    if turned != 1:
+        # vLLM 0.32 reads it among rope_parameters; others, and older ones, beside them.
+        rope |= {"partial_rotary_factor": turned, "rope_parameters": rope["rope_parameters"] | {"partial_rotary_factor": turned}}
     found = {
         "model_type": "qwen3" if config.normed else "llama",
         "num_hidden_layers": config.depth,
