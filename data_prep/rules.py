@@ -28,16 +28,19 @@ class Spread(NamedTuple):
 
     world: int
     kv_heads: int
-    max_positions: int
 
 
-# c: Spread.
-SPREAD = (
+# c: architecture.Sizes.
+LENGTHS = (
     Rule(
         "documents beyond the target",
         lambda r, c: r.data.max_length > c.max_positions,
         "data.max_length={r.data.max_length} exceeds the target's {c.max_positions} positions",
     ),
+)
+
+# c: Spread.
+SPREAD = (
     Rule(
         "tp over processes that do not fit",
         lambda r, c: r.capture.spread == "tp" and (c.kv_heads % c.world or c.world == 1),
@@ -98,9 +101,15 @@ CHECKPOINT = (
 # Over DataPrepRecipe.
 MODES = (
     Rule(
-        "estimate of several processes",
-        lambda r: r.mode == "estimate" and r.capture.spread == "tp",
-        "mode=estimate measures one process; with a target for several, use capture.spread=device_map",
+        "decoding over several devices of one process",
+        lambda r: r.mode in ("regenerate", "synthesize") and r.capture.spread == "device_map",
+        "mode={r.mode} keeps the keys of all layers on one device, which capture.spread=device_map does not; use "
+        "capture.spread=tp under a launcher with several processes",
+    ),
+    Rule(
+        "spread beside a server",
+        lambda r: r.mode == "regenerate" and r.regenerate.base_url and r.capture.spread != "none",
+        "regenerate.base_url: the server has the target, so that capture.spread={r.capture.spread} spreads nothing; drop one",
     ),
     Rule(
         "merge of one cache",
@@ -109,4 +118,4 @@ MODES = (
     ),
 )
 
-TABLES = (INSTALLED, SPREAD, CHECKPOINT, MODES)
+TABLES = (INSTALLED, LENGTHS, SPREAD, CHECKPOINT, MODES)

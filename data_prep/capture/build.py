@@ -30,7 +30,7 @@ from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
 from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
-from data_prep.target.quantised import check_checkpoint, quantisation_of
+from data_prep.target.quantised import check_checkpoint, in_words, quantisation_of, unrounded
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
 
@@ -85,7 +85,17 @@ def check_capture(recipe: CaptureSections) -> None:
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
     chosen_layers(recipe)
-    refuse(rules.SPREAD, recipe, rules.Spread(world_size(), sizes.kv_heads, sizes.max_positions))
+    refuse(rules.LENGTHS, recipe, sizes)
+    check_spread(recipe)
+
+
+def check_spread(recipe: CaptureSections) -> None:
+    """Raises UserError where the target cannot be spread as `capture.spread` says."""
+    refuse(rules.INSTALLED, recipe)
+    if recipe.capture.spread == "none":
+        return
+    check_checkpoint(recipe.target, recipe.capture.spread)
+    refuse(rules.SPREAD, recipe, rules.Spread(world_size(), target_sizes(recipe.target).kv_heads))
 
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
@@ -215,6 +225,12 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             _refuse_small_disk(folder, describe(manifest))
         barrier()
         target = load_target(recipe.target, recipe.capture)
+        if rank() == 0 and unrounded(target.quantisation):
+            print(
+                f"{recipe.target.path} is {in_words(target.quantisation)}: states differ a little from those of a server, which "
+                "rounds activations too",
+                flush=True,
+            )
         if rank() == 0:
             say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
         together = recipe.capture.spread == "tp"
@@ -241,11 +257,16 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
 
 
 def estimate(recipe: CaptureSections) -> None:
-    """Bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches."""
+    """Print bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches.
+
+    Called by one process, or by all that share the target (`capture.spread=tp`): each tokenises for itself, and reads
+    the same batches.
+    """
+    sharing = world_size() if recipe.capture.spread == "tp" else 1
     with tempfile.TemporaryDirectory(dir=_existing(Path(recipe.cache.dir).absolute().parent)) as folder:  # /tmp may be small
         path = Path(folder) / DOCUMENTS
-        manifest = plan(recipe, tokenise(recipe, path))
-        size = describe(manifest)
+        manifest = plan(recipe, tokenise(recipe, path, sharing))
+        size = describe(manifest) if rank() == 0 else 0
         documents = Documents(path)
         target = load_target(recipe.target, recipe.capture)
         target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
@@ -261,10 +282,15 @@ def estimate(recipe: CaptureSections) -> None:
             if number:  # the first one warms up
                 tokens += len(batch.ids_P)
                 seconds += time.perf_counter() - began
+    if rank() != 0:
+        return
     rate = tokens / seconds
     hours = manifest.source["tokens"] / rate / 3600
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
-    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {hours:.2g} hours on one process, {hours / 8:.2g} on eight")
+    scales = f"{hours:.2g} hours on these {sharing} processes"
+    if sharing == 1:
+        scales = f"{hours:.2g} hours on one process, {hours / 8:.2g} on eight"
+    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {scales}")
     print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
 
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from common.errors import UserError
 from data_prep.decoding.attention import Reading, among_rows
@@ -33,6 +33,9 @@ SHARE = 0.8  # of a GPU's free memory; the rest is for reading prompts
 class BatchGenerator:
     """Runs dialogues, a batch of requests at a time.
 
+    Where processes share the target's layers (`Target.spread_by_tensors`), all of them run the same dialogues in step. What they
+    decide follows from tokens alone, and those are rank 0's.
+
     Args:
         ends: tokens that end an answer.
         places: requests at a time; None: 16 on a CPU, `MOST_PLACES` on a GPU. Fewer where a GPU's memory does not hold them.
@@ -41,6 +44,7 @@ class BatchGenerator:
     def __init__(self, target: Target, ends: Iterable[int], places: int | None = None):
         self._target = target
         self._cuda = target.device.type == "cuda"
+        self._together = target.spread_by_tensors
         self._most = places or (MOST_PLACES if self._cuda else 16)
         self._count = self._most
         # What is compiled is made for one number of rows: steps over all places. Prompts and the last requests do without.
@@ -182,6 +186,12 @@ class BatchGenerator:
 
     def _chosen(self, logits_NV: Tensor, temperature_N: Tensor, top_p_N: Tensor, u_N: Tensor) -> Tensor:
         """The next token of each row."""
+        next_N = self._own_choice(logits_NV, temperature_N, top_p_N, u_N)
+        if self._together:
+            distributed.broadcast(next_N, 0)
+        return next_N
+
+    def _own_choice(self, logits_NV: Tensor, temperature_N: Tensor, top_p_N: Tensor, u_N: Tensor) -> Tensor:
         best_N = logits_NV.argmax(-1)
         if not self._samples:
             return best_N
@@ -291,4 +301,10 @@ class BatchGenerator:
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         cached = 2 * layers * room * heads * size * self._target.dtype.itemsize
         drawn_from = 32 * self._target.config.vocab_size  # logits, probabilities and their sums, in float32 and float64
-        return int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
+        fitting = int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
+        if self._together:
+            # They have as many places as the fullest GPU holds.
+            least = torch.tensor(fitting, device=self._target.device)
+            distributed.all_reduce(least, distributed.ReduceOp.MIN)
+            fitting = int(least)
+        return fitting

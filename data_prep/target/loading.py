@@ -11,6 +11,7 @@ from common.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
 from data_prep.target.architecture import needs_trust, untrusted
 from data_prep.target.from_gguf import plain
+from data_prep.target.parts import TargetParts
 from data_prep.target.quantised import check_checkpoint
 from data_prep.target.target import Target
 
@@ -61,6 +62,19 @@ def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> T
     elif attention == "flash_attention_2" and not half:
         raise UserError("capture.attention=flash_attention_2 needs a GPU and bf16")
     return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread, recipe.trust_remote_code)
+
+
+def load_parts(recipe: TargetRecipe) -> TargetParts:
+    """The target of which weights are read as they are asked for, on its device and in its dtype."""
+    check_checkpoint(recipe)
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device)
+    return TargetParts(recipe.location, recipe.revision, dtype, device, recipe.trust_remote_code)
+
+
+def weights_hash(recipe: TargetRecipe) -> str:
+    """`Target.weights_hash` of a target that nobody has loaded. However large it is, it is only hashed."""
+    return load_parts(recipe.model_copy(update={"device": "cpu"})).weights_hash()
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

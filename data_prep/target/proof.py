@@ -47,9 +47,9 @@ def prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
     # The last of transformers' hidden states is normed; the logits say whether that is right.
     for layer in every[:-1]:
         _demand(target, f"hidden states after layer {layer}", states.hidden[layer], hidden[layer + 1])
-    if not target.spread_by_tensors:  # each process has a part of the embedding and of the head
+    if not target.spread_by_tensors:  # each process may have a part of the embedding
         _demand_embedding(target, target.frozen_head.embed(ids_BT), hidden[0])
-        _demand(target, "logits", target.logits(states.last_hidden), logits)
+    _demand(target, "logits", target.logits(states.last_hidden), logits)
     return {layer: _rotation(target, layer, states.key[layer], states.value[layer], cache) for layer in kv_layers}
 
 

@@ -124,6 +124,11 @@ def dequantised(quantisation: dict) -> dict:
     return quantisation if quantisation["method"] == "gguf" else quantisation | {"computed": "dequantised"}
 
 
+def unrounded(quantisation: dict | None) -> bool:
+    """Whether a loaded model leaves activations as they are where a server would round them."""
+    return bool(quantisation and quantisation.get("computed") and quantisation.get("activations"))
+
+
 def stored(quantisation: dict) -> dict:
     """What it says of the files alone."""
     return {name: value for name, value in quantisation.items() if name != "computed"}

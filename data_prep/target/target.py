@@ -8,10 +8,8 @@ Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -27,25 +25,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+from common.ranks import world_size
 from data_prep.decoding import torch_private
 from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import (
-    Architecture,
-    KVLayer,
-    failures,
-    layers_with_kv,
-    max_positions,
-    no_causal_lm,
-    read_config,
-    sizes_of,
-    unlike,
-)
-from data_prep.target.families import family_of
+from data_prep.target.architecture import KVLayer, failures, max_positions, no_causal_lm, read_config
+from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
-from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.proof import KVFound, prove
 from data_prep.target.rotation import halves_of_neighbours
 from data_prep.target.states import States
@@ -61,7 +49,7 @@ def _take(module: nn.Module, inputs, output) -> None:
     module.taken = output[0] if isinstance(output, tuple) else output
 
 
-class Target:
+class Target(Described):
     """A causal LM of transformers. What of it yields which state is found by structure and proven on six tokens.
 
     Raises:
@@ -98,13 +86,14 @@ class Target:
             self.quantisation = quantised.dequantised(self.quantisation)
         self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
-        self._kv = prove(self, [] if family_of(self.model.config).kv else layers_with_kv(self.model.config))
+        self._kv = prove(self, self.layers_with_kv)
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
         config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
         self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
+        is_quantised = quantised.fields_of(config) is not None
         try:
-            model, report = _kind(config).from_pretrained(
+            model, report = kind_of(config).from_pretrained(
                 self.folder,
                 config=quantised.to_load(config, device),
                 revision=self.revision,
@@ -115,7 +104,7 @@ class Target:
                 **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
-            if quantised.fields_of(config):
+            if is_quantised:
                 quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
@@ -127,22 +116,10 @@ class Target:
         return model.requires_grad_(False)
 
     def _look_inside(self) -> None:
-        """What is looked up in `model`, again whenever that is another one."""
         if self.dtype == torch.float64:
             private.loop_over_experts(self.model)
-        try:
-            self.layers = private.layers(self.model)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise no_causal_lm(self.path, error) from error
+        super()._look_inside()
         self._looks_at_length = private.looks_at_length(self.model)
-        head = self.model.get_output_embeddings()
-        self.frozen_head = FrozenHead(
-            quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
-            quantised_model.plain_weight(self.path, "LM head", head),
-            embed_scale=private.embed_scale(self.model),
-            bias_V=head.bias,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
-        )
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
         """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled. Not
@@ -161,28 +138,6 @@ class Target:
         return other
 
     @property
-    def architecture(self) -> Architecture:
-        """Of draft layers that are like the target's. Where its layers differ, they are like those that read all positions."""
-        sizes = asdict(sizes_of(self.config))
-        norm = None
-        attention = private.attention_of(self.layers[0])
-        if unlike(self.config) is None:
-            sizes["head_dim"] = attention.head_dim  # configurations need not say it
-        if self._kv:
-            norm = getattr(private.attention_of(self.layers[min(self._kv)]), "k_norm", None)
-        plain_rotary = ([1e4 ** (-2 * i / sizes["head_dim"]) for i in range(sizes["head_dim"] // 2)], 1.0)
-        inv_freq, rope_scale = private.rotary(self.model) or plain_rotary
-        return Architecture(
-            **sizes,
-            intermediate_size=getattr(self.config, "intermediate_size", None) or 4 * sizes["hidden_size"],
-            norm_eps=private.norm_eps(self.config),
-            qk_norm=norm is not None and norm.weight.shape == (sizes["head_dim"],),
-            qkv_bias=unlike(self.config) is None and attention.k_proj.bias is not None,
-            inv_freq=inv_freq,
-            rope_scale=rope_scale,
-        )
-
-    @property
     def kv_shapes(self) -> dict[int, KVLayer]:
         """Of every layer that yields keys and values."""
         return {layer: found.shape for layer, found in self._kv.items()}
@@ -195,30 +150,16 @@ class Target:
         return {} if all(shape == alike for shape in shapes.values()) else shapes
 
     @property
-    def head_facts(self) -> dict[str, float]:
-        """What is done to embeddings and logits beside the products, where anything is."""
-        facts = {
-            "embed_scale": private.embed_scale(self.model),
-            "logit_scale": self.logit_scale,
-            "softcap": self.frozen_head.softcap,
-        }
-        return {name: value for name, value in facts.items() if value not in (None, 1.0)}
-
-    @property
     def kv_sizes(self) -> tuple[int, int, int]:
-        """Layers, heads and size of a head of all its keys and values, of a target that is decoded here: its layers are alike."""
+        """Layers, heads on this process, and size of a head of all its keys and values, of a target that is decoded here: its
+        layers are alike."""
         shape = self._kv[0].shape
-        return len(self.layers), shape.kv_heads, shape.head_dim
+        return len(self.layers), shape.kv_heads // (world_size() if self.spread_by_tensors else 1), shape.head_dim
 
     @property
     def turns_neighbours(self) -> bool:
         """Whether its own cache has keys in another layout than `forward` hands out (`KVFound.neighbours`)."""
         return any(found.neighbours for found in self._kv.values())
-
-    @property
-    def logit_scale(self) -> float:
-        """What the logits are multiplied by: `last_hidden` is, so that they are its products with the head."""
-        return private.logit_scale(self.config)
 
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
         """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist, or that has no
@@ -289,7 +230,10 @@ class Target:
 
     def compile(self) -> None:
         """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
-        (torch.compile; all layers share it). On a CPU, lay their weights out."""
+        (torch.compile; all layers share it). On a CPU, lay their weights out. Layers whose parts lie in several processes stay as
+        they are."""
+        if self.spread_by_tensors:
+            return
         if self.device.type == "cpu":
             if lay_out(private.decoder(self.model), self.frozen_head.head_VE.nbytes):
                 self.frozen_head.product.lay_out()
@@ -318,10 +262,14 @@ class Target:
     @property
     def graphs(self) -> bool:
         """Whether a CUDA graph can hold a forward: the host decides nothing in it."""
-        return not self._looks_at_length and not private.experts_ask_host(self.model)
+        return not (self.spread_by_tensors or self._looks_at_length or private.experts_ask_host(self.model))
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
+        if self.spread_by_tensors:
+            # Each process has a part of the head, and its module puts the parts together.
+            logits = self.model.get_output_embeddings()(last_hidden)
+            return self.frozen_head.capped(logits if logits.dtype == torch.float64 else logits.float())
         logits = self.frozen_head.product(last_hidden)
         return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
@@ -336,39 +284,18 @@ class Target:
         ids = self.model.generation_config.eos_token_id
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
-    def layer_weights(self, index: int) -> dict[str, Tensor]:
-        """One layer under the names of `train/drafter/layers.py`, in plain numbers."""
-        modules = private.weighted_modules(self.layers[index])
-        weights = {f"{name}.weight": quantised_model.dense(module, self.dtype) for name, module in modules.items()}
-        return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
-
-    @property
-    def rope_config(self) -> dict:
-        """The rotary embedding as a configuration file says it, in the names of old and new readers."""
-        parameters = dict(self.model.config.rope_parameters)
-        theta = parameters.pop("rope_theta")
-        plain = parameters.get("rope_type", "default") == "default"
-        return {
-            "rope_theta": theta,
-            "rope_scaling": None if plain else parameters,
-            "rope_parameters": {"rope_theta": theta, **parameters},
-        }
-
-    @property
-    def final_norm_weight(self) -> Tensor:
-        return private.final_norm(self.model).weight
-
     def weights_hash(self) -> str:
         """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in. Of a quantised
         checkpoint, that of its files: the same whichever kernels it was loaded for."""
-        if self.quantisation and self.quantisation["method"] != "gguf":
-            return quantised.files_hash(self.folder, self.revision, quantised.in_words(quantised.stored(self.quantisation)))
-        digest = xxhash.xxh3_128()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # tensor parallel: all ranks ask
-            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        if (stored := self.hash_of_quantised()) is not None:
+            return stored
+        weights = self.model.state_dict()
+
+        def value(name: str) -> Tensor:
+            # Under tensor parallelism a process has a part, and all ask together.
+            return weights[name].full_tensor() if hasattr(weights[name], "full_tensor") else weights[name]
+
+        return hash_of(sorted(weights), value)
 
     def _taken(self, kind: str, layer: int, source: Source) -> Tensor:
         output = source.module.taken[..., source.part]
@@ -383,7 +310,7 @@ class Target:
         return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
 
 
-def _kind(config: PretrainedConfig) -> type:
+def kind_of(config: PretrainedConfig) -> type:
     """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM

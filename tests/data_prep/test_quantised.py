@@ -17,7 +17,7 @@ from data_prep.capture import build
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import quantised_model
 from data_prep.target.loading import load_target
-from data_prep.target.quantised import refuse_unexpected
+from data_prep.target.quantised import refuse_unexpected, unrounded
 from data_prep.target.target import Target
 from tests.support.quantised import METHODS, TINY, quantised
 
@@ -153,6 +153,7 @@ def test_a_manifest_names_the_quantisation(name, folder, tmp_path):
     assert planned.target["quantisation"] == said
     done = build.completed(planned, load_target(recipe.target))
     assert done.target["quantisation"] == SAID[name]
+    assert unrounded(done.target["quantisation"]) == (name == "fp8")
     assert build.differences(planned, done) == []
     other = build.plan(recipe_of(TINY, tmp_path / "cache"), {})
     assert "quantisation" not in other.target

@@ -12,12 +12,14 @@ from data_prep import rules
 from data_prep.recipe import DataPrepRecipe
 from data_prep.synthesis.regenerate import check_regeneration
 from data_prep.synthesis.synthesize import check_synthesis
+from data_prep.target.architecture import Sizes
 from data_prep.target.quantised import Checkpoint
 from tests.support.families import configuration
 from tests.support.rules import by_name, pattern
 
 RULES = by_name(rules.TABLES)
-ONE, THREE = rules.Spread(1, 2, 32768), rules.Spread(3, 2, 32768)
+THREE = rules.Spread(world=3, kv_heads=2)
+LONG = Sizes(6, 64, 4, 2, 16, max_positions=32768, vocab_size=100)
 WHOLE = Checkpoint(
     path="p", method="fp8", known=True, missing=None, modelopt=False, adapter=False, scale=None, safetensors=True, spread="none"
 )
@@ -25,7 +27,7 @@ BARE = WHOLE._replace(method=None)
 CASES = {
     "flash_attention_2 without flash-attn": (["capture.attention=flash_attention_2"], ()),
     "device_map without accelerate": (["capture.spread=device_map"], ()),
-    "documents beyond the target": (["data.max_length=40000"], (ONE,)),
+    "documents beyond the target": (["data.max_length=40000"], (LONG,)),
     "tp over processes that do not fit": (["capture.spread=tp"], (THREE,)),
     "device_map under a launcher": (["capture.spread=device_map"], (THREE,)),
     "adapter instead of a model": ([], (BARE._replace(adapter=True),)),
@@ -35,7 +37,8 @@ CASES = {
     "quantisation without its package": ([], (WHOLE._replace(missing="accelerate"),)),
     "quantised weights outside of safetensors": ([], (WHOLE._replace(safetensors=False),)),
     "quantised weights under tp": ([], (WHOLE._replace(spread="tp"),)),
-    "estimate of several processes": (["mode=estimate", "capture.spread=tp"], ()),
+    "decoding over several devices of one process": (["mode=regenerate", "capture.spread=device_map"], ()),
+    "spread beside a server": (["mode=regenerate", "regenerate.base_url=http://here", "capture.spread=tp"], ()),
     "merge of one cache": (["mode=merge", "merge.sources=[A]"], ()),
 }
 PACKAGES = {"flash_attention_2 without flash-attn": "flash_attn", "device_map without accelerate": "accelerate"}

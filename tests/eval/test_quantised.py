@@ -17,11 +17,11 @@ def test_a_drafter_trains_over_a_quantised_target_and_is_judged_beside_it(name, 
     done = command(TRAIN, *source, f"cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", *SMALL, "train.max_steps=2")
     assert done.returncode == 0, done.stderr
     method = json.loads((tmp_path / "cache/manifest.json").read_text())["target"]["quantisation"]["method"]
-    config = json.loads((tmp_path / "run/checkpoints/last/drafter/config.json").read_text())
+    config = json.loads((tmp_path / "run/checkpoints/best/config.json").read_text())
     assert config["start"] == "target" and config["target"]["quantisation"]["method"] == method
 
     quick = ["suite.count=2", "suite.prompt_tokens=16", "suite.new_tokens=8", "temperatures=[0]", "controls=false"]
-    words = [ROOT / "eval/main.py", f"drafter={tmp_path / 'run/checkpoints/last'}", f"out={tmp_path / 'report'}", *quick]
+    words = [ROOT / "eval/main.py", f"drafter={tmp_path / 'run/checkpoints/best'}", f"out={tmp_path / 'report'}", *quick]
     refused = command(*words, f"target.path={TINY}")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert f"(the one is quantised by {method}, " in refused.stderr and "the other not quantised)" in refused.stderr

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import publish, write_text
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
-from data_prep.target.target import Target
 from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig
@@ -109,7 +109,7 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
+    def start(self, target: Described | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
         """Initial weights, a function of the configuration's seed; the drafter itself.
 
         Args:

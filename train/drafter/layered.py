@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.target.architecture import KVLayer
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
-from data_prep.target.target import Target
 from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
@@ -267,7 +267,7 @@ class LayeredDrafter(Drafter):
         return checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
 
     @torch.no_grad()
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "LayeredDrafter":
+    def start(self, target: Described | None, head: FrozenHead, counts_V: Tensor | None = None) -> "LayeredDrafter":
         """Initial weights, a function of the configuration's seed. start="target": every draft layer begins as its
         target layer (Q, K, V, O, norms, MLP), fc as a copy of the hidden state that layer would have read.
 
@@ -294,7 +294,7 @@ class LayeredDrafter(Drafter):
             self._start_from(target)
         return self
 
-    def _start_from(self, target: Target) -> None:
+    def _start_from(self, target: Described) -> None:
         config = self.config
         size = config.architecture.hidden_size
         self.norm.weight.copy_(target.final_norm_weight)

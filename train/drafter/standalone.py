@@ -26,9 +26,9 @@ from transformers import (
 
 from common.errors import UserError, first_line
 from data_prep.target.architecture import STATIC_ROPE
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
-from data_prep.target.target import Target
 from train.attention.backend import AttentionBackend
 from train.attention.reference import reference
 from train.attention.visibility import DraftRows, Places, known_rows
@@ -213,7 +213,7 @@ class Standalone(Drafter):
         return position_R.clamp(0, self.config.lm["positions"] - 1) if self.config.lm["positions"] else position_R
 
     @torch.no_grad()
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Standalone":
+    def start(self, target: Described | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Standalone":
         """The model's own weights, or with start="random" new ones; checked to say what the model says.
 
         Raises:

@@ -13,8 +13,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import publish, write_text
 from data_prep.target.architecture import Architecture
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
-from data_prep.target.target import Target
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, method_of, served_names
@@ -43,7 +43,7 @@ def unfit_for_servers(config: DrafterConfig) -> dict[str, bool]:
     }
 
 
-def save_served(drafter: Drafter, target: Target, folder: Path, format: str) -> list[str]:
+def save_served(drafter: Drafter, target: Described, folder: Path, format: str) -> list[str]:
     """`config.json` and `model.safetensors` as servers read them (and a learned MASK of DFlash beside them).
 
     Returns:
@@ -84,7 +84,7 @@ def _check_rotary(drafter: Architecture, target: Architecture, format: str) -> N
         raise UserError(f"format={format} has the target's rotary embedding; this drafter, which was imported, has another")
 
 
-def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str, Tensor]:
+def exported_weights(drafter: Drafter, target: Described, format: str) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, under its servers' name."""
     config = drafter.config
     method = method_of(config)
@@ -110,21 +110,22 @@ def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str,
     return tensors
 
 
-def _has_table(drafter: Drafter, target: Target) -> bool:
+def _has_table(drafter: Drafter, target: Described) -> bool:
     """Whether the checkpoint holds a table of embeddings. Servers' drafts have no projection around layers of another size, no
     scale of the target's embeddings (Gemma's), and no other place for a learned MASK of DSpark and P-EAGLE."""
     learned = method_of(drafter.config) in ("dspark", "peagle") and not _mask_is_a_token(drafter, target)
     return bool(drafter.config.target_hidden) or target.frozen_head.embed_scale != 1 or learned
 
 
-def _table(drafter: Drafter, target: Target) -> Tensor:
+def _table(drafter: Drafter, target: Described) -> Tensor:
     """What the drafter reads of every token, [V, E]."""
-    token_V = torch.arange(len(target.frozen_head.embedding_VE), device=target.device)
+    embedding_VE = target.frozen_head.embedding_VE
+    token_V = torch.arange(len(embedding_VE), device=embedding_VE.device)
     # A part at a time: the target's own embeddings of a whole vocabulary would be copied otherwise.
     return torch.cat([_embedded(drafter, target, token) for token in token_V.split(8192)])
 
 
-def _embedded(drafter: Drafter, target: Target, token: Tensor) -> Tensor:
+def _embedded(drafter: Drafter, target: Described, token: Tensor) -> Tensor:
     """What the drafter reads of tokens, in its own precision."""
     head = target.frozen_head
     part = FrozenHead(head.embedding_VE[token].to(drafter.dtype), head.head_VE[:0], head.embed_scale)
@@ -146,7 +147,7 @@ def _ascending(drafter: Drafter) -> dict[str, Tensor]:
     return weights
 
 
-def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
+def _head(drafter: Drafter, target: Described) -> dict[str, Tensor]:
     """The LM head [D, E], unless it is the target's whole one. A reduced vocabulary has `d2t` [D], draft token i being target
     token i + d2t[i], and `t2d` [V], what can be said; vLLM refuses the two beside a whole one."""
     config = drafter.config
@@ -165,7 +166,7 @@ def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
     return tensors
 
 
-def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
+def _markov_head(drafter: Drafter, target: Described) -> dict[str, Tensor]:
     """W1 [V, r] and W2 [D, r], so that W2 W1[x] is what our head adds to the logits: head up down e(x). Without one, zeros of
     rank one: SGLang 0.5.23 refuses rank 0."""
     head = target.frozen_head
@@ -179,7 +180,7 @@ def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
     return {"markov_head.markov_w1.weight": previous_VR, "markov_head.markov_w2.weight": next_DR}
 
 
-def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
+def _notes(drafter: Drafter, target: Described, format: str) -> list[str]:
     """What servers do with it otherwise than we do."""
     config = drafter.config
     method = method_of(config)
@@ -241,13 +242,13 @@ def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
     }
 
 
-def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:
+def _mask_is_a_token(drafter: Drafter, target: Described) -> bool:
     """Whether MASK is what servers make of it: the target's embedding of `mask_token_id`."""
-    token_1 = torch.tensor([drafter.config.mask_token_id], device=target.device)
+    token_1 = torch.tensor([drafter.config.mask_token_id], device=target.frozen_head.embedding_VE.device)
     return torch.equal(drafter.mask.weight, _embedded(drafter, target, token_1))
 
 
-def _mask_goes_beside(drafter: Drafter, target: Target) -> bool:
+def _mask_goes_beside(drafter: Drafter, target: Described) -> bool:
     """Whether the checkpoint needs vLLM's file of one embedding: DFlash's readers know no other small place for it."""
     learned = method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
     return learned and not _has_table(drafter, target)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_prep.target.target import Target
+from data_prep.target.described import Described
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import method_of
 from train.drafter.own_sizes import rope_config
@@ -10,7 +10,7 @@ from train.drafter.own_sizes import rope_config
 CLASSES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator", "dflash": "DFlashSpeculator", "dspark": "DSparkSpeculator"}
 
 
-def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
+def plain_config(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """For vLLM (`--speculative-config`) and SGLang (`--speculative-draft-model-path`)."""
     outputs = sorted(config.hidden_layers)
     found = _layers(config, target, dtype) | _states(config) | {"architectures": [_architecture(config)]}
@@ -37,7 +37,7 @@ def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
     return found
 
 
-def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
+def speculators_config(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """For `vllm serve DRAFTER` and the speculators package."""
     method = method_of(config)
     inputs = [i + 1 for i in sorted(config.hidden_layers)]
@@ -105,7 +105,7 @@ def _markov(config: DrafterConfig) -> dict:
     }
 
 
-def _layers(config: DrafterConfig, target: Target, dtype: str) -> dict:
+def _layers(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """The draft layers as a transformer of their own."""
     a = config.architecture
     # Said by the draft layers themselves where it can be: a target's configuration may say several, or in words of its family.
