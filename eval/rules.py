@@ -225,7 +225,11 @@ def _other_weights(r, c: Loaded) -> dict | None:
 def _differing(r, c: Loaded) -> dict | None:
     if not c.is_another:
         return None
-    for name, mine in vars(c.config.architecture).items():
+    # What the draft layers have of their own is not the target's; its states are what they were made for.
+    states = {"hidden_size": c.config.state_size}
+    for name, mine in (vars(c.config.architecture) | states).items():
+        if name in set(c.config.own_sizes) - states.keys():
+            continue
         theirs = getattr(c.architecture, name)
         # Formats round a number otherwise: SmolLM2's norm_eps is 1e-5 in one file and 9.9999997e-6 in another.
         if np.size(mine) != np.size(theirs) or not np.allclose(mine, theirs, rtol=1e-5, atol=0):

@@ -18,6 +18,7 @@ from data_prep.target.quantised import in_words
 from train import machine_rules
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
+from train.drafter.own_sizes import draft_architecture, own_sizes
 from train.drafter.standalone import check_vocabulary, lm_config
 from train.drafter.warm_start import check_warm_start
 from train.gate import gate_floor
@@ -83,8 +84,9 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
     lm = recipe.drafter.lm and lm_config(recipe.drafter.lm)
     sampler = recipe.view_sampler
-    architecture = Architecture(**manifest.target["architecture"])
-    refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, TILE))
+    target = Architecture(**manifest.target["architecture"])
+    architecture = draft_architecture(recipe.drafter.named_sizes, target)
+    refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, target, TILE))
     config = DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
@@ -115,6 +117,8 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         norm_output=recipe.drafter.norm_output,
         mask_token_id=recipe.target.mask_token_id,
         architecture=architecture,
+        target_hidden=target.hidden_size if architecture.hidden_size != target.hidden_size else None,
+        own_sizes=own_sizes(architecture, target),
         target={
             "id": manifest.target["id"],
             "weights_hash": manifest.target["weights_hash"],

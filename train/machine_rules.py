@@ -11,6 +11,7 @@ from common.rules import Rule
 from data_prep.cache.manifest import Manifest
 from data_prep.target.architecture import Architecture
 from train.drafter.config import DrafterConfig
+from train.drafter.own_sizes import plain_rope
 from train.recipe import TrainRecipe
 
 # c: the number of ranks.
@@ -148,24 +149,34 @@ LAYERS = (
 
 
 class Shapes(NamedTuple):
-    """The target's architecture, and how many rows and columns an fp8 product takes at a time."""
+    """The draft layers, the target's own, and how many rows and columns an fp8 product takes at a time."""
 
     architecture: Architecture
+    target: Architecture
     tile: int
 
 
 def _no_whole_tiles(r: TrainRecipe, c: Shapes) -> dict | None:
     sizes = [c.architecture.hidden_size, c.architecture.intermediate_size]
     if not r.drafter.own_head:
-        sizes.append(r.drafter.vocabulary or c.architecture.vocab_size)
+        sizes += [c.target.hidden_size, r.drafter.vocabulary or c.target.vocab_size]
     return {"sizes": sizes} if r.train.fp8 and any(size % c.tile for size in sizes) else None
 
 
+def _in_place(r: TrainRecipe) -> bool:
+    """Whether draft keys stand beside the target's own in one softmax."""
+    return r.reuse.kind in ("kv", "hybrid") and r.reuse.source in ("native", "head_concat")
+
+
 def _normed_differently(r: TrainRecipe, c: Shapes) -> dict | None:
-    # Draft keys stand beside the target's own in one softmax only where those are read as they are.
-    beside = r.reuse.kind in ("kv", "hybrid") and r.reuse.source in ("native", "head_concat")
-    differs = r.drafter.qk_norm not in (None, c.architecture.qk_norm)
-    return {"norm": str(r.drafter.qk_norm).lower()} if beside and differs else None
+    differs = r.drafter.qk_norm not in (None, c.target.qk_norm)
+    return {"norm": str(r.drafter.qk_norm).lower()} if _in_place(r) and differs else None
+
+
+def _other_key_heads(r: TrainRecipe, c: Shapes) -> dict | None:
+    names = ("kv_heads", "head_dim")
+    other = [name for name in names if getattr(c.architecture, name) != getattr(c.target, name)]
+    return {"key": other[0], "theirs": getattr(c.target, other[0])} if _in_place(r) and other else None
 
 
 # c: Shapes.
@@ -180,6 +191,24 @@ SHAPES = (
         _normed_differently,
         "drafter.qk_norm={norm} with reuse.source={r.reuse.source}: draft keys and the target's would be normed differently; "
         "drafter.qk_norm=null follows the target",
+    ),
+    Rule(
+        "heads in place that are not the target's",
+        _other_key_heads,
+        "reuse.source={r.reuse.source} reads the target's keys and values in place: leave out drafter.{key} (the target has "
+        "{theirs}), or say reuse.source=projected_rope",
+    ),
+    Rule(
+        "query heads that share no key head",
+        lambda r, c: c.architecture.heads % c.architecture.kv_heads,
+        "{c.architecture.heads} query heads cannot share {c.architecture.kv_heads} key/value heads: set drafter.heads and "
+        "drafter.kv_heads",
+    ),
+    Rule(
+        "heads without a rotary embedding",
+        lambda r, c: c.architecture.head_dim != c.target.head_dim and plain_rope(c.target.inv_freq) is None,
+        "drafter.head_dim={r.drafter.head_dim}: the target's rotary frequencies are of no theta that heads of another size could "
+        "have; leave it out (the target has {c.target.head_dim})",
     ),
 )
 

@@ -122,6 +122,22 @@ class DrafterRecipe(Section):
     """Drafters that read pairs: norm each layer's hidden state before fc joins them (EAGLE-3.1)."""
     norm_output: bool = False
     """ttt that reads pairs: the next step reads the stream after the final norm (EAGLE-3.1)."""
+    hidden_size: int | None = Field(None, ge=1)
+    """Hidden size of the draft layers, between projections from and to the target's; null: as the target."""
+    heads: int | None = Field(None, ge=1)
+    """Query heads of a draft layer; null: as the target."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads of a draft layer; null: as the target."""
+    head_dim: int | None = Field(None, ge=4)
+    """Size of a draft layer's heads; null: as the target."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Size of a draft layer's MLP; null: as the target."""
+
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """Sizes of the draft layers that are not left to the target."""
+        names = ("hidden_size", "heads", "kv_heads", "head_dim", "intermediate_size")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @model_validator(mode="after")
     def _a_language_model_brings_its_own(self):

@@ -77,6 +77,7 @@ def _beside_a_language_model(r) -> dict | None:
     keys = [name for name in ("warm_start", "qk_norm", "vocabulary", "sequential") if getattr(r, name) is not None]
     if r.own_head:
         keys.append("own_head")
+    keys += r.named_sizes
     return {"key": keys[0]} if keys else None
 
 
@@ -86,6 +87,17 @@ DRAFTER = (
         "keys of layers beside lm",
         _beside_a_language_model,
         "drafter.lm brings layers, norms, vocabulary and head; leave out drafter.{key}",
+    ),
+    Rule(
+        "own sizes of layers that start as the target's",
+        lambda r: {"key": next(iter(r.named_sizes))} if r.named_sizes and r.start == "target" else None,
+        "drafter.start=target copies the target's layers, and drafter.{key} is for layers of other sizes: say "
+        "drafter.start=random",
+    ),
+    Rule(
+        "heads of an odd size",
+        lambda r: (r.head_dim or 0) % 2,
+        "drafter.head_dim={r.head_dim}: a rotary embedding turns the two halves of a head, so that its size is even",
     ),
 )
 
@@ -176,6 +188,11 @@ RECIPE = (
         "query_align of projected keys",
         lambda r: r.loss.query_align and r.reuse.source.startswith("projected"),
         "loss.query_align with reuse.source={r.reuse.source}: projected keys have their own space; use native or head_concat",
+    ),
+    Rule(
+        "query_align of another number of heads",
+        lambda r: r.loss.query_align and r.drafter.heads,
+        "loss.query_align compares the drafter's queries with the target's, head by head: leave out drafter.heads",
     ),
     Rule(
         "pairs under ttt",

@@ -153,6 +153,11 @@ def test_a_loaded_target_that_does_not_belong_there_is_refused(cache, ttt):
     assert said(ttt, ttt.architecture, "b", "mode=score", quantisation=gptq) == f"{cache} is a cache of {apart}"
     size = ttt.architecture.hidden_size
     assert said(ttt, other, "b", "any_target=true") == f"d is for targets with hidden_size {size}, and {path} has 1"
+    # Draft layers of sizes of their own need the target's states alone to be of the right size.
+    narrow = replace(ttt.architecture, hidden_size=8, heads=2)
+    own = replace(ttt, architecture=narrow, target_hidden=size, own_sizes=["hidden_size", "heads"])
+    check_target(composed("drafter=d", "any_target=true"), own, ttt.architecture, "b")
+    assert said(own, other, "b", "any_target=true") == f"d is for targets with hidden_size {size}, and {path} has 1"
 
 
 # What no short test can make: a server, a sweep. The rule, its context and the line.

@@ -34,7 +34,9 @@ TEXTS = (
     "class Error(Exception):\n    pass\n\n\nclass ParseError(Error):\n    def __init__(self, message, line):\n        super()",
 )
 NEW = 60  # tokens behind each
-STEPS = {"ttt": 25, "blockwise": 80}  # of training
+STEPS = {"ttt": 25, "blockwise": 80}  # of training; three times as many where layers start at random
+# Draft layers of their own sizes beside a target of hidden size 256 and heads of 64.
+SIZES = {"hidden_size": 96, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate_size": 160}
 
 # name -> (format, objective, what else the drafter is)
 EXPORTS = {
@@ -55,6 +57,18 @@ EXPORTS = {
     "peagle, norms": ("speculators", "blockwise", {"pairs": True, "shifted": True, "causal": True, "fc_norm": True}),
     "dflash, one layer": ("dflash", "blockwise", {"target_layers": [1], "rope_factor": 2.0}),
     "dflash": ("dflash", "blockwise", {}),
+    "eagle3, own sizes": ("eagle3", "ttt", {"sizes": SIZES}),
+    "eagle3.1, own sizes, norms, reduced": (
+        "speculators",
+        "ttt",
+        {"sizes": SIZES, "target_layers": [1, 4], "qk_norm": True, "fc_norm": True, "norm_output": True, "draft_vocab": 500},
+    ),
+    "peagle, own sizes": (
+        "speculators",
+        "blockwise",
+        {"sizes": SIZES, "pairs": True, "shifted": True, "causal": True, "qk_norm": False},
+    ),
+    "dflash, own sizes": ("dflash", "blockwise", {"sizes": SIZES}),
     "dflash, causal, reduced": ("speculators", "blockwise", {"causal": True, "draft_vocab": 500, "own_head": True}),
 }
 
@@ -91,7 +105,7 @@ def taught(target, drafter, prompts):
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
     generator = np.random.default_rng(0)
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
-    for _ in range(STEPS[config.objective]):
+    for _ in range(STEPS[config.objective] * (3 if config.start == "random" else 1)):
         anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
         objective(make_pack(list(map(PackDocument, names, documents, anchors)))).share.backward()
         optimizer.step()
@@ -148,7 +162,7 @@ def served(target, prompts, tmp_path_factory):
     asked = {"target": str(TINY), "prompts": prompts, "new_tokens": NEW, "runs": runs}
     (folder / "asked.json").write_text(json.dumps(asked))
     script = [str(PYTHON), str(ROOT / "tests/support/vllm_decode.py"), str(folder / "asked.json"), str(folder / "answer.json")]
-    done = subprocess.run(script, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(script, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "answer.json").read_text()), ours
 

@@ -5,10 +5,12 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from data_prep.target.architecture import KVLayer
 from data_prep.target.target import Target
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
+from train.drafter.own_sizes import draft_architecture, own_sizes
 
 HIDDEN_LAYERS = (0, 1, 2)
 
@@ -101,6 +103,31 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         # It starts at zero, where it would change nothing that a test sees.
         torch.nn.init.normal_(drafter.sequential.up.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
     return drafter
+
+
+# Sizes of draft layers of their own, all of them other than those of `small_target`, and those that leave its K/V in place.
+OWN_SIZES = {"hidden_size": 24, "heads": 6, "kv_heads": 3, "head_dim": 4, "intermediate_size": 40}
+BESIDE_KV = {"hidden_size": 24, "heads": 6, "intermediate_size": 40}
+
+
+def sized_fields(target: Target, sizes: dict) -> dict:
+    """Fields of DrafterConfig for a drafter whose layers have these sizes of their own."""
+    theirs = target.architecture
+    own = draft_architecture(sizes, theirs)
+    fields = {"architecture": own, "own_sizes": own_sizes(own, theirs), "start": "random"}
+    if own.hidden_size != theirs.hidden_size:
+        fields["target_hidden"] = theirs.hidden_size
+    return fields
+
+
+def own_sized(target: Target, objective: str, reuse: str, sizes: dict | None = None, **options) -> Drafter:
+    """A drafter whose layers have sizes of their own, every weight of it random."""
+    theirs = target.architecture
+    fields = sized_fields(target, OWN_SIZES if sizes is None else sizes)
+    sources = REUSE_FIELDS[reuse].get("source_layers", [])
+    if fields["architecture"].head_dim != theirs.head_dim and sources:
+        fields["kv_shapes"] = [KVLayer(theirs.kv_heads, theirs.head_dim, theirs.inv_freq, theirs.rope_scale) for _ in sources]
+    return random_weights(drafter_of(target, objective, reuse, **fields, **options), seed=8)
 
 
 def from_layer_zero(target, objective, reuse="kv", **options):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from tests.support.models import sized_fields
 from tests.support.packs import objective_of
 from tests.support.speculators_models import LENGTH
 from train.data.pack import PackDocument, make_pack
@@ -23,9 +24,9 @@ HIDDEN = [3, 0, 2]  # not in ascending order, in which servers read them
 ANCHORS = [1, 2, 17, 60, 110]
 
 
-def drafter_for(target, objective, **changes):
+def drafter_for(target, objective, sizes=None, **changes):
     """A drafter of the embedded target over hidden states, of which every weight has been moved from its start. `changes`: other
-    fields of DrafterConfig."""
+    fields of DrafterConfig; `sizes`: draft layers' own."""
     options = dict(
         objective=objective,
         reuse="hidden",
@@ -41,6 +42,8 @@ def drafter_for(target, objective, **changes):
         target={},
         qk_norm=objective == "blockwise",
     )
+    if sizes:
+        options |= sized_fields(target, sizes)
     config = DrafterConfig(**options | changes)
     counts_V = torch.randint(0, 99, (config.architecture.vocab_size,), generator=torch.Generator().manual_seed(0))
     drafter = new_drafter(config).start(target, target.frozen_head, counts_V)

@@ -175,7 +175,7 @@ def test_a_served_checkpoint_that_does_not_fit_cannot_warm_start_a_drafter(targe
         ("eagle3", {"hidden_layers": [1]}, r"reads hidden states of layers \[0, 2, 3\], not of \[1\]"),
         ("eagle3", {"qk_norm": True}, "EAGLE-3 norms no queries"),
         ("eagle3", {"target_layers": [1, 2]}, "has 1 layer"),
-        ("eagle3", {"architecture": replace(target.architecture, intermediate_size=5)}, "its sizes are not this target's"),
+        ("eagle3", {"architecture": replace(target.architecture, intermediate_size=5)}, "has draft layers of intermediate_size"),
         ("norm", {}, "was trained with drafter.norm_before_residual=true"),
     ):
         with pytest.raises(UserError, match=message):

@@ -251,7 +251,8 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
     [
         ({"hidden_size": 128}, "is for targets of hidden size 128; this target has 64"),
         ({"vocab_size": 32000}, "is for targets of 32000 tokens; this target has 8192"),
-        ({"target_hidden_size": 128}, "projects states of size 128"),
+        ({"target_hidden_size": 128}, "is for targets of hidden size 128; this target has 64"),
+        ({"target_hidden_size": 64, "hidden_size": 32}, "has layers of hidden size 32 beside states of 64"),
         ({"norm_before_fc": True}, "has norm_before_fc"),
         ({"eagle_config": {"norm_before_fc": True}}, "has norm_before_fc"),
         ({"fc_norm": True}, "lacks the tensor fc_norm.0.weight .in all 3"),

@@ -42,6 +42,11 @@ LINES = {
     "norm_before_residual without a feature": ["drafter.norm_before_residual=true"],
     "align losses without K/V": ["reuse=hidden", "loss.kv_align=1"],
     "query_align of projected keys": ["reuse.source=projected", "loss.query_align=1"],
+    "own sizes of layers that start as the target's": ["drafter.hidden_size=32"],
+    "heads of an odd size": ["drafter.start=random", "reuse=hidden", "drafter.head_dim=7"],
+    "query_align of another number of heads": ["drafter.start=random", "drafter.heads=8", "loss.query_align=1"],
+    "heads in place that are not the target's": ["drafter.start=random", "drafter.head_dim=8"],
+    "query heads that share no key head": ["drafter.start=random", "reuse=hidden", "drafter.heads=3"],
     "pairs under ttt": ["objective=ttt", "reuse=hidden", "reuse.pairs=true"],
     "pairs in a block that looks ahead": ["reuse=hidden", "reuse.pairs=true"],
     "prefix of pairs": ["experiment=peagle", "objective.prefix=0.9"],
@@ -70,7 +75,10 @@ LINES = {
 
 def contexts(manifest) -> dict:
     """(words of the line, context) of rules about machines, caches and models that are not here."""
-    small = replace(Architecture(**manifest.target["architecture"]), hidden_size=100)
+    target = Architecture(**manifest.target["architecture"])
+    small = replace(target, hidden_size=100)
+    unlike = replace(target, inv_freq=[1.0, 0.5, 0.4])
+    small_heads = ["drafter.start=random", "reuse=hidden", "drafter.head_dim=8"]
     lm = {"path": "x", "positions": 2048}
     own = KVLayer(small.kv_heads, small.head_dim, small.inv_freq, small.rope_scale)
     about = ("blockwise", "kv", [0, 1], [], 4, False, False, 0, "target", None, small, {})
@@ -79,7 +87,11 @@ def contexts(manifest) -> dict:
     return {
         "batch that ranks cannot share": (["train.batch=8"], 3),
         "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
-        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, tile=16)),
+        "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, target, tile=16)),
+        "heads without a rotary embedding": (
+            small_heads,
+            machine_rules.Shapes(replace(unlike, head_dim=8), unlike, tile=16),
+        ),
         "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
         "heads side by side that differ": (["reuse=kv", "reuse.source=head_concat"], joined),
         "view of a window": ([SPARSE, "reuse=kv"], windows),

@@ -54,7 +54,7 @@ class Drafter(nn.Module):
         return [layer.fuse for layer in self.layers if layer.fuse is not None]
 
     def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
-        """What the drafter reads of tokens, [..., E]."""
+        """What the drafter reads of tokens, [..., E of its layers]."""
         return head.embed(ids)
 
     def remember(
@@ -104,7 +104,7 @@ class Drafter(nn.Module):
             earlier, past: rows and keys of the steps before.
 
         Returns:
-            output after the final norm [N, E], the stream that the next step reads (before that norm; `norm_output`: after it)
+            what the LM head reads [N, E], the stream that the next step reads (before the final norm; `norm_output`: after it)
             [N, E], or None where it reads none, the keys including this step's.
         """
         raise NotImplementedError

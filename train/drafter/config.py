@@ -35,8 +35,8 @@ def known_names() -> str:
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Sizes come from the target (`architecture`; an imported drafter's layers have their own); a drafter of one target is of no
-    use to another (`target`)."""
+    """`architecture` is what the draft layers are: as the target's, unless they have sizes of their own or were imported. A
+    drafter of one target is of no use to another (`target`)."""
 
     objective: str  # a name of train/schedules/registry.py: ttt | blockwise
     reuse: str  # none | hidden | kv | hybrid
@@ -69,6 +69,7 @@ class DrafterConfig:
     norm_output: bool = False  # ttt over pairs: the next step reads the stream after the final norm (EAGLE-3.1)
     norm_before_residual: bool = False  # pairs: the first layer's residual stream begins as its normed feature
     target_hidden: int | None = None  # E of the target; null: the draft layers' own
+    own_sizes: list[str] = field(default_factory=list)  # what of `architecture` is other than the target's
     kv_shapes: list[KVLayer] | None = None  # of the target layers whose K/V are read, as `kv_layers`; null: as `architecture`
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
 
@@ -76,6 +77,11 @@ class DrafterConfig:
     def schedule(self) -> Schedule:
         """The loop of its objective, and what follows from it."""
         return OBJECTIVES[self.objective]
+
+    @property
+    def state_size(self) -> int:
+        """E of the target: the size of its hidden states and embeddings, and of what an LM head reads."""
+        return self.target_hidden or self.architecture.hidden_size
 
     @property
     def depth(self) -> int:
@@ -136,7 +142,8 @@ class DrafterConfig:
     @property
     def query_layers(self) -> list[int]:
         """Target layers whose queries ask the same keys as the drafter's."""
-        return [] if not self.uses_kv or self.source.startswith("projected") else self.kv_layers
+        alike = not self.source.startswith("projected") and "heads" not in self.own_sizes
+        return self.kv_layers if self.uses_kv and alike else []
 
     @property
     def normed(self) -> bool:

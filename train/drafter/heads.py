@@ -28,7 +28,7 @@ class DraftHead(nn.Module):
         size = config.draft_vocab or a.vocab_size if weight is None else len(weight)
         if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
-        self.weight = nn.Parameter(torch.zeros(size, a.hidden_size)) if config.own_head else weight
+        self.weight = nn.Parameter(torch.zeros(size, config.state_size)) if config.own_head else weight
         self._uses_fp8 = False
         self._narrow: fp8.Frozen | None = None
 
@@ -118,11 +118,13 @@ class SequentialHead(nn.Module):
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
-        size = config.architecture.hidden_size
+        # Tokens are read at the draft layers' size; outputs are what the LM head reads.
+        token = config.architecture.hidden_size
+        output = config.state_size
         width = config.sequential_size
         self.gru = nn.GRUCell(width, width) if config.sequential == "gru" else None
-        self.down = nn.Linear(2 * size if self.gru else size, width, bias=False)
-        self.up = nn.Linear(width, size, bias=False)
+        self.down = nn.Linear(output + token if self.gru else token, width, bias=False)
+        self.up = nn.Linear(width, output, bias=False)
 
     def step(self, output_NE: Tensor, previous_NE: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(the corrected output [N, E], the state after it) of one slot."""

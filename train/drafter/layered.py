@@ -32,15 +32,19 @@ class LayeredDrafter(Drafter):
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
         a = config.architecture
+        states = config.state_size
         self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(len(config.target_layers)))
         self.norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         self.head = DraftHead(config)
+        # Draft layers of another size read the target's tokens, and answer its LM head, through these.
+        self.from_target = nn.Linear(states, a.hidden_size, bias=False) if config.target_hidden else nn.Identity()
+        self.to_target = nn.Linear(a.hidden_size, states, bias=False) if config.target_hidden else nn.Identity()
         if config.uses_kv:
             self.target_kv = nn.ModuleList(TargetKV(config, layer) for layer in config.target_layers)
         if config.uses_hidden:
-            self.fc = nn.Linear(len(config.hidden_layers) * a.hidden_size, a.hidden_size, bias=False)
+            self.fc = nn.Linear(len(config.hidden_layers) * states, a.hidden_size, bias=False)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(nn.RMSNorm(a.hidden_size, eps=a.norm_eps) for _ in config.hidden_layers)
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(states, eps=a.norm_eps) for _ in config.hidden_layers)
         if not config.schedule.token_by_token:
             self.mask = nn.Embedding(1, a.hidden_size)  # what an undrafted slot carries
             self.sequential = SequentialHead(config) if config.sequential else None
@@ -93,6 +97,9 @@ class LayeredDrafter(Drafter):
         if rotation not in self._angles or self._angles[rotation].device != device:
             self._angles[rotation] = torch.tensor(rotation[0], device=device)
         return self._angles[rotation]
+
+    def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
+        return self.from_target(head.embed(ids))
 
     def remember(
         self,
@@ -188,7 +195,7 @@ class LayeredDrafter(Drafter):
             feature_NE: with pairs, fc(f_{a-1}) of each anchor.
 
         Returns:
-            [N, J, E] after the final norm, of the slots that propose x_{a+1} .. x_{a+J}.
+            what the LM head reads of the slots that propose x_{a+1} .. x_{a+J}, [N, J, E].
         """
         count, known, _ = token_NTE.shape
         zero = torch.zeros(1, dtype=torch.long, device=token_NTE.device)
@@ -203,7 +210,7 @@ class LayeredDrafter(Drafter):
             undrafted = self._feature(self.mask_hidden(zero)).expand(count, self.config.slots - 1, -1)
             x = torch.cat([feature_NE[:, None], undrafted], dim=1).flatten(0, 1)
         x, _ = self._run(x, token, rows, rows, memory, None, attend)
-        return self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :])
+        return self.to_target(self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :]))
 
     def step(
         self,
@@ -218,8 +225,8 @@ class LayeredDrafter(Drafter):
         drafts = rows if earlier is None else earlier + rows
         x = feature_NE if self.config.reads_pairs else token_NE
         x, past = self._run(x, token_NE, rows, drafts, memory, past, attend)
-        output = self.norm(x)
-        return output, output if self.config.norm_output else x, past
+        normed = self.norm(x)
+        return self.to_target(normed), normed if self.config.norm_output else x, past
 
     def _run(
         self,
@@ -276,9 +283,8 @@ class LayeredDrafter(Drafter):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         if not self.config.schedule.token_by_token:
             token = self.config.mask_token_id
-            self.mask.weight.copy_(
-                head.table_VE.mean(0, keepdim=True) if token is None else head.table_VE[token : token + 1]
-            )
+            mask_1E = head.table_VE.mean(0, keepdim=True) if token is None else head.table_VE[token : token + 1]
+            self.mask.weight.copy_(self.from_target(mask_1E.to(self.dtype)))
             if self.config.pairs:
                 self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's
             if self.sequential:

@@ -1,6 +1,7 @@
 """Weights from other drafters, ours and public checkpoints (`drafter.warm_start`)."""
 
 import re
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
@@ -23,8 +24,10 @@ def check_warm_start(folder: str, config: DrafterConfig) -> None:
     if other.imported and not config.uses_hidden:
         raise UserError(f"{where} is a checkpoint of {other.imported}; reuse={config.reuse} has nothing to take from it")
     sizes = ("hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim")
-    if other.imported and any(getattr(mine, size) != getattr(theirs, size) for size in sizes):
-        raise UserError(f"{where} is of another target: its sizes are not this target's")
+    if wrong := [size for size in sizes if getattr(mine, size) != getattr(theirs, size)]:
+        here = getattr(mine, wrong[0])
+        there = getattr(theirs, wrong[0])
+        raise UserError(f"{where} has draft layers of {wrong[0]} {there}, and this drafter's have {here}")
     known = other.target.get("weights_hash")
     if known != config.target.get("weights_hash") and not (other.imported and known is None):
         raise UserError(f"{where} is a drafter of another target ({other.target.get('id')})")
@@ -107,7 +110,7 @@ def _config(folder: str, config: DrafterConfig) -> DrafterConfig:
     path = folder_of(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors); {known_names()}")
-    return load_config(folder, lambda: config.architecture)
+    return load_config(folder, lambda: replace(config.architecture, hidden_size=config.state_size))
 
 
 def _weights(folder: str, config: DrafterConfig, head: FrozenHead) -> dict[str, Tensor]:

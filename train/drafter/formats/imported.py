@@ -88,14 +88,15 @@ def _check_sizes(folder: Path, claims: Claims, layer, sizes: Sizes) -> None:
     refuse(
         folder,
         {
-            f"is for targets of hidden size {layer.hidden_size}; this target has {sizes.hidden_size}": (
-                layer.hidden_size != sizes.hidden_size
+            f"is for targets of hidden size {states or layer.hidden_size}; this target has {sizes.hidden_size}": (
+                (states or layer.hidden_size) != sizes.hidden_size
             ),
             f"is for targets of {layer.vocab_size} tokens; this target has {sizes.vocab_size}": (
                 layer.vocab_size != sizes.vocab_size
             ),
             f"is for targets of {targets} layers; this target has {sizes.num_layers}": not fits(targets, sizes.num_layers),
-            f"projects states of size {states} (target_hidden_size) to {layer.hidden_size}": not fits(states, layer.hidden_size),
+            f"has layers of hidden size {layer.hidden_size} beside states of {states} (target_hidden_size), and an embedding and "
+            "an LM head of its own, which are not read": not fits(states, layer.hidden_size),
         },
     )
 

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import publish, write_text
 from data_prep.target.architecture import Architecture
 from data_prep.target.described import Described
+from data_prep.target.frozen_head import FrozenHead
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, method_of, served_names
@@ -52,7 +53,8 @@ def save_served(drafter: Drafter, target: Described, folder: Path, format: str) 
         UserError: the drafter's rotary embedding is not the target's, which servers use.
     """
     # 1. What is written, all of it before the first file is touched.
-    _check_rotary(drafter.config.architecture, target.architecture, format)
+    if "inv_freq" not in drafter.config.own_sizes:
+        _check_rotary(drafter.config.architecture, target.architecture, format)
     folder.mkdir(parents=True, exist_ok=True)
     described = speculators_config if format == "speculators" else plain_config
     config = described(drafter.config, target, str(drafter.dtype).removeprefix("torch."))
@@ -100,11 +102,34 @@ def exported_weights(drafter: Drafter, target: Described, format: str) -> dict[s
     # MASK: what stands in the place of a hidden state, and of a token, that are not known yet.
     if method == "peagle":
         tensors["mask_hidden"] = ours["mask_hidden.weight"][None]
-    if method in ("dspark", "peagle") and not _mask_is_a_token(drafter, target):
-        table_VE = target.frozen_head.table_VE.to(drafter.dtype).clone()
-        table_VE[config.mask_token_id] = drafter.mask.weight[0]
+    if _has_table(drafter, target):
+        table_VE = _table(drafter, target)
+        if not config.schedule.token_by_token:
+            table_VE[config.mask_token_id] = drafter.mask.weight[0]
         tensors["embed_tokens.weight"] = table_VE
     return tensors
+
+
+def _has_table(drafter: Drafter, target: Described) -> bool:
+    """Whether the checkpoint holds a table of embeddings. Servers' drafts have no projection around layers of another size, no
+    scale of the target's embeddings (Gemma's), and no other place for a learned MASK of DSpark and P-EAGLE."""
+    learned = method_of(drafter.config) in ("dspark", "peagle") and not _mask_is_a_token(drafter, target)
+    return bool(drafter.config.target_hidden) or target.frozen_head.embed_scale != 1 or learned
+
+
+def _table(drafter: Drafter, target: Described) -> Tensor:
+    """What the drafter reads of every token, [V, E]."""
+    embedding_VE = target.frozen_head.embedding_VE
+    token_V = torch.arange(len(embedding_VE), device=embedding_VE.device)
+    # A part at a time: the target's own embeddings of a whole vocabulary would be copied otherwise.
+    return torch.cat([_embedded(drafter, target, token) for token in token_V.split(8192)])
+
+
+def _embedded(drafter: Drafter, target: Described, token: Tensor) -> Tensor:
+    """What the drafter reads of tokens, in its own precision."""
+    head = target.frozen_head
+    part = FrozenHead(head.embedding_VE[token].to(drafter.dtype), head.head_VE[:0], head.embed_scale)
+    return drafter.embed(torch.arange(len(token), device=token.device), part)
 
 
 def _ascending(drafter: Drafter) -> dict[str, Tensor]:
@@ -127,9 +152,12 @@ def _head(drafter: Drafter, target: Described) -> dict[str, Tensor]:
     token i + d2t[i], and `t2d` [V], what can be said; vLLM refuses the two beside a whole one."""
     config = drafter.config
     kept_D = drafter.head.kept_D
-    if not (config.own_head or config.draft_vocab):
+    if not (config.own_head or config.draft_vocab or config.target_hidden):
         return {}
-    tensors = {"lm_head.weight": drafter.head.heads(target.frozen_head).draft_DE}
+    draft_DE = drafter.head.heads(target.frozen_head).draft_DE
+    if config.target_hidden:
+        draft_DE = draft_DE.to(drafter.dtype) @ drafter.to_target.weight
+    tensors = {"lm_head.weight": draft_DE}
     if kept_D is not None:
         # Offsets, not ids: servers add the draft token to them.
         tensors["d2t"] = kept_D - torch.arange(len(kept_D), device=kept_D.device)
@@ -143,12 +171,11 @@ def _markov_head(drafter: Drafter, target: Described) -> dict[str, Tensor]:
     rank one: SGLang 0.5.23 refuses rank 0."""
     head = target.frozen_head
     draft_DE = drafter.head.heads(head).draft_DE.to(drafter.dtype)
-    embedding_VE = head.table_VE.to(drafter.dtype)
     if drafter.sequential is None:
-        previous_VR = embedding_VE.new_zeros(len(embedding_VE), 1)
+        previous_VR = draft_DE.new_zeros(len(head.embedding_VE), 1)
         next_DR = draft_DE.new_zeros(len(draft_DE), 1)
     else:
-        previous_VR = embedding_VE @ drafter.sequential.down.weight.T
+        previous_VR = _table(drafter, target) @ drafter.sequential.down.weight.T
         next_DR = draft_DE @ drafter.sequential.up.weight
     return {"markov_head.markov_w1.weight": previous_VR, "markov_head.markov_w2.weight": next_DR}
 
@@ -159,19 +186,26 @@ def _notes(drafter: Drafter, target: Described, format: str) -> list[str]:
     method = method_of(config)
     learned = not config.schedule.token_by_token and not _mask_is_a_token(drafter, target)
     beside = _mask_goes_beside(drafter, target)
-    table_mib = target.frozen_head.embedding_VE.numel() * drafter.norm.weight.itemsize / 2**20
+    own = bool(config.target_hidden)
+    table_mib = len(target.frozen_head.embedding_VE) * config.architecture.hidden_size * drafter.norm.weight.itemsize / 2**20
+    head_mib = table_mib * (config.draft_vocab or config.architecture.vocab_size) / config.architecture.vocab_size
     notes = {
         "vLLM 0.32 runs DSpark on GPUs only": method == "dspark",
         "vLLM 0.32 on a CPU norms the keys of all DFlash layers with the first layer's weight, so that less is accepted there": (
             method == "dflash" and config.depth > 1
         ),
         f"the learned MASK makes the checkpoint {table_mib:,.0f} MiB larger: it holds the target's embeddings with MASK's row": (
-            learned and not beside
+            learned and not beside and not own
         ),
+        f"drafter.hidden_size makes the checkpoint {table_mib + head_mib:,.0f} MiB larger: it holds an embedding and an LM head, "
+        "into which the projections are multiplied": own,
     }
     if format == "speculators":
         notes["SGLang 0.5.23 does not read format=speculators"] = method != "peagle"
-        notes |= {f"the learned MASK is in {MASK_FILE}, which vLLM reads and the speculators package does not": beside}
+        notes |= {
+            f"the learned MASK is in {MASK_FILE}, which vLLM reads and the speculators package does not": beside,
+            "the speculators package 0.9.0 has no draft layers of another hidden size than the target's; vLLM has": own,
+        }
     else:
         notes |= _sglang_notes(config, learned)
     return [note for note, holds in notes.items() if holds]
@@ -180,6 +214,8 @@ def _notes(drafter: Drafter, target: Described, format: str) -> list[str]:
 def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
     """What SGLang 0.5.23 does with a checkpoint of a format that it reads."""
     method = method_of(config)
+    if config.target_hidden and method != "eagle3":
+        return {"SGLang 0.5.23 has no blocks of another hidden size than the target's, and refuses it": True}
     last = config.architecture.num_layers - 1
     token = config.mask_token_id
     reduced = bool(config.draft_vocab)
@@ -208,12 +244,14 @@ def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
 
 def _mask_is_a_token(drafter: Drafter, target: Described) -> bool:
     """Whether MASK is what servers make of it: the target's embedding of `mask_token_id`."""
-    return torch.equal(drafter.mask.weight[0], target.frozen_head.table_VE[drafter.config.mask_token_id])
+    token_1 = torch.tensor([drafter.config.mask_token_id], device=target.frozen_head.embedding_VE.device)
+    return torch.equal(drafter.mask.weight, _embedded(drafter, target, token_1))
 
 
 def _mask_goes_beside(drafter: Drafter, target: Described) -> bool:
     """Whether the checkpoint needs vLLM's file of one embedding: DFlash's readers know no other small place for it."""
-    return method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
+    learned = method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
+    return learned and not _has_table(drafter, target)
 
 
 def _plain(a: Architecture) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from data_prep.target.described import Described
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import method_of
+from train.drafter.own_sizes import rope_config
 
 CLASSES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator", "dflash": "DFlashSpeculator", "dspark": "DSparkSpeculator"}
 
@@ -12,10 +13,11 @@ CLASSES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator", "dflash":
 def plain_config(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """For vLLM (`--speculative-config`) and SGLang (`--speculative-draft-model-path`)."""
     outputs = sorted(config.hidden_layers)
-    found = _layers(config, target, dtype) | {"architectures": [_architecture(config)]}
+    found = _layers(config, target, dtype) | _states(config) | {"architectures": [_architecture(config)]}
     if method_of(config) == "eagle3":
         # Without a number SGLang takes the target's LM head; a number promises a head in the checkpoint.
-        own = config.draft_vocab or (config.architecture.vocab_size if config.own_head else None)
+        has_head = config.own_head or config.target_hidden
+        own = config.draft_vocab or (config.architecture.vocab_size if has_head else None)
         return found | {
             **_norms(config),
             "draft_vocab_size": own,
@@ -58,6 +60,7 @@ def speculators_config(config: DrafterConfig, target: Described, dtype: str) -> 
         "transformer_layer_config": _layers(config, target, dtype),
         "draft_vocab_size": config.draft_vocab or config.architecture.vocab_size,
         "dtype": dtype,
+        **_states(config),
     }
     if config.reads_pairs:
         found |= _norms(config) | {"eagle_aux_hidden_state_layer_ids": inputs}
@@ -82,6 +85,11 @@ def _architecture(config: DrafterConfig) -> str:
     return {"dflash": "DFlashDraftModel", "dspark": "Qwen3DSparkModel"}[method]
 
 
+def _states(config: DrafterConfig) -> dict:
+    """The size of the states that fc reads, where it is not that of the draft layers."""
+    return {"target_hidden_size": config.target_hidden} if config.target_hidden else {}
+
+
 def _norms(config: DrafterConfig) -> dict:
     """EAGLE-3's kinds of norms."""
     return {name: getattr(config, name) for name in ("norm_before_residual", "fc_norm", "norm_output")}
@@ -100,7 +108,8 @@ def _markov(config: DrafterConfig) -> dict:
 def _layers(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """The draft layers as a transformer of their own."""
     a = config.architecture
-    rope = target.rope_config
+    # Said by the draft layers themselves where it can be: a target's configuration may say several, or in words of its family.
+    rope = rope_config(a) or target.rope_config
     if config.rope_factor != 1:
         linear = {"rope_type": "linear", "factor": config.rope_factor}
         rope |= {"rope_scaling": linear, "rope_parameters": rope["rope_parameters"] | linear}
