@@ -70,6 +70,17 @@ def barrier() -> Callable[[], None]:
     return lambda: distributed.barrier(group)
 
 
+def told_by_first(value):
+    """What rank 0 passed, in every process. Called by all, after `barrier`."""
+    if world_size() == 1:
+        return value
+    from torch import distributed
+
+    values = [value]
+    distributed.broadcast_object_list(values, device="cpu")
+    return values[0]
+
+
 def die_with_parent() -> None:
     """A rank must not outlive its launcher, however that ends: it would hold the GPU and the port.
 

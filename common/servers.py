@@ -55,9 +55,12 @@ def vllm_command(python: str, target: str, dtype: str, cpu: bool) -> list[str]:
 
 
 @contextmanager
-def started(said: str, command: list[str], log: Path, wait_s: float, wait_key: str = "") -> Iterator[str]:
+def started(
+    said: str, command: list[str], log: Path, wait_s: float, wait_key: str = "", environment: dict[str, str] | None = None
+) -> Iterator[str]:
     """The URL of the server that `command` starts, healthy; it and all of its processes are gone afterwards, however that comes.
-    `said`: the words that ask for it; `log`: a file for all that it says; `wait_key`: the key that sets `wait_s`.
+    `said`: the words that ask for it; `log`: a file for all that it says; `wait_key`: the key that sets `wait_s`;
+    `environment`: variables of its own.
 
     Raises:
         UserError: it ends, also while it is asked, or is not healthy within `wait_s` seconds.
@@ -65,7 +68,7 @@ def started(said: str, command: list[str], log: Path, wait_s: float, wait_key: s
     log.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
     # In GiB. Its own default may be more than the machine has free.
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **(environment or {})}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of this process, not of vLLM's
         environment.pop(name, None)
     terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` runs

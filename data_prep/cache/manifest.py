@@ -25,7 +25,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int
-    target: dict  # id, revision, weights_hash, and the sizes of target.architecture.Architecture
+    # id, revision, weights_hash, and the sizes of target.architecture.Architecture; `server`, where one computed the states.
+    target: dict
     tokenizer_hash: str
     chat_template_hash: str
     hidden_layers: list[int]
@@ -82,9 +83,11 @@ class Manifest(BaseModel):
         return xxhash.xxh3_128_hexdigest(canonical(self.identity()).encode())
 
     def identity(self) -> dict:
-        """What two captures of the same thing share: not by which software they were made, nor how the data were named."""
+        """What two captures of the same thing share: not by which software and server they were made, nor how the data were
+        named."""
         fields = self.model_dump(exclude={"software"})
-        return fields | {"source": {key: value for key, value in self.source.items() if key != "recipe"}}
+        target = {key: value for key, value in self.target.items() if key != "server"}
+        return fields | {"target": target, "source": {key: value for key, value in self.source.items() if key != "recipe"}}
 
 
 def is_teacher(name: str) -> bool:

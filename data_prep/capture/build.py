@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from data_prep.sources import records as sources
 from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import Sizes, target_sizes
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import load_tokenizer, tokenizer_hashes
+from data_prep.target.served import ServedTarget, capturing, check_server
 from data_prep.target.target import Target
 
 
@@ -50,12 +52,14 @@ def check_capture(recipe: CaptureSections) -> None:
     cli.refuse_file("cache.dir", recipe.cache.dir)
     sources.check_source(recipe.data)
     refuse(rules.INSTALLED, recipe)
+    refuse(rules.SERVED, recipe)
     sizes = target_sizes(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
-    chosen_layers(recipe.cache, sizes)
+    layers = chosen_layers(recipe.cache, sizes)
     refuse(rules.SPREAD, recipe, rules.Spread(world_size(), sizes.kv_heads, sizes.max_positions))
+    check_server(recipe, layers, sizes.num_layers)
 
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
@@ -94,6 +98,8 @@ def differences(planned: Manifest, manifest: Manifest) -> list[str]:
 def completed(manifest: Manifest, target) -> Manifest:
     """A plan with what the loaded target says of itself."""
     known = {"weights_hash": target.weights_hash(), "architecture": asdict(target.architecture)}
+    if target.server:
+        known["server"] = target.server
     return manifest.model_copy(update={"target": manifest.target | known})
 
 
@@ -169,20 +175,17 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             # Before the target is loaded, which takes minutes.
             _refuse_small_disk(folder, describe(manifest))
         barrier()
-        target = load_target(recipe.target, recipe.capture)
-        if rank() == 0:
-            say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
-        together = recipe.capture.spread == "tp"
-        if together and rank() != 0:
-            target.weights_hash()  # gathering the shards takes all processes
-        if manifest:
-            manifest = completed(manifest, target)
-        writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
-        for name in writer.removed:
-            print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
-        if rank() == 0 and len(writer.done):
-            print(f"{len(writer.done):,} documents are there already", flush=True)
-        capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
+        with _target_of(recipe) as target:
+            if rank() == 0 and not target.server:
+                say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
+            together = recipe.capture.spread == "tp"
+            if together and rank() != 0:
+                target.weights_hash()  # gathering the shards takes all processes
+            if manifest:
+                manifest = completed(manifest, target)
+            writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
+            _say_what_is_there(writer)
+            capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
     except BaseException:
         if claimed is not None:
             _leave(folder)
@@ -195,6 +198,19 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
         torch.cuda.empty_cache()
 
 
+def _target_of(recipe: CaptureSections) -> AbstractContextManager[Target | ServedTarget]:
+    """What computes the states, here or at a server."""
+    sizes = target_sizes(recipe.target)
+    return capturing(recipe, chosen_layers(recipe.cache, sizes), sizes.num_layers)
+
+
+def _say_what_is_there(writer: CacheWriter) -> None:
+    for name in writer.removed:
+        print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
+    if writer.rank == 0 and len(writer.done):
+        print(f"{len(writer.done):,} documents are there already", flush=True)
+
+
 def estimate(recipe: CaptureSections) -> None:
     """Bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches."""
     with tempfile.TemporaryDirectory(dir=_existing(Path(recipe.cache.dir).absolute().parent)) as folder:  # /tmp may be small
@@ -202,25 +218,32 @@ def estimate(recipe: CaptureSections) -> None:
         manifest = plan(recipe, tokenise(recipe, path))
         size = describe(manifest)
         documents = Documents(path)
-        target = load_target(recipe.target, recipe.capture)
-        target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
-        every = batches(documents.by_length(), documents.lengths, recipe.capture.batch_tokens, target.packs)
-        tokens = seconds = 0
-        # Batches are in the order of length, so that these are spread from the longest documents to the shortest.
-        for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
-            batch = Batch([documents[index] for index in every[i]])
-            began = time.perf_counter()
-            stored = batch.tensors(batch.forward(target), manifest)
-            # To copy to the host is to wait for the device: only then is the clock the batch's.
-            {name: tensor.cpu() for name, tensor in stored.items()}
-            if number:  # the first one warms up
-                tokens += len(batch.ids_P)
-                seconds += time.perf_counter() - began
-    rate = tokens / seconds
+        with _target_of(recipe) as target:
+            rate = _rate(target, documents, manifest, recipe.capture.batch_tokens)
+            where = "at the server" if target.server else f"on {target.device}"
     hours = manifest.source["tokens"] / rate / 3600
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
-    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {hours:.2g} hours on one process, {hours / 8:.2g} on eight")
+    eight = "" if target.server else f" on one process, {hours / 8:.2g} on eight"
+    print(f"{rate:,.0f} tokens/s {where} (disk aside): {hours:.2g} hours{eight}")
     print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
+
+
+def _rate(target: Target | ServedTarget, documents: Documents, manifest: Manifest, batch_tokens: int) -> float:
+    """Tokens a second of a few batches."""
+    target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
+    every = batches(documents.by_length(), documents.lengths, batch_tokens, target.packs)
+    tokens = seconds = 0
+    # Batches are in the order of length, so that these are spread from the longest documents to the shortest.
+    for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
+        batch = Batch([documents[index] for index in every[i]])
+        began = time.perf_counter()
+        stored = batch.tensors(batch.forward(target), manifest)
+        # To copy to the host is to wait for the device: only then is the clock the batch's.
+        {name: tensor.cpu() for name, tensor in stored.items()}
+        if number:  # the first one warms up
+            tokens += len(batch.ids_P)
+            seconds += time.perf_counter() - began
+    return tokens / seconds
 
 
 def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:

@@ -53,6 +53,12 @@ def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> T
     return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread)
 
 
+def weights_hash(recipe: TargetRecipe) -> str:
+    """`Target.weights_hash` of a target that nobody has loaded; however large it is, it is only hashed."""
+    # The hash is of bf16 numbers in any case.
+    return load_target(recipe.model_copy(update={"device": "cpu", "dtype": "bfloat16"})).weights_hash()
+
+
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """(hash of the vocabulary and its rules, hash of the chat template)."""
     rules = (

@@ -43,6 +43,10 @@ class Target:
         UserError: the model cannot be loaded, or has a layer or a head that this class would get wrong.
     """
 
+    # For captures. See data_prep/target/served.py, which has others.
+    ahead = 0
+    server: dict | None = None
+
     def __init__(
         self,
         path: str,
