@@ -25,6 +25,14 @@ TEMPERATURES = (
     ),
 )
 
+TARGET = (
+    Rule(
+        "a server for captures",
+        lambda r: r.target.server,
+        "target.server is for captures: mode=served with server.url or server.start judges a drafter in a server",
+    ),
+)
+
 # Of every mode but compare.
 RUNS = (
     Rule(
@@ -218,4 +226,7 @@ LOADED = (
     Rule("another architecture", _differing, "{r.drafter} is for targets with {differs}"),
 )
 
-TABLES = (TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, PERSON, PROMPTS, EXPORT, CACHE, DOCUMENTS, LOADED)
+TABLES = (
+    *(TEMPERATURES, TARGET, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS),
+    *(PERSON, PROMPTS, EXPORT, CACHE, DOCUMENTS, LOADED),
+)

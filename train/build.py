@@ -10,7 +10,7 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture
+from data_prep.target.architecture import Architecture, target_config, unlike
 from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
 from train import machine_rules
 from train.attention.choose import attention_backend
@@ -162,6 +162,7 @@ def check_training(recipe: TrainRecipe) -> None:
     manifest = manifest_of(recipe)
     attention(recipe, device, manifest.target["architecture"].get("head_dim", 128))  # of a cache yet to be made it is not known
     refuse(machine_rules.MACHINE, recipe, _machine(recipe, device))
+    refuse(machine_rules.START, recipe, unlike(target_config(recipe.target)))
     # 3. The cache's layers, and the drafter that reads them.
     chosen_layers(recipe, manifest)
     if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest

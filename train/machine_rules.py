@@ -50,6 +50,16 @@ MACHINE = (
 )
 
 
+# c: why draft layers cannot begin as layers of the target; None: they can.
+START = (
+    Rule(
+        "start from layers of another kind",
+        lambda r, c: c and r.drafter.start == "target" and not r.drafter.lm,
+        "drafter.start=target: draft layers cannot begin as layers of {r.target.path}, because {c}; use drafter.start=random",
+    ),
+)
+
+
 class Held(NamedTuple):
     """What a recipe needs of a cache, and what the cache holds, by kind of state (hidden, kv, query). `available`: layers that
     drafter.target_layers=auto chooses from."""
@@ -230,4 +240,4 @@ VOCABULARY = (
     ),
 )
 
-TABLES = (RANKS, MACHINE, HELD, LAYERS, SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)
+TABLES = (RANKS, MACHINE, START, HELD, LAYERS, SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)

@@ -49,12 +49,17 @@ class Manifest(BaseModel):
         """Name -> shape of one row of every state that is stored; rows are tokens, or teachers (`is_teacher`)."""
         sizes = self.target["architecture"]
         state = (sizes["hidden_size"],)
-        head = (sizes["kv_heads"], sizes["head_dim"])
+
+        def of(layer: int, heads: str) -> tuple[int, int]:
+            """(heads, head size) of a layer; where layers differ, the target's record says how."""
+            own = sizes | self.target.get("kv_shapes", {}).get(str(layer), {})
+            return own[heads], own["head_dim"]
+
         return {
             "last_hidden": state,
             **{f"hidden.{layer}": state for layer in self.hidden_layers},
-            **{f"{kind}.{layer}": head for layer in self.kv_layers for kind in ("key", "value")},
-            **{f"query.{layer}": (sizes["heads"], sizes["head_dim"]) for layer in self.query_layers},
+            **{f"{kind}.{layer}": of(layer, "kv_heads") for layer in self.kv_layers for kind in ("key", "value")},
+            **{f"query.{layer}": of(layer, "heads") for layer in self.query_layers},
         }
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,16 @@ from data_prep import rules
 from data_prep.cache.manifest import DOCUMENTS, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
 from data_prep.cache.writer import CacheWriter, another_cache, claim
 from data_prep.capture.capture import Batch, batches, capture
-from data_prep.recipe import CacheRecipe, CaptureSections
+from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
-from data_prep.target.architecture import Sizes, target_sizes
+from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
+from data_prep.target.families import check_kv
 from data_prep.target.loading import load_tokenizer, tokenizer_hashes
 from data_prep.target.served import ServedTarget, capturing, check_server
 from data_prep.target.target import Target
+from data_prep.target.transformers_private import active_weights
 
 
 def auto_layers(num_layers: int, count: int = 3) -> list[int]:
@@ -39,12 +42,37 @@ def auto_layers(num_layers: int, count: int = 3) -> list[int]:
     return sorted(set(torch.linspace(0, num_layers - 1, count).round().long().tolist()))
 
 
-def chosen_layers(cache: CacheRecipe, sizes: Sizes) -> list[int]:
-    """Raises UserError for a layer that the target does not have."""
-    layers = auto_layers(sizes.num_layers) if cache.layers == "auto" else sorted(set(cache.layers))
-    if wrong := [layer for layer in layers if not 0 <= layer < sizes.num_layers]:
-        raise UserError(f"cache.layers: the target has layers 0 to {sizes.num_layers - 1}; there is no layer {wrong[0]}")
-    return layers
+class Layers(NamedTuple):
+    """Whose states are stored."""
+
+    hidden: list[int]
+    kv: list[int]
+    query: list[int]
+
+
+def chosen_layers(recipe: CaptureSections) -> Layers:
+    """Raises UserError for a layer that the target does not have, or that has no keys and values."""
+    cache = recipe.cache
+    config = target_config(recipe.target)
+    count = target_sizes(recipe.target).num_layers
+    named = [] if cache.layers == "auto" else sorted(set(cache.layers))
+    if wrong := [layer for layer in named if not 0 <= layer < count]:
+        raise UserError(f"cache.layers: the target has layers 0 to {count - 1}; there is no layer {wrong[0]}")
+    of_attention = []
+    if {"kv", "query"} & set(cache.kinds):
+        check_kv(recipe.target.path, config)
+        attending = layers_with_kv(config)
+        if wrong := [layer for layer in named if layer not in attending]:
+            raise UserError(
+                f"cache.layers: layer {wrong[0]} of this '{config.model_type}' has no keys and values of its own; layers "
+                f"{', '.join(map(str, attending))} have. cache.layers=auto chooses among them; cache.kinds=[hidden] takes any"
+            )
+        of_attention = named or [attending[i] for i in auto_layers(len(attending))]
+    return Layers(
+        hidden=(named or auto_layers(count)) if "hidden" in cache.kinds else [],
+        kv=of_attention if "kv" in cache.kinds else [],
+        query=of_attention if "query" in cache.kinds else [],
+    )
 
 
 def check_capture(recipe: CaptureSections) -> None:
@@ -57,16 +85,18 @@ def check_capture(recipe: CaptureSections) -> None:
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
-    layers = chosen_layers(recipe.cache, sizes)
+    layers = chosen_layers(recipe)
     refuse(rules.SPREAD, recipe, rules.Spread(world_size(), sizes.kv_heads, sizes.max_positions))
-    check_server(recipe, layers, sizes.num_layers)
+    check_server(recipe, layers.hidden, sizes.num_layers)
 
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
     """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
     tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.target.location, recipe.target.revision))
     sizes = target_sizes(recipe.target)
-    layers = chosen_layers(recipe.cache, sizes)
+    layers = chosen_layers(recipe)
+    # Of layers that differ from `sizes`, what is needed to know how much will be stored; the loaded target tells the rest.
+    shapes = other_kv_sizes(target_config(recipe.target), sizes, {*layers.kv, *layers.query})
     return Manifest(
         format_version=FORMAT_VERSION,
         target={
@@ -75,12 +105,13 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
             "weights_hash": "",
             "architecture": asdict(sizes),
             "mask_token_id": recipe.target.mask_token_id,
+            **({"kv_shapes": shapes} if shapes else {}),
         },
         tokenizer_hash=tokenizer_hash,
         chat_template_hash=template_hash,
-        hidden_layers=layers if "hidden" in recipe.cache.kinds else [],
-        kv_layers=layers if "kv" in recipe.cache.kinds else [],
-        query_layers=layers if "query" in recipe.cache.kinds else [],
+        hidden_layers=layers.hidden,
+        kv_layers=layers.kv,
+        query_layers=layers.query,
         codec=recipe.cache.codec,
         last_hidden=recipe.cache.last_hidden,
         max_length=recipe.data.max_length,
@@ -91,13 +122,17 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
 
 def differences(planned: Manifest, manifest: Manifest) -> list[str]:
     """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
-    later = ("source.", "target.weights_hash", "target.architecture.")
+    later = ("source.", "target.weights_hash", "target.architecture.", "target.kv_shapes", "target.head")
     return [f for f in planned.differs(manifest) if not f.startswith(later)]
 
 
 def completed(manifest: Manifest, target) -> Manifest:
     """A plan with what the loaded target says of itself."""
     known = {"weights_hash": target.weights_hash(), "architecture": asdict(target.architecture)}
+    if shapes := target.other_kv_shapes({*manifest.kv_layers, *manifest.query_layers}):
+        known["kv_shapes"] = {str(layer): asdict(shape) for layer, shape in shapes.items()}
+    if facts := target.head_facts:
+        known["head"] = facts
     if target.server:
         known["server"] = target.server
     return manifest.model_copy(update={"target": manifest.target | known})
@@ -130,9 +165,11 @@ def describe(manifest: Manifest) -> int:
     size = manifest.bytes_of(source["tokens"], source["supervised"])
     layers = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers, "query": manifest.query_layers}
     kinds = [kind for kind in layers if layers[kind]]
+    alike = all(layers[kind] == layers[kinds[0]] for kind in kinds)
+    stored = f"layers {layers[kinds[0]]}, {'+'.join(kinds)}" if alike else ", ".join(f"{k} of layers {layers[k]}" for k in kinds)
     print(
         f"{source['documents']:,} documents, {source['tokens']:,} tokens, {source['supervised']:,} supervised; "
-        f"layers {layers[kinds[0]]}, {'+'.join(kinds)}, {manifest.codec}: "
+        f"{stored}, {manifest.codec}: "
         f"{size / 2**30:.2f} GiB, {size / source['tokens']:,.0f} bytes a token",
         flush=True,
     )
@@ -200,8 +237,7 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
 
 def _target_of(recipe: CaptureSections) -> AbstractContextManager[Target | ServedTarget]:
     """What computes the states, here or at a server."""
-    sizes = target_sizes(recipe.target)
-    return capturing(recipe, chosen_layers(recipe.cache, sizes), sizes.num_layers)
+    return capturing(recipe, chosen_layers(recipe).hidden, target_sizes(recipe.target).num_layers)
 
 
 def _say_what_is_there(writer: CacheWriter) -> None:
@@ -258,7 +294,7 @@ def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Do
 def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
     """Print about how long the forwards of a capture will take, before the first of them: two operations a weight and token, at
     the rate of one product of the target's own sizes, timed for a moment. Attention, copies and the disk come on top."""
-    weights = sum(p.numel() for p in target.model.parameters()) - target.model.get_input_embeddings().weight.numel()
+    weights = active_weights(target.model)
     shape = target.architecture
     a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
     b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)

@@ -1,5 +1,6 @@
-"""Which models can be a target, and what a model's configuration says of it."""
+"""What a model's configuration says of it, before weights are loaded."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,10 +9,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
+from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.transformers_private import rotary_of
+from data_prep.target.transformers_private import layer_config, rotary_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LIKE = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are built as a drafter's
+UNLIMITED = 2**30  # positions, of a model that names no limit
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies do not depend on the length
 
 
@@ -51,34 +54,92 @@ class KVLayer:
     window: int | None = None  # the target's queries read this many positions, their own included; None: all
 
 
-def refuse_family(path: str, config: PretrainedConfig) -> None:
-    """Raises UserError for a model whose states this project would read wrongly."""
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"target {path} is a '{config.model_type}'; Understudy reads the states of {', '.join(FAMILIES)}. "
-            "Others differ where it would go unnoticed (norms, scales, rotary layout)"
-        )
+def target_config(recipe: TargetRecipe) -> PretrainedConfig:
+    """Of the target, with no weights loaded; of one that reads pictures too, of the whole. Raises UserError when there is no
+    configuration of a causal LM at the target's path."""
+    try:
+        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
+    except (OSError, ValueError) as error:
+        raise no_causal_lm(recipe.path, error) from error
+    check_decoder(recipe.path, config)
+    return config
 
 
 def target_sizes(recipe: TargetRecipe) -> Sizes:
     """Raises UserError when there is no configuration of a causal LM at the target's path."""
+    config = target_config(recipe)
     try:
-        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
-        refuse_family(recipe.path, config)
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return Sizes(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            max_positions=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"target.path={recipe.path}: no causal LM can be loaded there ({first_line(error)})") from error
+        return sizes_of(config.get_text_config(decoder=True))
+    except AttributeError as error:
+        raise no_causal_lm(recipe.path, error) from error
+
+
+def no_causal_lm(path: str, error: Exception) -> UserError:
+    return UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})")
+
+
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """`config`: of a model's language part."""
+    heads = config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or []
+    # Where layers differ (Gemma 4), sizes are those of the layers that read all positions.
+    one = layer_config(config, kinds.index("full_attention")) if "full_attention" in kinds else config
+    return Sizes(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(one, "num_key_value_heads", None) or heads,
+        head_dim=getattr(one, "head_dim", None) or config.hidden_size // heads,
+        max_positions=max_positions(config),
+        vocab_size=config.vocab_size,
+    )
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """Longest text of a model, as far as its rotary embedding does not depend on the text's length: a drafter has one embedding,
+    and a cache is filled by texts of all lengths."""
+    longest = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One for all layers, or one for each kind of layer.
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") == "longrope":
+            longest = min(longest, parameters.get("original_max_position_embeddings") or longest)
+    return longest
+
+
+def other_kv_sizes(config: PretrainedConfig, sizes: Sizes, layers: Iterable[int]) -> dict[str, dict[str, int]]:
+    """Heads of keys and values, and their size, of those of `layers` that differ from `sizes`."""
+    config = config.get_text_config(decoder=True)
+    found = {}
+    for layer in sorted(layers):
+        one = layer_config(config, layer)
+        own = {name: getattr(one, key, None) for name, key in (("kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"))}
+        own = {name: size or getattr(sizes, name) for name, size in own.items()}
+        if own != {"kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}:
+            found[str(layer)] = own
+    return found
+
+
+def unlike(config: PretrainedConfig) -> str | None:
+    """Why draft layers cannot begin as layers of this model (`drafter.start=target`); None: they can."""
+    config = config.get_text_config(decoder=True)
+    if config.model_type not in LIKE:
+        return f"layers of a '{config.model_type}' are built otherwise"
+    if config.hidden_act != "silu":
+        return f"its MLPs have {config.hidden_act} for SiLU"
+    if getattr(config, "mlp_bias", False) or getattr(config, "attention_bias", False):
+        return "its projections have biases"
+    return None
+
+
+def layers_with_kv(config: PretrainedConfig) -> list[int]:
+    """Layers that have keys and values of their own, as the configuration says it."""
+    config = config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    # Of a Gemma 4, the last layers read the keys and values of earlier ones.
+    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return [layer for layer in range(own) if kinds[layer] in ("full_attention", "sliding_attention")]
 
 
 class Rotary(NamedTuple):

@@ -164,8 +164,11 @@ class ServedTarget:
         self.server = {"kind": "vLLM", "version": server.version}
         unloaded = Unloaded(recipe.location, recipe.revision)
         self.architecture = unloaded.architecture
-        self._fits = 2 * unloaded.parameters < psutil.virtual_memory().available
+        self.head_facts = unloaded.head_facts
+        self._logit_scale = unloaded.logit_scale
         self._norm = unloaded.final_norm()
+        # In bf16, with some room.
+        self._fits = 3 * unloaded.parameters < psutil.virtual_memory().available
         self._place = {layer: server.ids.index(layer + 1) for layer in hidden_layers}
         self._pool = ThreadPoolExecutor(REQUESTS)
 
@@ -184,7 +187,12 @@ class ServedTarget:
         hidden = {layer: states_PKE[:, place].contiguous() for layer, place in self._place.items()}
         with torch.no_grad():
             last_hidden = self._norm.to(states_PKE.dtype)(states_PKE[:, -1])
+        if self._logit_scale != 1:
+            last_hidden = last_hidden * self._logit_scale
         return States(hidden=hidden, last_hidden=last_hidden)
+
+    def other_kv_shapes(self, layers) -> dict:
+        return {}  # a server hands out no keys
 
     def weights_hash(self) -> str:
         """Of the target's files: the same as of a capture in this process. Whether the server loaded the same is told by

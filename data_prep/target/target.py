@@ -6,8 +6,9 @@ Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 
 import torch
 import xxhash
@@ -17,14 +18,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from common.errors import UserError, first_line
+from common.errors import UserError
 from data_prep.decoding import torch_private
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import STATIC_ROPE, Architecture, refuse_family
+from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, no_causal_lm, sizes_of, unlike
+from data_prep.target.families import check_decoder, family_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.frozen_head import FrozenHead
+from data_prep.target.proof import KVFound, prove
+from data_prep.target.rotation import halves_of_neighbours
 from data_prep.target.states import States
+from data_prep.target.transformers_private import Source
 
 # (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -37,10 +42,10 @@ def _take(module: nn.Module, inputs, output) -> None:
 
 
 class Target:
-    """Any Hugging Face causal LM of the Llama / Qwen3 kind: pre-norm layers, RoPE, one KV cache a layer.
+    """A causal LM of transformers. What of it yields which state is found by structure and proven on six tokens.
 
     Raises:
-        UserError: the model cannot be loaded, or has a layer or a head that this class would get wrong.
+        UserError: the model cannot be loaded, or its states are not those that it computes with.
     """
 
     # For captures. See data_prep/target/served.py, which has others.
@@ -61,13 +66,18 @@ class Target:
         self.revision = revision
         self.dtype = dtype
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
+        self.spread_by_tensors = spread == "tp"
         self.folder = plain(path, revision)  # what transformers and servers load: of a GGUF file, what it was dequantised to
         self.model = self._load(attention, _spreading(spread), torch.device(device))
-        self._refuse_unsupported()
+        self.config = private.text_config(self.model)
         self.device = self.model.get_input_embeddings().weight.device if spread == "device_map" else torch.device(device)
-        self._sources: list[tuple[str, int, nn.Module]] = []  # (kind, layer, the module whose output that state is)
+        self._sources: list[tuple[str, int, Source]] = []  # (kind, layer, what that state is the output of)
         self._hooks: list[RemovableHandle] = []
+        self._kv_layers = [] if family_of(self.model.config).kv else layers_with_kv(self.model.config)
+        self._kv: dict[int, KVFound] = {}
+        self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
+        self._kv = self._prove()
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
         try:
@@ -82,16 +92,30 @@ class Target:
             model = (model if spreading else model.to(device)).eval()
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-            raise UserError(f"target.path={self.path}: no causal LM can be loaded there ({first_line(error)})") from error
+            raise no_causal_lm(self.path, error) from error
+        check_decoder(self.path, model.config)
         # transformers would go on with random values for them.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
         return model.requires_grad_(False)
 
+    def _prove(self) -> dict[int, KVFound]:
+        return prove(self, self._kv_layers)
+
     def _look_inside(self) -> None:
         """What is looked up in `model`, again whenever that is another one."""
-        self.layers = private.layers(self.model)
-        self.frozen_head = FrozenHead(self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight)
+        try:
+            self.layers = private.layers(self.model)
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            raise no_causal_lm(self.path, error) from error
+        head = self.model.get_output_embeddings()
+        self.frozen_head = FrozenHead(
+            self.model.get_input_embeddings().weight,
+            head.weight,
+            embed_scale=private.embed_scale(self.model),
+            bias_V=head.bias,
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
         """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
@@ -110,38 +134,71 @@ class Target:
 
     @property
     def architecture(self) -> Architecture:
-        config = self.model.config
-        modules = private.weighted_modules(self.layers[0])
-        inv_freq, rope_scale = private.rotary(self.model)
+        """Of draft layers that are like the target's. Where its layers differ, they are like those that read all positions."""
+        sizes = asdict(sizes_of(self.config))
+        norm = None
+        attention = private.attention_of(self.layers[0])
+        if unlike(self.config) is None:
+            sizes["head_dim"] = attention.head_dim  # configurations need not say it
+        if self._kv_layers:
+            norm = getattr(private.attention_of(self.layers[min(self._kv_layers)]), "k_norm", None)
+        plain_rotary = ([1e4 ** (-2 * i / sizes["head_dim"]) for i in range(sizes["head_dim"] // 2)], 1.0)
+        inv_freq, rope_scale = private.rotary(self.model) or plain_rotary
         return Architecture(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-            num_layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=private.head_dim(self.model),
-            norm_eps=config.rms_norm_eps,
-            qk_norm="k_norm" in modules,
-            qkv_bias=modules["k"].bias is not None,
+            **sizes,
+            intermediate_size=getattr(self.config, "intermediate_size", None) or 4 * sizes["hidden_size"],
+            norm_eps=private.norm_eps(self.config),
+            qk_norm=norm is not None and norm.weight.shape == (sizes["head_dim"],),
+            qkv_bias=unlike(self.config) is None and attention.k_proj.bias is not None,
             inv_freq=inv_freq,
             rope_scale=rope_scale,
-            max_positions=config.max_position_embeddings,
         )
 
+    @property
+    def kv_shapes(self) -> dict[int, KVLayer]:
+        """Of every layer that yields keys and values."""
+        return {layer: found.shape for layer, found in self._kv.items()}
+
+    def other_kv_shapes(self, layers: Iterable[int]) -> dict[int, KVLayer]:
+        """Of these layers, where keys and values of some are not as `architecture` says; else nothing."""
+        a = self.architecture
+        alike = KVLayer(a.kv_heads, a.head_dim, a.inv_freq, a.rope_scale)
+        shapes = {layer: self._kv[layer].shape for layer in sorted(layers)}
+        return {} if all(shape == alike for shape in shapes.values()) else shapes
+
+    @property
+    def head_facts(self) -> dict[str, float]:
+        """What is done to embeddings and logits beside the products, where anything is."""
+        facts = {
+            "embed_scale": private.embed_scale(self.model),
+            "logit_scale": self.logit_scale,
+            "softcap": self.frozen_head.softcap,
+        }
+        return {name: value for name, value in facts.items() if value not in (None, 1.0)}
+
+    @property
+    def logit_scale(self) -> float:
+        """What the logits are multiplied by: `last_hidden` is, so that they are its products with the head."""
+        return private.logit_scale(self.config)
+
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
-        """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist."""
+        """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist, or that has no
+        such state."""
         for layer in {*hidden_layers, *kv_layers, *query_layers}:
             if not 0 <= layer < len(self.layers):
                 raise UserError(f"the target has layers 0 to {len(self.layers) - 1}; there is no layer {layer}")
         self._unhook()
         kinds = {"hidden": hidden_layers, "key": kv_layers, "value": kv_layers, "query": query_layers}
         wanted = [(kind, layer) for kind, layers in kinds.items() for layer in sorted({*layers})]
-        self._sources = [(kind, layer, private.state_module(self.layers[layer], kind)) for kind, layer in wanted]
+        self._sources = [(kind, layer, private.source(self.model, self.layers[layer], kind)) for kind, layer in wanted]
+        for kind, layer, source in self._sources:
+            if source is None:
+                raise UserError(f"target {self.path}: layer {layer} has no {kind} of its own")
         self._hook()
 
     def _hook(self) -> None:
-        self._hooks = [module.register_forward_hook(_take) for _, _, module in self._sources]
+        modules = {source.module for _, _, source in self._sources}
+        self._hooks = [module.register_forward_hook(_take) for module in modules]
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -180,8 +237,12 @@ class Target:
 
     def _run(self, **inputs) -> States:
         states = States(last_hidden=private.decoder(self.model)(**inputs).last_hidden_state)
-        for kind, layer, module in self._sources:
-            getattr(states, kind)[layer] = self._taken(kind, module)
+        if self.logit_scale != 1:
+            states.last_hidden = states.last_hidden * self.logit_scale
+        for kind, layer, source in self._sources:
+            getattr(states, kind)[layer] = self._taken(kind, layer, source)
+        for module in {source.module for _, _, source in self._sources}:
+            del module.taken
         return states
 
     def compile(self) -> None:
@@ -212,7 +273,7 @@ class Target:
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
         logits = self.frozen_head.product(last_hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
@@ -254,32 +315,17 @@ class Target:
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _taken(self, kind: str, module: nn.Module) -> Tensor:
-        output = module.__dict__.pop("taken")
+    def _taken(self, kind: str, layer: int, source: Source) -> Tensor:
+        output = source.module.taken[..., source.part]
         if kind == "hidden":
             return output
-        output = output if output.dim() == 4 else output.unflatten(-1, (-1, private.head_dim(self.model)))
-        config = self.model.config
-        return _all_heads(output, config.num_attention_heads if kind == "query" else config.num_key_value_heads)
-
-    def _refuse_unsupported(self) -> None:
-        config = self.model.config
-        refuse_family(self.path, config)
-        sliding = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-        if sliding or (config.model_type == "mistral" and config.sliding_window):
-            raise UserError(
-                f"target {self.path}: layers with {', '.join(sorted(sliding)) or 'a sliding window'} are not supported"
-            )
-        output = private.weighted_modules(private.layers(self.model)[0])["o"]
-        if config.hidden_act != "silu" or output.bias is not None or getattr(config, "mlp_bias", False):
-            raise UserError(
-                f"target {self.path}: only SiLU MLPs without biases, and attention outputs without one, are supported"
-            )
-        rope = private.rope_type(self.model)
-        if rope not in STATIC_ROPE:
-            raise UserError(
-                f"target {self.path}: rope type '{rope}' changes with the length; supported: {', '.join(STATIC_ROPE)}"
-            )
+        if output.dim() == 3:
+            output = output.unflatten(-1, (-1, private.head_dim(self.model, layer)))
+        elif self._heads_first:
+            output = output.transpose(1, 2)
+        heads = _all_heads(output, private.head_count(self.model, layer, kind))
+        found = self._kv.get(layer)
+        return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
 
 
 def _spreading(spread: str) -> dict:

@@ -9,27 +9,26 @@ Shapes: B batch, T positions, H query heads, G key/value heads, D head size.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-# Paths from a causal LM of one of our families.
+# Paths from a causal LM of a family whose layers are like a drafter's (llama, mistral, qwen2, qwen3).
 PRIVATE = {
     "config._attn_implementation": "decoding over our own caches: the attention is exchanged for a forward (`attention_given`)",
-    "model": "every forward: the stack under the LM head, whose last_hidden_state is after the final norm",
     "model.norm": "exports and draft heads, which begin with the target's final norm",
-    "model.layers": "hidden states, compiling layer by layer, draft layers that begin as target layers",
     "model.rotary_emb.inv_freq": "positions: drafters turn the target's keys as the target does",
+    "model.rotary_emb.original_inv_freq": "the same, where a long text has changed the frequencies (dynamic, longrope)",
     "model.rotary_emb.attention_scaling": "YaRN: what cos and sin are multiplied by",
-    "model.rotary_emb.rope_type": "the refusal of RoPE that changes with the length",
     "model.layers.0.self_attn.layer_idx": "decoding over our own caches: which layer's keys are written",
     "model.layers.0.self_attn.head_dim": "the shape of captured keys, values and queries",
     "model.layers.0.self_attn.q_proj": "captured queries (where no norm follows), draft layers",
     "model.layers.0.self_attn.k_proj": "captured keys (where no norm follows), draft layers",
     "model.layers.0.self_attn.v_proj": "captured values, draft layers",
-    "model.layers.0.self_attn.o_proj": "draft layers; the refusal of an output bias",
+    "model.layers.0.self_attn.o_proj": "draft layers; a bias of it keeps a draft layer from beginning as a target layer",
     "model.layers.0.input_layernorm": "draft layers, and the norm that is folded into their Q, K and V",
     "model.layers.0.post_attention_layernorm": "draft layers",
     "model.layers.0.mlp.gate_proj": "draft layers",
@@ -41,6 +40,15 @@ PRIVATE_NORMS = {
     "model.layers.0.self_attn.q_norm": "captured queries: those after the norm are what attention reads",
     "model.layers.0.self_attn.k_norm": "captured keys: those after the norm are what the KV cache holds, but for RoPE",
 }
+# What a state of a layer's attention is the output of: the first of these that there is. `qkv_proj` makes all three side by side.
+SOURCES = {
+    "query": ("q_norm", "q_proj", "qkv_proj"),
+    "key": ("k_norm", "k_proj", "qkv_proj"),
+    "value": ("v_norm", "v_proj", "qkv_proj"),
+}
+
+# Families whose norms of queries and keys come after heads and tokens have changed places.
+HEADS_FIRST = ("gemma3_text", "phi")
 
 GIVEN = "understudy_given"  # under this name transformers knows the attention of `attention_given`
 _given: ContextVar[Callable] = ContextVar("given")
@@ -61,40 +69,143 @@ def _exists(place: object, name: str) -> bool:
     return True
 
 
+class Source(NamedTuple):
+    """A state is the output of `module`, or `part` of its last dimension."""
+
+    module: nn.Module
+    part: slice = slice(None)
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """Of a model that reads pictures too: what it says of its language part."""
+    return model.config.get_text_config(decoder=True)
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The model without its LM head."""
-    return model.model
+    """The model without its LM head; of one that reads pictures too, its language part."""
+    return model.get_decoder()
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
-    return model.model.layers
+    """Found by structure: the list of as many modules as the configuration has layers. Raises ValueError where there is none."""
+    count = text_config(model).num_hidden_layers
+    for module in decoder(model).children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"it has no list of {count} layers")
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    return model.model.norm
+    """Behind the last layer; families differ in its name. Raises ValueError where there is none."""
+    for name, module in decoder(model).named_children():
+        if "norm" in name:
+            return module
+    raise ValueError("it has no norm behind its last layer")
 
 
-def head_dim(model: PreTrainedModel) -> int:
-    """Configurations need not say it; the modules do."""
-    return model.model.layers[0].self_attn.head_dim
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The part of a layer that makes queries, keys and values for all to see; None: it has none (linear attention, MLA)."""
+    return next((m for m in layer.children() if any(hasattr(m, name) for name in ("q_proj", "qkv_proj"))), None)
 
 
-def rotary(model: PreTrainedModel) -> tuple[list[float], float]:
-    """(RoPE angles per position [D/2], what cos and sin are multiplied by)."""
-    return _angles(model.model.rotary_emb)
+def source(model: PreTrainedModel, layer: nn.Module, kind: str) -> Source | None:
+    """What `kind` of state (hidden, key, value or query) of a layer is the output of; None: the layer has no such state.
+
+    Keys and queries are taken after the projection (and its norm, where there is one), and so before RoPE: to un-rotate bf16 keys
+    costs 3e-3 of relative error. A hidden state is the output of the layer itself, because the last of transformers' own
+    `hidden_states` is already normed.
+    """
+    if kind == "hidden":
+        return Source(layer)
+    attention = attention_of(layer)
+    found = (getattr(attention, name, None) for name in SOURCES[kind])
+    module = next((m for m in found if m is not None and not isinstance(m, nn.Identity)), None)
+    if module is None or module is not getattr(attention, "qkv_proj", None):
+        return module and Source(module)
+    config = text_config(model)
+    queries = config.num_attention_heads * attention.head_dim
+    keys = config.num_key_value_heads * attention.head_dim
+    parts = {"query": slice(queries), "key": slice(queries, queries + keys), "value": slice(queries + keys, queries + 2 * keys)}
+    return Source(module, parts[kind])
+
+
+def head_dim(model: PreTrainedModel, index: int = 0) -> int:
+    """Of a layer with attention. Configurations need not say it; the modules do."""
+    return attention_of(layers(model)[index]).head_dim
+
+
+def head_count(model: PreTrainedModel, index: int, kind: str) -> int:
+    """Heads of a layer's queries, or of its keys and values, on all processes together."""
+    config = text_config(model)
+    if kind == "query":
+        return config.num_attention_heads
+    return getattr(layer_config(config, index), "num_key_value_heads", None) or config.num_attention_heads
+
+
+def layer_config(config: PretrainedConfig, index: int) -> PretrainedConfig:
+    """What a configuration says of one layer, where layers differ (Gemma 4); versions differ in whether it can be asked."""
+    return config.per_layer_config[index] if hasattr(config, "per_layer_config") else config
+
+
+def norms_heads_first(config: PretrainedConfig) -> bool:
+    """Whether the norms of queries and keys make [B, heads, T, D] of them, and not [B, T, heads, D]."""
+    return config.model_type in HEADS_FIRST
+
+
+def window(model: PreTrainedModel, index: int) -> int | None:
+    """How many positions, its own included, a query of this layer reads; None: all."""
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    sliding = kinds[index] == "sliding_attention" if kinds else True
+    return getattr(config, "sliding_window", None) if sliding else None
+
+
+def rotary(model: PreTrainedModel, index: int | None = None) -> tuple[list[float], float] | None:
+    """(RoPE angles per position, what cos and sin are multiplied by) of a layer; None: its keys are not turned. Without `index`:
+    of the layers that read all positions, where they differ."""
+    embedding = getattr(decoder(model), "rotary_emb", None)
+    if embedding is None:
+        return None
+    kinds = getattr(text_config(model), "layer_types", None)
+    kind = kinds[index] if kinds and index is not None else "full_attention"
+    prefix = f"{kind}_" if hasattr(embedding, f"{kind}_inv_freq") else ""
+    # A text longer than usual changes `inv_freq` (dynamic, longrope); the original stays.
+    inv_freq = getattr(embedding, f"{prefix}original_inv_freq", None)
+    inv_freq = getattr(embedding, f"{prefix}inv_freq") if inv_freq is None else inv_freq
+    return inv_freq.double().tolist(), float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
 
 
 def rotary_of(config: PretrainedConfig) -> tuple[list[float], float]:
     """The same of a configuration of Llama's kind, without a model."""
-    return _angles(LlamaRotaryEmbedding(config))
-
-
-def _angles(embedding: nn.Module) -> tuple[list[float], float]:
+    embedding = LlamaRotaryEmbedding(config)
     return embedding.inv_freq.double().tolist(), float(embedding.attention_scaling)
 
 
-def rope_type(model: PreTrainedModel) -> str:
-    return getattr(model.model.rotary_emb, "rope_type", "default")
+def norm_eps(config: PretrainedConfig) -> float:
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), 1e-6)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What the model multiplies its logits by."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def active_weights(model: PreTrainedModel) -> float:
+    """Weights that a token meets, embeddings aside: of experts, which stand side by side in one tensor, those that are chosen."""
+    config = text_config(model)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    count = sum(p.numel() * (share if p.dim() == 3 else 1) for p in model.parameters())
+    return count - model.get_input_embeddings().weight.numel()
+
+
+def embed_scale(model: PreTrainedModel) -> float:
+    """What the model multiplies its tokens' embeddings by before the first layer."""
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    scale = getattr(text_config(model), "embedding_multiplier", 1.0) if scale is None else scale
+    return float(scale)
 
 
 def weighted_modules(layer: nn.Module) -> dict[str, nn.Module]:
@@ -114,22 +225,6 @@ def weighted_modules(layer: nn.Module) -> dict[str, nn.Module]:
     if hasattr(attention, "k_norm"):
         modules |= {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
     return modules
-
-
-def state_module(layer: nn.Module, kind: str) -> nn.Module:
-    """The module whose output a state is: `kind` is hidden, key, value or query.
-
-    Keys and queries are taken after the projection (and its norm, where there is one), and so before RoPE: to un-rotate bf16 keys
-    costs 3e-3 of relative error. A hidden state is the output of the layer itself, because the last of transformers' own
-    `hidden_states` is already normed.
-    """
-    modules = weighted_modules(layer)
-    return {
-        "hidden": layer,
-        "key": modules.get("k_norm", modules["k"]),
-        "value": modules["v"],
-        "query": modules.get("q_norm", modules["q"]),
-    }[kind]
 
 
 @torch.compiler.disable  # else dynamo traces the call into a compiled layer, and each new function would be compiled anew
@@ -158,6 +253,18 @@ def attention_given(model: PreTrainedModel, attend: Callable[[int, Tensor, Tenso
     finally:
         config._attn_implementation = usual
         _given.reset(given)
+
+
+def own_outputs(model: PreTrainedModel, ids_BT: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(hidden states, the embedding before and the normed one last; logits) as the model itself hands them out."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    output = model(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
+    # transformers leaves the hooks that it took them with, and they would be compiled with the layers.
+    for module, hooks in before.items():
+        for key in module._forward_hooks.keys() - hooks:
+            del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+    return output.hidden_states, output.logits
 
 
 def tensor_parallel() -> dict:

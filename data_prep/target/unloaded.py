@@ -14,6 +14,9 @@ from transformers.utils import cached_file
 
 from common.errors import UserError, first_line
 from data_prep.target import transformers_private as private
+from data_prep.target.architecture import no_causal_lm
+from data_prep.target.families import check_decoder
+from data_prep.target.proof import KVFound
 from data_prep.target.target import Target
 
 INDEX = "model.safetensors.index.json"
@@ -27,9 +30,14 @@ class Unloaded(Target):
         try:
             config = AutoConfig.from_pretrained(self.folder, revision=self.revision)
             with _without_memory():
-                return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+                model = AutoModelForCausalLM.from_config(config).eval()
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"target.path={self.path}: no causal LM can be made of it ({first_line(error)})") from error
+            raise no_causal_lm(self.path, error) from error
+        check_decoder(self.path, config)
+        return model.requires_grad_(False)
+
+    def _prove(self) -> dict[int, KVFound]:
+        return {}  # nothing can be computed
 
     @property
     def parameters(self) -> int:
@@ -37,7 +45,10 @@ class Unloaded(Target):
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, with its weights, on the CPU. Raises UserError when the files do not have them."""
-        norm = private.final_norm(self.model)
+        try:
+            norm = private.final_norm(self.model)
+        except ValueError as error:
+            raise no_causal_lm(self.path, error) from error
         name = next(name for name, module in self.model.named_modules() if module is norm)
         loaded = copy.deepcopy(norm).to_empty(device="cpu")
         for part, parameter in loaded.named_parameters():

@@ -32,6 +32,23 @@ QWEN3_8B = dict(
     tie_word_embeddings=False,
 )
 
+# Eight of the 48 layers of Qwen3-30B-A3B: 128 experts a layer, of which a token meets eight.
+QWEN3_30B_A3B = dict(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    num_hidden_layers=8,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=40960,
+    tie_word_embeddings=False,
+)
+
 SMOLLM2 = dict(
     vocab_size=49152,
     hidden_size=576,
@@ -54,14 +71,15 @@ def options(**defaults):
 
 
 def target_of(shape: str, attention: str = "auto") -> Target:
-    """`tiny`: the embedded target. `qwen3_8b`, `smollm2`: their dimensions with random weights, through a real checkpoint on
-    disk."""
+    """`tiny`: the embedded target. `qwen3_8b`, `qwen3_30b_a3b`, `smollm2`: their dimensions with random weights, through a real
+    checkpoint on disk."""
     capture = CaptureRecipe(batch_tokens=1, attention=attention)
     if shape == "tiny":
         return load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny")), capture)
     device = pick_device()
     config, kind = {
         "qwen3_8b": (transformers.Qwen3Config(**QWEN3_8B), transformers.Qwen3ForCausalLM),
+        "qwen3_30b_a3b": (transformers.Qwen3MoeConfig(**QWEN3_30B_A3B), transformers.Qwen3MoeForCausalLM),
         "smollm2": (transformers.LlamaConfig(**SMOLLM2), transformers.LlamaForCausalLM),
     }[shape]
     with TemporaryDirectory() as folder:

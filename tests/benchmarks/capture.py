@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.capture shape=tiny
     python -m tests.benchmarks.capture shape=qwen3_8b codec=fp8 kinds=[hidden,kv] tokens=400000 batch_tokens=32768
+    python -m tests.benchmarks.capture shape=qwen3_30b_a3b codec=fp8 kinds=[hidden] tokens=400000 batch_tokens=32768
 
 `prefill` is the target's forward alone, nothing kept. `capture` is what the command does after loading: forward, states
 to the host, checksums, shards, fsync, index.
@@ -26,7 +27,7 @@ from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
 from tests.benchmarks import line, options, target_of
 
-LONGEST = {"tiny": 512, "qwen3_8b": 4096}
+LONGEST = {"tiny": 512, "qwen3_8b": 4096, "qwen3_30b_a3b": 4096}
 
 
 def random_documents(tokens: int, longest: int, vocabulary: int, supervised: float):

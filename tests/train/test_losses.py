@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from common.recipe import ROOT
+from data_prep.target.frozen_head import FrozenHead
 from tests.support.definitions import definition
 from train.losses import choose, divergences, reference, terms, weights
 from train.losses.chunked import chunked_loss
@@ -89,6 +90,23 @@ def test_every_loss_equals_its_definition(loss, regime, kept):
     torch.testing.assert_close(found.label_probability, said.detach())
     if kept is not None:
         assert (label_D < 0).any() and (p.argmax(-1)[:, None] != kept).all(-1).any()
+
+
+@pytest.mark.parametrize("loss", ["kl", "tv"])
+def test_the_teacher_has_its_bias_and_its_cap_and_the_drafter_has_not(loss):
+    """Phi's head has a bias, Gemma caps its logits: both are the target's alone."""
+    draft, teacher, label, weight, mix, head = rows("ordinary", torch.float64)
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    frozen = FrozenHead(head, head, bias_V=bias, softcap=3.0)
+    q = (draft @ head.T).softmax(-1)
+    plain = definition(loss, q, (teacher @ head.T).softmax(-1), label, mix)
+    per_row = definition(loss, q, (3 * torch.tanh((teacher @ head.T + bias) / 3)).softmax(-1), label, mix)
+    heads = Heads(head, head, finish=frozen.finish)
+    total, found = chunked_loss(row_inputs(draft, teacher, label, mix), heads, {loss: 1.0}, weight, 8)
+    torch.testing.assert_close(found.loss, per_row.detach())
+    (gradient,) = torch.autograd.grad(total, draft)
+    torch.testing.assert_close(gradient, torch.autograd.grad((per_row * weight).sum(), draft)[0])
+    assert not torch.allclose(per_row, plain, atol=0.01)
 
 
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["full", "reduced"])

@@ -75,6 +75,7 @@ def contexts(manifest) -> dict:
         "batch that ranks cannot share": (["train.batch=8"], 3),
         "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
         "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, tile=16)),
+        "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],
             machine_rules.Documents(longest=4096, lm=lm),

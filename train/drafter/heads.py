@@ -58,7 +58,7 @@ class DraftHead(nn.Module):
         if self._uses_fp8 and self._narrow is None:
             # Not in `use_fp8`: a checkpoint that is loaded after it may bring another draft vocabulary.
             self._narrow = fp8.Frozen(draft_DE)
-        return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None)
+        return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None, head.finish)
 
     def product(self, head: FrozenHead) -> Product:
         """For decoding: what gives its logits, over a weight that is laid out if the target's is."""

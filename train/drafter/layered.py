@@ -253,7 +253,7 @@ class LayeredDrafter(Drafter):
         if not self.config.schedule.token_by_token:
             token = self.config.mask_token_id
             self.mask.weight.copy_(
-                head.embedding_VE.mean(0, keepdim=True) if token is None else head.embedding_VE[token : token + 1]
+                head.table_VE.mean(0, keepdim=True) if token is None else head.table_VE[token : token + 1]
             )
             if self.config.pairs:
                 self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's

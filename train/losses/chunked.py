@@ -68,9 +68,10 @@ class _ChunkedLoss(torch.autograd.Function):
         for part, teacher_C, (low, high) in zip(order_R.split(chunk), teacher_R.split(chunk), bounds):
             row = rows.index_R[part]
             draft_CE = draft_ME[row]
+            target_TV = F.linear(rows.teacher_LE[used_L[low:high]].to(draft_ME.dtype), heads.target_VE)
             logits = Chunk(
                 F.linear(draft_CE, head_DE) if heads.narrow is None else heads.narrow.linear(draft_CE),
-                F.linear(rows.teacher_LE[used_L[low:high]].to(draft_ME.dtype), heads.target_VE),
+                target_TV if heads.finish is None else heads.finish(target_TV),
                 teacher_C - low,
                 heads.kept_D,
                 rows.label_R[part],

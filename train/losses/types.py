@@ -4,6 +4,7 @@ Shapes: M rows of the drafter, R of them that count, L teachers, C rows of a chu
 D draft vocabulary, E hidden size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -13,12 +14,14 @@ from train.precision.fp8 import Frozen
 
 class Heads(NamedTuple):
     """`draft_DE` reads the drafter, `target_VE` the target; `kept_D`: the draft vocabulary's target ids (None: all of them);
-    `narrow`: a frozen `draft_DE` in fp8, with which its products are made instead. The teacher's are not."""
+    `narrow`: a frozen `draft_DE` in fp8, with which its products are made instead. The teacher's are not. `finish`: makes the
+    target's logits of its products (FrozenHead.finish); None: they are the logits."""
 
     draft_DE: Tensor
     target_VE: Tensor
     kept_D: Tensor | None = None
     narrow: Frozen | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 class HeadInput(NamedTuple):

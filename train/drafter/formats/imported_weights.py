@@ -163,7 +163,7 @@ def _left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead, tenso
         draft_DE = tensors["lm_head.weight"] if config.own_head else head.head_VE.cpu()
         if config.draft_vocab and not config.own_head:
             draft_DE = draft_DE[torch.arange(config.draft_vocab) + tensors["d2t"]]
-        found["sequential.down.weight"] = _factored(folder, tensors[MARKOV[0]], head.embedding_VE.cpu(), "embedding").T
+        found["sequential.down.weight"] = _factored(folder, tensors[MARKOV[0]], head.table_VE.cpu(), "embedding").T
         found["sequential.up.weight"] = _factored(folder, tensors[MARKOV[1]], draft_DE, "LM head")
     return found
 
@@ -171,7 +171,7 @@ def _left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead, tenso
 def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensors) -> Tensor | None:
     """[1, E]; None under ttt."""
     token = config.mask_token_id
-    table_VE = head.embedding_VE
+    table_VE = head.table_VE
     mask_1E = None if token is None else table_VE[token : token + 1].clone()
     if "embed_tokens.weight" in tensors:
         theirs_VE = tensors["embed_tokens.weight"]

@@ -101,7 +101,7 @@ def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str,
     if method == "peagle":
         tensors["mask_hidden"] = ours["mask_hidden.weight"][None]
     if method in ("dspark", "peagle") and not _mask_is_a_token(drafter, target):
-        table_VE = target.frozen_head.embedding_VE.to(drafter.dtype).clone()
+        table_VE = target.frozen_head.table_VE.to(drafter.dtype).clone()
         table_VE[config.mask_token_id] = drafter.mask.weight[0]
         tensors["embed_tokens.weight"] = table_VE
     return tensors
@@ -143,7 +143,7 @@ def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
     rank one: SGLang 0.5.23 refuses rank 0."""
     head = target.frozen_head
     draft_DE = drafter.head.heads(head).draft_DE.to(drafter.dtype)
-    embedding_VE = head.embedding_VE.to(drafter.dtype)
+    embedding_VE = head.table_VE.to(drafter.dtype)
     if drafter.sequential is None:
         previous_VR = embedding_VE.new_zeros(len(embedding_VE), 1)
         next_DR = draft_DE.new_zeros(len(draft_DE), 1)
@@ -208,7 +208,7 @@ def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
 
 def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:
     """Whether MASK is what servers make of it: the target's embedding of `mask_token_id`."""
-    return torch.equal(drafter.mask.weight[0], target.frozen_head.embedding_VE[drafter.config.mask_token_id])
+    return torch.equal(drafter.mask.weight[0], target.frozen_head.table_VE[drafter.config.mask_token_id])
 
 
 def _mask_goes_beside(drafter: Drafter, target: Target) -> bool:

@@ -1,0 +1,92 @@
+"""What each family of targets can do: yield hidden states, yield keys and values, be decoded by our engine.
+
+Hidden states come from every decoder of transformers with a list of layers, an embedding and a head. The other two are
+declared here by `model_type`, and proven for each family by a miniature of it (tests/data_prep/test_families.py). A family that
+is not named here yields hidden states alone.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from common.errors import UserError
+
+HYBRID = "linear attention keeps one state for all tokens, from which refused drafts cannot be taken back"
+UNKNOWN = "nobody has tried it"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is declared of a family.
+
+    Attributes:
+        kv: why its layers yield no keys and values; None: those with attention do.
+        decode: why our engine does not decode it; None: it does.
+    """
+
+    kv: str | None = None
+    decode: str | None = None
+
+
+FAMILIES = {
+    "cohere": Family(),
+    "cohere2": Family(),
+    "deepseek_v3": Family(
+        kv="its attention (MLA) keeps one compressed vector for all heads of a layer, and no keys and values",
+        decode="its attention (MLA) keeps no keys and values, which our caches hold",
+    ),
+    "gemma2": Family(decode="it caps the scores of its attention, which our kernels do not"),
+    "gemma3": Family(),
+    "gemma3_text": Family(),
+    "gemma4": Family(decode="its layers have heads of two sizes, and our caches one"),
+    "gemma4_text": Family(decode="its layers have heads of two sizes, and our caches one"),
+    "glm4": Family(),
+    "glm4_moe": Family(),
+    "gpt_oss": Family(),
+    "granite": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "olmo": Family(),
+    "olmo2": Family(),
+    "olmo3": Family(),
+    "phi": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen3_5": Family(decode=HYBRID),
+    "qwen3_5_moe": Family(decode=HYBRID),
+    "qwen3_5_moe_text": Family(decode=HYBRID),
+    "qwen3_5_text": Family(decode=HYBRID),
+    "qwen3_moe": Family(),
+    "qwen3_next": Family(decode=HYBRID),
+    "smollm3": Family(),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """What is declared of the family of `config`."""
+    return FAMILIES.get(config.model_type, Family(kv=UNKNOWN, decode=UNKNOWN))
+
+
+def check_decoder(path: str, config: PretrainedConfig) -> None:
+    """Raises UserError for a model that is no decoder of text."""
+    if config.is_encoder_decoder:
+        raise UserError(f"target {path} is a '{config.model_type}', an encoder with a decoder; a target is a decoder alone")
+
+
+def check_kv(path: str, config: PretrainedConfig) -> None:
+    """Raises UserError where no layer yields keys and values."""
+    if reason := family_of(config).kv:
+        raise UserError(
+            f"target {path} is a '{config.model_type}', which yields no keys and values: {reason}. "
+            "Hidden states it does: cache.kinds=[hidden], and reuse=hidden in training"
+        )
+
+
+def check_decodable(path: str, config: PretrainedConfig) -> None:
+    """Raises UserError where our engine does not decode it."""
+    if reason := family_of(config).decode:
+        raise UserError(
+            f"target {path} is a '{config.model_type}', which is not decoded here: {reason}. A server decodes it: mode=served "
+            "judges a drafter there, regenerate.base_url has it answer; mode=score judges a drafter over a cache"
+        )
