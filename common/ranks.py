@@ -71,11 +71,11 @@ def barrier() -> Callable[[], None]:
 
 
 def told_by_first(value):
-    """What rank 0 passed, in every process. Called by all, after `barrier`."""
-    if world_size() == 1:
-        return value
+    """What rank 0 passed, in every process of those that `barrier` has brought together; without them, `value` itself."""
     from torch import distributed
 
+    if not distributed.is_initialized():
+        return value
     values = [value]
     distributed.broadcast_object_list(values, device="cpu")
     return values[0]

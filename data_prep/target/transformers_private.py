@@ -98,7 +98,7 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Behind the last layer; families differ in its name. Raises ValueError where there is none."""
     for name, module in decoder(model).named_children():
-        if "norm" in name:
+        if "norm" in name or name == "ln_f":
             return module
     raise ValueError("it has no norm behind its last layer")
 

@@ -2,12 +2,12 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
@@ -74,16 +74,29 @@ def _without_memory() -> Iterator[None]:
 
 
 def _stored(folder: str, revision: str | None, name: str) -> torch.Tensor:
-    """One tensor of a model's files, by the name of its parameter."""
+    """One tensor of a model's files, by the name of its parameter. Raises UserError where they do not have it."""
     try:
         index = cached_file(folder, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
-        files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {SINGLE}
-        for file in sorted(files):
-            with safe_open(cached_file(folder, file, revision=revision), framework="pt") as tensors:
-                # Files of some families name the language part otherwise: what follows it is alike.
-                found = [key for key in tensors.keys() if key == name or key.endswith(f".{name}")]
-                if found:
-                    return tensors.get_tensor(found[0])
-    except (OSError, ValueError, KeyError) as error:
+        if index:
+            files = json.loads(Path(index).read_text())["weight_map"]
+        else:
+            with safe_open(cached_file(folder, SINGLE, revision=revision), framework="pt") as tensors:
+                files = dict.fromkeys(tensors.keys(), SINGLE)
+        stored = _name_in(files, name)
+        if stored is None:
+            raise UserError(f"target {folder}: its safetensors files have no {name}")
+        with safe_open(cached_file(folder, files[stored], revision=revision), framework="pt") as tensors:
+            return tensors.get_tensor(stored)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"target {folder}: {name} cannot be read from its safetensors files ({first_line(error)})") from error
-    raise UserError(f"target {folder}: its safetensors files have no {name}")
+
+
+def _name_in(names: Iterable[str], name: str) -> str | None:
+    """Under which of `names` a parameter that belongs to no layer stands. Files of models that read pictures too, and those that
+    are read as their language part alone, name it in several ways: the end is alike."""
+    if name in names:
+        return name
+    end = name.split(".")[-2:]
+    found = [one for one in names if one.split(".")[-2:] == end and not any(part.isdecimal() for part in one.split("."))]
+    of_text = [one for one in found if "language_model" in one] or found
+    return of_text[0] if len(of_text) == 1 else None

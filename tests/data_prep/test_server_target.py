@@ -20,6 +20,7 @@ from data_prep.target.extraction import flags, interpreter_of_vllm, layer_ids
 from data_prep.target.target import Target
 from data_prep.target.unloaded import Unloaded
 from tests.support.commands import ROOT, SMALL, command, deepspeed, without_vllm
+from tests.support.families import miniature
 
 TINY = str(ROOT / "data_prep/targets/tiny")
 MAIN = ROOT / "data_prep/main.py"
@@ -48,19 +49,24 @@ def furthest(mine: CacheReader, theirs: CacheReader) -> float:
 # Without a server.
 
 
-def test_a_target_without_weights_is_like_one_with():
-    target, unloaded = Target(TINY), Unloaded(TINY)
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "granite", "gemma3", "qwen3_5"])
+@torch.no_grad()
+def test_a_target_without_weights_is_like_one_with(name, tmp_path):
+    path = TINY if name == "tiny" else str(miniature(name, tmp_path))
+    target, unloaded = Target(path), Unloaded(path)
     assert unloaded.architecture == target.architecture and unloaded.head_facts == target.head_facts
     assert all(parameter.is_meta for parameter in unloaded.model.parameters())
-    state_TE = torch.randn(3, target.architecture.hidden_size)
-    assert torch.equal(unloaded.final_norm()(state_TE), target.model.model.norm(state_TE))
+    # A server hands out the last layer's output, and the rest is done here.
+    target.capture([target.architecture.num_layers - 1], [])
+    states = target.forward(torch.arange(3, 20)[None])
+    (last,) = states.hidden.values()
+    torch.testing.assert_close(unloaded.final_norm()(last) * unloaded.logit_scale, states.last_hidden, rtol=1e-6, atol=1e-6)
 
 
 def test_a_server_that_is_not_there_is_refused_in_one_line(tmp_path):
-    words = [*WORDS, f"target.server=http://127.0.0.1:{free_port()}/v1", f"cache.dir={tmp_path / 'cache'}"]
-    done = command(MAIN, *words, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot be reached" in done.stderr and not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="target.server: http://127.0.0.1:.* cannot be reached") as refused:
+        build.check_capture(recipe_of(f"target.server=http://127.0.0.1:{free_port()}/v1", f"cache.dir={tmp_path / 'cache'}"))
+    assert "\n" not in str(refused.value) and not (tmp_path / "cache").exists()
 
 
 def test_a_server_has_to_be_vllm_or_an_address():
