@@ -33,7 +33,7 @@ def flags(ids: list[int], folder: str, cpu: bool = False) -> list[str]:
     speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": states}
     files = {"kv_role": "kv_producer", "kv_connector_extra_config": {"shared_storage_path": folder}}
     transfer = (ON_CPU if cpu else ON_GPU) | files
-    # Two documents that begin alike would share what was computed of the first, and states are wanted of each.
+    # With it the states of a beginning that is known would come from an earlier request: right in 0.32, but promised nowhere.
     plain = ["--no-enable-prefix-caching"]
     return [*plain, "--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(transfer)]
 

@@ -83,7 +83,8 @@ class Server:
             served = self._get("/v1/models")["data"]
             # `id` is the name under which it is served, `root` the path that it was loaded from.
             known = {one[name]: one for one in served for name in ("root", "id") if one.get(name)}
-            names = (recipe.id, recipe.location, plain(recipe.location, recipe.revision))
+            folder = plain(recipe.location, recipe.revision)
+            names = (recipe.id, recipe.location, folder, str(Path(folder).absolute()), str(Path(folder).resolve()))
             model = next((known[name] for name in names if name in known), None)
             if model is None:
                 others = ", ".join(one["id"] for one in served) or "nothing"
