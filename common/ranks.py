@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
+Said = TypeVar("Said")
 PR_SET_PDEATHSIG = 1
 
 
@@ -62,12 +64,31 @@ def barrier() -> Callable[[], None]:
         return lambda: None
     from torch import distributed
 
+    group = _patient_group()
+    return lambda: distributed.barrier(group)
+
+
+def from_rank_0(say: Callable[[], Said]) -> Said:
+    """What `say` returns on rank 0, on all ranks. The others wait for however long that takes."""
+    if world_size() == 1:
+        return say()
+    from torch import distributed
+
+    group = _patient_group()
+    said = [say() if rank() == 0 else None]
+    distributed.broadcast_object_list(said, src=0, group=group)
+    return said[0]
+
+
+def _patient_group():
+    """All processes, on the host. To be asked for by all."""
+    from torch import distributed
+
     # One group serves both: NCCL for a target that is spread over GPUs, gloo for what is on the host.
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu() else "gloo", timeout=timedelta(days=30))
     # Ranks of a capture wait for the slowest one, which may take hours: no limit that a capture could reach.
-    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # NCCL's own would give up after minutes
-    return lambda: distributed.barrier(group)
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # NCCL's own would give up after minutes
 
 
 def told_by_first(value):

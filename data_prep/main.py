@@ -62,6 +62,9 @@ def run(recipe: DataPrepRecipe) -> None:
                 regenerate(recipe, ranks.barrier())
             case "synthesize":
                 synthesize(recipe, ranks.barrier())
+            case "estimate" if recipe.capture.spread == "tp":
+                ranks.barrier()  # they join
+                build.estimate(recipe)
             case _ if ranks.rank() == 0:
                 ALONE[recipe.mode](recipe)
     except OSError as error:  # a disk that is full, read-only or gone, wherever it happens

@@ -23,6 +23,8 @@ class TargetRecipe(Section):
     """The command that downloads `path`; it is shown when the path is missing."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; null: its default branch."""
+    trust_remote_code: bool = False
+    """Run the Python code of a model whose family transformers does not know: it may do all that you may."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision of the weights; auto: bf16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -43,42 +43,7 @@ SERVED = (
     ),
 )
 
-
-class Spread(NamedTuple):
-    """How many processes there are, and what the target is."""
-
-    world: int
-    kv_heads: int
-    max_positions: int
-
-
-# c: Spread.
-SPREAD = (
-    Rule(
-        "documents beyond the target",
-        lambda r, c: r.data.max_length > c.max_positions,
-        "data.max_length={r.data.max_length} exceeds the target's {c.max_positions} positions",
-    ),
-    Rule(
-        "documents that fill a server's positions",
-        lambda r, c: r.target.server and r.data.max_length == c.max_positions,
-        "data.max_length={r.data.max_length}: a server writes one token behind each document, and the target has "
-        "{c.max_positions} positions; make it smaller by one",
-    ),
-    Rule(
-        "tp over processes that do not fit",
-        lambda r, c: r.capture.spread == "tp" and (c.kv_heads % c.world or c.world == 1),
-        "capture.spread=tp needs a launcher with several processes that share {c.kv_heads} K/V heads evenly, "
-        "not {c.world}: deepspeed --num_gpus 2 data_prep/main.py ...",
-    ),
-    Rule(
-        "device_map under a launcher",
-        lambda r, c: r.capture.spread == "device_map" and c.world > 1,
-        "capture.spread=device_map is one process that uses all GPUs: run it with python, not with a launcher",
-    ),
-)
-
-# Of training from a target that runs while it trains.
+# Of training without a cache.
 LIVE = (
     Rule(
         "live of a target for several processes",
@@ -93,12 +58,100 @@ LIVE = (
     ),
 )
 
+
+class Spread(NamedTuple):
+    """How many processes there are, and what the target is."""
+
+    world: int
+    kv_heads: int
+
+
+# c: architecture.Sizes.
+LENGTHS = (
+    Rule(
+        "documents beyond the target",
+        lambda r, c: r.data.max_length > c.max_positions,
+        "data.max_length={r.data.max_length} exceeds the target's {c.max_positions} positions",
+    ),
+    Rule(
+        "documents that fill a server's positions",
+        lambda r, c: r.target.server and r.data.max_length == c.max_positions,
+        "data.max_length={r.data.max_length}: a server writes one token behind each document, and the target has "
+        "{c.max_positions} positions; make it smaller by one",
+    ),
+)
+
+# c: Spread.
+SPREAD = (
+    Rule(
+        "tp over processes that do not fit",
+        lambda r, c: r.capture.spread == "tp" and (c.kv_heads % c.world or c.world == 1),
+        "capture.spread=tp needs a launcher with several processes that share {c.kv_heads} K/V heads evenly, "
+        "not {c.world}: deepspeed --num_gpus 2 data_prep/main.py ...",
+    ),
+    Rule(
+        "device_map under a launcher",
+        lambda r, c: r.capture.spread == "device_map" and c.world > 1,
+        "capture.spread=device_map is one process that uses all GPUs: run it with python, not with a launcher",
+    ),
+)
+
+# Of a target before it is loaded. c: target.quantised.Checkpoint.
+CHECKPOINT = (
+    Rule(
+        "adapter instead of a model",
+        lambda r, c: c.adapter,
+        "target.path={c.path} holds an adapter (adapter_config.json), which would be left out: merge it into its model first "
+        "(merge_and_unload of peft) and name the merged one",
+    ),
+    Rule(
+        "unknown quantisation",
+        lambda r, c: c.method is not None and not c.known,
+        "target.path={c.path} is quantised by '{c.method}', which transformers does not load: it would read the weights without "
+        "their scales. A checkpoint in compressed-tensors, fp8, gptq or awq can be a target, or the model before quantisation",
+    ),
+    Rule(
+        "ModelOpt without a word in config.json",
+        lambda r, c: c.method is None and c.modelopt,
+        "target.path={c.path} is quantised by ModelOpt (hf_quant_config.json), which transformers does not load: it would read "
+        "the weights without their scales. A checkpoint in compressed-tensors or fp8 can be a target, or the model before it "
+        "was quantised",
+    ),
+    Rule(
+        "scales without a word in config.json",
+        lambda r, c: c.method is None and c.scale,
+        "target.path={c.path}: its files hold scales of quantised weights ({c.scale}), and config.json has no "
+        "quantization_config that says how to read them: transformers would leave them out",
+    ),
+    Rule(
+        "quantisation without its package",
+        lambda r, c: c.missing,
+        "target.path={c.path} is quantised by {c.method}: pip install {c.missing}",
+    ),
+    Rule(
+        "quantised weights outside of safetensors",
+        lambda r, c: c.method is not None and not c.safetensors,
+        "target.path={c.path} is quantised and has no model.safetensors: quantised weights are read from safetensors alone",
+    ),
+    Rule(
+        "quantised weights under tp",
+        lambda r, c: c.method is not None and c.spread == "tp",
+        "capture.spread=tp divides weights that are not quantised; for {c.path} use capture.spread=device_map",
+    ),
+)
+
 # Over DataPrepRecipe.
 MODES = (
     Rule(
-        "estimate of several processes",
-        lambda r: r.mode == "estimate" and r.capture.spread == "tp",
-        "mode=estimate measures one process; with a target for several, use capture.spread=device_map",
+        "decoding over several devices of one process",
+        lambda r: r.mode in ("regenerate", "synthesize") and r.capture.spread == "device_map",
+        "mode={r.mode} keeps the keys of all layers on one device, which capture.spread=device_map does not; use "
+        "capture.spread=tp under a launcher with several processes",
+    ),
+    Rule(
+        "spread beside a server",
+        lambda r: r.mode == "regenerate" and r.regenerate.base_url and r.capture.spread != "none",
+        "regenerate.base_url: the server has the target, so that capture.spread={r.capture.spread} spreads nothing; drop one",
     ),
     Rule(
         "conversations of a server that captures",
@@ -112,4 +165,4 @@ MODES = (
     ),
 )
 
-TABLES = (INSTALLED, SERVED, SPREAD, LIVE, MODES)
+TABLES = (INSTALLED, SERVED, LIVE, LENGTHS, SPREAD, CHECKPOINT, MODES)

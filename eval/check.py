@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase
 from common.cli import in_sweep, refuse_file
 from common.rules import refuse
 from data_prep.cache.reader import CacheReader
-from data_prep.target.architecture import Architecture, target_sizes
-from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.architecture import Architecture, shortest_window, target_config, target_sizes
+from data_prep.target.families import check_decodable
+from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from eval import drafter_rules, rules
 from eval.prompts.asking import check_asking
 from eval.read_by import unread
@@ -51,15 +52,21 @@ def _refuse(recipe: EvalRecipe) -> None:
     if recipe.decodes and recipe.span and not recipe.asks_suite:
         _check_positions(recipe, config, [recipe.span[1] + config.slots] * recipe.suite.count, "prompts")
 
-    # 4. The target's tokens, and what is asked with them.
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    # 4. Whether our engine decodes the target.
+    if recipe.mode in ("decode", "chat", "demo"):
+        found = target_config(recipe.target)
+        check_decodable(recipe.target.path, found)
+        refuse(rules.DECODED, recipe, rules.Decoded(found.model_type, shortest_window(found)))
+
+    # 5. The target's tokens, and what is asked with them.
+    tokenizer = target_tokenizer(recipe.target)
     refuse(drafter_rules.TOKENIZER, recipe, drafter_rules.Tokens(config, tokenizer_hashes(tokenizer)[0]))
     _check_asked(recipe, judged, tokenizer)
 
-    # 5. The machine.
+    # 6. The machine.
     attention_backend(recipe.attention, pick_device(recipe.target.device), training=recipe.mode == "diagnose")
 
-    # 6. What single modes write and read.
+    # 7. What single modes write and read.
     if recipe.mode == "export":
         refuse(rules.EXPORT, recipe, folder_of(recipe.drafter))
         check_export(config, recipe.format)
@@ -79,7 +86,7 @@ def _check_server(recipe: EvalRecipe) -> None:
         interpreter(server)
         return
     found = find_server(server.url, recipe.target_names)
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     _, said = prompts_within(recipe, target_sizes(recipe.target).max_positions - found.slots, tokenizer)
     refuse(rules.RUNNING, recipe, rules.ServerRoom(found.positions, said["positions"]))
 
@@ -137,9 +144,15 @@ def _check_positions(recipe: EvalRecipe, config: DrafterConfig, takes: list[int]
     )
 
 
-def check_target(recipe: EvalRecipe, config: DrafterConfig, architecture: Architecture, weights_hash: str) -> None:
+def check_target(
+    recipe: EvalRecipe,
+    config: DrafterConfig,
+    architecture: Architecture,
+    weights_hash: str,
+    quantisation: dict | None = None,
+) -> None:
     """Raises UserError when the target that was loaded is not the drafter's, or with `any_target` not of its architecture; and
     when a cache that is read with it is of another one."""
     reads_cache = recipe.mode in ("score", "diagnose")
-    cached_hash = CacheReader(recipe.cache.dir).manifest.target["weights_hash"] if reads_cache else None
-    refuse(rules.LOADED, recipe, rules.Loaded(config, architecture, weights_hash, cached_hash))
+    cached = CacheReader(recipe.cache.dir).manifest.target if reads_cache else None
+    refuse(rules.LOADED, recipe, rules.Loaded(config, architecture, weights_hash, cached, quantisation))

@@ -20,6 +20,12 @@ class Judged(NamedTuple):
 # c: Judged.
 VIEW = (
     Rule(
+        "view of a window",
+        lambda r, c: c.config.windowed,
+        "view={c.view.kind} chooses from all of memory, and {r.drafter} reads layers of its target that have a window: leave out "
+        "view.budget",
+    ),
+    Rule(
         "in_cache positions of mixed keys",
         lambda r, c: c.view.positions == "in_cache" and c.config.source == "projected" and c.config.uses_kv,
         "view.positions=in_cache turns keys to other positions; the drafter's projected keys mix turned ones",

@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from common import cli  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target.architecture import target_sizes  # noqa: E402
-from data_prep.target.loading import load_target, pick_device  # noqa: E402
+from data_prep.target.described import Described  # noqa: E402
+from data_prep.target.loading import load_parts, load_target, pick_device  # noqa: E402
 from data_prep.target.target import Target  # noqa: E402
 from eval.check import check_evaluation, check_target  # noqa: E402
 from eval.judging import measure
@@ -40,23 +41,26 @@ from train.drafter.formats.imported_weights import bind  # noqa: E402
 from train.measure import pictures  # noqa: E402
 from train.run.tracking import Tracker  # noqa: E402
 
+WITHOUT_FORWARDS = ("score", "export")  # modes that ask of the target its embedding, head and norms alone
 
-def load(recipe: EvalRecipe) -> tuple[Target, Drafter]:
+
+def load(recipe: EvalRecipe) -> tuple[Described, Drafter]:
     """The target and the drafter that was trained for it, or with `any_target` for one like it. Raises UserError when they do
     not belong together."""
     drafter = load_drafter(recipe.drafter, lambda: target_sizes(recipe.target))
-    target = load_target(recipe.target)
-    check_target(recipe, drafter.config, target.architecture, target.weights_hash())
+    target = load_parts(recipe.target) if recipe.mode in WITHOUT_FORWARDS else load_target(recipe.target)
+    check_target(recipe, drafter.config, target.architecture, target.weights_hash(), target.quantisation)
     if not drafter.config.is_bound:
         bind(drafter, folder_of(recipe.drafter), recipe.target.id, target)
     view = view_of(recipe, drafter.config)
     if drafter.config.lm and view and view.positions == "in_cache":
         drafter.check_in_cache()
-    target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
+    if isinstance(target, Target):
+        target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
     return target, drafter.to(target.device, target.dtype)
 
 
-def described(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
+def described(recipe: EvalRecipe, target: Described, drafter: Drafter) -> dict:
     """What a report says of its subject: the drafter, how it was trained, and the view and the context it is judged under."""
     config = drafter.config
     judged_on = {"path": recipe.target.id, "dtype": str(target.dtype), "device": str(target.device), **config.target}
@@ -144,7 +148,7 @@ def _decode(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
     print(f"report: {out / 'report.json'}, {out / 'report.png'}, {out / 'report.html'}")
 
 
-def _score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+def _score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> None:
     accepted, loss, apart = score(recipe, target, drafter)
     found = {kind: vars(a) for kind, a in accepted.items()}
     result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found}
@@ -174,7 +178,7 @@ def _demo(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
     print(f"picture: {out / PICTURE}; figures: {out / 'demo.json'}")
 
 
-def _export(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
+def _export(recipe: EvalRecipe, target: Described, drafter: Drafter) -> None:
     out = Path(recipe.out)
     notes = save_export(drafter, target, out, recipe.format)
     print(f"{recipe.format}: {out}", *notes, sep="\n")

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.rules import Rule
 from data_prep.cache.manifest import Manifest
+from data_prep.target import quantised
 from data_prep.target.architecture import Architecture
 from train.drafter.config import DrafterConfig
 
@@ -95,6 +96,24 @@ DRAFTER = (
 # c: the files of weights in the drafter's folder.
 WEIGHTS = (Rule("no weights", lambda r, files: not files, "{r.drafter} holds no weights (model.safetensors)"),)
 
+
+class Decoded(NamedTuple):
+    """A target that our engine is to decode: its family, and how many positions its layers with a window read (None: it has no
+    such layers)."""
+
+    family: str
+    window: int | None
+
+
+# c: Decoded.
+DECODED = (
+    Rule(
+        "partial verification of windows",
+        lambda r, c: r.verify.partial and c.window is not None,
+        "verify={r.verify.kind}: layers of target {r.target.path}, a '{c.family}', read the last {c.window} positions alone, and "
+        "a part of its cache does not say which these are. verify=full reads them",
+    ),
+)
 
 # Of mode=chat and mode=demo. c: whether the command is a sweep.
 PERSON = (Rule("sweep of a person", lambda r, swept: swept, "mode={r.mode} is for a person; it has no sweep (-m)"),)
@@ -184,18 +203,31 @@ DOCUMENTS = (
 
 
 class Loaded(NamedTuple):
-    """A drafter's configuration, the target that was loaded, and the hash of the target whose cache is read with it (None: no
-    cache is)."""
+    """A drafter's configuration, the target that was loaded, what the manifest of a cache that is read with it says of its target
+    (None: no cache is), and how the loaded one is quantised."""
 
     config: DrafterConfig
     architecture: Architecture
     weights_hash: str
-    cached_hash: str | None
+    cached: dict | None
+    quantisation: dict | None = None
 
     @property
     def is_another(self) -> bool:
         """Whether the drafter is bound to another target."""
         return self.config.is_bound and self.weights_hash != self.config.target["weights_hash"]
+
+
+def _cached_of_another(r, c: Loaded) -> dict | None:
+    if c.cached is None or c.cached["weights_hash"] == c.weights_hash:
+        return None
+    return {"quantised": quantised.apart(c.cached.get("quantisation"), c.quantisation)}
+
+
+def _other_weights(r, c: Loaded) -> dict | None:
+    if not c.is_another or r.any_target:
+        return None
+    return {"quantised": quantised.apart(c.config.target.get("quantisation"), c.quantisation)}
 
 
 def _differing(r, c: Loaded) -> dict | None:
@@ -214,19 +246,19 @@ def _differing(r, c: Loaded) -> dict | None:
 LOADED = (
     Rule(
         "cache of another target than the loaded one",
-        lambda r, c: c.cached_hash is not None and c.cached_hash != c.weights_hash,
-        "{r.cache.dir} is a cache of another target than {r.target.path}",
+        _cached_of_another,
+        "{r.cache.dir} is a cache of another target than {r.target.path}{quantised}",
     ),
     Rule(
         "other weights",
-        lambda r, c: c.is_another and not r.any_target,
-        "{r.drafter} was trained for other weights of {c.config.target[id]} than those of {r.target.path}: its "
+        _other_weights,
+        "{r.drafter} was trained for other weights of {c.config.target[id]} than those of {r.target.path}{quantised}: its "
         "drafts would seldom be accepted (any_target=true tries it all the same)",
     ),
     Rule("another architecture", _differing, "{r.drafter} is for targets with {differs}"),
 )
 
 TABLES = (
-    *(TEMPERATURES, TARGET, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS),
-    *(PERSON, PROMPTS, EXPORT, CACHE, DOCUMENTS, LOADED),
+    *(TEMPERATURES, TARGET, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
+    *(CACHE, DOCUMENTS, LOADED),
 )

@@ -1,5 +1,7 @@
 """A recipe and a cache -> the drafter that is to be trained, what its engine is told, and every refusal that needs no GPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -10,8 +12,9 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture, target_config, unlike
-from data_prep.target.loading import load_tokenizer, pick_device, tokenizer_hashes
+from data_prep.target.architecture import Architecture, KVLayer, target_config, unlike
+from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
+from data_prep.target.quantised import in_words
 from train import machine_rules
 from train.attention.choose import attention_backend
 from train.drafter.config import DrafterConfig
@@ -82,7 +85,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     sampler = recipe.view_sampler
     architecture = Architecture(**manifest.target["architecture"])
     refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, TILE))
-    return DrafterConfig(
+    config = DrafterConfig(
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
         target_layers=target_layers,
@@ -116,8 +119,21 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
             "id": manifest.target["id"],
             "weights_hash": manifest.target["weights_hash"],
             "tokenizer_hash": manifest.tokenizer_hash,
+            **{name: value for name, value in manifest.target.items() if name == "quantisation"},
         },
     )
+    config = replace(config, kv_shapes=_kv_shapes(manifest, config))
+    refuse(machine_rules.KV_SHAPES, recipe, config)
+    return config
+
+
+def _kv_shapes(manifest: Manifest, config: DrafterConfig) -> list[KVLayer] | None:
+    """What the K/V are like that the drafter reads; None: as its own."""
+    a = Architecture(**manifest.target["architecture"])
+    usual = KVLayer(a.kv_heads, a.head_dim, a.inv_freq, a.rope_scale)
+    said = {int(layer): KVLayer(**fields) for layer, fields in manifest.target.get("kv_shapes", {}).items()}
+    shapes = [said.get(layer, usual) for layer in config.kv_layers]
+    return shapes if any(shape != config.own_shape for shape in shapes) else None
 
 
 def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
@@ -125,13 +141,19 @@ def uses_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
     return recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
 
 
-def attention(recipe: TrainRecipe, device: torch.device, head_dim: int):
-    """The backend that trains this recipe. Raises UserError as `attention_backend` does."""
-    # FlashAttention knows one mask, the causal one: one row of each anchor, without views. A
+def attention(recipe: TrainRecipe, device: torch.device, config: DrafterConfig | None):
+    """The backend that trains this recipe. Raises UserError as `attention_backend` does.
+
+    Args:
+        config: the drafter; None: not known yet, as with a cache that is still to be made.
+    """
+    # FlashAttention knows one mask, the causal one: one row of each anchor, without views and windows. A
     # language model attends by its own means.
     flash = OBJECTIVES[recipe.objective.kind].token_by_token and recipe.view_sampler is None and recipe.drafter.lm is None
+    shapes = [config.shape(i, name) for i in range(len(config.target_layers)) for name in config.branches] if config else []
+    flash &= not any(shape.window for shape in shapes)
     if device.type == "cuda":  # what its kernels take
-        flash &= uses_bf16(recipe, device) and head_dim % 8 == 0 and head_dim <= 256
+        flash &= uses_bf16(recipe, device) and all(s.head_dim % 8 == 0 and s.head_dim <= 256 for s in shapes)
         flash &= torch.cuda.get_device_capability(device) >= (8, 0)
     return attention_backend(recipe.drafter.attention, device, flash=flash, dense=recipe.objective.anchors is None)
 
@@ -158,19 +180,21 @@ def check_training(recipe: TrainRecipe) -> None:
     if recipe.run.dir:
         refuse_file("run.dir", recipe.run.dir)
     device = pick_device(recipe.target.device)
-    # 2. The machine, and the attention that it can run.
+    # 2. The machine.
     manifest = manifest_of(recipe)
-    attention(recipe, device, manifest.target["architecture"].get("head_dim", 128))  # of a cache yet to be made it is not known
     refuse(machine_rules.MACHINE, recipe, _machine(recipe, device))
     refuse(machine_rules.START, recipe, unlike(target_config(recipe.target)))
-    # 3. The cache's layers, and the drafter that reads them.
+    # 3. The cache's layers, the drafter that reads them, and the attention that it can run.
     chosen_layers(recipe, manifest)
-    if manifest.target["weights_hash"]:  # else the target has yet to be loaded, and the engine says the rest
+    if not manifest.target["weights_hash"]:  # the target has yet to be loaded, and the engine says the rest
+        attention(recipe, device, None)
+    else:
         config = drafter_config(recipe, manifest)
+        attention(recipe, device, config)
         if recipe.drafter.warm_start:
             check_warm_start(recipe.drafter.warm_start, config)
     # 4. The target's tokens.
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     tokens = machine_rules.Tokens(manifest, tokenizer_hashes(tokenizer)[0])
     refuse(machine_rules.TOKENIZER, recipe, tokens)
     if recipe.drafter.lm:
@@ -201,8 +225,8 @@ def check_target(architecture: Architecture, weights_hash: str, manifest: Manife
         )
     if weights_hash != manifest.target["weights_hash"]:
         raise UserError(
-            f"the cache {cache_dir} was captured from another target: weights hash {manifest.target['weights_hash']}, "
-            f"loaded {weights_hash}"
+            f"the cache {cache_dir} was captured from another target: {in_words(manifest.target.get('quantisation'))}, weights "
+            f"hash {manifest.target['weights_hash']}, loaded {weights_hash}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from common.rules import Rule
 from data_prep.cache.manifest import Manifest
 from data_prep.target.architecture import Architecture
+from train.drafter.config import DrafterConfig
 from train.recipe import TrainRecipe
 
 # c: the number of ranks.
@@ -183,6 +184,30 @@ SHAPES = (
 )
 
 
+def _heads_that_differ(r: TrainRecipe, c: DrafterConfig) -> dict | None:
+    if not c.uses_kv or c.source != "head_concat":
+        return None
+    differs = [layer for layer in c.kv_layers if c.kv_shape(layer) != c.kv_shape(c.kv_layers[0])]
+    return {"one": c.kv_layers[0], "other": differs[0]} if differs else None
+
+
+# c: DrafterConfig.
+KV_SHAPES = (
+    Rule(
+        "heads side by side that differ",
+        _heads_that_differ,
+        "reuse.source=head_concat: the K/V of layers {one} and {other} differ (heads, rotary embedding or window); name layers "
+        "that are alike (reuse.kv_layers), or use reuse.source=projected_rope",
+    ),
+    Rule(
+        "view of a window",
+        lambda r, c: r.view_sampler and c.windowed,
+        "view={r.view.kind} chooses from all of memory, and the target's layers {c.kv_layers} read a window; use view=full, or "
+        "reuse.source=projected_rope",
+    ),
+)
+
+
 class Documents(NamedTuple):
     """The longest document of a cache, and the language model that is to read it (its path and positions)."""
 
@@ -240,4 +265,4 @@ VOCABULARY = (
     ),
 )
 
-TABLES = (RANKS, MACHINE, START, HELD, LAYERS, SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)
+TABLES = (RANKS, MACHINE, START, HELD, LAYERS, SHAPES, KV_SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)

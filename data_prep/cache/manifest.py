@@ -25,7 +25,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int
-    # id, revision, weights_hash, and the sizes of target.architecture.Architecture; `server`, where one computed the states.
+    # id, revision, weights_hash, the sizes of target.architecture.Architecture; `quantisation` where the weights are quantised,
+    # `server` where one computed the states.
     target: dict
     tokenizer_hash: str
     chat_template_hash: str
@@ -91,8 +92,11 @@ class Manifest(BaseModel):
         """What two captures of the same thing share: not by which software and server they were made, nor how the data were
         named."""
         fields = self.model_dump(exclude={"software"})
-        target = {key: value for key, value in self.target.items() if key != "server"}
-        return fields | {"target": target, "source": {key: value for key, value in self.source.items() if key != "recipe"}}
+        fields["target"] = {key: value for key, value in self.target.items() if key != "server"}
+        # Caches of GGUF files were captured before a manifest named quantisations; their weights' hash tells them apart.
+        if self.target.get("quantisation", {}).get("method") == "gguf":
+            del fields["target"]["quantisation"]
+        return fields | {"source": {key: value for key, value in self.source.items() if key != "recipe"}}
 
 
 def is_teacher(name: str) -> bool:

@@ -20,7 +20,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.cache.writer import read_seal, seal, write_seal
 from data_prep.recipe import DataPrepRecipe, TargetRecipe, location
 from data_prep.sources.documents import Digest
-from data_prep.target.loading import load_tokenizer, tokenizer_hashes, weights_hash
+from data_prep.target.loading import load_tokenizer, target_tokenizer, tokenizer_hashes, weights_hash
 
 SAMPLE = 256  # documents whose states are looked at for norms
 
@@ -47,7 +47,7 @@ def verify(recipe: DataPrepRecipe) -> None:
 
 def _against_target(reader: CacheReader, recipe: TargetRecipe) -> list[str]:
     manifest = reader.manifest
-    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.location, recipe.revision))
+    tokenizer_hash, template_hash = tokenizer_hashes(target_tokenizer(recipe))
     differ = {
         "weights": weights_hash(recipe) != manifest.target["weights_hash"],
         "tokenizer": tokenizer_hash != manifest.tokenizer_hash,
@@ -87,7 +87,10 @@ def inspect(recipe: DataPrepRecipe) -> None:
         table.add_row(escape(name), escape(value))
     console.print(table)
     _draw(Path(recipe.inspect.out), reader.lengths, share, norms)
-    tokenizer = load_tokenizer(location(manifest.target["id"]), manifest.target["revision"]) if recipe.inspect.examples else None
+    tokenizer = None
+    if recipe.inspect.examples:
+        target = manifest.target
+        tokenizer = load_tokenizer(location(target["id"]), target["revision"], recipe.target.trust_remote_code)
     for index in np.linspace(0, len(reader) - 1, min(recipe.inspect.examples, len(reader))).astype(int):
         tensors = reader.read(index, ["input_ids", "loss_mask"])
         console.print(

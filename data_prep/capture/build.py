@@ -30,7 +30,8 @@ from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
-from data_prep.target.loading import load_tokenizer, tokenizer_hashes
+from data_prep.target.loading import target_tokenizer, tokenizer_hashes
+from data_prep.target.quantised import check_checkpoint, in_words, quantisation_of, unrounded
 from data_prep.target.served import ServedTarget, capturing, check_server
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
@@ -81,22 +82,35 @@ def check_capture(recipe: CaptureSections) -> None:
     sources.check_source(recipe.data)
     refuse(rules.INSTALLED, recipe)
     refuse(rules.SERVED, recipe)
+    check_checkpoint(recipe.target, recipe.capture.spread)
     sizes = target_sizes(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
     layers = chosen_layers(recipe)
-    refuse(rules.SPREAD, recipe, rules.Spread(world_size(), sizes.kv_heads, sizes.max_positions))
+    refuse(rules.LENGTHS, recipe, sizes)
+    check_spread(recipe)
     check_server(recipe, layers.hidden, sizes.num_layers)
+
+
+def check_spread(recipe: CaptureSections) -> None:
+    """Raises UserError where the target cannot be spread as `capture.spread` says."""
+    refuse(rules.INSTALLED, recipe)
+    if recipe.capture.spread == "none":
+        return
+    check_checkpoint(recipe.target, recipe.capture.spread)
+    refuse(rules.SPREAD, recipe, rules.Spread(world_size(), target_sizes(recipe.target).kv_heads))
 
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
     """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
-    tokenizer_hash, template_hash = tokenizer_hashes(load_tokenizer(recipe.target.location, recipe.target.revision))
+    tokenizer_hash, template_hash = tokenizer_hashes(target_tokenizer(recipe.target))
     sizes = target_sizes(recipe.target)
     layers = chosen_layers(recipe)
+    config = target_config(recipe.target)
+    quantisation = quantisation_of(recipe.target.location, recipe.target.revision, config)
     # Of layers that differ from `sizes`, what is needed to know how much will be stored; the loaded target tells the rest.
-    shapes = other_kv_sizes(target_config(recipe.target), sizes, {*layers.kv, *layers.query})
+    shapes = other_kv_sizes(config, sizes, {*layers.kv, *layers.query})
     return Manifest(
         format_version=FORMAT_VERSION,
         target={
@@ -106,6 +120,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
             "architecture": asdict(sizes),
             "mask_token_id": recipe.target.mask_token_id,
             **({"kv_shapes": shapes} if shapes else {}),
+            **({"quantisation": quantisation} if quantisation else {}),
         },
         tokenizer_hash=tokenizer_hash,
         chat_template_hash=template_hash,
@@ -122,7 +137,8 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
 
 def differences(planned: Manifest, manifest: Manifest) -> list[str]:
     """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
-    later = ("source.", "target.weights_hash", "target.architecture.", "target.kv_shapes", "target.head")
+    of_target = ("weights_hash", "architecture.", "kv_shapes", "head", "quantisation.computed")
+    later = ("source.", *(f"target.{name}" for name in of_target))
     return [f for f in planned.differs(manifest) if not f.startswith(later)]
 
 
@@ -133,6 +149,8 @@ def completed(manifest: Manifest, target) -> Manifest:
         known["kv_shapes"] = {str(layer): asdict(shape) for layer, shape in shapes.items()}
     if facts := target.head_facts:
         known["head"] = facts
+    if target.quantisation:
+        known["quantisation"] = target.quantisation
     if target.server:
         known["server"] = target.server
     return manifest.model_copy(update={"target": manifest.target | known})
@@ -141,7 +159,7 @@ def completed(manifest: Manifest, target) -> Manifest:
 def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
     """Write the tokenised source to `path`, as one of `processes` that do so at once; returns the manifest's word on it and
     says what was left out."""
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     left_out: Counter = Counter()
     workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
     documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)
@@ -213,8 +231,8 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             _refuse_small_disk(folder, describe(manifest))
         barrier()
         with _target_of(recipe) as target:
-            if rank() == 0 and not target.server:
-                say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
+            if rank() == 0:
+                _say_of_target(recipe, target, manifest.source["tokens"])
             together = recipe.capture.spread == "tp"
             if together and rank() != 0:
                 target.weights_hash()  # gathering the shards takes all processes
@@ -240,6 +258,18 @@ def _target_of(recipe: CaptureSections) -> AbstractContextManager[Target | Serve
     return capturing(recipe, chosen_layers(recipe).hidden, target_sizes(recipe.target).num_layers)
 
 
+def _say_of_target(recipe: CaptureSections, target: Target | ServedTarget, tokens: int) -> None:
+    if target.server:
+        return
+    if unrounded(target.quantisation):
+        print(
+            f"{recipe.target.path} is {in_words(target.quantisation)}: states differ a little from those of a server, which "
+            "rounds activations too",
+            flush=True,
+        )
+    say_how_long(target, tokens, recipe.capture.batch_tokens)
+
+
 def _say_what_is_there(writer: CacheWriter) -> None:
     for name in writer.removed:
         print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
@@ -248,19 +278,30 @@ def _say_what_is_there(writer: CacheWriter) -> None:
 
 
 def estimate(recipe: CaptureSections) -> None:
-    """Bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches."""
+    """Print bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches.
+
+    Called by one process, or by all that share the target (`capture.spread=tp`): each tokenises for itself, and reads
+    the same batches.
+    """
+    sharing = world_size() if recipe.capture.spread == "tp" else 1
     with tempfile.TemporaryDirectory(dir=_existing(Path(recipe.cache.dir).absolute().parent)) as folder:  # /tmp may be small
         path = Path(folder) / DOCUMENTS
-        manifest = plan(recipe, tokenise(recipe, path))
-        size = describe(manifest)
+        manifest = plan(recipe, tokenise(recipe, path, sharing))
+        size = describe(manifest) if rank() == 0 else 0
         documents = Documents(path)
         with _target_of(recipe) as target:
             rate = _rate(target, documents, manifest, recipe.capture.batch_tokens)
             where = "at the server" if target.server else f"on {target.device}"
+    if rank() != 0:
+        return
     hours = manifest.source["tokens"] / rate / 3600
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
-    eight = "" if target.server else f" on one process, {hours / 8:.2g} on eight"
-    print(f"{rate:,.0f} tokens/s {where} (disk aside): {hours:.2g} hours{eight}")
+    scales = f"{hours:.2g} hours on these {sharing} processes"
+    if sharing == 1 and target.server:
+        scales = f"{hours:.2g} hours"
+    elif sharing == 1:
+        scales = f"{hours:.2g} hours on one process, {hours / 8:.2g} on eight"
+    print(f"{rate:,.0f} tokens/s {where} (disk aside): {scales}")
     print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
 
 

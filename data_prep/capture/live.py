@@ -113,6 +113,9 @@ SAID_BY = {
 def contradicted(recipe: CaptureSections, manifest: Manifest) -> list[str]:
     """Fields in which a finished cache is not what the line says. What the line does not name follows the cache."""
     said = {field for field, keys in SAID_BY.items() if recipe.names(*keys)}
+    if not recipe.names("cache.kinds"):  # a target need not yield all that the group `cache` asks for
+        kinds = [kind for kind in ("hidden", "kv", "query") if getattr(manifest, f"{kind}_layers")]
+        recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"kinds": kinds})})
     if "cache" in recipe.named:  # cache=fp8: the files of that group differ in nothing else
         said.add("codec")
     fields = build.differences(build.plan(recipe, {}), manifest)

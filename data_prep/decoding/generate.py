@@ -13,10 +13,10 @@ from contextlib import nullcontext
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from common.errors import UserError
-from data_prep.decoding.attention import among_rows
+from data_prep.decoding.attention import Reading, among_rows
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.dialogues import Answer, Dialogue, Line, Request, prefill_groups
 from data_prep.decoding.graphs import Graphed
@@ -33,6 +33,9 @@ SHARE = 0.8  # of a GPU's free memory; the rest is for reading prompts
 class BatchGenerator:
     """Runs dialogues, a batch of requests at a time.
 
+    Where processes share the target's layers (`Target.spread_by_tensors`), all of them run the same dialogues in step. What they
+    decide follows from tokens alone, and those are rank 0's.
+
     Args:
         ends: tokens that end an answer.
         places: requests at a time; None: 16 on a CPU, `MOST_PLACES` on a GPU. Fewer where a GPU's memory does not hold them.
@@ -41,6 +44,7 @@ class BatchGenerator:
     def __init__(self, target: Target, ends: Iterable[int], places: int | None = None):
         self._target = target
         self._cuda = target.device.type == "cuda"
+        self._together = target.spread_by_tensors
         self._most = places or (MOST_PLACES if self._cuda else 16)
         self._count = self._most
         # What is compiled is made for one number of rows: steps over all places. Prompts and the last requests do without.
@@ -130,10 +134,10 @@ class BatchGenerator:
         keys = self._cache.key
         values = self._cache.value
 
-        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor) -> Tensor:
+        def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor, reading: Reading) -> Tensor:
             keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
             values[layer, place_N, : v_NTGD.shape[1]] = v_NTGD
-            return among_rows(q_NTHD, k_NTGD, v_NTGD)
+            return among_rows(q_NTHD, k_NTGD, v_NTGD, reading)
 
         with self._target.uncompiled():
             states = self._target.forward_through(ids_NT, position_NT, attend)
@@ -182,6 +186,12 @@ class BatchGenerator:
 
     def _chosen(self, logits_NV: Tensor, temperature_N: Tensor, top_p_N: Tensor, u_N: Tensor) -> Tensor:
         """The next token of each row."""
+        next_N = self._own_choice(logits_NV, temperature_N, top_p_N, u_N)
+        if self._together:
+            distributed.broadcast(next_N, 0)
+        return next_N
+
+    def _own_choice(self, logits_NV: Tensor, temperature_N: Tensor, top_p_N: Tensor, u_N: Tensor) -> Tensor:
         best_N = logits_NV.argmax(-1)
         if not self._samples:
             return best_N
@@ -261,17 +271,15 @@ class BatchGenerator:
             self._graphs.clear()
             self._shrink(room)
         self._draining = False
-        a = self._target.architecture
-        device = self._target.device
-        self._cache = StaticCache(a.num_layers, self._count, room, a.kv_heads, a.head_dim, self._target.dtype, device)
-        self._places = Places(self._count, room, draws, device)
+        self._cache = StaticCache.of(self._target, self._count, room)
+        self._places = Places(self._count, room, draws, self._target.device)
         if old is not None:
             self._places.take_over(old)
             self._cache.key[:, :, : cache.room] = cache.key
             self._cache.value[:, :, : cache.room] = cache.value
         self._graphs.clear()
         # All graphs work in one pool of memory. They may, because no two of them run at the same time.
-        self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if self._cuda and self._target.graphs else None
         return True
 
     def _shrink(self, room: int) -> None:
@@ -288,9 +296,15 @@ class BatchGenerator:
         """Places of new caches that there is memory for."""
         if not self._cuda:
             return self._count
-        a = self._target.architecture
+        layers, heads, size = self._target.kv_sizes
         # What PyTorch holds and does not use is free for new tensors too, though the driver counts it as taken.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        cached = 2 * a.num_layers * room * a.kv_heads * a.head_dim * self._target.dtype.itemsize
-        drawn_from = 32 * a.vocab_size  # logits, probabilities and their sums, in float32 and float64
-        return int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
+        cached = 2 * layers * room * heads * size * self._target.dtype.itemsize
+        drawn_from = 32 * self._target.config.vocab_size  # logits, probabilities and their sums, in float32 and float64
+        fitting = int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
+        if self._together:
+            # They have as many places as the fullest GPU holds.
+            least = torch.tensor(fitting, device=self._target.device)
+            distributed.all_reduce(least, distributed.ReduceOp.MIN)
+            fitting = int(least)
+        return fitting

@@ -37,11 +37,19 @@ def _exists(name: str) -> bool:
 
 
 def attention_with_lse(
-    q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None = None, causal: bool = False
+    q_BHTD: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output [B, H, T, D], log-sum-exp of the scores [B, H, T]) on a CPU. The kernel behind
-    `scaled_dot_product_attention`, which does not hand out the second. `mask` is added to the scores."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BGLD, v_BGLD, is_causal=causal, attn_mask=mask)
+    `scaled_dot_product_attention`, which does not hand out the second. `mask` is added to the scores; `scale`: None is
+    D ** -0.5."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BHTD, k_BGLD, v_BGLD, is_causal=causal, attn_mask=mask, scale=scale
+    )
 
 
 def has_layouts() -> bool:

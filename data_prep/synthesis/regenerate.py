@@ -13,7 +13,9 @@ from common.errors import UserError
 from common.hashing import stable_hash
 from common.progress import Progress
 from common.ranks import rank, world_size
-from data_prep.capture.build import say
+from common.rules import refuse
+from data_prep import rules
+from data_prep.capture.build import check_spread, say
 from data_prep.decoding.dialogues import Ask, Dialogue
 from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe
@@ -23,7 +25,9 @@ from data_prep.synthesis.conversation import Conversation, Write
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.server import Server
 from data_prep.synthesis.turns import Turns
-from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.architecture import target_config
+from data_prep.target.families import check_decodable
+from data_prep.target.loading import load_target, target_tokenizer
 
 BEGINS = b'{"id": '  # every line of ours
 
@@ -35,21 +39,21 @@ def check_regeneration(recipe: DataPrepRecipe) -> None:
     if recipe.data.format not in ("chat", "auto"):
         raise UserError(f"mode=regenerate answers conversations; data of format '{recipe.data.format}' has none. Try data=chat")
     sources.check_source(recipe.data)
-    if recipe.capture.spread != "none":
-        raise UserError(
-            f"mode=regenerate with capture.spread={recipe.capture.spread}: serve the target and give its "
-            "regenerate.base_url instead"
-        )
+    refuse(rules.MODES, recipe)
+    check_spread(recipe)
     if recipe.data.path and Path(recipe.data.path).resolve() == Path(recipe.regenerate.out).resolve():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
     if Path(recipe.regenerate.out).is_dir():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
-    if not recipe.regenerate.base_url and not load_tokenizer(recipe.target.location, recipe.target.revision).chat_template:
+    if not recipe.regenerate.base_url:
+        check_decodable(recipe.target.path, target_config(recipe.target))
+    if not recipe.regenerate.base_url and not target_tokenizer(recipe.target).chat_template:
         raise UserError(f"the tokenizer of target {recipe.target.path} has no chat template")
 
 
 def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
-    """Answer every conversation that `regenerate.out` does not hold yet; processes share them by id.
+    """Answer every conversation that `regenerate.out` does not hold yet; processes share them by id, or with `capture.spread=tp`
+    answer all together.
 
     Raises:
         UserError: the file was written with other settings, or the server does not answer. What is done is kept.
@@ -95,6 +99,8 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journa
         task = progress.add_task("regenerate", total=None)
 
         def write(asked: Conversation, messages: list[dict], finish: str) -> None:
+            if recipe.capture.spread == "tp" and rank() != 0:
+                return
             answered = {"id": asked.id, "messages": messages, "finish": finish}
             journal.append({**answered, "prompts": asked.hash, "regenerated": settings})
             if finish == "length":
@@ -110,10 +116,12 @@ def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journa
 
 
 def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Counter) -> Iterator[Conversation]:
-    """This process's share of what is to be answered. Raises UserError when an answer that is there had other prompts."""
+    """This process's share of what is to be answered, or all of it where processes share the target. Raises UserError when an
+    answer that is there had other prompts."""
     for record in sources.records(recipe.data, heldout=None):
         # By id and not by place, because another number of processes has to find the same conversations done.
-        if (key := stable_hash(record.id)) % world_size() != rank():
+        key = stable_hash(record.id)
+        if recipe.capture.spread != "tp" and key % world_size() != rank():
             continue
         try:
             messages = messages_of(record.fields)
@@ -144,8 +152,8 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
 def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Write, left_out: Counter) -> None:
     """The target in this process, `batch` conversations at a time, each turn by turn."""
     ask = recipe.regenerate
-    target = load_target(recipe.target)
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    target = load_target(recipe.target, recipe.capture)
+    tokenizer = target_tokenizer(recipe.target)
     thinking = {} if ask.thinking is None else {"enable_thinking": ask.thinking}
     turns = Turns(tokenizer, recipe.target.id, recipe.data.template | thinking)
 

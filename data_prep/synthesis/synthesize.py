@@ -19,7 +19,9 @@ import xxhash
 from common.errors import UserError
 from common.progress import Progress
 from common.ranks import rank, world_size
-from data_prep.capture.build import say
+from common.rules import refuse
+from data_prep import rules
+from data_prep.capture.build import check_spread, say
 from data_prep.decoding.dialogues import Dialogue
 from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe, SynthesizeRecipe
@@ -28,8 +30,9 @@ from data_prep.synthesis.filters import repeats
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.place import Account, Place
 from data_prep.synthesis.turns import Turns
-from data_prep.target.architecture import target_sizes
-from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
+from data_prep.target.architecture import target_config, target_sizes
+from data_prep.target.families import check_decodable
+from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
 
 WINDOW = 1000  # candidates: of the last ones
 LEAST = 0.01  # must be kept, or the command gives up
@@ -54,8 +57,9 @@ def check_synthesis(recipe: DataPrepRecipe) -> None:
     if not ask.used_kinds:
         needed = "" if ask.texts else "; those that need texts take none without synthesize.texts=FILE.jsonl"
         raise UserError(f"synthesize.kinds: no kind has a share above 0{needed}")
-    if recipe.capture.spread != "none":
-        raise UserError(f"mode=synthesize runs the target whole on each GPU, not with capture.spread={recipe.capture.spread}")
+    refuse(rules.MODES, recipe)
+    check_spread(recipe)
+    check_decodable(recipe.target.path, target_config(recipe.target))
     positions = target_sizes(recipe.target).max_positions
     if ask.most_tokens > positions:
         raise UserError(f"synthesize.most_tokens={ask.most_tokens} exceeds the target's {positions} positions")
@@ -102,17 +106,20 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         barrier()
         journal.share()
         generator = None
+        together = recipe.capture.spread == "tp"
         with Progress("candidates", silent=rank() != 0) as progress:
             task = progress.add_task("synthesize", total=0)
             while (upto := _next_round(ask, place, journal, barrier)) is not None:
                 # Loading takes long, and a run that only has to finish its file needs no target.
                 if generator is None:
-                    target = load_target(recipe.target)
+                    target = load_target(recipe.target, recipe.capture)
                     ends = target.end_tokens | ({turns.user_end, turns.reply_end} - {None})
                     generator = BatchGenerator(target, frozenset(ends), ask.batch)
-                missing = _missing(journal, upto)
+                missing = _missing(journal, upto, share=not together)
+                barrier()  # all have read the same lines before one of them appends to them
                 progress.update(task, total=progress.tasks[task].total + len(missing))
-                generator.run(_dialogues(author, missing, journal, lambda: progress.advance(task)))
+                written = None if together and rank() != 0 else journal
+                generator.run(_dialogues(author, missing, written, lambda: progress.advance(task)))
                 journal.flush()
         if rank() == 0:
             _report(place.out, place.finished(settings))
@@ -121,7 +128,7 @@ def synthesize(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
 
 
 def _turns(recipe: DataPrepRecipe) -> Turns:
-    tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+    tokenizer = target_tokenizer(recipe.target)
     return Turns(tokenizer, recipe.target.id, recipe.synthesize.template)
 
 
@@ -138,19 +145,20 @@ def _settings(recipe: DataPrepRecipe, turns: Turns) -> dict:
     return {"target": where, "tokenizer": list(tokenizer_hashes(turns.tokenizer)), **ask}
 
 
-def _missing(journal: Journal, upto: int) -> list[int]:
-    """This process's share of the candidates below `upto` that are not there yet."""
+def _missing(journal: Journal, upto: int, share: bool) -> list[int]:
+    """The candidates below `upto` that are not there yet; `share`: this process's share of them."""
     begin = 0
     there = set()
     for _, record in _records(journal):
         begin = record["base"]["candidates"] if "base" in record else begin
         there.add(record.get("n"))
-    return [n for n in range(begin, upto) if n % world_size() == rank() and n not in there]
+    return [n for n in range(begin, upto) if (not share or n % world_size() == rank()) and n not in there]
 
 
-def _dialogues(author: Author, numbers: list[int], journal: Journal, advance: Callable[[], None]) -> Iterator[Dialogue]:
+def _dialogues(author: Author, numbers: list[int], journal: Journal | None, advance: Callable[[], None]) -> Iterator[Dialogue]:
     def write(candidate: dict) -> None:
-        journal.append(candidate)
+        if journal:
+            journal.append(candidate)
         advance()
 
     return (author.dialogue(n, write) for n in numbers)

@@ -1,6 +1,7 @@
 """What a model's configuration says of it, before weights are loaded."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
 from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.transformers_private import layer_config, rotary_of
+from data_prep.target.transformers_private import layer_config, rotary_of, window_of
 
 LIKE = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are built as a drafter's
 UNLIMITED = 2**30  # positions, of a model that names no limit
@@ -55,13 +56,18 @@ class KVLayer:
 
 
 def target_config(recipe: TargetRecipe) -> PretrainedConfig:
-    """Of the target, with no weights loaded; of one that reads pictures too, of the whole. Raises UserError when there is no
-    configuration of a causal LM at the target's path."""
+    """Of the target, with no weights loaded. Raises UserError as `read_config` does."""
+    return read_config(recipe.path, plain(recipe.location, recipe.revision), recipe.revision, recipe.trust_remote_code)
+
+
+def read_config(path: str, folder: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    """Of the model in `folder`, which the user knows as `path`; of one that reads pictures too, of the whole. Raises UserError
+    when there is no configuration of a causal LM, or one whose code must not run."""
     try:
-        config = AutoConfig.from_pretrained(plain(recipe.location, recipe.revision), revision=recipe.revision)
-    except (OSError, ValueError) as error:
-        raise no_causal_lm(recipe.path, error) from error
-    check_decoder(recipe.path, config)
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except failures(trust_remote_code, OSError, ValueError) as error:
+        raise no_causal_lm(path, error) from error
+    check_decoder(path, config)
     return config
 
 
@@ -75,7 +81,26 @@ def target_sizes(recipe: TargetRecipe) -> Sizes:
 
 
 def no_causal_lm(path: str, error: Exception) -> UserError:
+    if needs_trust(error):
+        return untrusted(path)
     return UserError(f"target.path={path}: no causal LM can be loaded there ({first_line(error)})")
+
+
+def failures(trust_remote_code: bool, *known: type[Exception]) -> tuple[type[Exception], ...]:
+    """What loading may raise; where it runs the code of others: anything."""
+    return (Exception,) if trust_remote_code else known
+
+
+def needs_trust(error: Exception) -> bool:
+    """Whether transformers refuses to run code that it found beside a model."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def untrusted(path: str) -> UserError:
+    return UserError(
+        f"target.path={path} comes with its own Python code, without which transformers cannot load it. That code may do all "
+        "that you may: read it, then say target.trust_remote_code=true"
+    )
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
@@ -142,6 +167,13 @@ def layers_with_kv(config: PretrainedConfig) -> list[int]:
     return [layer for layer in range(own) if kinds[layer] in ("full_attention", "sliding_attention")]
 
 
+def shortest_window(config: PretrainedConfig) -> int | None:
+    """How many positions a query of a layer with a window reads, where there are such layers."""
+    config = config.get_text_config(decoder=True)
+    windows = (window_of(config, layer) for layer in range(config.num_hidden_layers))
+    return min((window for window in windows if window is not None), default=None)
+
+
 class Rotary(NamedTuple):
     """A rotary embedding: angles per position of positions that are divided by `factor` first, and what cos and sin are
     multiplied by."""
@@ -163,14 +195,19 @@ def read_layers(fields: dict, where: str) -> tuple[PretrainedConfig, Rotary]:
             config.head_dim = config.hidden_size // config.num_attention_heads
         factor = 1.0
         rope = config.rope_parameters
-        if fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
-            raise UserError(f"{where} rotates a part of each head alone (partial_rotary_factor)")
+        turned = int(config.head_dim * (fields.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1))
+        if turned % 2 or not 0 < turned <= config.head_dim:
+            raise ValueError(f"it rotates {turned} of {config.head_dim} dimensions of a head")
         if rope["rope_type"] not in STATIC_ROPE:
             raise UserError(f"{where}: rope type '{rope['rope_type']}' changes with the length; read: {', '.join(STATIC_ROPE)}")
         if rope["rope_type"] == "linear":  # as we say it, so that our own exports come back as they were
             factor = float(rope["factor"])
             config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        inv_freq, scale = rotary_of(config)
+        rotary = deepcopy(config)
+        if config.rope_parameters["rope_type"] == "default":
+            # Of the kinds that are read this one alone takes the whole head, whatever partial_rotary_factor says.
+            rotary.head_dim = turned
+        inv_freq, scale = rotary_of(rotary)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{where}: its layers' configuration cannot be read ({first_line(error)})") from error
     return config, Rotary(inv_freq, scale, factor)

@@ -13,6 +13,8 @@ from common.errors import UserError
 
 HYBRID = "linear attention keeps one state for all tokens, from which refused drafts cannot be taken back"
 UNKNOWN = "nobody has tried it"
+SERVER = "vLLM 0.32"  # read in its code: which of its classes declare `SupportsEagle3`
+NO_STATES = "its class there hands out no hidden states"
 
 
 @dataclass(frozen=True)
@@ -22,30 +24,33 @@ class Family:
     Attributes:
         kv: why its layers yield no keys and values; None: those with attention do.
         decode: why our engine does not decode it; None: it does.
+        served: why SERVER runs no drafter that reads its hidden states (EAGLE-3, DFlash, P-EAGLE, DSpark); None: it does.
     """
 
     kv: str | None = None
     decode: str | None = None
+    served: str | None = None
 
 
 FAMILIES = {
-    "cohere": Family(),
-    "cohere2": Family(),
+    "cohere": Family(served=NO_STATES),
+    "cohere2": Family(served=NO_STATES),
     "deepseek_v3": Family(
         kv="its attention (MLA) keeps one compressed vector for all heads of a layer, and no keys and values",
         decode="its attention (MLA) keeps no keys and values, which our caches hold",
     ),
-    "gemma2": Family(decode="it caps the scores of its attention, which our kernels do not"),
-    "gemma3": Family(),
-    "gemma3_text": Family(),
+    "gemma2": Family(decode="it caps the scores of its attention, which our kernels do not", served=NO_STATES),
+    "gemma3": Family(served=NO_STATES),
+    "gemma3_text": Family(served=NO_STATES),
     "gemma4": Family(decode="its layers have heads of two sizes, and our caches one"),
     "gemma4_text": Family(decode="its layers have heads of two sizes, and our caches one"),
-    "glm4": Family(),
-    "glm4_moe": Family(),
+    "glm4": Family(served=NO_STATES),
+    "glm4_moe": Family(served=NO_STATES),
     "gpt_oss": Family(),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
+    "mistral3": Family(),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
@@ -62,10 +67,12 @@ FAMILIES = {
     "smollm3": Family(),
 }
 
+OTHER = Family(kv=UNKNOWN, decode=UNKNOWN, served=UNKNOWN)
+
 
 def family_of(config: PretrainedConfig) -> Family:
     """What is declared of the family of `config`."""
-    return FAMILIES.get(config.model_type, Family(kv=UNKNOWN, decode=UNKNOWN))
+    return FAMILIES.get(config.model_type, OTHER)
 
 
 def check_decoder(path: str, config: PretrainedConfig) -> None:

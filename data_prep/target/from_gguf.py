@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -53,6 +54,11 @@ def plain(path: str | os.PathLike, revision: str | None = None) -> str:
             if not is_whole(folder):  # another process may have made it meanwhile
                 _make(folder, file)
     return str(folder)
+
+
+def tensor_types(path: str, revision: str | None = None) -> dict[str, int]:
+    """How many tensors of a GGUF file are of each type (Q4_K, F32). Raises UserError as `plain` does."""
+    return dict(sorted(Counter(tensor.tensor_type.name for tensor in read(_find(path, revision)).tensors).items()))
 
 
 def cache_folder() -> Path:

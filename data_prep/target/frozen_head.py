@@ -48,7 +48,10 @@ class FrozenHead:
         """The target's logits, from the products of its last hidden states with the head."""
         if self.bias_V is not None:
             product = product + self.bias_V
-        return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
+        return self.capped(product)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "FrozenHead":
         embedding = self.embedding_VE.to(device, dtype)

@@ -9,7 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from common.errors import UserError, first_line
 from common.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
+from data_prep.target.architecture import needs_trust, untrusted
 from data_prep.target.from_gguf import plain
+from data_prep.target.parts import TargetParts
+from data_prep.target.quantised import check_checkpoint
 from data_prep.target.target import Target
 
 
@@ -30,33 +33,48 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Raises UserError when there is no tokenizer at `path`."""
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises UserError when there is no tokenizer at `path`, or one whose code must not run."""
     try:
-        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision)
+        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if needs_trust(error):
+            raise untrusted(path) from error
         raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
+
+
+def target_tokenizer(recipe: TargetRecipe) -> PreTrainedTokenizerBase:
+    """Raises UserError as `load_tokenizer` does."""
+    return load_tokenizer(recipe.location, recipe.revision, recipe.trust_remote_code)
 
 
 def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> Target:
     """The target of a `TargetRecipe`, on its device and in its dtype; with the attention and the spread of `capture`."""
+    check_checkpoint(recipe)
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device)
     if capture is None:
-        return Target(recipe.location, recipe.revision, dtype, device)
+        return Target(recipe.location, recipe.revision, dtype, device, trust_remote_code=recipe.trust_remote_code)
     half = device.type == "cuda" and dtype == torch.bfloat16
     attention = capture.attention
     if attention == "auto":
         attention = "flash_attention_2" if half and find_spec("flash_attn") else None
     elif attention == "flash_attention_2" and not half:
         raise UserError("capture.attention=flash_attention_2 needs a GPU and bf16")
-    return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread)
+    return Target(recipe.location, recipe.revision, dtype, device, attention, capture.spread, recipe.trust_remote_code)
+
+
+def load_parts(recipe: TargetRecipe) -> TargetParts:
+    """The target of which weights are read as they are asked for, on its device and in its dtype."""
+    check_checkpoint(recipe)
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device)
+    return TargetParts(recipe.location, recipe.revision, dtype, device, recipe.trust_remote_code)
 
 
 def weights_hash(recipe: TargetRecipe) -> str:
-    """`Target.weights_hash` of a target that nobody has loaded; however large it is, it is only hashed."""
-    # The hash is of bf16 numbers in any case.
-    return load_target(recipe.model_copy(update={"device": "cpu", "dtype": "bfloat16"})).weights_hash()
+    """`Target.weights_hash` of a target that nobody has loaded. However large it is, it is only hashed."""
+    return load_parts(recipe.model_copy(update={"device": "cpu"})).weights_hash()
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from common.errors import UserError
 from common.ranks import rank
@@ -36,7 +37,7 @@ def prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
     """
     every = range(len(target.layers))
     ids_BT = torch.arange(3, 3 + TOKENS, device=target.device)[None] % target.config.vocab_size
-    cache = target.new_cache()
+    cache = DynamicCache(config=target.model.config)
     target.capture(every, kv_layers)
     try:
         states = target.forward(ids_BT, cache)
@@ -46,9 +47,9 @@ def prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
     # The last of transformers' hidden states is normed; the logits say whether that is right.
     for layer in every[:-1]:
         _demand(target, f"hidden states after layer {layer}", states.hidden[layer], hidden[layer + 1])
-    if not target.spread_by_tensors:  # each process has a part of the embedding and of the head
+    if not target.spread_by_tensors:  # each process may have a part of the embedding
         _demand_embedding(target, target.frozen_head.embed(ids_BT), hidden[0])
-        _demand(target, "logits", target.logits(states.last_hidden), logits)
+    _demand(target, "logits", target.logits(states.last_hidden), logits)
     return {layer: _rotation(target, layer, states.key[layer], states.value[layer], cache) for layer in kv_layers}
 
 
@@ -83,17 +84,19 @@ def _rotation(target, layer: int, key_BTGD: Tensor, value_BTGD: Tensor, cache) -
     """How the keys of a layer have to be turned to be those in the model's own cache."""
     kept_BTGD, kept_values_BTGD = (t.transpose(1, 2) for t in (cache.layers[layer].keys, cache.layers[layer].values))
     heads = key_BTGD.shape[2]
+    # A layer with a window shorter than the text has let go of the first tokens.
+    last = slice(key_BTGD.shape[1] - kept_BTGD.shape[1], None)
     # Under tensor parallelism a process keeps its own heads.
     here = kept_BTGD.shape[2]
     mine = slice(rank() * here, (rank() + 1) * here) if here < heads else slice(None)
-    _demand(target, f"values of layer {layer}", value_BTGD[:, :, mine], kept_values_BTGD)
+    _demand(target, f"values of layer {layer}", value_BTGD[:, last, mine], kept_values_BTGD)
     inv_freq, scale = private.rotary(target.model, layer) or ([], 1.0)
     neighbours = len(inv_freq)
     # Halves, neighbours, or not at all: some layers of some families know no positions.
     for angles, permuted in ((inv_freq, 0), (inv_freq, neighbours), ([], 0)):
         key, kept = (halves_of_neighbours(t, permuted) if permuted else t for t in (key_BTGD[:, :, mine], kept_BTGD))
-        if _close(turned(key, angles, scale), kept):
+        if _close(turned(key, angles, scale)[:, last], kept):
             window = private.window(target.model, layer)
             return KVFound(KVLayer(heads, key_BTGD.shape[3], angles, scale if angles else 1.0, window), permuted)
-    _demand(target, f"keys of layer {layer}", turned(key_BTGD[:, :, mine], inv_freq, scale), kept_BTGD)
+    _demand(target, f"keys of layer {layer}", turned(key_BTGD[:, :, mine], inv_freq, scale)[:, last], kept_BTGD)
     raise AssertionError("unreachable")

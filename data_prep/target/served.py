@@ -6,6 +6,7 @@ deleted.
 Shapes: T tokens of a document, P of a batch, K states of a token that the server writes, E hidden size.
 """
 
+import copy
 import fcntl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,9 @@ from common.servers import api_key, described
 from data_prep.recipe import CaptureSections, TargetRecipe
 from data_prep.target.extraction import advice, interpreter_of_vllm, layer_ids, started_server
 from data_prep.target.from_gguf import plain
-from data_prep.target.loading import load_target, load_tokenizer, pick_device, pick_dtype, weights_hash
+from data_prep.target.loading import load_parts, load_target, pick_device, pick_dtype, target_tokenizer
 from data_prep.target.states import States
 from data_prep.target.target import Target
-from data_prep.target.unloaded import Unloaded
 
 REQUESTS = 64  # at a time
 TIMEOUT_S = 600.0  # of a request, which may wait behind the others
@@ -163,13 +163,15 @@ class ServedTarget:
         self._recipe = recipe
         self._server = server
         self.server = {"kind": "vLLM", "version": server.version}
-        unloaded = Unloaded(recipe.location, recipe.revision)
-        self.architecture = unloaded.architecture
-        self.head_facts = unloaded.head_facts
-        self._logit_scale = unloaded.logit_scale
-        self._norm = unloaded.final_norm()
+        parts = load_parts(recipe.model_copy(update={"device": "cpu"}))
+        self.architecture = parts.architecture
+        self.head_facts = parts.head_facts
+        self.quantisation = parts.quantisation
+        self.weights_hash = parts.weights_hash
+        self._logit_scale = parts.logit_scale
+        self._norm = copy.deepcopy(parts.final_norm)
         # In bf16, with some room.
-        self._fits = 3 * unloaded.parameters < psutil.virtual_memory().available
+        self._fits = 3 * sum(p.numel() for p in parts.model.parameters()) < psutil.virtual_memory().available
         self._place = {layer: server.ids.index(layer + 1) for layer in hidden_layers}
         self._pool = ThreadPoolExecutor(REQUESTS)
 
@@ -195,18 +197,13 @@ class ServedTarget:
     def other_kv_shapes(self, layers) -> dict:
         return {}  # a server hands out no keys
 
-    def weights_hash(self) -> str:
-        """Of the target's files: the same as of a capture in this process. Whether the server loaded the same is told by
-        `compare` alone."""
-        return weights_hash(self._recipe)
-
     def compare(self) -> None:
         """Raises UserError where a state of a short text is nearer to another layer's than to its own, as the target itself
         computes them here. A target that does not fit into this host's memory is not compared, which is said."""
         if not self._fits:
             print("the server's layers are not compared with the target's: it does not fit into this host's memory", flush=True)
             return
-        tokenizer = load_tokenizer(self._recipe.location, self._recipe.revision)
+        tokenizer = target_tokenizer(self._recipe)
         ids_T = torch.tensor(tokenizer(TEXT)["input_ids"])
         states_TKE = self._server.states(ids_T)
         # In bf16, which takes half the memory of float32: layers differ by far more.

@@ -8,31 +8,39 @@ Shapes: B batch, T positions, P positions of a pack, E hidden size, V vocabulary
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+from common.ranks import world_size
 from data_prep.decoding import torch_private
+from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
+from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import Architecture, KVLayer, layers_with_kv, no_causal_lm, sizes_of, unlike
-from data_prep.target.families import check_decoder, family_of
+from data_prep.target.architecture import KVLayer, failures, max_positions, no_causal_lm, read_config
+from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
-from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.proof import KVFound, prove
 from data_prep.target.rotation import halves_of_neighbours
 from data_prep.target.states import States
 from data_prep.target.transformers_private import Source
 
-# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated) -> [B, T, H, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Reading], Tensor]
 
 
 @torch.compiler.disable  # a compiled layer would forget what it sets
@@ -41,7 +49,7 @@ def _take(module: nn.Module, inputs, output) -> None:
     module.taken = output[0] if isinstance(output, tuple) else output
 
 
-class Target:
+class Target(Described):
     """A causal LM of transformers. What of it yields which state is found by structure and proven on six tokens.
 
     Raises:
@@ -60,11 +68,13 @@ class Target:
         device: torch.device | str = "cpu",
         attention: str | None = None,  # null: what transformers chooses
         spread: str = "none",
+        trust_remote_code: bool = False,
     ):
         transformers_logging.disable_progress_bar()
         self.path = path
         self.revision = revision
         self.dtype = dtype
+        self.trust_remote_code = trust_remote_code
         self.packs = attention == "flash_attention_2"  # whether `forward_packed` exists
         self.spread_by_tensors = spread == "tp"
         self.folder = plain(path, revision)  # what transformers and servers load: of a GGUF file, what it was dequantised to
@@ -73,52 +83,51 @@ class Target:
         self.device = self.model.get_input_embeddings().weight.device if spread == "device_map" else torch.device(device)
         self._sources: list[tuple[str, int, Source]] = []  # (kind, layer, what that state is the output of)
         self._hooks: list[RemovableHandle] = []
-        self._kv_layers = [] if family_of(self.model.config).kv else layers_with_kv(self.model.config)
         self._kv: dict[int, KVFound] = {}
+        # Whether it computes with quantised weights, or rounds what its layers read: no wider dtype says what rounding may do.
+        self.rounds = any(quantised_model.rounds(module) for module in self.model.modules())
+        if self.quantisation and not self.rounds:
+            self.quantisation = quantised.dequantised(self.quantisation)
         self._heads_first = private.norms_heads_first(self.config)
         self._look_inside()
-        self._kv = self._prove()
+        self._kv = prove(self, self.layers_with_kv)
 
     def _load(self, attention: str | None, spreading: dict, device: torch.device) -> PreTrainedModel:
+        config = read_config(self.path, self.folder, self.revision, self.trust_remote_code)
+        self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
+        is_quantised = quantised.fields_of(config) is not None
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = kind_of(config).from_pretrained(
                 self.folder,
+                config=quantised.to_load(config, device),
                 revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
                 dtype=self.dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
-                **spreading,
+                **(spreading or quantised.placing(config, device)),
             )
             model = (model if spreading else model.to(device)).eval()
+            if is_quantised:
+                quantised_model.settle(model, self.dtype)
         # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
-        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise no_causal_lm(self.path, error) from error
-        check_decoder(self.path, model.config)
         # transformers would go on with random values for them.
         if missing := sorted(report["missing_keys"]):
             raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
+        quantised.refuse_unexpected(self.path, report["unexpected_keys"], private.text_config(model).num_hidden_layers)
         return model.requires_grad_(False)
 
-    def _prove(self) -> dict[int, KVFound]:
-        return prove(self, self._kv_layers)
-
     def _look_inside(self) -> None:
-        """What is looked up in `model`, again whenever that is another one."""
-        try:
-            self.layers = private.layers(self.model)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise no_causal_lm(self.path, error) from error
-        head = self.model.get_output_embeddings()
-        self.frozen_head = FrozenHead(
-            self.model.get_input_embeddings().weight,
-            head.weight,
-            embed_scale=private.embed_scale(self.model),
-            bias_V=head.bias,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
-        )
+        if self.dtype == torch.float64:
+            private.loop_over_experts(self.model)
+        super()._look_inside()
+        self._looks_at_length = private.looks_at_length(self.model)
 
     def widened(self, dtype: torch.dtype, device: torch.device) -> "Target":
-        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled."""
+        """A target of its own with this one's weights, in a dtype that holds them exactly: nothing is captured or compiled. Not
+        for one that `rounds`."""
         weights = {id(p): nn.Parameter(p.to(device, dtype), requires_grad=False) for p in self.model.parameters()}
         buffers = {id(b): b.to(device, copy=True) for b in self.model.buffers()}
         other = copy.copy(self)
@@ -133,28 +142,6 @@ class Target:
         return other
 
     @property
-    def architecture(self) -> Architecture:
-        """Of draft layers that are like the target's. Where its layers differ, they are like those that read all positions."""
-        sizes = asdict(sizes_of(self.config))
-        norm = None
-        attention = private.attention_of(self.layers[0])
-        if unlike(self.config) is None:
-            sizes["head_dim"] = attention.head_dim  # configurations need not say it
-        if self._kv_layers:
-            norm = getattr(private.attention_of(self.layers[min(self._kv_layers)]), "k_norm", None)
-        plain_rotary = ([1e4 ** (-2 * i / sizes["head_dim"]) for i in range(sizes["head_dim"] // 2)], 1.0)
-        inv_freq, rope_scale = private.rotary(self.model) or plain_rotary
-        return Architecture(
-            **sizes,
-            intermediate_size=getattr(self.config, "intermediate_size", None) or 4 * sizes["hidden_size"],
-            norm_eps=private.norm_eps(self.config),
-            qk_norm=norm is not None and norm.weight.shape == (sizes["head_dim"],),
-            qkv_bias=unlike(self.config) is None and attention.k_proj.bias is not None,
-            inv_freq=inv_freq,
-            rope_scale=rope_scale,
-        )
-
-    @property
     def kv_shapes(self) -> dict[int, KVLayer]:
         """Of every layer that yields keys and values."""
         return {layer: found.shape for layer, found in self._kv.items()}
@@ -167,19 +154,16 @@ class Target:
         return {} if all(shape == alike for shape in shapes.values()) else shapes
 
     @property
-    def head_facts(self) -> dict[str, float]:
-        """What is done to embeddings and logits beside the products, where anything is."""
-        facts = {
-            "embed_scale": private.embed_scale(self.model),
-            "logit_scale": self.logit_scale,
-            "softcap": self.frozen_head.softcap,
-        }
-        return {name: value for name, value in facts.items() if value not in (None, 1.0)}
+    def kv_sizes(self) -> tuple[int, int, int]:
+        """Layers, heads on this process, and size of a head of all its keys and values, of a target that is decoded here: its
+        layers are alike."""
+        shape = self._kv[0].shape
+        return len(self.layers), shape.kv_heads // (world_size() if self.spread_by_tensors else 1), shape.head_dim
 
     @property
-    def logit_scale(self) -> float:
-        """What the logits are multiplied by: `last_hidden` is, so that they are its products with the head."""
-        return private.logit_scale(self.config)
+    def turns_neighbours(self) -> bool:
+        """Whether its own cache has keys in another layout than `forward` hands out (`KVFound.neighbours`)."""
+        return any(found.neighbours for found in self._kv.values())
 
     def capture(self, hidden_layers, kv_layers, query_layers=()) -> None:
         """Choose the layers whose states `forward` hands out. Raises UserError for a layer that does not exist, or that has no
@@ -215,6 +199,9 @@ class Target:
     @torch.no_grad()
     def forward_through(self, ids_BT: Tensor, position_BT: Tensor, attend: Attend) -> States:
         """The forward with another attention: `attend` decides what came before these rows, and what each of them sees."""
+        if self._looks_at_length:
+            # A draft may reach beyond the text's end, where it is cut. No row there may change how all others are turned.
+            position_BT = position_BT.clamp(max=max_positions(self.config) - 1)
         with private.attention_given(self.model, attend):
             return self._run(input_ids=ids_BT, position_ids=position_BT, use_cache=False)
 
@@ -247,14 +234,20 @@ class Target:
 
     def compile(self) -> None:
         """Make forwards of a few rows fast. On a GPU, fuse what the layers do outside of attention, for each number of rows anew
-        (torch.compile; all layers share it). On a CPU, lay their weights out."""
+        (torch.compile; all layers share it). On a CPU, lay their weights out. Layers whose parts lie in several processes stay as
+        they are."""
+        if self.spread_by_tensors:
+            return
         if self.device.type == "cpu":
             if lay_out(private.decoder(self.model), self.frozen_head.head_VE.nbytes):
                 self.frozen_head.product.lay_out()
             else:
                 print("too little memory is free to lay the target's weights out for oneDNN: decoding is slower", flush=True)
             return
-        torch_private.compile_for_widths(self.layers)
+        # Code that waits for the choice of experts would be compiled for every number of tokens that an expert gets. Kernels of
+        # quantised weights choose by the number of rows themselves, and few of them can be traced.
+        if not private.experts_ask_host(self.model) and not self.rounds:
+            torch_private.compile_for_widths(self.layers)
 
     def uncompiled(self) -> AbstractContextManager[None]:
         """For forwards of any length, each of which would be compiled."""
@@ -270,13 +263,24 @@ class Target:
         finally:
             self._hook()
 
+    @property
+    def graphs(self) -> bool:
+        """Whether a CUDA graph can hold a forward: the host decides nothing in it."""
+        return not (self.spread_by_tensors or self._looks_at_length or private.experts_ask_host(self.model))
+
     def logits(self, last_hidden: Tensor) -> Tensor:
         """float32 (or float64) logits of the next token, [..., V]."""
+        if self.spread_by_tensors:
+            # Each process has a part of the head, and its module puts the parts together.
+            logits = self.model.get_output_embeddings()(last_hidden)
+            return self.frozen_head.capped(logits if logits.dtype == torch.float64 else logits.float())
         logits = self.frozen_head.product(last_hidden)
         return self.frozen_head.finish(logits if logits.dtype == torch.float64 else logits.float())
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+        """For `forward`. Layers with a window keep all positions too: to take refused tokens back, they need those that a window
+        of these tokens had left behind."""
+        return DynamicCache()
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -284,36 +288,18 @@ class Target:
         ids = self.model.generation_config.eos_token_id
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
-    def layer_weights(self, index: int) -> dict[str, Tensor]:
-        """One layer under the names of `train/drafter/layers.py`."""
-        modules = private.weighted_modules(self.layers[index])
-        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
-        return weights | {f"{n}.bias": modules[n].bias for n in "qkv" if modules[n].bias is not None}
-
-    @property
-    def rope_config(self) -> dict:
-        """The rotary embedding as a configuration file says it, in the names of old and new readers."""
-        parameters = dict(self.model.config.rope_parameters)
-        theta = parameters.pop("rope_theta")
-        plain = parameters.get("rope_type", "default") == "default"
-        return {
-            "rope_theta": theta,
-            "rope_scaling": None if plain else parameters,
-            "rope_parameters": {"rope_theta": theta, **parameters},
-        }
-
-    @property
-    def final_norm_weight(self) -> Tensor:
-        return private.final_norm(self.model).weight
-
     def weights_hash(self) -> str:
-        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in."""
-        digest = xxhash.xxh3_128()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # tensor parallel: all ranks ask
-            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """xxh3 of the parameters in name order, at bf16 precision: the same whichever dtype they were loaded in. Of a quantised
+        checkpoint, that of its files: the same whichever kernels it was loaded for."""
+        if (stored := self.hash_of_quantised()) is not None:
+            return stored
+        weights = self.model.state_dict()
+
+        def value(name: str) -> Tensor:
+            # Under tensor parallelism a process has a part, and all ask together.
+            return weights[name].full_tensor() if hasattr(weights[name], "full_tensor") else weights[name]
+
+        return hash_of(sorted(weights), value)
 
     def _taken(self, kind: str, layer: int, source: Source) -> Tensor:
         output = source.module.taken[..., source.part]
@@ -326,6 +312,12 @@ class Target:
         heads = _all_heads(output, private.head_count(self.model, layer, kind))
         found = self._kv.get(layer)
         return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
+
+
+def kind_of(config: PretrainedConfig) -> type:
+    """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _spreading(spread: str) -> dict:

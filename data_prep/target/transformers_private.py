@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from data_prep.decoding.attention import Reading
 
 # Paths from a causal LM of a family whose layers are like a drafter's (llama, mistral, qwen2, qwen3).
 PRIVATE = {
     "config._attn_implementation": "decoding over our own caches: the attention is exchanged for a forward (`attention_given`)",
+    "config._experts_implementation": "decoding on a GPU: whether a CUDA graph can hold a mixture of experts",
     "model.norm": "exports and draft heads, which begin with the target's final norm",
     "model.rotary_emb.inv_freq": "positions: drafters turn the target's keys as the target does",
     "model.rotary_emb.original_inv_freq": "the same, where a long text has changed the frequencies (dynamic, longrope)",
+    "model.rotary_emb.rope_type": "decoding on a GPU: embeddings that look at a text's length are in no CUDA graph",
     "model.rotary_emb.attention_scaling": "YaRN: what cos and sin are multiplied by",
     "model.layers.0.self_attn.layer_idx": "decoding over our own caches: which layer's keys are written",
     "model.layers.0.self_attn.head_dim": "the shape of captured keys, values and queries",
@@ -154,7 +159,11 @@ def norms_heads_first(config: PretrainedConfig) -> bool:
 
 def window(model: PreTrainedModel, index: int) -> int | None:
     """How many positions, its own included, a query of this layer reads; None: all."""
-    config = text_config(model)
+    return window_of(text_config(model), index)
+
+
+def window_of(config: PretrainedConfig, index: int) -> int | None:
+    """The same, as the configuration of a language part says it."""
     kinds = getattr(config, "layer_types", None)
     sliding = kinds[index] == "sliding_attention" if kinds else True
     return getattr(config, "sliding_window", None) if sliding else None
@@ -173,6 +182,13 @@ def rotary(model: PreTrainedModel, index: int | None = None) -> tuple[list[float
     inv_freq = getattr(embedding, f"{prefix}original_inv_freq", None)
     inv_freq = getattr(embedding, f"{prefix}inv_freq") if inv_freq is None else inv_freq
     return inv_freq.double().tolist(), float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
+
+
+def looks_at_length(model: PreTrainedModel) -> bool:
+    """Whether the rotary embedding depends on the longest position of a forward (dynamic, longrope)."""
+    kinds = getattr(getattr(decoder(model), "rotary_emb", None), "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def rotary_of(config: PretrainedConfig) -> tuple[list[float], float]:
@@ -199,6 +215,32 @@ def active_weights(model: PreTrainedModel) -> float:
     share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
     count = sum(p.numel() * (share if p.dim() == 3 else 1) for p in model.parameters())
     return count - model.get_input_embeddings().weight.numel()
+
+
+def experts(model: PreTrainedModel) -> Tensor | None:
+    """A weight of a mixture of experts, which stand side by side in one tensor; None: there are none."""
+    return next((p for p in decoder(model).parameters() if p.dim() > 2), None)
+
+
+def experts_ask_host(model: PreTrainedModel) -> bool:
+    """Whether a mixture of experts makes the host wait for the device, so that no CUDA graph can hold a forward.
+
+    transformers' `grouped_mm` sorts tokens by expert and leaves the rest to PyTorch's kernel of that name. In bf16 on compute
+    capability 9 or 10 that kernel reads on the device how many tokens each expert has; elsewhere it asks the host, as does the
+    loop over experts ("eager"). `batched_mm` asks nobody, but copies for every token the weights of its experts: of 64 rows of
+    Qwen3-30B-A3B 5 GB a layer.
+    """
+    weight = experts(model)
+    if weight is None:
+        return False
+    grouped = text_config(model)._experts_implementation == "grouped_mm" and weight.dtype == torch.bfloat16
+    return not (grouped and weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] in (9, 10))
+
+
+def loop_over_experts(model: PreTrainedModel) -> None:
+    """Experts one after the other, in any dtype: PyTorch's kernel for all of them at once has no float64."""
+    if experts(model) is not None:
+        model.set_experts_implementation("eager")
 
 
 def embed_scale(model: PreTrainedModel) -> float:
@@ -229,17 +271,19 @@ def weighted_modules(layer: nn.Module) -> dict[str, nn.Module]:
 
 @torch.compiler.disable  # else dynamo traces the call into a compiled layer, and each new function would be compiled anew
 def _given_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options):
-    """transformers' interface of an attention: [B, H, T, D] in, [B, T, H, D] out."""
+    """transformers' interface of an attention: [B, H, T, D] in, [B, T, H, D] out. What differs between families comes from their
+    own modules: `scaling`, `sliding_window`, `s_aux` (gpt-oss's sinks). Other options say nothing that decoding needs."""
     q_BTHD, k_BTGD, v_BTGD = (t.transpose(1, 2) for t in (query, key, value))
-    return _given.get()(module.layer_idx, q_BTHD, k_BTGD, v_BTGD), None
+    reading = Reading(options.get("scaling"), options.get("sliding_window"), options.get("s_aux"))
+    return _given.get()(module.layer_idx, q_BTHD, k_BTGD, v_BTGD, reading), None
 
 
 AttentionInterface.register(GIVEN, _given_attention)
 
 
 @contextmanager
-def attention_given(model: PreTrainedModel, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Forwards inside call `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated) -> [B, T, H, D].
+def attention_given(model: PreTrainedModel, attend: Callable[..., Tensor]) -> Iterator[None]:
+    """Forwards inside call `attend`(layer, q [B, T, H, D], k, v [B, T, G, D], all rotated, `Reading`) -> [B, T, H, D].
 
     The setting is written as it stands: `set_attn_implementation`, the public way, checks every submodule each time, and decoding
     would pay for that in every round. The function itself is in a context variable, so that two threads do not share one.
@@ -265,6 +309,16 @@ def own_outputs(model: PreTrainedModel, ids_BT: Tensor) -> tuple[tuple[Tensor, .
             del module._forward_hooks[key]
         module.__dict__.pop("_output_capturing_hooks_installed", None)
     return output.hidden_states, output.logits
+
+
+def quantisation_methods() -> set[str]:
+    """Names of quantisations that transformers loads. It reads weights of any other as if they were not quantised."""
+    return {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+
+
+def kept_in_float32(model: PreTrainedModel) -> set[str]:
+    """Parts of names of parameters that the model keeps in float32 whichever dtype is asked for."""
+    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def tensor_parallel() -> dict:

@@ -1,6 +1,7 @@
-"""Writes docs/reference/config.md and the comments behind the keys of conf/**/*.yaml, both from the typed recipes.
+"""Writes docs/reference/config.md and the comments behind the keys of conf/**/*.yaml, both from the typed recipes; and
+docs/reference/targets.md, from what is declared of families of targets.
 
-    python docs/reference/generate.py            write both
+    python docs/reference/generate.py            write all
     python docs/reference/generate.py --check    exit with 1, naming the files, where one is not what would be written
 
 A key is described once: by the string below it in its recipe. The head of a YAML file, comments on lines of their own and all of
@@ -23,12 +24,14 @@ from pydantic import BaseModel  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
+from data_prep.target.families import FAMILIES, OTHER, SERVER, Family  # noqa: E402
 from eval.read_by import READ_BY  # noqa: E402
 from eval.recipe import EvalRecipe  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
 
 COMMANDS = {"data_prep": DataPrepRecipe, "train": TrainRecipe, "eval": EvalRecipe}
 PAGE = ROOT / "docs/reference/config.md"
+TARGETS_PAGE = ROOT / "docs/reference/targets.md"
 COLUMN = 25  # where a comment begins, if its key and value leave the room
 BY_HAND = ("experiment", "hydra", "deepspeed")  # groups whose comments are not generated
 HEAD = """# Configuration
@@ -40,6 +43,23 @@ per choice: `data=jsonl` takes `conf/data/jsonl.yaml`, whose values may differ f
 a key that the file does not list. Defaults are those of the command without any argument. *required* means that there is none;
 *unset* means that the chosen file does not list the key and the recipe's own default holds. `eval` warns of a key on the command
 line that its mode does not read.
+"""
+
+TARGETS_HEAD = f"""# Targets
+
+What each family of targets can do. `python docs/reference/generate.py` writes this page from `data_prep/target/families.py`; edit
+that. A family is the `model_type` of a model's `config.json`.
+
+- **Hidden states**: `cache.kinds=[hidden]`, `reuse=hidden`. They come from every decoder of transformers with a list of layers,
+  an embedding and a head. Whenever a target is loaded, they are compared on six tokens with what transformers hands out.
+- **K/V**: `cache.kinds=[kv]`, `reuse=kv`, `reuse=hybrid`. Of a model with linear attention, the other layers have them; where
+  layers share keys and values, those that make them.
+- **Decoded here**: `mode=regenerate` and `mode=synthesize` without a server, and the modes of `eval` that decode.
+- **Served**: {SERVER} runs drafters that read hidden states (EAGLE-3, DFlash, P-EAGLE, DSpark) for this target, as its code
+  says. Drafters of ours that read a target's K/V are served nowhere.
+
+Each family is tested on a miniature with random weights (`tests/support/families.py`). So are rotary embeddings of a part of each
+head, and of the kinds linear, llama3, yarn, dynamic and longrope. `target.path` takes any of them; `conf/target` has recipes.
 """
 
 
@@ -140,6 +160,25 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def targets_page(families: dict[str, Family], other: Family) -> str:
+    """A row for each family and one for all others; each reason why not stands once, below."""
+    reasons: list[str] = []
+
+    def cell(reason: str | None) -> str:
+        if reason is None:
+            return "yes"
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no ({reasons.index(reason) + 1})"
+
+    rows = [("family", "hidden states", "K/V", "decoded here", f"served by {SERVER}"), ("---",) * 5]
+    for name, family in [*((f"`{name}`", family) for name, family in families.items()), ("any other", other)]:
+        rows.append((name, "yes", cell(family.kv), cell(family.decode), cell(family.served)))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    why = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{TARGETS_HEAD}\n{table}\n\nWhy not:\n\n{why}\n"
+
+
 def said_of(field: FieldInfo) -> str:
     """The comment behind a key: its choices, then what it is."""
     parts = (field.annotation, *typing.get_args(field.annotation))
@@ -187,7 +226,8 @@ def yaml_files() -> dict[Path, type[BaseModel]]:
 
 def written() -> dict[Path, str]:
     """Each generated file, as it has to be."""
-    return {PAGE: page()} | {path: commented(path.read_text(), model) for path, model in yaml_files().items()}
+    pages = {PAGE: page(), TARGETS_PAGE: targets_page(FAMILIES, OTHER)}
+    return pages | {path: commented(path.read_text(), model) for path, model in yaml_files().items()}
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from common.recipe import Section
+from data_prep.decoding.attention import Reading
 from data_prep.decoding.cache import StaticCache
 
 
@@ -101,10 +102,10 @@ class PartialCache:
         attend = self.part.attention(self.filled_B, rows, seen_BTT)
         place_BT = anchor_B[:, None] + torch.arange(rows, device=anchor_B.device)
 
-        def both(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
+        def both(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, reading: Reading) -> Tensor:
             if self.full.on_device:
                 self.full.write(layer, place_BT, k_BTGD, v_BTGD)
-            return attend(layer, q_BTHD, k_BTGD, v_BTGD)
+            return attend(layer, q_BTHD, k_BTGD, v_BTGD, reading)
 
         return both
 
@@ -121,8 +122,8 @@ class PartialCache:
         self.tail_B.copy_(new_B)
         first_B = (old_B - recipe.sink) // recipe.block
 
-        def and_choose(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Tensor:
-            output = attend(layer, q_BTHD, k_BTGD, v_BTGD)
+        def and_choose(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, reading: Reading) -> Tensor:
+            output = attend(layer, q_BTHD, k_BTGD, v_BTGD, reading)
             self._summarise(layer, first_B, self.rows // recipe.block + 2)  # of the longest draft, the last round's
             q_BKHD = q_BTHD[self.full.row_B1, row_BK]
             self._take(layer, self._choose(layer, q_BKHD, new_B), new_B)

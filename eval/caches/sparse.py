@@ -200,7 +200,8 @@ class SparseCache:
                     index_KG = picked.index_KG[: one.picked]
                 key, value = (torch.cat(part) for part in zip(*parts))
                 if in_cache:
-                    key = self.drafter.rotate(key, self._moved(key, one, index_KG, room, self._first[branch]))
+                    moved_KG = self._moved(key, one, index_KG, room, self._first[branch])
+                    key = self.drafter.rotate(layer, branch, key, moved_KG)
                 layers[layer][branch] = KV(key, value)
         # 3. The rule of visibility shows an anchor the memory before it. All that was taken out is to be seen, so that every key
         # is said to stand at -1, before any anchor. Keys are rotated already, and this changes nothing about them.

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_prep.decoding.attention import merge, over_cache, over_rows
+from data_prep.decoding.attention import Reading, merge, over_cache, over_rows
 from train.attention.backend import AttentionBackend, backend
-from train.attention.visibility import Places, Visibility, sees_draft
+from train.attention.visibility import Places, Visibility, in_window, sees_draft
 from train.drafter.config import DrafterConfig
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
@@ -94,8 +94,13 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
         # made, each row sees one key more than the row before it). The draft rows' own keys are few: they get a mask. The two
         # softmaxes are merged by their log-sum-exps.
         count_B = visibility.queries.anchor.view(batch, -1)[:, 0] - key.first
-        memory = over_cache(q_BTHD, key.memory_BLGD, value.memory_BLGD, count_B, growing=making_memory)
+        reading = Reading(window=visibility.window)
+        place_BT = None if visibility.window is None else visibility.queries.position.view(batch, -1) - key.first
+        memory = over_cache(q_BTHD, key.memory_BLGD, value.memory_BLGD, count_B, making_memory, reading, place_BT)
         seen = _seen(visibility) if seen_QR is None else seen_QR
+        if visibility.window is not None:
+            places = visibility.queries.position[:, None], visibility.drafts.position
+            seen = seen & in_window(*places, visibility.window)
         own = over_rows(q_BTHD, key.own_RGD, value.own_RGD, seen.unflatten(0, (batch, -1)))
         return merge(memory, own).flatten(0, 1)
 

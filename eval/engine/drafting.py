@@ -118,7 +118,7 @@ class StaticTrained:
         # and states, on the device.
         borrowed = {}
         alike = config.rope_factor == 1 and self.drafter.dtype == cache.key.dtype and self._change is None
-        if config.uses_kv and config.source == "native" and alike and cache.on_device:
+        if config.uses_kv and config.source == "native" and alike and cache.lends:
             borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
         batch, room = cache.key.shape[1:3]
         # Tensors are made anew only with a new cache: CUDA graphs hold the addresses of these.

@@ -72,7 +72,7 @@ class Engine:
         cache: the target's, of B requests and L places; several engines may share it, one at a time.
         lengths: how many tokens are drafted in each round.
         verification: how the target samples and verifies.
-        graphs: CUDA graphs (a GPU only, and drafters that leave the host alone).
+        graphs: CUDA graphs (a GPU only, and drafters and targets that leave the host alone).
         prefill_chunk: tokens of each prompt that one forward reads.
     """
 
@@ -91,7 +91,7 @@ class Engine:
         self._rounds = Rounds(target, drafting, cache, verification, lengths.longest)
         self._chunk = prefill_chunk
         self._cuda = target.device.type == "cuda"
-        self._graphed = graphs and self._cuda and drafting.graphs
+        self._graphed = graphs and self._cuda and drafting.graphs and target.graphs
         self._pool = None
         self._graphs: dict[tuple, Graphed] = {}
         self._news: dict[torch.Size, Tensor] = {}

@@ -73,7 +73,7 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
 def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     """The figures of report.json."""
     # 1. What is asked, who answers, and in which caches.
-    tokenizer = load_tokenizer(target.path, target.revision)
+    tokenizer = load_tokenizer(target.path, target.revision, target.trust_remote_code)
     prompts, asked = prompts_of(recipe, drafter.config, tokenizer)
     stops = Stops(target.end_tokens, tuple(recipe.stop), tokenizer)
     longest = recipe.longest(drafter.config)
@@ -82,7 +82,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     if recipe.compile:
         target.compile()
     everyone = contenders(recipe, target, drafter, other)
-    result = _described(recipe, target, caches, everyone["trained"].graphs) | {
+    result = _described(recipe, target, caches, everyone["trained"].graphs and target.graphs) | {
         "prompts": asked | {"seed": recipe.seed},
         "temperatures": {},
         "examples": {},
@@ -128,17 +128,11 @@ class _Caches(NamedTuple):
 
 
 def _caches(recipe: EvalRecipe, target: Target, asked: dict, longest: int) -> _Caches:
-    a = target.architecture
     partial = recipe.verify.partial
     limit = asked["max_new_tokens"]
     room = room_for(asked["positions"] - limit, limit, longest, partial.partial_tokens if partial else 0)
-    sizes = (a.num_layers, recipe.batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
-    if recipe.verify.offload:
-        cache = OffloadedCache(*sizes)
-        whole = StaticCache(*sizes)
-    else:
-        cache = StaticCache(*sizes)
-        whole = cache
+    whole = StaticCache.of(target, recipe.batch, room)
+    cache = OffloadedCache.of(target, recipe.batch, room) if recipe.verify.offload else whole
     return _Caches(room, cache, whole, PartialCache(cache, partial, longest + 1) if partial else None)
 
 

@@ -111,6 +111,9 @@ def greedy(
     found = compared(trained, baseline)
     if found["lossless"]:
         return found
+    if target.rounds:
+        found["lossless_by"] += "; whether they part at ties is not known: the target is quantised, and has no wider dtype"
+        return found
     differences = [
         _difference(request, a.tokens, b.tokens)
         for request, (a, b) in enumerate(zip(trained, baseline))

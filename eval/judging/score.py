@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from data_prep.cache.reader import CacheReader
+from data_prep.target.described import Described
 from data_prep.target.target import Target
 from eval.recipe import EvalRecipe, known_positions, view_of
 from train.attention.choose import attention_backend
@@ -24,14 +25,16 @@ from train.objectives.objective import Objective, Supervision
 from train.views.recipe import View
 
 
-def _objective(recipe: EvalRecipe, target: Target, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
+def _objective(recipe: EvalRecipe, target: Described, drafter: Drafter, training: bool, view: View | None = None) -> Objective:
     attend = attention_backend(recipe.attention, target.device, training)
     equal = torch.ones(drafter.config.draft_length)
     supervision = Supervision(LossRecipe(kl=1.0), equal, chunk_rows=1024, view=view)
     return Objective(drafter.eval(), target.frozen_head, attend, supervision).eval()
 
 
-def _packs(recipe: EvalRecipe, target: Target, drafter: Drafter, queries: list[str], view: View | None = None) -> Iterator[Pack]:
+def _packs(
+    recipe: EvalRecipe, target: Described, drafter: Drafter, queries: list[str], view: View | None = None
+) -> Iterator[Pack]:
     """Raises UserError when no held-out document is long enough."""
     reader = CacheReader(recipe.cache.dir)
     names = drafter.config.tensors + queries
@@ -64,7 +67,7 @@ def _ages(recipe: EvalRecipe, view: View, id: str, anchors: np.ndarray, pass_num
 
 
 @torch.no_grad()
-def score(recipe: EvalRecipe, target: Target, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float, dict | None]:
+def score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float, dict | None]:
     """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot, tau apart for anchors whose drafts stay within the
     positions that the drafter knows and for those beyond; None: there are none beyond)."""
     view = view_of(recipe, drafter.config)

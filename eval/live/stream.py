@@ -99,7 +99,7 @@ class Decoders:
         self.drafter = drafter
         self._side_by_side = side_by_side
         self.sampling = Sampling(temperature, recipe.top_p, recipe.top_k)
-        self.tokenizer = load_tokenizer(target.path, target.revision)
+        self.tokenizer = load_tokenizer(target.path, target.revision, target.trust_remote_code)
         self.stops = Stops(target.end_tokens, tuple(recipe.stop), self.tokenizer)
         if recipe.compile:
             target.compile()
@@ -123,7 +123,6 @@ class Decoders:
         return Answer(self._engines[drafted], prompt, limit, seed, self.stops)
 
     def _make(self, room: int) -> None:
-        a = self.target.architecture
         target = self.target
         self._engines.clear()  # and their caches, before there are new ones
         alone = self.recipe.model_copy(update={"batch": 1, "controls": False})
@@ -132,7 +131,7 @@ class Decoders:
         for drafted, name in ((False, "baseline"), (True, "trained")):
             # Two answers at the same time need a cache each. One after the other they can share one.
             if cache is None or self._side_by_side:
-                cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+                cache = StaticCache.of(target, 1, room)
             self._engines[drafted] = Engine(
                 target, everyone[name], cache, self._lengths[drafted], Verification(self.sampling), graphs=self.recipe.graphs
             )

@@ -27,7 +27,8 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.architecture import target_sizes
-from data_prep.target.loading import load_target, load_tokenizer
+from data_prep.target.families import family_of
+from data_prep.target.loading import load_target, load_tokenizer, target_tokenizer
 from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticTrained
 from eval.engine.engine import Engine, room_for
@@ -58,6 +59,7 @@ class Asking:
     ends: frozenset[int] | None = None
     command: list[str] = field(default_factory=list)  # that starts a server; empty: one that runs is asked
     notes: list[str] = field(default_factory=list)  # what the server does otherwise than we do
+    alone: str | None = None  # why our engine was not asked for this drafter; None: it was
     own: dict[float, Run] = field(default_factory=dict)  # our engine's answers at each temperature
 
 
@@ -73,7 +75,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         if recipe.drafter:
             asking = _ask_ours(recipe, load, described, server, Path(folder) / "drafter")
         else:
-            tokenizer = load_tokenizer(recipe.target.location, recipe.target.revision)
+            tokenizer = target_tokenizer(recipe.target)
             room = target_sizes(recipe.target).max_positions - server.slots
             asking = Asking(*prompts_within(recipe, room, tokenizer))
         # The server needs the memory of the target, which nothing holds any more.
@@ -110,7 +112,7 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         for who, run in runs.items():
             if judge and temperature > 0 and who != OURS:
                 rows[who]["sampling_p"] = _sampling_p(recipe, judge, temperature, run)
-        why_not = _incomparable(server, asking.config, temperature) if mine else None
+        why_not = _incomparable(server, asking.config, temperature) if mine else asking.alone
         result["temperatures"][name] = rows
         result["tested"][name] = compared(mine, levels[1], recipe.seed) if mine and 1 in levels and not why_not else []
         result["said"][name] = conclusions(result, name, len(asking.prompts), why_not)
@@ -123,12 +125,15 @@ def _ask_ours(recipe: EvalRecipe, load: Callable, described: Callable, server: S
     config = drafter.config
     slots = min(server.slots, config.draft_length) if server else recipe.longest(config)
     facts = described(recipe, target, drafter)
-    prompts, said = prompts_of(recipe, config, load_tokenizer(recipe.target.location, recipe.target.revision))
+    prompts, said = prompts_of(recipe, config, target_tokenizer(recipe.target))
     asking = Asking(prompts, said, facts, config, target.end_tokens)
     if not server:
         place, asking.notes = _checkpoint(recipe, target, drafter, folder)
         asking.command = _start_of(recipe, target, config, place, slots, said["positions"])
-    asking.own = ours(recipe, target, drafter, prompts, said, slots)
+    if why_not := family_of(target.model.config).decode:
+        asking.alone = f"our engine does not decode this target ({why_not}): the server's figures stand alone"
+    else:
+        asking.own = ours(recipe, target, drafter, prompts, said, slots)
     return asking
 
 
@@ -200,15 +205,13 @@ def ours(
 ) -> dict[float, Run]:
     """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
     limit = said["max_new_tokens"]
-    a = target.architecture
-    room = room_for(said["positions"] - limit, limit, slots)
-    cache = StaticCache(a.num_layers, 1, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache = StaticCache.of(target, 1, room_for(said["positions"] - limit, limit, slots))
     if recipe.compile:
         target.compile()
     if target.frozen_head.product.is_laid_out:
         lay_out(drafter)
     drafting = Likeliest(drafter, target.frozen_head)
-    stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision))
+    stops = Stops(target.end_tokens, tuple(recipe.stop), load_tokenizer(target.path, target.revision, target.trust_remote_code))
     found = {}
     for temperature in recipe.temperatures:
         sampling = Sampling(temperature, recipe.top_p, recipe.top_k)

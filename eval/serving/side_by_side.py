@@ -110,14 +110,15 @@ def exchanged(a_PC: np.ndarray, b_PC: np.ndarray, seed: int) -> np.ndarray:
 
 
 def conclusions(result: dict, temperature: str, prompts: int, why_not: str | None = None) -> list[str]:
-    """What the figures of one temperature say, a sentence each. `why_not`: why acceptance was not compared."""
+    """What the figures of one temperature say, a sentence each. `why_not`: why acceptance was not compared, or
+    why there are no figures of ours."""
     rows = result["temperatures"][temperature]
     tested = result["tested"][temperature]
     server = result["server"]
     levels = [int(name) for name in rows if name.isdigit()]
     found = [f"only {prompts} conversations: never more at a time, whatever the concurrency"] * (max(levels) > prompts)
     if OURS not in rows:
-        return [*found, "no drafter= was named: the server's figures stand alone"]
+        return [*found, why_not or "no drafter= was named: the server's figures stand alone"]
     needed = result["prompts"]["positions"] + margin(server["slots"])
     if server["kind"] == Vllm.kind and server["positions"] and server["positions"] < needed:
         found.append(

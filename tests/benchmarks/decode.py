@@ -64,9 +64,8 @@ def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int
 
 def compare_products(target: Target, context: int) -> None:
     """Forwards of a few rows behind `context` tokens on a CPU: weights as they stand, and laid out (`Target.compile`)."""
-    a = target.architecture
     base_B = torch.tensor([context])
-    cache = StaticCache(a.num_layers, 1, context + 16, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache = StaticCache.of(target, 1, context + 16)
     as_they_stand = {}
     for laid_out in (False, True):
         if laid_out:
@@ -118,7 +117,7 @@ def main() -> None:
     for context, prompts in texts.items():
         reference = references[context]
         room = room_for(context, o.new, max(o.length, o.nodes), o.partial_tokens)
-        cache = StaticCache(a.num_layers, o.batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+        cache = StaticCache.of(target, o.batch, room)
         plain = None
 
         def run(who: str, graphs: bool, partial: PartialCache | None = None, what: str = "full") -> dict:

@@ -1,10 +1,12 @@
 """Attention over preallocated caches equals its definition, `dense`, which is computed from all scores."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from data_prep.decoding import attention
-from data_prep.decoding.attention import dense, over_cache
+from data_prep.decoding.attention import Reading, among_rows, dense, joined, over_cache, sunk
 
 COUNTS = {"equal": [7, 7, 7], "ragged": [7, 1, 12], "one": [9], "first": [1, 1], "some read nothing": [0, 5], "empty": [0, 0]}
 
@@ -49,3 +51,71 @@ def test_reading_one_key_too_many_changes_the_result():
     off_by_one, _ = attention._filled(q, key, value, count_B + 1, growing=True)
     expected, _ = dense(q, key.nan_to_num(0), value.nan_to_num(0), count_B, growing=True)
     assert (off_by_one - expected).abs().max() > 1e-3
+
+
+# (counts, growing, places of the rows or None): windows of 4 hide nothing, some keys or all of them.
+WINDOWED = {
+    "one row each": ([9, 9], True, None, 1),
+    "one row, ragged": ([9, 2], True, None, 1),
+    "a chain": ([9, 9, 9], True, None, 3),
+    "a ragged chain": ([9, 1, 3], True, None, 3),
+    "a chain inside its window": ([1, 1], True, None, 3),
+    "rows behind their memory": ([9, 9], False, [[9, 10, 10], [9, 10, 11]], 3),
+    "rows far behind it": ([9, 5], False, [[12, 20, 11], [5, 8, 9]], 3),
+    "one row far behind it": ([5, 5], False, [[20], [20]], 1),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_windows_and_scales_equal_attention_written_out(name, scale):
+    """Of `over_cache` and of `dense`, row by row, head by head."""
+    counts, growing, places, rows = WINDOWED[name]
+    q, key, value, count_B = inputs(counts, rows, 6, 2, torch.float64)
+    place_BT = None if places is None else torch.tensor(places)
+    reading = Reading(scale, window=4)
+    out, lse = over_cache(q, key, value, count_B, growing, reading, place_BT)
+    of_dense = dense(q, key.nan_to_num(0), value.nan_to_num(0), count_B, growing, reading, place_BT)
+    for b, count in enumerate(counts):
+        for t in range(rows):
+            end = count + growing * t
+            own = end - 1 if places is None else places[b][t]
+            seen = [place for place in range(end) if own - 4 < place <= own]
+            for h in range(6):
+                scores = key[b, seen, h // 3] @ q[b, t, h] * (8**-0.5 if scale is None else scale)
+                expected = scores.softmax(0) @ value[b, seen, h // 3]
+                for found, found_lse in ((out, lse), of_dense):
+                    torch.testing.assert_close(found[b, t, h], expected, rtol=1e-12, atol=1e-12)
+                    torch.testing.assert_close(found_lse[b, t, h], scores.logsumexp(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_are_one_more_score_of_the_softmax(window):
+    """Of rows among themselves; and of two parts, which have the sinks once."""
+    q, key, value, count_B = inputs([1, 1], 6, 4, 2, torch.float64)
+    sinks_H = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    out = among_rows(q, key[:, :6], value[:, :6], Reading(window=window, sinks_H=sinks_H))
+    for b in range(2):
+        for t in range(6):
+            first = 0 if window is None else max(0, t - window + 1)
+            for h in range(4):
+                scores = key[b, first : t + 1, h // 2] @ q[b, t, h] * 8**-0.5
+                weights = torch.cat([scores, sinks_H[h : h + 1]]).softmax(0)[:-1]
+                torch.testing.assert_close(out[b, t, h], weights @ value[b, first : t + 1, h // 2], rtol=1e-12, atol=1e-12)
+    near = over_cache(q, key[:, :2], value[:, :2], count_B + 1, growing=False)
+    far = over_cache(q, key[:, 2:9], value[:, 2:9], count_B + 6, growing=False)
+    both = over_cache(q, key, value, count_B + 8, growing=False)
+    torch.testing.assert_close(sunk(joined(near, far), sinks_H), sunk(both, sinks_H), rtol=1e-12, atol=1e-12)
+    assert (sunk(both, sinks_H) - both[0]).abs().max() > 1e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="flash-attn runs on a GPU")
+@pytest.mark.parametrize("counts", [[9, 9], [9, 1, 3]])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_flash_attn_s_windows_and_scales_equal_dense_attention(counts, rows):
+    q, key, value, count_B = (t.cuda() for t in inputs(counts, rows, 6, 2, torch.bfloat16))
+    for reading in (Reading(0.7), Reading(window=4), Reading(0.7, window=4)):
+        out, lse = over_cache(q, key, value, count_B, True, reading)
+        expected, expected_lse = dense(q, key.nan_to_num(0), value.nan_to_num(0), count_B, True, reading)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, expected_lse, rtol=2e-2, atol=2e-2, check_dtype=False)

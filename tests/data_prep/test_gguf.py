@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from common import cli
 from common.errors import UserError
 from common.recipe import ROOT
+from data_prep.capture.build import plan
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import from_gguf, gguf_contents
 from data_prep.target.architecture import target_sizes
@@ -250,6 +251,21 @@ def test_a_sentencepiece_tokenizer_merges_by_score_and_falls_back_to_bytes(tmp_p
     assert (ids[1] == first) == prefixed
     for text in ("hello hello", "the boat é"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_a_manifest_names_the_types_of_tensors_and_stays_the_cache_it_was(tmp_path):
+    model = small_model("qwen3", tied=True)
+    recipe = lambda path: cli.compose("data_prep", DataPrepRecipe, [f"target.path={path}", f"cache.dir={tmp_path / 'cache'}"])
+    found = {}
+    for name, kinds in (("mixed", MIXED), ("whole", None)):
+        file = write_gguf(tmp_path / f"{name}.gguf", model, kinds)
+        found[name] = plan(recipe(file), {})
+    assert found["mixed"].target["quantisation"]["method"] == "gguf"
+    assert found["mixed"].target["quantisation"]["tensors"].keys() >= {"Q8_0", "Q4_1", "F16", "F32"}
+    assert found["whole"].target["quantisation"]["tensors"].keys() == {"F32"}
+    before = found["mixed"].model_copy(update={"target": found["mixed"].target | {"quantisation": None}})
+    del before.target["quantisation"]  # as caches were captured before
+    assert before.hash() == found["mixed"].hash() and before.differs(found["mixed"]) == []
 
 
 def test_end_tokens_are_those_that_the_file_names(tmp_path):

@@ -27,7 +27,7 @@ def test_a_name_that_went_is_noticed(name):
     place = model
     for part in path.split(".") if path else []:
         place = place[int(part)] if part.isdecimal() else getattr(place, part)
-    if last == "_attn_implementation":  # a property of the class
+    if place is model.config:  # its settings are properties of the class
         place = model
         last = "config"
         model_type = model.config.model_type
@@ -37,7 +37,10 @@ def test_a_name_that_went_is_noticed(name):
     assert name in private.missing(model)
 
 
-@pytest.mark.parametrize("name", ["._attn_implementation", ".self_attn", ".rotary_emb", "modeling_llama"])
+SETTINGS = ["._attn_implementation", "._experts_implementation"]
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, ".self_attn", ".rotary_emb", "modeling_llama"])
 def test_no_other_file_uses_a_private_name_of_transformers(name):
     others = uses(name) - {"data_prep/target/transformers_private.py"}
     # A language model as a drafter is of any family, and looks whether its body has rotary positions.
@@ -56,7 +59,7 @@ def test_a_given_attention_is_asked_for_every_layer_and_then_gone(family):
     target.forward(IDS_BT, cache)
     seen = []
 
-    def attend(layer, q_BTHD, k_BTGD, v_BTGD):
+    def attend(layer, q_BTHD, k_BTGD, v_BTGD, reading):
         seen.append(layer)
         if layer == 0:  # later layers read what this attention returned
             torch.testing.assert_close(k_BTGD.transpose(1, 2), cache.layers[0].keys)

@@ -45,9 +45,8 @@ def test_other_dtypes_use_pytorchs_own_product():
 
 
 def forward(target, rows):
-    a = target.architecture
     base_B = torch.tensor([4])
-    cache = StaticCache(a.num_layers, 1, 32, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache = StaticCache.of(target, 1, 32)
     for base, count in ((0, 4), (4, rows)):
         base_B = torch.tensor([base])
         ids_BT = torch.arange(7, 7 + count)[None]

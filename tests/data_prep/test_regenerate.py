@@ -22,7 +22,7 @@ from data_prep.recipe import DataPrepRecipe
 from data_prep.synthesis.regenerate import check_regeneration, regenerate
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
-from tests.support.commands import command
+from tests.support.commands import command, deepspeed
 
 TINY = str(ROOT / "data_prep/targets/tiny")
 
@@ -248,6 +248,20 @@ def test_an_unreachable_server_is_a_one_line_error_and_finished_answers_stay(tmp
             run(recipe_of(tmp_path, f"regenerate.base_url={url}", "regenerate.attempts=2"))
 
 
+@pytest.mark.slow
+def test_processes_that_share_the_target_answer_as_one(tmp_path):
+    """Two processes with half of each layer, in step; one of them writes."""
+    conversations(tmp_path / "in.jsonl")
+    words = ["mode=regenerate", "data=chat", "data.path=in.jsonl", "regenerate.max_tokens=12", "regenerate.batch=4"]
+    found = {}
+    for spread, launcher in (("none", []), ("tp", deepspeed(2, free_port()))):
+        more = [f"capture.spread={spread}", f"regenerate.out={spread}.jsonl"]
+        done = command(ROOT / "data_prep/main.py", *words, *more, launcher=launcher, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[spread] = sorted((tmp_path / f"{spread}.jsonl").read_text().splitlines())
+    assert len(found["none"]) == 6 and found["tp"] == found["none"]
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -255,6 +269,8 @@ def test_an_unreachable_server_is_a_one_line_error_and_finished_answers_stay(tmp
         (["data.format=text"], "has none. Try data=chat"),
         (["data.path=absent"], "data.path=absent is not a file"),
         (["regenerate.out=/tmp"], "is a folder"),
+        (["capture.spread=tp"], "needs a launcher with several processes"),
+        (["capture.spread=device_map"], "which capture.spread=device_map does not"),
     ],
 )
 def test_settings_of_regeneration_that_cannot_work_are_refused(tmp_path, words, message):

@@ -17,8 +17,8 @@ from data_prep.cache.reader import CacheReader
 from data_prep.capture import build
 from data_prep.recipe import DataPrepRecipe
 from data_prep.target.extraction import flags, interpreter_of_vllm, layer_ids
+from data_prep.target.parts import TargetParts
 from data_prep.target.target import Target
-from data_prep.target.unloaded import Unloaded
 from tests.support.commands import ROOT, SMALL, command, deepspeed, without_vllm
 from tests.support.families import miniature
 
@@ -51,16 +51,13 @@ def furthest(mine: CacheReader, theirs: CacheReader) -> float:
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2", "granite", "gemma3", "qwen3_5"])
 @torch.no_grad()
-def test_a_target_without_weights_is_like_one_with(name, tmp_path):
+def test_the_last_hidden_state_is_made_of_the_last_layers_output(name, tmp_path):
     path = TINY if name == "tiny" else str(miniature(name, tmp_path))
-    target, unloaded = Target(path), Unloaded(path)
-    assert unloaded.architecture == target.architecture and unloaded.head_facts == target.head_facts
-    assert all(parameter.is_meta for parameter in unloaded.model.parameters())
-    # A server hands out the last layer's output, and the rest is done here.
+    target, parts = Target(path), TargetParts(path)
     target.capture([target.architecture.num_layers - 1], [])
     states = target.forward(torch.arange(3, 20)[None])
     (last,) = states.hidden.values()
-    torch.testing.assert_close(unloaded.final_norm()(last) * unloaded.logit_scale, states.last_hidden, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts.final_norm(last) * parts.logit_scale, states.last_hidden, rtol=1e-6, atol=1e-6)
 
 
 def test_a_server_that_is_not_there_is_refused_in_one_line(tmp_path):

@@ -210,9 +210,12 @@ def process(recipe, rank=0, world=1, port=0, flush_s=0.0):
     return started
 
 
-def test_two_processes_write_the_file_of_one(plain, tmp_path):
+@pytest.mark.parametrize("spread", ["none", pytest.param("tp", marks=pytest.mark.slow)])
+def test_two_processes_write_the_file_of_one(plain, tmp_path, spread):
+    """Each the candidates that are its own; or, with half of each layer, all of them together."""
     recipe, written = plain
     port = ranks.free_port()
+    recipe = recipe.model_copy(update={"capture": recipe.capture.model_copy(update={"spread": spread})})
     both = [process(again(recipe, tmp_path / "out.jsonl"), rank, 2, port) for rank in range(2)]
     for one in both:
         one.join()
@@ -546,7 +549,8 @@ def test_templates_that_cannot_work_are_refused(target, texts, tmp_path, templat
         (["synthesize.most_tokens=513"], "exceeds the target's 512 positions"),
         ([f"synthesize.kinds.{n}.share=0" for n in ("free", "ask", "calculate")], "no kind has a share above 0; those that need"),
         (["synthesize.turns={1:0}"], "needs a share above 0"),
-        (["capture.spread=device_map"], "not with capture.spread=device_map"),
+        (["capture.spread=tp"], "needs a launcher with several processes"),
+        (["capture.spread=device_map"], "which capture.spread=device_map does not"),
     ],
 )
 def test_settings_of_synthesis_that_cannot_work_are_refused(target, tmp_path, words, message):

@@ -191,6 +191,18 @@ def test_on_missing_decides_once_and_refuses_another_cache(tmp_path, monkeypatch
         manifest_of(recipe("cache.on_missing=capture", f"cache.dir={tmp_path / 'x'}", "cache.layers=[17]"))
 
 
+def test_the_live_target_may_be_spread_over_devices(tmp_path):
+    """All of it on the only one, here: transformers' placement, and what is read is what the cache holds."""
+    pytest.importorskip("accelerate")
+    recipe = captured(tmp_path, "cache", TEXTS, "cache=fp32", "capture.spread=device_map")
+    readers = CacheReader(recipe.cache.dir), LiveReader(recipe)
+    names = ["input_ids", *readers[0].manifest.states]
+    for index in range(len(readers[0])):
+        kept, live = (reader.read_many([index], names, [(0, 20)])[0] for reader in readers)
+        for name in names:
+            torch.testing.assert_close(live[name], kept[name], rtol=1e-4, atol=1e-3, check_dtype=False)
+
+
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("last_hidden", ["supervised", "all"])
 def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, codec, last_hidden):

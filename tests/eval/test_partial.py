@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.decoding.attention import PLAIN
 from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target
@@ -195,7 +196,7 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
         attend = part.fully(base_B, anchor_B, rows, None)
         q_NBTHD, k, v = random(layers, batch, rows, 4, size), *random(2, layers, batch, rows, heads, size)
         for layer in range(layers):
-            attend(layer, q_NBTHD[layer], k[layer], v[layer])
+            attend(layer, q_NBTHD[layer], k[layer], v[layer], PLAIN)
         part.settle(anchor_B)
         for b, (base, anchor) in enumerate(zip(base_B.tolist(), anchor_B.tolist())):
             tail = max(e for e in range(sink, anchor + sink + 1, block) if e <= max(sink, anchor - window))

@@ -10,11 +10,12 @@ from common import cli
 from common.errors import UserError
 from common.rules import first_broken
 from data_prep.cache.reader import CacheReader
-from data_prep.target.architecture import Architecture
+from data_prep.target.architecture import Architecture, KVLayer
 from eval import drafter_rules, rules
 from eval.check import check_evaluation, check_target
 from eval.read_by import READ_BY, unread
 from eval.recipe import EvalRecipe
+from tests.support.families import configuration
 from tests.support.rules import by_name, pattern
 from train.drafter.config import DrafterConfig
 
@@ -31,6 +32,7 @@ DRAFTERS = {
     "lm": {"reuse": "none", "target_layers": [], "positions": 100, "lm": LM},
     "small vocabulary": {"draft_vocab": 4, "own_head": True},
     "other layers": {"target_layers": [3]},
+    "windowed": {"kv_shapes": [KVLayer(1, 8, [1.0], 1.0, window=8)]},
 }
 VIEW = ["view=topk_chunk", "view.budget=128"]
 PARTIAL = ["verify=partial"]
@@ -43,6 +45,7 @@ LINES = {
     "started server without a drafter": (None, ["mode=served", "server.start=vllm"]),
     "shorter blocks that look ahead": ("dflash", ["mode=served", "server.start=vllm", "draft.length=2"]),
     "no drafter": (None, []),
+    "view of a window": ("windowed", VIEW),
     "in_cache positions of mixed keys": ("projected", [*VIEW, "view.positions=in_cache"]),
     "view in a mode of the full view": ("ttt", [*VIEW, "mode=export"]),
     "diagnose of a language model": ("lm", ["mode=diagnose"]),
@@ -122,6 +125,18 @@ def test_a_drafter_without_weights_or_of_another_target_is_refused(cache, ttt, t
     assert said("mode=score") == f"{cache} is a cache of another target than the drafter's"
 
 
+@pytest.mark.parametrize("mode", ["decode", "chat", "demo", "score"])
+def test_a_target_that_our_engine_does_not_decode_is_refused_where_it_would(cache, ttt, tmp_path, mode):
+    """By its configuration: there are no weights. A drafter is judged over its cache all the same, as far as this goes."""
+    written(tmp_path, ttt)
+    configuration("gemma2").save_pretrained(tmp_path / "target")
+    words = [f"drafter={tmp_path}", f"cache.dir={cache}", f"target.path={tmp_path / 'target'}"]
+    with pytest.raises(UserError) as refused:
+        check_evaluation(composed(*words, f"mode={mode}"))
+    decoded_here = "is a 'gemma2', which is not decoded here: it caps the scores of its attention" in str(refused.value)
+    assert decoded_here == (mode != "score")
+
+
 def test_a_loaded_target_that_does_not_belong_there_is_refused(cache, ttt):
     def said(config: DrafterConfig, architecture: Architecture, weights: str, *words: str) -> str:
         with pytest.raises(UserError) as refused:
@@ -139,6 +154,7 @@ def test_a_loaded_target_that_does_not_belong_there_is_refused(cache, ttt):
 # What no short test can make: a server, a sweep. The rule, its context and the line.
 CONTEXTS = {
     "requests beyond the server": (rules.ServerRoom(positions=100, takes=101), ["mode=served", "server.url=http://here"]),
+    "partial verification of windows": (rules.Decoded("gemma3_text", window=512), ["verify=partial"]),
     "sweep of a person": (True, ["mode=chat"]),
 }
 

@@ -4,6 +4,8 @@ Shapes: B requests, W breadth, N nodes, T = N + 1 rows (the anchor's first), Q =
 text, V vocabulary.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,10 +84,15 @@ def grown(target, drafter, prompts, shape, nodes):
     return tree, [t.unflatten(0, (4, -1)) for t in seen], first
 
 
-@pytest.mark.parametrize("reuse,layers", [("none", 2), ("hybrid", 1), ("hidden", 2), ("hidden+norms", 1), ("kv+vocab", 1)])
-def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, monkeypatch):
-    """Scores of every row, the chosen set, order and masks, against chains that are drafted one path at a time."""
-    drafter = drafter_of(target, "ttt", reuse, layers=layers)
+@pytest.mark.parametrize(
+    "reuse,layers,window",
+    [("none", 2, 0), ("hybrid", 1, 0), ("hidden", 2, 0), ("hidden+norms", 1, 0), ("kv+vocab", 1, 0), ("kv", 2, 3)],
+)
+def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, window, monkeypatch):
+    """Scores of every row, the chosen set, order and masks, against chains that are drafted one path at a time. `window`: of the
+    K/V, where they have one."""
+    shapes = {"kv_shapes": [replace(target.kv_shapes[layer], window=window) for layer in (1, 2)]} if window else {}
+    drafter = drafter_of(target, "ttt", reuse, layers=layers, **shapes)
     prompts = ragged()
     shape = TreeShape(4, 3)
     nodes = 11

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from common import cli
 from common.recipe import Section
+from data_prep.target.families import Family
 from eval.recipe import OF_FULL_VIEWS, EvalRecipe
 from tests.support.commands import ROOT
 
@@ -44,6 +45,19 @@ def test_page_and_yaml_comments_are_generated():
 
 def test_the_view_of_drafters_of_the_full_view_is_view_topk_chunk():
     assert cli.compose("eval", EvalRecipe, ["view=topk_chunk"]).view == OF_FULL_VIEWS
+
+
+def test_targets_page_says_what_is_declared_and_each_reason_once(generate):
+    families = {
+        "one": Family(),
+        "two": Family(decode="too large", served="unknown"),
+        "three": Family(kv="has none", decode="too large"),
+    }
+    table = generate.targets_page(families, Family(kv="has none", decode="has none")).split("| --- |")[-1]
+    assert "| `one` | yes | yes | yes | yes |\n| `two` | yes | yes | no (1) | no (2) |\n" in table
+    assert "| `three` | yes | no (3) | no (1) | yes |\n" in table
+    assert "| any other | yes | no (3) | no (3) | yes |\n" in table
+    assert table.endswith("1. too large\n2. unknown\n3. has none\n")
 
 
 def test_every_key_is_described(generate):

@@ -26,10 +26,9 @@ def exact_target(family="qwen3"):
 def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, audited=False, **options):
     """An engine whose caches hold prompts of `longest` tokens and `new` tokens behind them. `length`: of drafts (of trees: their
     nodes), or `Lengths`. `recipe`: of partial verification."""
-    a = target.architecture
     lengths = length if isinstance(length, Lengths) else Lengths(length)
     room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
-    cache = StaticCache(a.num_layers, batch, room, a.kv_heads, a.head_dim, target.dtype, target.device)
+    cache = StaticCache.of(target, batch, room)
     partial = PartialCache(cache, recipe, lengths.longest + 1) if recipe else None
     return Engine(target, drafting, cache, lengths, Verification(sampling, partial, audited), **options)
 

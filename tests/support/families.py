@@ -113,7 +113,7 @@ MINIATURES: dict[str, dict] = {
         "moe_intermediate_size": 24,
     },
     "glm4": {"head_dim": 16, "rope_parameters": HALF},
-    "glm4_moe": {**ROUTED, "rope_parameters": HALF, "head_dim": 16, "use_qk_norm": True},
+    "glm4_moe": {**ROUTED, "attention_bias": True, "rope_parameters": HALF, "head_dim": 16, "use_qk_norm": True},
     "deepseek_v3": {
         **ROUTED,
         "num_key_value_heads": 4,
@@ -168,6 +168,10 @@ MULTIMODAL: dict[str, dict] = {
         "video_token_id": 27,
         "vision_start_token_id": 26,
         "vision_end_token_id": 25,
+    },
+    "qwen3_5_moe": {
+        "text_config": "qwen3_5_moe_text",
+        "vision_config": {**_vision("qwen3_5_moe_vision", "depth", "num_heads"), "out_hidden_size": SIZES["hidden_size"]},
     },
     "mistral3": {
         "text_config": "mistral",

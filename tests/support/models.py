@@ -82,6 +82,7 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         "start": "target",
         "mask_token_id": 4,
         "sequential_size": 16,
+        "target_layers": list(range(3 - layers, 3)),
         "architecture": target.architecture,
         "target": {},
         **OBJECTIVE_FIELDS[objective],
@@ -89,7 +90,6 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         **options,
     }
     config = DrafterConfig(
-        target_layers=list(range(3 - layers, 3)),
         hidden_layers=list(HIDDEN_LAYERS) if fields["reuse"] in ("hidden", "hybrid") else [],
         slots=slots,
         seed=seed,
@@ -103,12 +103,9 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
     return drafter
 
 
-def from_layer_zero(target, objective, reuse="kv"):
+def from_layer_zero(target, objective, reuse="kv", **options):
     """A drafter that starts as the target's first layer, which reads embeddings and nothing else."""
-    drafter = drafter_of(target, objective, reuse)
-    object.__setattr__(drafter.config, "target_layers", [0])
-    drafter.target_kv[0].layers = [0]
-    return drafter.start(target, target.frozen_head)
+    return drafter_of(target, objective, reuse, target_layers=[0], **options)
 
 
 def random_weights(drafter, seed=3):

@@ -1,14 +1,16 @@
 """The visibility rule, drawn cell by cell, and every backend against the reference."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from common.errors import UserError
 from tests.support.definitions import softmax_by_hand
 from train.attention.choose import BACKENDS, attention_backend
-from train.attention.visibility import DraftRows, Places, Visibility
+from train.attention.visibility import TILE, DraftRows, Places, Visibility
 from train.schedules.blockwise import block_rows
 
 
@@ -206,7 +208,7 @@ def on_gpu(visibility: Visibility) -> Visibility:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on a GPU only")
-@pytest.mark.parametrize("rule", ["block", "causal block", "third step of ttt"])
+@pytest.mark.parametrize("rule", ["block", "causal block", "block under a window", "third step of ttt"])
 def test_flex_backward_equals_reference_on_a_gpu(rule):
     q, k, v, rows, memory = packed_case(size=64)
     drafts = rows
@@ -218,7 +220,8 @@ def test_flex_backward_equals_reference_on_a_gpu(rule):
         keys = memory.position.numel() + drafts.slot.numel()
         q, k, v = (torch.randn(n, h, 64, generator=g) for n, h in ((6, 4), (keys, 2), (keys, 2)))
     move = lambda value: type(value)(*(getattr(value, f).cuda() for f in value.__dataclass_fields__))
-    visibility = Visibility(move(rows), move(memory), move(drafts), causal=rule != "block")
+    window = 9 if rule.endswith("window") else None
+    visibility = Visibility(move(rows), move(memory), move(drafts), causal=not rule.startswith("block"), window=window)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).cuda()
     gradients = []
     for name in ("reference", "flex"):
@@ -226,3 +229,67 @@ def test_flex_backward_equals_reference_on_a_gpu(rule):
         gradients.append(torch.autograd.grad(BACKENDS[name](*leaves, visibility), leaves, upstream))
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)  # flex multiplies in tf32 on a GPU
+
+
+def test_a_window_drawn_by_hand():
+    """Blocks of 3 slots after anchors 4 of a document of 6 positions and 2 of one of 3, under a window of 3. A row at position p
+    sees memory and draft rows from p - 2 on; of a bidirectional block also those behind it."""
+    rows = block_rows(torch.tensor([0, 1]), torch.tensor([4, 2]), slots=3)
+    assert drawn(Visibility(rows, places(6, 3), rows, causal=False, window=3)) == [
+        # memory     blocks
+        "..xx.....xxx...",
+        "...x.....xxx...",
+        ".........xxx...",
+        "......xx....xxx",
+        ".......x....xxx",
+        "............xxx",
+    ]
+    assert drawn(Visibility(rows, places(6, 3), rows, causal=True, window=2))[:3] == [
+        "...x.....x.....",
+        ".........xx....",
+        "..........xx...",
+    ]
+
+
+def test_a_window_of_ttt_s_steps_drawn_by_hand():
+    """Step 3 of anchors 1 and 3 under a window of 2: its own and step 2's rows alone."""
+    steps = [ttt_rows([0, 0], [1, 3], j) for j in (1, 2, 3)]
+    drafts = steps[0] + steps[1] + steps[2]
+    assert drawn(Visibility(steps[2], places(4), drafts, causal=True, window=2)) == ["......x.x.", ".......x.x"]
+    assert drawn(Visibility(steps[0], places(4), steps[0], causal=True, window=2)) == ["x...x.", "..x..x"]
+
+
+@pytest.mark.parametrize("rule", ["ttt", "block"])
+@pytest.mark.parametrize("window", [1, 40, 400])
+def test_flex_s_tiles_and_rule_of_a_window_are_the_dense_mask(window, rule):
+    """Tiles that are said to be whole are, and none is left out of which something is visible."""
+    memory = places(700, 300)
+    if rule == "ttt":
+        rows, second = (ttt_rows([0] * 600 + [1] * 200, [*range(1, 601), *range(1, 201)], j) for j in (1, 2))
+        rows, drafts = second, rows + second
+    else:
+        rows = drafts = block_rows(torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([5, 140, 290, 600, 1, 200]), slots=60)
+    visibility = Visibility(rows, memory, drafts, causal=rule == "ttt", window=window)
+    dense = visibility.dense
+    at = torch.meshgrid(*(torch.arange(n) for n in dense.shape), indexing="ij")
+    assert torch.equal(visibility.block_mask(2).mask_mod(0, 0, *at), dense)
+    filled = F.pad(dense, (0, -dense.shape[1] % TILE, 0, -dense.shape[0] % TILE))
+    tiles = filled.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(2)
+    some_XY, every_XY = visibility._tiles()
+    assert not (tiles.any(-1) & ~some_XY).any() and not (every_XY & ~tiles.all(-1)).any()
+    # Tiles that the window leaves behind are not looked at, and those within it need not be asked key by key.
+    blind_XY, _ = replace(visibility, window=None)._tiles()
+    if rule == "ttt":  # a tile of blocks holds anchors of all documents
+        assert some_XY.sum() < blind_XY.sum() or window == 400
+        assert every_XY.any() or window < 400
+
+
+@pytest.mark.slow
+def test_flex_forward_equals_reference_under_a_window():
+    q, k, v, rows, memory = packed_case()
+    visibility = Visibility(rows, memory, rows, causal=True, window=9)
+    expected = BACKENDS["reference"](q, k, v, visibility)
+    with torch.no_grad():
+        torch.testing.assert_close(BACKENDS["flex"](q, k, v, visibility), expected, rtol=1e-4, atol=1e-5)
+    blind = BACKENDS["reference"](q, k, v, replace(visibility, window=10))
+    assert (blind - expected).abs().max() > 1e-2  # a window of one more is noticed

@@ -265,7 +265,6 @@ def test_a_published_speculators_checkpoint_is_read(deep, tmp_path):
         ({"draft_vocab_size": 500}, "has draft_vocab_size=500, and d2t of 600 tokens"),
         ({"model_type": "gemma2"}, "has layers of model_type=gemma2; those of llama and qwen3 are read"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with the length"),
-        ({"partial_rotary_factor": 0.5}, "rotates a part of each head"),
         ({"layer_types": ["sliding_attention"], "sliding_window": 128}, "sees 128 positions back"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 4, 5]}, "reads the outputs of layers .-1, 3, 4.; the target has layers 0 to 7"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, 9]}, "reads the outputs of layers .1, 3, 8."),

@@ -8,10 +8,11 @@ from common import cli
 from common.errors import UserError
 from common.rules import first_broken
 from data_prep.cache.reader import CacheReader
-from data_prep.target.architecture import Architecture
+from data_prep.target.architecture import Architecture, KVLayer
 from tests.support.rules import by_name, pattern
 from train import machine_rules, rules
 from train.build import check_training
+from train.drafter.config import DrafterConfig
 from train.recipe import TrainRecipe
 from train.unread import UNREAD, unread
 
@@ -71,11 +72,17 @@ def contexts(manifest) -> dict:
     """(words of the line, context) of rules about machines, caches and models that are not here."""
     small = replace(Architecture(**manifest.target["architecture"]), hidden_size=100)
     lm = {"path": "x", "positions": 2048}
+    own = KVLayer(small.kv_heads, small.head_dim, small.inv_freq, small.rope_scale)
+    about = ("blockwise", "kv", [0, 1], [], 4, False, False, 0, "target", None, small, {})
+    windows = DrafterConfig(*about, kv_shapes=[replace(own, window=n) for n in (8, 9)])
+    joined = replace(windows, source="head_concat", source_layers=[0, 1])
     return {
         "batch that ranks cannot share": (["train.batch=8"], 3),
         "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
         "fp8 of sizes that are no whole tiles": (["train.fp8=true"], machine_rules.Shapes(small, tile=16)),
         "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
+        "heads side by side that differ": (["reuse=kv", "reuse.source=head_concat"], joined),
+        "view of a window": ([SPARSE, "reuse=kv"], windows),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],
             machine_rules.Documents(longest=4096, lm=lm),

@@ -31,7 +31,7 @@ FAMILIES = {
     "gpt2": GPT2,  # learned positions, dropout
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},  # scales its queries itself
 }
-IN_CACHE = ("llama", "llama, tied", "qwen3")
+IN_CACHE = ("llama", "llama, tied", "qwen3", "gpt_neox")
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_masking_and_gathering_both_equal_attention_over_the_selection(scene, na
     groups = 2 * len(scene.anchors.index)
     plan = scene.plan(view, torch.tensor(budgets)[:, None].expand(-1, count))
     everyone = scene.anchors.repeated(2)
-    taken, moved = gather(scene.memory, plan, everyone, rotate if positions == "in_cache" else lambda key, moved: key)
+    taken, moved = gather(scene.memory, plan, everyone, lambda i, n, *key: rotate(*key) if positions == "in_cache" else key[0])
     group = torch.arange(groups).repeat_interleave(2)
     slot = torch.arange(1, 3).repeat(groups)
     g = torch.Generator().manual_seed(0)

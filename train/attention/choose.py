@@ -18,7 +18,7 @@ def attention_backend(
     flex.
 
     Args:
-        flash: whether FlashAttention can say the rule: rows of ttt, no view, and bf16 where there is a GPU.
+        flash: whether FlashAttention can say the rule: rows of ttt, no view and no window, and bf16 where there is a GPU.
         dense: whether most positions have an anchor; FlashAttention computes them all.
 
     Raises:
@@ -34,7 +34,7 @@ def attention_backend(
         )
     if name == "flash" and not flash:
         raise UserError(
-            "attention=flash is for objective=ttt without views; on a GPU in bf16, of compute capability 8.0 or more and with "
-            "heads of at most 256 in whole 8s; use attention=auto or attention=flex"
+            "attention=flash is for objective=ttt without views, over layers without a window; on a GPU in bf16, of compute "
+            "capability 8.0 or more and with heads of at most 256 in whole 8s; use attention=auto or attention=flex"
         )
     return BACKENDS[name]

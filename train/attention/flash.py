@@ -21,8 +21,9 @@ from train.attention.visibility import Visibility
 
 @backend(takes_parts=True)
 def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Tensor:
-    """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view; the keys of its steps come in order."""
-    assert visibility.selection is None
+    """Softmax attention of the visible keys, [Q, H, D]. For rows of ttt under no view and no window; the keys of its steps come
+    in order."""
+    assert visibility.selection is None and visibility.window is None
     # 1. Where each row stands among the memory: at the last key that it sees. Causal attention then shows it exactly its own.
     memory = visibility.memory
     rows = visibility.queries

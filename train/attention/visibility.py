@@ -90,6 +90,12 @@ def in_view(k_index, sink: int, q_tail, chosen):
     return (k_index < sink) | (k_index >= q_tail) | chosen
 
 
+def in_window(q_position, k_position, window: int):
+    """A row at position p reads positions p - window + 1 to p, as the queries of a target layer with this window do. Nothing is
+    said of later positions, which other rules hide or show."""
+    return k_position > q_position - window
+
+
 def sees_draft(q_group, q_slot, k_group, k_slot, causal: bool):
     """Draft rows of the same anchor; under `causal` only up to the own slot."""
     same = q_group == k_group
@@ -109,6 +115,7 @@ class Visibility:
     drafts: DraftRows
     causal: bool
     selection: Selection | None = None  # None: all of the memory
+    window: int | None = None  # of memory and of draft rows; None: all
 
     @cached_property
     def dense(self) -> Tensor:
@@ -123,7 +130,10 @@ class Visibility:
             chosen_GMP = s.chosen_MGC.transpose(0, 1)[..., s.index_P // s.chunk]
             memory = memory & in_view(s.index_P, s.sink, s.tail_M[q.group][:, None], chosen_GMP[:, q.group])
             drafts = drafts.expand(len(memory), -1, -1)
-        return torch.cat([memory, drafts], dim=-1)
+        seen = torch.cat([memory, drafts], dim=-1)
+        if self.window is not None:
+            seen = seen & in_window(q.position[:, None], torch.cat([m.position, d.position]), self.window)
+        return seen
 
     def block_mask(self, share: int):
         """`share`: how many query heads read one KV head."""
@@ -168,6 +178,12 @@ class Visibility:
             in_memory = sees_memory(q_document[i], q_anchor[i], k_document[k], k_position[k])
             return in_memory | sees_draft(q_group[i], q_slot[i], k_group[k], k_slot[k], causal)
 
+        if self.window is not None:
+            assert s is None
+            window = self.window
+            k_place = F.pad(_narrow(torch.cat([self.memory.position, self.drafts.position])), (0, filling), value=-1)
+            q_place = of_rows(q.position, 0)
+            return lambda batch, head, i, k: whole(batch, head, i, k) & in_window(q_place[i], k_place[k], window)
         if s is None:
             return whole
         k_index = of_memory(s.index_P)
@@ -200,6 +216,10 @@ class Visibility:
         k_group, k_slot = (_bounds(t, before=memory) for t in (d.group, d.slot))
         some = (document[0] <= k_document[1]) & (k_document[0] <= document[1]) & (k_position[0] < anchor[1])
         every = (document[0] == k_document[1]) & (document[1] == k_document[0]) & (k_position[1] < anchor[0])
+        if self.window is not None:
+            place = _bounds(q.position)[:, :, None]
+            some &= in_window(place[0], k_position[1], self.window)
+            every &= in_window(place[1], k_position[0], self.window)
         if s is not None:
             # 2. Of these, what the views of some row leave. A chosen chunk makes no tile whole: other rows chose others.
             tail = _bounds(s.tail_M[q.group])[:, :, None]

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import publish, write_text
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
-from data_prep.target.target import Target
 from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig
@@ -44,9 +44,8 @@ class Drafter(nn.Module):
     def dtype(self) -> torch.dtype:
         raise NotImplementedError
 
-    @property
-    def inv_freq(self) -> Tensor:
-        """The inverse frequencies [D / 2] by which its keys are rotated, in float32."""
+    def inv_freq(self, layer: int, branch: str) -> Tensor:
+        """The inverse frequencies [R] by which the first 2 R dimensions of its keys are rotated, in float32."""
         raise NotImplementedError
 
     @property
@@ -110,7 +109,7 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
+    def start(self, target: Described | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Drafter":
         """Initial weights, a function of the configuration's seed; the drafter itself.
 
         Args:
@@ -118,24 +117,32 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def rotate(self, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
-        """Keys as they would be, had each stood `moved_PG` positions further on."""
+    def rotate(self, layer: int, branch: str, key_PGD: Tensor, moved_PG: Tensor) -> Tensor:
+        """Keys of a layer and branch as they would be, had each stood `moved_PG` positions further on."""
         # Rotations add up, so that a rotated key is moved by rotating it once more. The scale of the target's rotary embedding
         # (YaRN's) is in the key already: here it is 1.
         wide = torch.promote_types(key_PGD.dtype, torch.float32)
-        return Rope(moved_PG / self.config.rope_factor, self.inv_freq, 1.0, wide)(key_PGD.to(wide)).to(key_PGD.dtype)
+        rope = Rope(moved_PG / self.config.rope_factor, self.inv_freq(layer, branch), 1.0, wide)
+        return rope(key_PGD.to(wide)).to(key_PGD.dtype)
 
     def visibility(self, queries: DraftRows, memory: Memory, drafts: DraftRows) -> list[dict[str, Visibility]]:
         """For each layer and branch; layers that see the same share it."""
         causal = self.config.schedule.causal(self.config)
+        if memory.selection is not None:
+            return [
+                {n: Visibility(queries, places, drafts, causal, selection[n]) for n, places in memory.places.items()}
+                for selection in memory.selection
+            ]
+        # One object for all layers of a window: what a backend derives from it (masks, tiles) is made once.
+        made: dict[tuple[str, int | None], Visibility] = {}
 
-        def of(selection: dict) -> dict[str, Visibility]:
-            return {n: Visibility(queries, places, drafts, causal, selection.get(n)) for n, places in memory.places.items()}
+        def of(layer: int, branch: str) -> Visibility:
+            window = self.config.shape(layer, branch).window
+            if (branch, window) not in made:
+                made[branch, window] = Visibility(queries, memory.places[branch], drafts, causal, window=window)
+            return made[branch, window]
 
-        if memory.selection is None:
-            # One object for all layers: what a backend derives from it (masks, tiles) is made once.
-            return [of({})] * len(memory.layers)
-        return [of(selection) for selection in memory.selection]
+        return [{branch: of(layer, branch) for branch in memory.places} for layer in range(len(memory.layers))]
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds; a tensor that has two names (a tied LM head) under the first."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from common.errors import UserError
@@ -48,7 +49,7 @@ class DrafterConfig:
     start: str  # target | random
     mask_token_id: int | None
     architecture: Architecture
-    target: dict  # id, weights_hash, tokenizer_hash
+    target: dict  # id, weights_hash, tokenizer_hash; quantisation, where the target is quantised
     source: str = "native"  # how target K/V become memory: native | projected | projected_rope | head_concat
     source_layers: list[int] = field(default_factory=list)  # whose K/V every draft layer reads, unless native
     fusion: str = "gated_delta"  # hybrid: gated_delta | cross_only
@@ -109,6 +110,28 @@ class DrafterConfig:
     def layers_of(self, layer: int) -> list[int]:
         """Target layers whose K/V the draft layer reads that belongs to target layer `layer`."""
         return [layer] if self.source == "native" else self.source_layers
+
+    def kv_shape(self, layer: int) -> KVLayer:
+        """What the stored keys and values of target layer `layer` are like."""
+        return self.own_shape if self.kv_shapes is None else self.kv_shapes[self.kv_layers.index(layer)]
+
+    @cached_property
+    def own_shape(self) -> KVLayer:
+        """What keys and values of the architecture's own are like."""
+        a = self.architecture
+        return KVLayer(a.kv_heads, a.head_dim, a.inv_freq, a.rope_scale)
+
+    def shape(self, layer: int, branch: str) -> KVLayer:
+        """What the keys and values are like that draft layer `layer` reads in this branch. Where they are the target's own, in
+        place, the window is the target's too. A projection has no window: it mixes layers, each of which may have another."""
+        if branch != "kv" or self.source.startswith("projected"):
+            return self.own_shape
+        return self.kv_shape(self.layers_of(self.target_layers[layer])[0])
+
+    @property
+    def windowed(self) -> bool:
+        """Whether some draft layer reads memory through a window."""
+        return any(self.shape(layer, branch).window for layer in range(len(self.target_layers)) for branch in self.branches)
 
     @property
     def query_layers(self) -> list[int]:

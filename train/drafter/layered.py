@@ -3,15 +3,17 @@
 Shapes: P memory positions, Q draft rows, N anchors, S slots of a block, E hidden size, I input size of fc.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data_prep.target.architecture import KVLayer
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
-from data_prep.target.target import Target
 from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
@@ -19,6 +21,8 @@ from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
 from train.drafter.layers import Attention, DraftLayer, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
+
+Rotation = tuple[tuple[float, ...], float]  # angles per position, and the scale
 
 
 class LayeredDrafter(Drafter):
@@ -28,7 +32,7 @@ class LayeredDrafter(Drafter):
     def __init__(self, config: DrafterConfig):
         super().__init__(config)
         a = config.architecture
-        self.layers = nn.ModuleList(DraftLayer(config, first=i == 0) for i in range(len(config.target_layers)))
+        self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(len(config.target_layers)))
         self.norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         self.head = DraftHead(config)
         if config.uses_kv:
@@ -44,16 +48,15 @@ class LayeredDrafter(Drafter):
             self.hidden_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         if config.pairs:
             self.mask_hidden = nn.Embedding(1, self.fc.in_features)  # what fc reads for an undrafted slot
-        # No buffer: DeepSpeed casts a module's buffers to bf16 too, and rounded frequencies are wrong at large positions.
-        self._inv_freq = torch.tensor(a.inv_freq)
+        # No buffers: DeepSpeed casts a module's buffers to bf16 too, and rounded frequencies are wrong at large positions.
+        self._angles: dict[Rotation, Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    @property
-    def inv_freq(self) -> Tensor:
-        return self._inv_freq
+    def inv_freq(self, layer: int, branch: str) -> Tensor:
+        return torch.tensor(self.config.shape(layer, branch).inv_freq)
 
     def use_fp8(self) -> None:
         """The products of the MLPs and of a frozen head in fp8, while training."""
@@ -65,10 +68,31 @@ class LayeredDrafter(Drafter):
         for layer in self.layers:
             layer.compile_parts()
 
-    def rope(self, position_P: Tensor) -> Rope:
+    def ropes(self, position_P: Tensor) -> list[dict[str, Rope]]:
+        """The rotary embedding of every layer and branch at these positions; those that rotate alike share it."""
+        of_shape = self._ropes_at(position_P)
+        return [
+            {name: of_shape(self.config.shape(layer, name)) for name in self.config.branches} for layer in range(len(self.layers))
+        ]
+
+    def _ropes_at(self, position_P: Tensor) -> Callable[[KVLayer], Rope]:
+        """Makes the rotary embedding of a kind of keys at these positions, each once."""
+        position_P = position_P / self.config.rope_factor
+        made: dict[Rotation, Rope] = {}
+
+        def rope(shape: KVLayer) -> Rope:
+            rotation = (tuple(shape.inv_freq), shape.rope_scale)
+            if rotation not in made:
+                made[rotation] = Rope(position_P, self._angles_of(rotation, position_P.device), shape.rope_scale, self.dtype)
+            return made[rotation]
+
+        return rope
+
+    def _angles_of(self, rotation: Rotation, device: torch.device) -> Tensor:
         # Kept on the device after the first call: a CUDA graph cannot hold a copy from the host's memory.
-        self._inv_freq = self._inv_freq.to(position_P.device)
-        return Rope(position_P / self.config.rope_factor, self._inv_freq, self.config.architecture.rope_scale, self.dtype)
+        if rotation not in self._angles or self._angles[rotation].device != device:
+            self._angles[rotation] = torch.tensor(rotation[0], device=device)
+        return self._angles[rotation]
 
     def remember(
         self,
@@ -82,18 +106,18 @@ class LayeredDrafter(Drafter):
         config = self.config
         memory = Memory.extended(past, len(self.layers), {n: rows if n == config.own_memory else places for n in config.branches})
         if config.uses_kv:
-            rope = self.rope(places.position)
+            of_shape = self._ropes_at(places.position)
             for layer, target_kv in enumerate(self.target_kv):
-                memory.add(layer, "kv", target_kv(states, rope, self.dtype))
+                memory.add(layer, "kv", target_kv(states, of_shape, self.dtype))
         if config.uses_hidden:
             hidden_PI = torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1)
             features = self._feature(hidden_PI.to(self.dtype))
             memory.feature = features if config.reads_pairs else None
         if config.injects_hidden:
             features = self.hidden_norm(features)
-            rope = self.rope(places.position)
+            ropes = self.ropes(places.position)
             for layer, module in enumerate(self.layers):
-                memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, rope))
+                memory.add(layer, "hidden", module.branches["hidden"].keys_values(features, ropes[layer]["hidden"]))
         if config.own_memory:
             self._read(memory, features if config.uses_hidden else token_RE, token_RE, rows, attend, keep=True)
         return memory
@@ -128,21 +152,21 @@ class LayeredDrafter(Drafter):
             The queries [R, H, D] of each layer and branch. With `keep` an empty list.
         """
         own_memory = self.config.own_memory
-        rope = self.rope(places.position)
+        ropes = self.ropes(places.position)
         queries: list[dict[str, Tensor]] = []
         rows = known_rows(places)
         visibility = self.visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_RE, token_RE)
-            own = layer.keys_values(inputs, rope)
+            own = layer.keys_values(inputs, ropes[index])
             if keep:
                 memory.add(index, own_memory, own[own_memory])
             else:
-                queries.append({name: branch.queries(inputs, rope) for name, branch in layer.branches.items()})
+                queries.append(layer.queries(inputs, ropes[index]))
             # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
             if index + 1 < len(self.layers):
                 keys = {n: memory.layers[index][n] + own[n] for n in own}
-                x_RE = self._through(layer, x_RE, inputs, rope, keys, visibility[index], attend)
+                x_RE = self._through(layer, x_RE, inputs, ropes[index], keys, visibility[index], attend)
         return queries
 
     def block(
@@ -220,14 +244,14 @@ class LayeredDrafter(Drafter):
             The residual stream behind the last layer, before the final norm [Q, E]; `past` with this pass's keys and values.
         """
         visibility = self.visibility(rows, memory, drafts)
-        rope = self.rope(rows.position)
+        ropes = self.ropes(rows.position)
         kept: Past = []
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_QE, token_QE)
-            own = layer.keys_values(inputs, rope)
+            own = layer.keys_values(inputs, ropes[index])
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
             keys = {name: steps.after(memory.layers[index][name], attend.takes_parts) for name, steps in kept[index].items()}
-            x_QE = self._through(layer, x_QE, inputs, rope, keys, visibility[index], attend)
+            x_QE = self._through(layer, x_QE, inputs, ropes[index], keys, visibility[index], attend)
         return x_QE, kept
 
     def _through(self, layer: DraftLayer, *arguments) -> Tensor:
@@ -236,7 +260,7 @@ class LayeredDrafter(Drafter):
         return checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
 
     @torch.no_grad()
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "LayeredDrafter":
+    def start(self, target: Described | None, head: FrozenHead, counts_V: Tensor | None = None) -> "LayeredDrafter":
         """Initial weights, a function of the configuration's seed. start="target": every draft layer begins as its
         target layer (Q, K, V, O, norms, MLP), fc as a copy of the hidden state that layer would have read.
 
@@ -264,7 +288,7 @@ class LayeredDrafter(Drafter):
             self._start_from(target)
         return self
 
-    def _start_from(self, target: Target) -> None:
+    def _start_from(self, target: Described) -> None:
         config = self.config
         size = config.architecture.hidden_size
         self.norm.weight.copy_(target.final_norm_weight)

@@ -1,7 +1,7 @@
 """A draft layer: attention over the target's states and the drafter's own rows, then a gated MLP.
 
 Shapes: Q rows, P memory positions, E hidden size, I input size of the attention (E, or 2E for EAGLE-3's pairs),
-H query heads, G key/value heads, D head size.
+H query heads, G key/value heads, D head size, R pairs of dimensions that are rotated.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_prep.target.architecture import KVLayer
 from train.attention.backend import AttentionBackend
 from train.attention.visibility import Visibility
 from train.drafter.config import DrafterConfig
@@ -48,7 +49,12 @@ class Steps(tuple[KV, ...]):
 
 
 class Rope:
-    """Rotary angles of some positions [P], or [P, heads], in the target's own convention (halves, not interleaved pairs)."""
+    """Rotary angles of some positions [P], or [P, heads], in the layout of halves (not interleaved pairs).
+
+    Args:
+        inv_freq: angles per position [R]. Of a larger head the first 2 R dimensions are rotated, the others pass as they are.
+        scale: what cos and sin are multiplied by.
+    """
 
     def __init__(self, position: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype):
         position = position if position.dim() == 2 else position[:, None]
@@ -59,25 +65,37 @@ class Rope:
         self.sin = (angles.sin() * scale).to(dtype)
 
     def __call__(self, x_PHD: Tensor) -> Tensor:
-        left, right = x_PHD.chunk(2, dim=-1)
-        return x_PHD * self.cos + torch.cat([-right, left], dim=-1) * self.sin
+        turned = self.cos.shape[-1]
+        if turned < x_PHD.shape[-1]:
+            return torch.cat([self._turn(x_PHD[..., :turned]), x_PHD[..., turned:]], dim=-1)
+        return self._turn(x_PHD)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-right, left], dim=-1) * self.sin
 
 
 class Attention(nn.Module):
-    """Projections of one branch; the backend that joins them is chosen at run time."""
+    """Projections of one branch; the backend that joins them is chosen at run time.
 
-    def __init__(self, config: DrafterConfig, inputs: int, copies: int = 1):
+    Args:
+        shape: what the keys and values are like that its memory holds.
+    """
+
+    def __init__(self, config: DrafterConfig, inputs: int, shape: KVLayer, copies: int = 1):
         super().__init__()
         a = config.architecture
-        queries = copies * a.heads * a.head_dim
-        keys = copies * a.kv_heads * a.head_dim
-        self.heads = (-1, a.head_dim)
+        # As many query heads as the architecture has, or so many more that each key head has equally many.
+        heads = -(-a.heads // shape.kv_heads) * shape.kv_heads
+        queries = copies * heads * shape.head_dim
+        keys = copies * shape.kv_heads * shape.head_dim
+        self.heads = (-1, shape.head_dim)
         self.q = nn.Linear(inputs, queries, bias=a.qkv_bias)
         self.k = nn.Linear(inputs, keys, bias=a.qkv_bias)
         self.v = nn.Linear(inputs, keys, bias=a.qkv_bias)
         self.o = nn.Linear(queries, a.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
-        self.k_norm = nn.RMSNorm(a.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
 
     def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
         return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
@@ -117,16 +135,19 @@ class GatedDelta(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One layer. `branches` holds an attention for each kind of memory: "tokens", "hidden", "kv", or the last two (hybrid)."""
+    """Layer `index` of a drafter. `branches` holds an attention for each kind of memory: "tokens", "hidden", "kv", or the last
+    two (hybrid)."""
 
-    def __init__(self, config: DrafterConfig, first: bool):
+    def __init__(self, config: DrafterConfig, index: int):
         super().__init__()
         a = config.architecture
-        self.pairs = first and config.reads_pairs
+        self.pairs = index == 0 and config.reads_pairs
         self.normed_residual = self.pairs and config.norm_before_residual
         inputs = a.hidden_size * (2 if self.pairs else 1)
         names = config.branches
-        self.branches = nn.ModuleDict({n: Attention(config, inputs, config.head_copies if n == "kv" else 1) for n in names})
+        self.branches = nn.ModuleDict(
+            {n: Attention(config, inputs, config.shape(index, n), config.head_copies if n == "kv" else 1) for n in names}
+        )
         self.fuse = GatedDelta(a.hidden_size, config.gate_floor) if len(names) == 2 else None
         self.input_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
         self.token_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps) if self.pairs else None
@@ -140,15 +161,19 @@ class DraftLayer(nn.Module):
         normed = self.input_norm(x_QE)
         return torch.cat([self.token_norm(token_QE), normed], dim=-1) if self.pairs else normed
 
-    def keys_values(self, inputs_QI: Tensor, rope: Rope) -> dict[str, KV]:
+    def keys_values(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, KV]:
         """The rows' own keys and values, for each branch."""
-        return {name: branch.keys_values(inputs_QI, rope) for name, branch in self.branches.items()}
+        return {name: branch.keys_values(inputs_QI, ropes[name]) for name, branch in self.branches.items()}
+
+    def queries(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, Tensor]:
+        """Rotated, [Q, H, D] of each branch."""
+        return {name: branch.queries(inputs_QI, ropes[name]) for name, branch in self.branches.items()}
 
     def forward(
         self,
         x_QE: Tensor,
         inputs_QI: Tensor,
-        rope: Rope,
+        ropes: dict[str, Rope],
         keys: dict[str, KV],
         visibility: dict[str, Visibility],
         attend: AttentionBackend,
@@ -157,7 +182,9 @@ class DraftLayer(nn.Module):
         if self.normed_residual:
             # The inputs are [token; normed feature] side by side: the second half is the normed stream.
             x_QE = inputs_QI[..., x_QE.shape[-1] :]
-        out = [branch(inputs_QI, rope, keys[name], visibility[name], attend=attend) for name, branch in self.branches.items()]
+        out = [
+            branch(inputs_QI, ropes[name], keys[name], visibility[name], attend=attend) for name, branch in self.branches.items()
+        ]
         return self.after(x_QE, self.fuse(*out) if self.fuse else out[0])
 
     def after(self, x_QE: Tensor, attended_QE: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 Shapes: P positions, E hidden size, G key/value heads, D head size, L source layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from data_prep.target.architecture import KVLayer
 from data_prep.target.states import States
 from train.attention.visibility import Places, Selection
 from train.drafter.config import DrafterConfig
@@ -50,44 +52,56 @@ class TargetKV(nn.Module):
 
     native: one target layer's, as they are. head_concat: the heads of L layers side by side, each rotated at its position.
     projected: one linear map over the L layers' concatenated keys, rotated as the target's cache holds them, and one over
-    their values. projected_rope: the same over keys before RoPE, which is applied after the map, since the map would destroy
-    the positions.
+    their values. projected_rope: the same over keys before RoPE, which is applied after the map (the drafter's own), since the
+    map would destroy the positions.
     """
 
     def __init__(self, config: DrafterConfig, layer: int):
         super().__init__()
-        a = config.architecture
-        count = len(config.source_layers)
         self.source = config.source
-        self.heads = (-1, a.head_dim)
         self.layers = config.layers_of(layer)
+        self.own = config.own_shape
+        self.shapes = [config.kv_shape(i) for i in self.layers]
         if self.source.startswith("projected"):
-            size = a.kv_heads * a.head_dim
-            self.k = nn.Linear(count * size, size, bias=False)
-            self.v = nn.Linear(count * size, size, bias=False)
+            inputs = sum(map(_size, self.shapes))
+            self.k = nn.Linear(inputs, _size(self.own), bias=False)
+            self.v = nn.Linear(inputs, _size(self.own), bias=False)
 
-    def forward(self, states: States, rope: Rope, dtype: torch.dtype) -> KV:
+    def forward(self, states: States, ropes: Callable[[KVLayer], Rope], dtype: torch.dtype) -> KV:
+        """`ropes` gives the rotary embedding of a kind of keys, at the states' positions."""
         keys = [states.key[layer].to(dtype) for layer in self.layers]
         values = [states.value[layer].to(dtype) for layer in self.layers]
         # The cache holds keys as they are before RoPE: their rotation is a function of the position alone.
         if self.source != "projected_rope":
-            keys = [rope(key) for key in keys]
+            keys = [ropes(shape)(key) for shape, key in zip(self.shapes, keys)]
         if self.source == "native":
             return KV(keys[0], values[0])
-        key = torch.cat(keys, dim=1)
-        value = torch.cat(values, dim=1)
         if self.source == "head_concat":
-            return KV(key, value)
-        key = self.k(key.flatten(1)).unflatten(-1, self.heads)
-        value = self.v(value.flatten(1)).unflatten(-1, self.heads)
-        return KV(rope(key) if self.source == "projected_rope" else key, value)
+            return KV(torch.cat(keys, dim=1), torch.cat(values, dim=1))
+        # Flat before they are joined: layers may have heads of other sizes.
+        key, value = (
+            project(torch.cat([t.flatten(1) for t in parts], dim=1)).unflatten(-1, (-1, self.own.head_dim))
+            for project, parts in ((self.k, keys), (self.v, values))
+        )
+        return KV(ropes(self.own)(key) if self.source == "projected_rope" else key, value)
 
     @torch.no_grad()
     def start(self, layer: int) -> None:
-        """A projection begins as the choice of one source layer: the draft layer's own, or the nearest to it."""
+        """A projection begins as the choice of one source layer: the draft layer's own, or the nearest to it among those whose
+        heads are of the drafter's sizes. Where there is none, nothing is chosen."""
         if not self.source.startswith("projected"):
             return
-        chosen = min(range(len(self.layers)), key=lambda i: abs(self.layers[i] - layer))
+        own = (self.own.kv_heads, self.own.head_dim)
+        alike = [i for i, shape in enumerate(self.shapes) if (shape.kv_heads, shape.head_dim) == own]
+        if not alike:
+            return
+        chosen = min(alike, key=lambda i: abs(self.layers[i] - layer))
+        begin = sum(map(_size, self.shapes[:chosen]))
         for module in (self.k, self.v):
             size = module.out_features
-            module.weight[:, chosen * size : (chosen + 1) * size] += torch.eye(size, device=module.weight.device)
+            module.weight[:, begin : begin + size] += torch.eye(size, device=module.weight.device)
+
+
+def _size(shape: KVLayer) -> int:
+    """Of all keys, or values, of a position."""
+    return shape.kv_heads * shape.head_dim

@@ -26,9 +26,9 @@ from transformers import (
 
 from common.errors import UserError, first_line
 from data_prep.target.architecture import STATIC_ROPE
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
-from data_prep.target.target import Target
 from train.attention.backend import AttentionBackend
 from train.attention.reference import reference
 from train.attention.visibility import DraftRows, Places, known_rows
@@ -122,8 +122,7 @@ class Standalone(Drafter):
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
 
-    @property
-    def inv_freq(self) -> Tensor:
+    def inv_freq(self, layer: int, branch: str) -> Tensor:
         return self.body.rotary_emb.inv_freq.float()
 
     def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
@@ -214,7 +213,7 @@ class Standalone(Drafter):
         return position_R.clamp(0, self.config.lm["positions"] - 1) if self.config.lm["positions"] else position_R
 
     @torch.no_grad()
-    def start(self, target: Target | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Standalone":
+    def start(self, target: Described | None, head: FrozenHead, counts_V: Tensor | None = None) -> "Standalone":
         """The model's own weights, or with start="random" new ones; checked to say what the model says.
 
         Raises:
@@ -272,15 +271,14 @@ class Standalone(Drafter):
             rows = Places(place.document, place.position + offset)
             return [kinds[BRANCH].key.float() for kinds in self.remember(States(), place, tokens, rows, reference).layers]
 
-        def turns(one: Tensor, other: Tensor) -> bool:
+        def turns(layer: int, one: Tensor, other: Tensor) -> bool:
             try:
-                return bool(
-                    (self.rotate(one, torch.full_like(one[..., 0], moved)) - other).abs().max() < 1e-2 * other.abs().max()
-                )
-            except (AttributeError, RuntimeError):  # no rotary embedding, or one of a part of the head
+                found = self.rotate(layer, BRANCH, one, torch.full_like(one[..., 0], moved))
+            except (AttributeError, RuntimeError):  # no rotary embedding, or one of another layout
                 return False
+            return bool((found - other).abs().max() < 1e-2 * other.abs().max())
 
-        if not all(turns(one, other) for one, other in zip(keys_at(0), keys_at(moved))):
+        if not all(turns(i, one, other) for i, (one, other) in enumerate(zip(keys_at(0), keys_at(moved)))):
             raise UserError(f"view.positions=in_cache: the keys of {self.config.lm['path']} do not turn with their positions")
 
 

@@ -95,7 +95,7 @@ def other_positions(folder: str, config: DrafterConfig) -> bool:
     other = _config(folder, config)
     mine = _rotation(config)
     theirs = _rotation(other)
-    return any(abs(a - b) > 1e-4 * abs(a) for a, b in zip(mine, theirs))
+    return len(mine) != len(theirs) or any(abs(a - b) > 1e-4 * abs(a) for a, b in zip(mine, theirs))
 
 
 def _rotation(config: DrafterConfig) -> list[float]:

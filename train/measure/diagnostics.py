@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from data_prep.target.states import States
-from train.attention.visibility import DraftRows, Visibility
+from train.attention.visibility import DraftRows, Visibility, in_window
 from train.data.pack import Pack
 from train.drafter.base import Drafter
 from train.measure import acceptance
@@ -121,7 +121,7 @@ def _rows(watch: Watch, where: tuple[int, str], valid: Tensor):
         some = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:SAMPLED]  # a stride would prefer slots
         chosen = chosen[some.to(chosen.device)]
         picked = DraftRows(*(getattr(rows, f)[chosen] for f in rows.__dataclass_fields__))
-        dense = Visibility(picked, visibility.memory, visibility.drafts, visibility.causal).dense
+        dense = replace(visibility, queries=picked).dense
         yield slot[chosen], rows.group[chosen], q[chosen], k, v, dense, visibility.memory
 
 
@@ -146,9 +146,10 @@ def _query_figures(slots: _Slots, watch: Watch, drafter: Drafter, pack: Pack, va
             # 2. Attention maps, compared over what both see: the memory before the anchor.
             count = len(memory.position)
             place = pack.anchor_N[anchor] + slot
-            seen = (memory.document == pack.places.document[place][:, None]) & (
-                memory.position <= pack.places.position[place][:, None]
-            )
+            position = pack.places.position[place][:, None]
+            seen = (memory.document == pack.places.document[place][:, None]) & (memory.position <= position)
+            if window := drafter.config.shape(layer, "kv").window:
+                seen &= in_window(position, memory.position, window)
             target = _weights(teacher[layer][anchor, slot], k[:count], seen)
             mine = _weights(q, k, dense)
             p, p_mine = (w[..., :count] * dense[:, None, :count] for w in (target, mine))

@@ -93,9 +93,9 @@ def target_queries(drafter: Drafter, pack: Pack, valid: Tensor, at_teacher: bool
     config = drafter.config
     anchor, slot = valid.nonzero(as_tuple=True)
     teacher = pack.teacher_P[pack.anchor_N[anchor] + slot]
-    rope = drafter.rope(pack.places.position[pack.anchor_N[anchor]] + slot + (0 if at_teacher else config.first_slot))
+    ropes = drafter.ropes(pack.places.position[pack.anchor_N[anchor]] + slot + (0 if at_teacher else config.first_slot))
     heads = ([pack.query[i][teacher] for i in config.layers_of(layer)] for layer in config.target_layers)
-    return [rope(torch.cat(layers, dim=1).to(drafter.dtype)) for layers in heads]
+    return [rope["kv"](torch.cat(layers, dim=1).to(drafter.dtype)) for rope, layers in zip(ropes, heads)]
 
 
 def query_error(watch: Watch, drafter: Drafter, pack: Pack, valid: Tensor) -> Tensor:

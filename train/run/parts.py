@@ -8,12 +8,13 @@ import deepspeed
 import numpy as np
 import torch
 
-from common.ranks import rank
+from common.errors import UserError
+from common.ranks import from_rank_0, rank
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader
 from data_prep.target.frozen_head import FrozenHead
-from data_prep.target.loading import load_target
-from data_prep.target.target import Target
+from data_prep.target.loading import load_parts
+from data_prep.target.parts import TargetParts
 from train.build import attention, check_target, drafter_config, engine_config, slot_weights, token_counts, uses_bf16
 from train.data.split import split
 from train.data.stream import PackStream, Prefix, StreamSettings, ViewDraws, sample_ages
@@ -77,13 +78,13 @@ def build_parts(context: RunContext) -> Parts:
     config = drafter_config(recipe, context.reader.manifest)
 
     # 1. The target, and which documents train.
-    target = _load_target(context)
+    target = _read_target(context)
     training, validation = split(context.reader, recipe.train.validation_documents)
 
     # 2. The drafter, and where its weights start.
     drafter = _make_drafter(context, config, target, training)
     head = target.frozen_head.to(context.device, torch.bfloat16 if uses_bf16(recipe, context.device) else torch.float32)
-    del target  # its layers have served: training reads the target's states from the cache
+    del target  # training reads its states from the cache
 
     # 3. What is learned, and the engine that learns it.
     objective = _make_objective(context, drafter, head)
@@ -95,19 +96,28 @@ def build_parts(context: RunContext) -> Parts:
     return Parts(ModelParts(objective, engine), data, checkpoints)
 
 
-def _load_target(context: RunContext) -> Target:
-    """The target on the host, checked to be the one that was captured."""
+def _read_target(context: RunContext) -> TargetParts:
+    """The target on the host, as far as training needs it, checked to be the one that was captured."""
     recipe = context.recipe
     changes = {"device": "cpu"}
-    # Every rank of a host holds one for a moment: in a bf16 run there is no use for a float32 one of twice the size.
+    # In a bf16 run there is no use for float32 weights of twice the size.
     if uses_bf16(recipe, context.device) and recipe.target.dtype == "auto":
         changes["dtype"] = "bfloat16"
-    target = load_target(recipe.target.model_copy(update=changes))
-    check_target(target.architecture, target.weights_hash(), context.reader.manifest, recipe.cache.dir)
+    target = load_parts(recipe.target.model_copy(update=changes))
+
+    def refusal() -> str | None:
+        try:
+            check_target(target.architecture, target.weights_hash(), context.reader.manifest, recipe.cache.dir)
+        except UserError as error:
+            return str(error)
+
+    # One rank reads all of the files, for all.
+    if refused := from_rank_0(refusal):
+        raise UserError(refused)
     return target
 
 
-def _make_drafter(context: RunContext, config: DrafterConfig, target: Target, training: np.ndarray) -> Drafter:
+def _make_drafter(context: RunContext, config: DrafterConfig, target: TargetParts, training: np.ndarray) -> Drafter:
     """The drafter with the weights that it starts with, told how to compute."""
     recipe = context.recipe
     counts_V = None  # how often each token is supervised: a reduced vocabulary keeps the most frequent ones
@@ -130,7 +140,7 @@ def _make_drafter(context: RunContext, config: DrafterConfig, target: Target, tr
     return drafter
 
 
-def _take_weights(context: RunContext, config: DrafterConfig, drafter: Drafter, target: Target) -> None:
+def _take_weights(context: RunContext, config: DrafterConfig, drafter: Drafter, target: TargetParts) -> None:
     source = context.recipe.drafter.warm_start
     check_warm_start(source, config)
     taken, left = warm_start(drafter, source, target.frozen_head)
@@ -144,7 +154,7 @@ def _make_objective(context: RunContext, drafter: Drafter, head: FrozenHead) -> 
     config = drafter.config
     dpace = recipe.objective.weights == "dpace"  # weights slots by what the drafter says of them
     weight_J = None if dpace else slot_weights(recipe.objective, config.draft_length)
-    attend = attention(recipe, context.device, config.architecture.head_dim)
+    attend = attention(recipe, context.device, config)
     if context.device.type == "cuda" and (line := slower_on_a_gpu(recipe.loss.per_slot)):
         context.say(line)
     supervision = Supervision(recipe.loss, weight_J, recipe.train.chunk_rows, recipe.view)

@@ -16,12 +16,12 @@ from train.views.layout import chunking
 from train.views.plan import Plan
 
 
-def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[[Tensor, Tensor], Tensor]) -> tuple[Memory, Anchors]:
+def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[..., Tensor]) -> tuple[Memory, Anchors]:
     """The visible keys of every group, taken out: each group becomes a document of its own, in which visible keys stand one
     behind the other and the anchor behind the last (in-cache positions).
 
     Args:
-        rotate: (keys [K, G, D], by how many positions [K, G]) -> keys that stand elsewhere.
+        rotate: (layer, branch, keys [K, G, D], by how many positions [K, G]) -> keys that stand elsewhere.
     """
     # 1. How many keys each group is shown, for each branch, and where its anchor stands then: behind the longest of its branches.
     groups = torch.arange(len(anchors.index), device=anchors.index.device)
@@ -42,7 +42,7 @@ def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[[Tens
             key, value = (t[row_MKG, head_G].flatten(0, 1) for t in kinds[branch])
             # Keys of memory are rotated already: they turn by the difference of their positions.
             moved = slot_MK[..., None] - places.position[row_MKG]
-            out.layers[layer][branch] = KV(rotate(key, moved.flatten(0, 1)), value)
+            out.layers[layer][branch] = KV(rotate(layer, branch, key, moved.flatten(0, 1)), value)
         # A key that is not there, where a group has fewer than another, stands where no anchor sees it.
         position = torch.where(there_MK, slot_MK, torch.iinfo(torch.int64).max).flatten()
         out.places[branch] = Places(groups.repeat_interleave(len(slot_K)), position)

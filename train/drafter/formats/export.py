@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from data_prep.target.target import Target
+from data_prep.target.described import Described
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import method_of
@@ -56,11 +56,11 @@ class Format:
     """
 
     kinds: tuple[str, ...] | None
-    save: Callable[[Drafter, Target, Path], list[str]]
+    save: Callable[[Drafter, Described, Path], list[str]]
     unfit: Callable[[DrafterConfig], dict[str, bool]] = _nothing
 
 
-def _save_native(drafter: Drafter, target: Target, folder: Path) -> list[str]:
+def _save_native(drafter: Drafter, target: Described, folder: Path) -> list[str]:
     """Our own format. In bf16 it has half the bytes."""
     drafter.to(torch.bfloat16).save_pretrained(folder)
     return []
@@ -105,7 +105,7 @@ def _unfit_for_kinds(config: DrafterConfig, kinds: tuple[str, ...]) -> dict[str,
 
 
 @torch.no_grad()
-def save_export(drafter: Drafter, target: Target, folder: Path, format: str) -> list[str]:
+def save_export(drafter: Drafter, target: Described, folder: Path, format: str) -> list[str]:
     """Write the drafter into `folder` as a checkpoint of this format.
 
     Returns:

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError, first_line
+from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.loading import load_tokenizer, tokenizer_hashes
-from data_prep.target.target import Target
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, served_names
@@ -137,11 +137,11 @@ def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> 
 
 
 @torch.no_grad()
-def bind(drafter: Drafter, folder: Path, name: str, target: Target) -> None:
+def bind(drafter: Drafter, folder: Path, name: str, target: Described) -> None:
     """Make an imported drafter this target's: what the checkpoint left to it, and whose it is from now on. Raises UserError as
     `left_to_target` does."""
     drafter.load_state_dict(left_to_target(folder, drafter.config, target.frozen_head), strict=False)
-    tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision))[0]
+    tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision, target.trust_remote_code))[0]
     identity = {"id": name, "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hash}
     drafter.config = replace(drafter.config, target=identity)
 

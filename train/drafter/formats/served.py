@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import publish, write_text
 from data_prep.target.architecture import Architecture
-from data_prep.target.target import Target
+from data_prep.target.described import Described
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import MASK_FILE, method_of, served_names
@@ -42,7 +42,7 @@ def unfit_for_servers(config: DrafterConfig) -> dict[str, bool]:
     }
 
 
-def save_served(drafter: Drafter, target: Target, folder: Path, format: str) -> list[str]:
+def save_served(drafter: Drafter, target: Described, folder: Path, format: str) -> list[str]:
     """`config.json` and `model.safetensors` as servers read them (and a learned MASK of DFlash beside them).
 
     Returns:
@@ -78,11 +78,11 @@ def save_served(drafter: Drafter, target: Target, folder: Path, format: str) -> 
 def _check_rotary(drafter: Architecture, target: Architecture, format: str) -> None:
     mine = torch.tensor([drafter.rope_scale, *drafter.inv_freq])
     theirs = torch.tensor([target.rope_scale, *target.inv_freq])
-    if not torch.allclose(mine, theirs, rtol=1e-4, atol=0):
+    if len(mine) != len(theirs) or not torch.allclose(mine, theirs, rtol=1e-4, atol=0):
         raise UserError(f"format={format} has the target's rotary embedding; this drafter, which was imported, has another")
 
 
-def exported_weights(drafter: Drafter, target: Target, format: str) -> dict[str, Tensor]:
+def exported_weights(drafter: Drafter, target: Described, format: str) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, under its servers' name."""
     config = drafter.config
     method = method_of(config)
@@ -122,7 +122,7 @@ def _ascending(drafter: Drafter) -> dict[str, Tensor]:
     return weights
 
 
-def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
+def _head(drafter: Drafter, target: Described) -> dict[str, Tensor]:
     """The LM head [D, E], unless it is the target's whole one. A reduced vocabulary has `d2t` [D], draft token i being target
     token i + d2t[i], and `t2d` [V], what can be said; vLLM refuses the two beside a whole one."""
     config = drafter.config
@@ -138,7 +138,7 @@ def _head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
     return tensors
 
 
-def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
+def _markov_head(drafter: Drafter, target: Described) -> dict[str, Tensor]:
     """W1 [V, r] and W2 [D, r], so that W2 W1[x] is what our head adds to the logits: head up down e(x). Without one, zeros of
     rank one: SGLang 0.5.23 refuses rank 0."""
     head = target.frozen_head
@@ -153,7 +153,7 @@ def _markov_head(drafter: Drafter, target: Target) -> dict[str, Tensor]:
     return {"markov_head.markov_w1.weight": previous_VR, "markov_head.markov_w2.weight": next_DR}
 
 
-def _notes(drafter: Drafter, target: Target, format: str) -> list[str]:
+def _notes(drafter: Drafter, target: Described, format: str) -> list[str]:
     """What servers do with it otherwise than we do."""
     config = drafter.config
     method = method_of(config)
@@ -206,12 +206,12 @@ def _sglang_notes(config: DrafterConfig, learned: bool) -> dict[str, bool]:
     }
 
 
-def _mask_is_a_token(drafter: Drafter, target: Target) -> bool:
+def _mask_is_a_token(drafter: Drafter, target: Described) -> bool:
     """Whether MASK is what servers make of it: the target's embedding of `mask_token_id`."""
     return torch.equal(drafter.mask.weight[0], target.frozen_head.table_VE[drafter.config.mask_token_id])
 
 
-def _mask_goes_beside(drafter: Drafter, target: Target) -> bool:
+def _mask_goes_beside(drafter: Drafter, target: Described) -> bool:
     """Whether the checkpoint needs vLLM's file of one embedding: DFlash's readers know no other small place for it."""
     return method_of(drafter.config) == "dflash" and not _mask_is_a_token(drafter, target)
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from data_prep.target.target import Target
+from data_prep.target.described import Described
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.names import method_of
 
 CLASSES = {"eagle3": "Eagle3Speculator", "peagle": "PEagleSpeculator", "dflash": "DFlashSpeculator", "dspark": "DSparkSpeculator"}
 
 
-def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
+def plain_config(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """For vLLM (`--speculative-config`) and SGLang (`--speculative-draft-model-path`)."""
     outputs = sorted(config.hidden_layers)
     found = _layers(config, target, dtype) | {"architectures": [_architecture(config)]}
@@ -35,7 +35,7 @@ def plain_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
     return found
 
 
-def speculators_config(config: DrafterConfig, target: Target, dtype: str) -> dict:
+def speculators_config(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """For `vllm serve DRAFTER` and the speculators package."""
     method = method_of(config)
     inputs = [i + 1 for i in sorted(config.hidden_layers)]
@@ -97,13 +97,17 @@ def _markov(config: DrafterConfig) -> dict:
     }
 
 
-def _layers(config: DrafterConfig, target: Target, dtype: str) -> dict:
+def _layers(config: DrafterConfig, target: Described, dtype: str) -> dict:
     """The draft layers as a transformer of their own."""
     a = config.architecture
     rope = target.rope_config
     if config.rope_factor != 1:
         linear = {"rope_type": "linear", "factor": config.rope_factor}
         rope |= {"rope_scaling": linear, "rope_parameters": rope["rope_parameters"] | linear}
+    turned = 2 * len(a.inv_freq) / a.head_dim
+    if turned != 1:
+        # vLLM 0.32 reads it among rope_parameters; others, and older ones, beside them.
+        rope |= {"partial_rotary_factor": turned, "rope_parameters": rope["rope_parameters"] | {"partial_rotary_factor": turned}}
     found = {
         "model_type": "qwen3" if config.normed else "llama",
         "num_hidden_layers": config.depth,
