@@ -37,8 +37,10 @@ def check_data_prep(recipe: DataPrepRecipe) -> None:
             build.check_capture(recipe)
             refuse(rules.MODES, recipe)
         case "regenerate":
+            refuse(rules.MODES, recipe)
             check_regeneration(recipe)
         case "synthesize":
+            refuse(rules.MODES, recipe)
             check_synthesis(recipe)
         case "verify" | "inspect":
             CacheReader(recipe.cache.dir)

@@ -31,6 +31,10 @@ class TargetRecipe(Section):
     """Where the model runs; auto: a GPU if there is one."""
     mask_token_id: int | None = Field(None, ge=0)
     """Id of a token that no text uses; the MASK embedding of block-wise drafting starts from it."""
+    server: str | None = Field(None, pattern=r"^(vllm|https?://\S+)$")
+    """Where a capture has hidden states computed: vllm starts a server, http://HOST:PORT/v1 asks one; null: in this process."""
+    server_args: list[str | int | float] = []
+    """target.server=vllm: more flags of the started server, such as [--tensor-parallel-size, 8]."""
 
     @model_validator(mode="after")
     def _one_file(self):

@@ -22,6 +22,42 @@ INSTALLED = (
     ),
 )
 
+# Of a target at a server.
+SERVED = (
+    Rule(
+        "keys and values of a server",
+        lambda r: r.target.server and set(r.cache.kinds) != {"hidden"},
+        "target.server={r.target.server} hands out hidden states alone: cache.kinds=[hidden] (training: reuse=hidden); "
+        "keys, values and queries are captured without target.server",
+    ),
+    Rule(
+        "a forward of this process at a server",
+        lambda r: r.target.server and (r.capture.spread != "none" or r.capture.attention != "auto"),
+        "capture.spread and capture.attention are of a target in this process, and target.server={r.target.server} has its own "
+        "(target.server_args=[--tensor-parallel-size,8] of a started one)",
+    ),
+    Rule(
+        "flags for no server",
+        lambda r: r.target.server_args and r.target.server != "vllm",
+        "target.server_args are flags of the server that target.server=vllm starts, and this line starts none",
+    ),
+)
+
+# Of training without a cache.
+LIVE = (
+    Rule(
+        "live of a target for several processes",
+        lambda r: r.cache.on_missing == "live" and r.capture.spread == "tp",
+        "cache.on_missing=live with capture.spread=tp: every rank reads other documents; capture first",
+    ),
+    Rule(
+        "live from a server",
+        lambda r: r.cache.on_missing == "live" and r.target.server,
+        "cache.on_missing=live runs the target in this process, and target.server={r.target.server} is for captures: "
+        "cache.on_missing=capture",
+    ),
+)
+
 
 class Spread(NamedTuple):
     """How many processes there are, and what the target is."""
@@ -36,6 +72,12 @@ LENGTHS = (
         "documents beyond the target",
         lambda r, c: r.data.max_length > c.max_positions,
         "data.max_length={r.data.max_length} exceeds the target's {c.max_positions} positions",
+    ),
+    Rule(
+        "documents that fill a server's positions",
+        lambda r, c: r.target.server and r.data.max_length == c.max_positions,
+        "data.max_length={r.data.max_length}: a server writes one token behind each document, and the target has "
+        "{c.max_positions} positions; make it smaller by one",
     ),
 )
 
@@ -112,10 +154,15 @@ MODES = (
         "regenerate.base_url: the server has the target, so that capture.spread={r.capture.spread} spreads nothing; drop one",
     ),
     Rule(
+        "conversations of a server that captures",
+        lambda r: r.mode in ("regenerate", "synthesize") and r.target.server,
+        "target.server is for captures, and mode={r.mode} writes conversations: regenerate.base_url names a server that answers",
+    ),
+    Rule(
         "merge of one cache",
         lambda r: r.mode == "merge" and len(r.merge.sources) < 2,
         "mode=merge needs two caches or more: 'merge.sources=[CACHE_A,CACHE_B]'",
     ),
 )
 
-TABLES = (INSTALLED, LENGTHS, SPREAD, CHECKPOINT, MODES)
+TABLES = (INSTALLED, SERVED, LIVE, LENGTHS, SPREAD, CHECKPOINT, MODES)

@@ -33,6 +33,7 @@ def check_evaluation(recipe: EvalRecipe) -> None:
 def _refuse(recipe: EvalRecipe) -> None:
     # 1. What needs the command alone.
     refuse(rules.TEMPERATURES, recipe)
+    refuse(rules.TARGET, recipe)
     refuse_file("out", recipe.out)
     if recipe.mode == "compare":
         compare.load(recipe.runs)

@@ -26,6 +26,14 @@ TEMPERATURES = (
     ),
 )
 
+TARGET = (
+    Rule(
+        "a server for captures",
+        lambda r: r.target.server,
+        "target.server is for captures: mode=served with server.url or server.start judges a drafter in a server",
+    ),
+)
+
 # Of every mode but compare.
 RUNS = (
     Rule(
@@ -255,6 +263,6 @@ LOADED = (
 )
 
 TABLES = (
-    *(TEMPERATURES, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
+    *(TEMPERATURES, TARGET, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
     *(CACHE, DOCUMENTS, LOADED),
 )

@@ -25,7 +25,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int
-    # id, revision, weights_hash, the sizes of target.architecture.Architecture; `quantisation` where the weights are quantised.
+    # id, revision, weights_hash, the sizes of target.architecture.Architecture; `quantisation` where the weights are quantised,
+    # `server` where one computed the states.
     target: dict
     tokenizer_hash: str
     chat_template_hash: str
@@ -88,11 +89,13 @@ class Manifest(BaseModel):
         return xxhash.xxh3_128_hexdigest(canonical(self.identity()).encode())
 
     def identity(self) -> dict:
-        """What two captures of the same thing share: not by which software they were made, nor how the data were named."""
+        """What two captures of the same thing share: not by which software and server they were made, nor how the data were
+        named."""
         fields = self.model_dump(exclude={"software"})
+        fields["target"] = {key: value for key, value in self.target.items() if key != "server"}
         # Caches of GGUF files were captured before a manifest named quantisations; their weights' hash tells them apart.
         if self.target.get("quantisation", {}).get("method") == "gguf":
-            fields["target"] = {key: value for key, value in self.target.items() if key != "quantisation"}
+            del fields["target"]["quantisation"]
         return fields | {"source": {key: value for key, value in self.source.items() if key != "recipe"}}
 
 

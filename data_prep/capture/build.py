@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +30,9 @@ from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
-from data_prep.target.loading import load_target, target_tokenizer, tokenizer_hashes
+from data_prep.target.loading import target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import check_checkpoint, in_words, quantisation_of, unrounded
+from data_prep.target.served import ServedTarget, capturing, check_server
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
 
@@ -79,14 +81,16 @@ def check_capture(recipe: CaptureSections) -> None:
     cli.refuse_file("cache.dir", recipe.cache.dir)
     sources.check_source(recipe.data)
     refuse(rules.INSTALLED, recipe)
+    refuse(rules.SERVED, recipe)
     check_checkpoint(recipe.target, recipe.capture.spread)
     sizes = target_sizes(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
-    chosen_layers(recipe)
+    layers = chosen_layers(recipe)
     refuse(rules.LENGTHS, recipe, sizes)
     check_spread(recipe)
+    check_server(recipe, layers.hidden, sizes.num_layers)
 
 
 def check_spread(recipe: CaptureSections) -> None:
@@ -147,6 +151,8 @@ def completed(manifest: Manifest, target) -> Manifest:
         known["head"] = facts
     if target.quantisation:
         known["quantisation"] = target.quantisation
+    if target.server:
+        known["server"] = target.server
     return manifest.model_copy(update={"target": manifest.target | known})
 
 
@@ -224,26 +230,17 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             # Before the target is loaded, which takes minutes.
             _refuse_small_disk(folder, describe(manifest))
         barrier()
-        target = load_target(recipe.target, recipe.capture)
-        if rank() == 0 and unrounded(target.quantisation):
-            print(
-                f"{recipe.target.path} is {in_words(target.quantisation)}: states differ a little from those of a server, which "
-                "rounds activations too",
-                flush=True,
-            )
-        if rank() == 0:
-            say_how_long(target, manifest.source["tokens"], recipe.capture.batch_tokens)
-        together = recipe.capture.spread == "tp"
-        if together and rank() != 0:
-            target.weights_hash()  # gathering the shards takes all processes
-        if manifest:
-            manifest = completed(manifest, target)
-        writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
-        for name in writer.removed:
-            print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
-        if rank() == 0 and len(writer.done):
-            print(f"{len(writer.done):,} documents are there already", flush=True)
-        capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
+        with _target_of(recipe) as target:
+            if rank() == 0:
+                _say_of_target(recipe, target, manifest.source["tokens"])
+            together = recipe.capture.spread == "tp"
+            if together and rank() != 0:
+                target.weights_hash()  # gathering the shards takes all processes
+            if manifest:
+                manifest = completed(manifest, target)
+            writer = CacheWriter(folder, manifest, recipe.cache.shard_bytes, rank(), world_size(), barrier, claimed)
+            _say_what_is_there(writer)
+            capture(target, Documents(folder / DOCUMENTS), writer, recipe.capture.batch_tokens, share=not together)
     except BaseException:
         if claimed is not None:
             _leave(folder)
@@ -254,6 +251,30 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _target_of(recipe: CaptureSections) -> AbstractContextManager[Target | ServedTarget]:
+    """What computes the states, here or at a server."""
+    return capturing(recipe, chosen_layers(recipe).hidden, target_sizes(recipe.target).num_layers)
+
+
+def _say_of_target(recipe: CaptureSections, target: Target | ServedTarget, tokens: int) -> None:
+    if target.server:
+        return
+    if unrounded(target.quantisation):
+        print(
+            f"{recipe.target.path} is {in_words(target.quantisation)}: states differ a little from those of a server, which "
+            "rounds activations too",
+            flush=True,
+        )
+    say_how_long(target, tokens, recipe.capture.batch_tokens)
+
+
+def _say_what_is_there(writer: CacheWriter) -> None:
+    for name in writer.removed:
+        print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
+    if writer.rank == 0 and len(writer.done):
+        print(f"{len(writer.done):,} documents are there already", flush=True)
 
 
 def estimate(recipe: CaptureSections) -> None:
@@ -268,30 +289,38 @@ def estimate(recipe: CaptureSections) -> None:
         manifest = plan(recipe, tokenise(recipe, path, sharing))
         size = describe(manifest) if rank() == 0 else 0
         documents = Documents(path)
-        target = load_target(recipe.target, recipe.capture)
-        target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
-        every = batches(documents.by_length(), documents.lengths, recipe.capture.batch_tokens, target.packs)
-        tokens = seconds = 0
-        # Batches are in the order of length, so that these are spread from the longest documents to the shortest.
-        for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
-            batch = Batch([documents[index] for index in every[i]])
-            began = time.perf_counter()
-            stored = batch.tensors(batch.forward(target), manifest)
-            # To copy to the host is to wait for the device: only then is the clock the batch's.
-            {name: tensor.cpu() for name, tensor in stored.items()}
-            if number:  # the first one warms up
-                tokens += len(batch.ids_P)
-                seconds += time.perf_counter() - began
+        with _target_of(recipe) as target:
+            rate = _rate(target, documents, manifest, recipe.capture.batch_tokens)
+            where = "at the server" if target.server else f"on {target.device}"
     if rank() != 0:
         return
-    rate = tokens / seconds
     hours = manifest.source["tokens"] / rate / 3600
     free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
     scales = f"{hours:.2g} hours on these {sharing} processes"
-    if sharing == 1:
+    if sharing == 1 and target.server:
+        scales = f"{hours:.2g} hours"
+    elif sharing == 1:
         scales = f"{hours:.2g} hours on one process, {hours / 8:.2g} on eight"
-    print(f"{rate:,.0f} tokens/s on {target.device} (disk aside): {scales}")
+    print(f"{rate:,.0f} tokens/s {where} (disk aside): {scales}")
     print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
+
+
+def _rate(target: Target | ServedTarget, documents: Documents, manifest: Manifest, batch_tokens: int) -> float:
+    """Tokens a second of a few batches."""
+    target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
+    every = batches(documents.by_length(), documents.lengths, batch_tokens, target.packs)
+    tokens = seconds = 0
+    # Batches are in the order of length, so that these are spread from the longest documents to the shortest.
+    for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
+        batch = Batch([documents[index] for index in every[i]])
+        began = time.perf_counter()
+        stored = batch.tensors(batch.forward(target), manifest)
+        # To copy to the host is to wait for the device: only then is the clock the batch's.
+        {name: tensor.cpu() for name, tensor in stored.items()}
+        if number:  # the first one warms up
+            tokens += len(batch.ids_P)
+            seconds += time.perf_counter() - began
+    return tokens / seconds
 
 
 def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:

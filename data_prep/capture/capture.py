@@ -4,7 +4,7 @@ Shapes: P tokens of a batch, documents back to back without padding; B documents
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -18,6 +18,7 @@ from data_prep.cache.manifest import Manifest, is_teacher
 from data_prep.cache.writer import CacheWriter
 from data_prep.sources.documents import Documents
 from data_prep.sources.tokens import TokenDocument
+from data_prep.target.served import ServedTarget
 from data_prep.target.states import States
 from data_prep.target.target import Target
 
@@ -35,7 +36,7 @@ class Batch:
         self.mask_P = torch.from_numpy(np.concatenate([d.loss_mask for d in documents]))
         self.teacher_P = self.mask_P.roll(-1).bool()  # position 0 of a document is never supervised: none wraps into another
 
-    def forward(self, target: Target) -> States:
+    def forward(self, target: Target | ServedTarget) -> States:
         """States [P, ...] of every token, on the target's device."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         if target.packs:
@@ -137,7 +138,26 @@ class Outbox:
         return host, lambda: [event.synchronize() for event in events]
 
 
-def capture(target: Target, documents: Documents, writer: CacheWriter, batch_tokens: int, share: bool = True) -> None:
+def forwards(target: Target | ServedTarget, batches: Iterable[Batch]) -> Iterator[tuple[Batch, States]]:
+    """Each batch with its states, in order. Of a server, `target.ahead` further ones are asked for meanwhile."""
+    if not target.ahead:
+        for batch in batches:
+            yield batch, batch.forward(target)
+        return
+    underway = deque[tuple[Batch, Future]]()
+    with ThreadPoolExecutor(1 + target.ahead) as threads:
+        for batch in batches:
+            underway.append((batch, threads.submit(batch.forward, target)))
+            if len(underway) > target.ahead:
+                first, states = underway.popleft()
+                yield first, states.result()
+        for first, states in underway:
+            yield first, states.result()
+
+
+def capture(
+    target: Target | ServedTarget, documents: Documents, writer: CacheWriter, batch_tokens: int, share: bool = True
+) -> None:
     """Run the target over this process's share of the documents that the cache does not hold yet, then seal the cache.
     `share=False`: every process runs every document (tensor parallelism) and rank 0 alone writes."""
     target.capture(writer.manifest.hidden_layers, writer.manifest.kv_layers, writer.manifest.query_layers)
@@ -147,9 +167,7 @@ def capture(target: Target, documents: Documents, writer: CacheWriter, batch_tok
     alike = writer.world if share else 1  # rank 0 counts for all: their shares are about as long
     with Progress("tokens", silent=writer.rank != 0) as progress:
         task = progress.add_task("capture", total=alike * sum(int(documents.lengths[batch].sum()) for batch in mine))
-        for indices in mine:
-            batch = Batch([documents[i] for i in indices])
-            states = batch.forward(target)
+        for batch, states in forwards(target, (Batch([documents[i] for i in indices]) for indices in mine)):
             if share or writer.rank == 0:
                 outbox.put(batch, states)
             progress.advance(task, alike * sum(batch.lengths))

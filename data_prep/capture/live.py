@@ -11,6 +11,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.ranks import rank, world_size
+from common.rules import refuse
+from data_prep import rules
 from data_prep.cache.codec import SCALE
 from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, each_document
 from data_prep.cache.reader import CacheReader, crop
@@ -85,8 +87,7 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
     """
     if missing(recipe):
         build.check_capture(recipe)
-        if recipe.cache.on_missing == "live" and recipe.capture.spread == "tp":
-            raise UserError("cache.on_missing=live with capture.spread=tp: every rank reads other documents; capture first")
+        refuse(rules.LIVE, recipe)
         return build.plan(recipe, {})
     reader = CacheReader(recipe.cache.dir)
     if recipe.cache.on_missing != "fail":

@@ -72,6 +72,12 @@ class TargetParts(Described):
         self._need(lambda: [transformers_private.final_norm(self.model)])
         return super().final_norm_weight
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer, with its weights."""
+        self._need(lambda: [transformers_private.final_norm(self.model)])
+        return transformers_private.final_norm(self.model)
+
     def weights_hash(self) -> str:
         """`Target.weights_hash`, from the files, of which one tensor at a time is in memory (of experts, a layer's)."""
         if (stored := self.hash_of_quantised()) is not None:

@@ -56,6 +56,10 @@ class Target(Described):
         UserError: the model cannot be loaded, or its states are not those that it computes with.
     """
 
+    # For captures. See data_prep/target/served.py, which has others.
+    ahead = 0
+    server: dict | None = None
+
     def __init__(
         self,
         path: str,

@@ -101,7 +101,11 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    return model.get_decoder().norm
+    """Behind the last layer; families differ in its name. Raises ValueError where there is none."""
+    for name, module in decoder(model).named_children():
+        if "norm" in name or name == "ln_f":
+            return module
+    raise ValueError("it has no norm behind its last layer")
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:

@@ -3,8 +3,9 @@
 import httpx
 
 from common.errors import UserError
+from common.servers import api_key, described
 from eval.serving.counters import DRAFTS, vllm_counts
-from eval.serving.servers import Server, Sglang, Vllm, api_key, described
+from eval.serving.servers import Server, Sglang, Vllm
 
 
 def find_server(url: str, names: list[str], drafts: bool = True) -> Server:

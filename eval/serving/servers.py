@@ -14,7 +14,6 @@ Shapes: C counts (counters.py).
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pydantic import Field, PositiveInt
 
 from common.errors import UserError
 from common.recipe import Section
+from common.servers import api_key, described
 from eval.serving.counters import FINISHED, samples, sglang_counts, vllm_counts
 
 SETTLES_S = 10.0  # how long vLLM may take to count a request that it has answered
@@ -216,12 +216,3 @@ class Sglang(Server):
             if meta["finish_reason"].get("type") == "abort":
                 raise UserError(f"{self.url} gave a request up: {str(meta['finish_reason'].get('message'))[:300]}")
             answer.count_C = sglang_counts(meta, self.slots)
-
-
-def api_key() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def described(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip()

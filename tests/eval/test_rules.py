@@ -39,6 +39,7 @@ PARTIAL = ["verify=partial"]
 # The drafter, and what else the line says. {drafter}, {cache} and {prompt} are paths.
 LINES = {
     "negative temperature": ("ttt", ["temperatures=[-1]"]),
+    "a server for captures": ("ttt", ["target.server=vllm"]),
     "runs without compare": ("ttt", ["runs=[a]"]),
     "not one server": ("ttt", ["mode=served"]),
     "started server without a drafter": (None, ["mode=served", "server.start=vllm"]),
