@@ -127,10 +127,12 @@ class Server:
                 fcntl.flock(held, fcntl.LOCK_SH)
                 found = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"target.server: {path}, which {self.url} wrote, cannot be read here ({first_line(error)}); its "
-                "shared_storage_path has to be a folder of this machine too, with space"
-            ) from error
+            why = "its shared_storage_path has to be a folder of this machine too"
+            if lock.exists():
+                # The folder is shared, and the server let the lock go without a whole file.
+                why = "the server ended, or its disk is full; what is captured is kept: run the same command again"
+            what = f"wrote no {path} that can be read here ({first_line(error)})"
+            raise UserError(f"target.server: {self.url} {what}: {why}") from error
         finally:
             path.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
