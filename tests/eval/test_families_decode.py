@@ -217,7 +217,8 @@ def test_a_mixture_of_experts_is_widened_to_float64(targets, name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_moe"])
 def test_graphs_on_a_gpu_give_the_tokens_of_plain_calls(name, tmp_path):
-    target = Target(str(miniature(name, tmp_path)), dtype=torch.bfloat16, device="cuda")
+    # Heads of 64: some builds of flash-attn have no smaller ones.
+    target = Target(str(miniature(name, tmp_path, head_dim=64)), dtype=torch.bfloat16, device="cuda")
     counts_on_device = torch.cuda.get_device_capability()[0] in (9, 10)
     assert target.graphs == (name == "gemma3_text" or counts_on_device)
     found = [

@@ -182,20 +182,21 @@ MULTIMODAL: dict[str, dict] = {
 }
 
 
-def configuration(name: str) -> PretrainedConfig:
+def configuration(name: str, **changed) -> PretrainedConfig:
+    """`changed`: other fields, of a miniature of MINIATURES."""
     if name in MULTIMODAL:
         fields = dict(MULTIMODAL[name])
         text = configuration(fields.pop("text_config"))
         return AutoConfig.for_model(name, text_config=text.to_dict() | {"pad_token_id": 0}, **fields)
     fields = dict(MINIATURES[name])
-    return AutoConfig.for_model(fields.pop("model_type", name), **(SIZES | fields))
+    return AutoConfig.for_model(fields.pop("model_type", name), **(SIZES | fields | changed))
 
 
-def miniature_model(name: str, seed: int = 0) -> PreTrainedModel:
+def miniature_model(name: str, seed: int = 0, **changed) -> PreTrainedModel:
     """In float32, with no weight at a special value: norms near their start, biases and sinks not zero."""
     torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
-    model = kind.from_config(configuration(name), dtype=torch.float32).eval()
+    model = kind.from_config(configuration(name, **changed), dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in sorted(model.state_dict().items()):
         if not tensor.is_floating_point():
@@ -217,8 +218,8 @@ def add_tokenizer(path: Path) -> Path:
     return path
 
 
-def miniature(name: str, folder: Path | str, seed: int = 0) -> Path:
+def miniature(name: str, folder: Path | str, seed: int = 0, **changed) -> Path:
     """Saves a miniature of MINIATURES or MULTIMODAL under `folder`; where it lies."""
     path = Path(folder) / name
-    miniature_model(name, seed).save_pretrained(path)
+    miniature_model(name, seed, **changed).save_pretrained(path)
     return path
