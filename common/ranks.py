@@ -91,17 +91,6 @@ def _patient_group():
     return distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # NCCL's own would give up after minutes
 
 
-def told_by_first(value):
-    """What rank 0 passed, in every process of those that `barrier` has brought together; without them, `value` itself."""
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, device="cpu")
-    return values[0]
-
-
 def die_with_parent() -> None:
     """A rank must not outlive its launcher, however that ends: it would hold the GPU and the port.
 

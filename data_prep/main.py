@@ -22,19 +22,21 @@ from data_prep import rules  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
 from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
 from data_prep.capture import build  # noqa: E402
+from data_prep.capture.estimate import estimate  # noqa: E402
+from data_prep.capture.plan import check_capture  # noqa: E402
 from data_prep.recipe import DataPrepRecipe  # noqa: E402
 from data_prep.synthesis.regenerate import check_regeneration, regenerate  # noqa: E402
 from data_prep.synthesis.synthesize import check_synthesis, synthesize  # noqa: E402
 
 # Modes that one process does; the others of a launcher have nothing to do.
-ALONE = {"estimate": build.estimate, "verify": verify, "inspect": inspect, "merge": merge}
+ALONE = {"estimate": estimate, "verify": verify, "inspect": inspect, "merge": merge}
 
 
 def check_data_prep(recipe: DataPrepRecipe) -> None:
     """What can be refused before a document is read or the target is loaded."""
     match recipe.mode:
         case "capture" | "estimate":
-            build.check_capture(recipe)
+            check_capture(recipe)
             refuse(rules.MODES, recipe)
         case "regenerate":
             refuse(rules.MODES, recipe)
@@ -64,7 +66,7 @@ def run(recipe: DataPrepRecipe) -> None:
                 synthesize(recipe, ranks.barrier())
             case "estimate" if recipe.capture.spread == "tp":
                 ranks.barrier()  # they join
-                build.estimate(recipe)
+                estimate(recipe)
             case _ if ranks.rank() == 0:
                 ALONE[recipe.mode](recipe)
     except OSError as error:  # a disk that is full, read-only or gone, wherever it happens

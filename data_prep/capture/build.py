@@ -1,159 +1,33 @@
-"""A recipe -> a finished cache: the checks that need no GPU, the plan with its size, and the capture itself."""
+"""A recipe -> a finished cache: texts are tokenised, captured and sealed."""
 
 import gc
 import os
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from common import cli
 from common.errors import UserError
 from common.progress import counted
 from common.ranks import rank, world_size
-from common.rules import refuse
-from data_prep import rules
-from data_prep.cache.manifest import DOCUMENTS, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
-from data_prep.cache.writer import CacheWriter, another_cache, claim
-from data_prep.capture.capture import Batch, batches, capture
+from data_prep.cache.manifest import DOCUMENTS, Manifest
+from data_prep.cache.writer import CacheWriter, claim
+from data_prep.capture.capture import capture
+from data_prep.capture.plan import chosen_layers, completed, plan
 from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
-from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
-from data_prep.target.families import check_kv
-from data_prep.target.loading import target_tokenizer, tokenizer_hashes
-from data_prep.target.quantised import check_checkpoint, in_words, quantisation_of, unrounded
-from data_prep.target.served import ServedTarget, capturing, check_server
+from data_prep.target.architecture import target_sizes
+from data_prep.target.loading import target_tokenizer
+from data_prep.target.quantised import in_words, unrounded
+from data_prep.target.served import ServedTarget, capturing
 from data_prep.target.target import Target
 from data_prep.target.transformers_private import active_weights
-
-
-def auto_layers(num_layers: int, count: int = 3) -> list[int]:
-    """`count` layers spaced uniformly (KVShot), the first and the last among them: a drafter that starts as the target
-    with its middle layers left out is the best start measured (docs/research/log.md)."""
-    return sorted(set(torch.linspace(0, num_layers - 1, count).round().long().tolist()))
-
-
-class Layers(NamedTuple):
-    """Whose states are stored."""
-
-    hidden: list[int]
-    kv: list[int]
-    query: list[int]
-
-
-def chosen_layers(recipe: CaptureSections) -> Layers:
-    """Raises UserError for a layer that the target does not have, or that has no keys and values."""
-    cache = recipe.cache
-    config = target_config(recipe.target)
-    count = target_sizes(recipe.target).num_layers
-    named = [] if cache.layers == "auto" else sorted(set(cache.layers))
-    if wrong := [layer for layer in named if not 0 <= layer < count]:
-        raise UserError(f"cache.layers: the target has layers 0 to {count - 1}; there is no layer {wrong[0]}")
-    of_attention = []
-    if {"kv", "query"} & set(cache.kinds):
-        check_kv(recipe.target.path, config)
-        attending = layers_with_kv(config)
-        if wrong := [layer for layer in named if layer not in attending]:
-            raise UserError(
-                f"cache.layers: layer {wrong[0]} of this '{config.model_type}' has no keys and values of its own; layers "
-                f"{', '.join(map(str, attending))} have. cache.layers=auto chooses among them; cache.kinds=[hidden] takes any"
-            )
-        of_attention = named or [attending[i] for i in auto_layers(len(attending))]
-    return Layers(
-        hidden=(named or auto_layers(count)) if "hidden" in cache.kinds else [],
-        kv=of_attention if "kv" in cache.kinds else [],
-        query=of_attention if "query" in cache.kinds else [],
-    )
-
-
-def check_capture(recipe: CaptureSections) -> None:
-    """Raises UserError for everything that can be known before a document is read or a GPU is touched."""
-    cli.refuse_file("cache.dir", recipe.cache.dir)
-    sources.check_source(recipe.data)
-    refuse(rules.INSTALLED, recipe)
-    refuse(rules.SERVED, recipe)
-    check_checkpoint(recipe.target, recipe.capture.spread)
-    sizes = target_sizes(recipe.target)
-    if (Path(recipe.cache.dir) / MANIFEST).exists():
-        if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
-            raise another_cache(Path(recipe.cache.dir), fields)
-    layers = chosen_layers(recipe)
-    refuse(rules.LENGTHS, recipe, sizes)
-    check_spread(recipe)
-    check_server(recipe, layers.hidden, sizes.num_layers)
-
-
-def check_spread(recipe: CaptureSections) -> None:
-    """Raises UserError where the target cannot be spread as `capture.spread` says."""
-    refuse(rules.INSTALLED, recipe)
-    if recipe.capture.spread == "none":
-        return
-    check_checkpoint(recipe.target, recipe.capture.spread)
-    refuse(rules.SPREAD, recipe, rules.Spread(world_size(), target_sizes(recipe.target).kv_heads))
-
-
-def plan(recipe: CaptureSections, source: dict) -> Manifest:
-    """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
-    tokenizer_hash, template_hash = tokenizer_hashes(target_tokenizer(recipe.target))
-    sizes = target_sizes(recipe.target)
-    layers = chosen_layers(recipe)
-    config = target_config(recipe.target)
-    quantisation = quantisation_of(recipe.target.location, recipe.target.revision, config)
-    # Of layers that differ from `sizes`, what is needed to know how much will be stored; the loaded target tells the rest.
-    shapes = other_kv_sizes(config, sizes, {*layers.kv, *layers.query})
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        target={
-            "id": recipe.target.id,
-            "revision": recipe.target.revision,
-            "weights_hash": "",
-            "architecture": asdict(sizes),
-            "mask_token_id": recipe.target.mask_token_id,
-            **({"kv_shapes": shapes} if shapes else {}),
-            **({"quantisation": quantisation} if quantisation else {}),
-        },
-        tokenizer_hash=tokenizer_hash,
-        chat_template_hash=template_hash,
-        hidden_layers=layers.hidden,
-        kv_layers=layers.kv,
-        query_layers=layers.query,
-        codec=recipe.cache.codec,
-        last_hidden=recipe.cache.last_hidden,
-        max_length=recipe.data.max_length,
-        source={"name": recipe.data.source, "recipe": recipe.data.model_dump(), **source},
-        software=software_versions(),
-    )
-
-
-def differences(planned: Manifest, manifest: Manifest) -> list[str]:
-    """Fields in which a cache is not the one that is planned, as far as a plan without documents and weights can tell."""
-    of_target = ("weights_hash", "architecture.", "kv_shapes", "head", "quantisation.computed")
-    later = ("source.", *(f"target.{name}" for name in of_target))
-    return [f for f in planned.differs(manifest) if not f.startswith(later)]
-
-
-def completed(manifest: Manifest, target) -> Manifest:
-    """A plan with what the loaded target says of itself."""
-    known = {"weights_hash": target.weights_hash(), "architecture": asdict(target.architecture)}
-    if shapes := target.other_kv_shapes({*manifest.kv_layers, *manifest.query_layers}):
-        known["kv_shapes"] = {str(layer): asdict(shape) for layer, shape in shapes.items()}
-    if facts := target.head_facts:
-        known["head"] = facts
-    if target.quantisation:
-        known["quantisation"] = target.quantisation
-    if target.server:
-        known["server"] = target.server
-    return manifest.model_copy(update={"target": manifest.target | known})
 
 
 def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
@@ -230,7 +104,7 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             # Before the target is loaded, which takes minutes.
             _refuse_small_disk(folder, describe(manifest))
         barrier()
-        with _target_of(recipe) as target:
+        with target_of(recipe) as target:
             if rank() == 0:
                 _say_of_target(recipe, target, manifest.source["tokens"])
             together = recipe.capture.spread == "tp"
@@ -253,7 +127,7 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
         torch.cuda.empty_cache()
 
 
-def _target_of(recipe: CaptureSections) -> AbstractContextManager[Target | ServedTarget]:
+def target_of(recipe: CaptureSections) -> AbstractContextManager[Target | ServedTarget]:
     """What computes the states, here or at a server."""
     return capturing(recipe, chosen_layers(recipe).hidden, target_sizes(recipe.target).num_layers)
 
@@ -275,52 +149,6 @@ def _say_what_is_there(writer: CacheWriter) -> None:
         print(f"{name} was damaged: it is removed and its documents are captured again", flush=True)
     if writer.rank == 0 and len(writer.done):
         print(f"{len(writer.done):,} documents are there already", flush=True)
-
-
-def estimate(recipe: CaptureSections) -> None:
-    """Print bytes and hours of a capture: the source is tokenised, and the rate measured on a few of its own batches.
-
-    Called by one process, or by all that share the target (`capture.spread=tp`): each tokenises for itself, and reads
-    the same batches.
-    """
-    sharing = world_size() if recipe.capture.spread == "tp" else 1
-    with tempfile.TemporaryDirectory(dir=_existing(Path(recipe.cache.dir).absolute().parent)) as folder:  # /tmp may be small
-        path = Path(folder) / DOCUMENTS
-        manifest = plan(recipe, tokenise(recipe, path, sharing))
-        size = describe(manifest) if rank() == 0 else 0
-        documents = Documents(path)
-        with _target_of(recipe) as target:
-            rate = _rate(target, documents, manifest, recipe.capture.batch_tokens)
-            where = "at the server" if target.server else f"on {target.device}"
-    if rank() != 0:
-        return
-    hours = manifest.source["tokens"] / rate / 3600
-    free = shutil.disk_usage(_existing(Path(recipe.cache.dir))).free
-    scales = f"{hours:.2g} hours on these {sharing} processes"
-    if sharing == 1 and target.server:
-        scales = f"{hours:.2g} hours"
-    elif sharing == 1:
-        scales = f"{hours:.2g} hours on one process, {hours / 8:.2g} on eight"
-    print(f"{rate:,.0f} tokens/s {where} (disk aside): {scales}")
-    print(f"{recipe.cache.dir}: {free / 2**30:.1f} GiB are free" + ("" if free > size else ", which is NOT enough"))
-
-
-def _rate(target: Target | ServedTarget, documents: Documents, manifest: Manifest, batch_tokens: int) -> float:
-    """Tokens a second of a few batches."""
-    target.capture(manifest.hidden_layers, manifest.kv_layers, manifest.query_layers)
-    every = batches(documents.by_length(), documents.lengths, batch_tokens, target.packs)
-    tokens = seconds = 0
-    # Batches are in the order of length, so that these are spread from the longest documents to the shortest.
-    for number, i in enumerate(np.linspace(0, len(every) - 1, 6).astype(int)):
-        batch = Batch([documents[index] for index in every[i]])
-        began = time.perf_counter()
-        stored = batch.tensors(batch.forward(target), manifest)
-        # To copy to the host is to wait for the device: only then is the clock the batch's.
-        {name: tensor.cpu() for name, tensor in stored.items()}
-        if number:  # the first one warms up
-            tokens += len(batch.ids_P)
-            seconds += time.perf_counter() - began
-    return tokens / seconds
 
 
 def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:
@@ -377,5 +205,5 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.absolute().parent)
+def existing(folder: Path) -> Path:
+    return folder if folder.exists() else existing(folder.absolute().parent)

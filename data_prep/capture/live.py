@@ -17,6 +17,7 @@ from data_prep.cache.codec import SCALE
 from data_prep.cache.manifest import DOCUMENTS, FILES, Manifest, each_document
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.capture import build
+from data_prep.capture import plan as planning
 from data_prep.capture.capture import Batch, batches
 from data_prep.recipe import CaptureSections
 from data_prep.sources.documents import Documents
@@ -43,7 +44,7 @@ class LiveReader:
         self.lengths = self._documents.lengths[self._order]
         self._batch_tokens = recipe.capture.batch_tokens
         self._target = load_target(recipe.target, recipe.capture)
-        self.manifest = build.completed(build.plan(recipe, source), self._target)
+        self.manifest = planning.completed(planning.plan(recipe, source), self._target)
         self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers, self.manifest.query_layers)
 
     def __len__(self) -> int:
@@ -86,9 +87,9 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
         UserError: there is no cache and there cannot be one, or the cache is not the one that is described.
     """
     if missing(recipe):
-        build.check_capture(recipe)
+        planning.check_capture(recipe)
         refuse(rules.LIVE, recipe)
-        return build.plan(recipe, {})
+        return planning.plan(recipe, {})
     reader = CacheReader(recipe.cache.dir)
     if recipe.cache.on_missing != "fail":
         if fields := contradicted(recipe, reader.manifest):
@@ -118,7 +119,7 @@ def contradicted(recipe: CaptureSections, manifest: Manifest) -> list[str]:
         recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"kinds": kinds})})
     if "cache" in recipe.named:  # cache=fp8: the files of that group differ in nothing else
         said.add("codec")
-    fields = build.differences(build.plan(recipe, {}), manifest)
+    fields = planning.differences(planning.plan(recipe, {}), manifest)
     theirs = manifest.source.get("recipe", {})
     if any(theirs.get(key) != value for key, value in recipe.data.model_dump().items() if f"data.{key}" not in recipe.chosen):
         fields.append("data")

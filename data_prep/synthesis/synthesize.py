@@ -21,7 +21,8 @@ from common.progress import Progress
 from common.ranks import rank, world_size
 from common.rules import refuse
 from data_prep import rules
-from data_prep.capture.build import check_spread, say
+from data_prep.capture.build import say
+from data_prep.capture.plan import check_spread
 from data_prep.decoding.dialogues import Dialogue
 from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe, SynthesizeRecipe

@@ -113,6 +113,8 @@ class Described:
     def rope_config(self) -> dict:
         """The rotary embedding as a configuration file says it, in the names of old and new readers."""
         parameters = dict(self.config.rope_parameters)
+        # Gemma 3 and 4 have one for each kind of layer.
+        parameters = dict(parameters.get("full_attention", parameters))
         theta = parameters.pop("rope_theta")
         plain = parameters.get("rope_type", "default") == "default"
         return {

@@ -51,6 +51,7 @@ class FrozenHead:
         return self.capped(product)
 
     def capped(self, logits: Tensor) -> Tensor:
+        """Logits, bias included, under the target's cap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "FrozenHead":

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.ranks import rank, told_by_first
+from common.ranks import from_rank_0, rank
 from common.servers import api_key, described
 from data_prep.recipe import CaptureSections, TargetRecipe
 from data_prep.target.extraction import advice, interpreter_of_vllm, layer_ids, started_server
@@ -260,7 +260,7 @@ def capturing(recipe: CaptureSections, hidden_layers: list[int], num_layers: int
             if rank() == 0:
                 starting = started_server(recipe, ids, pick_dtype(recipe.target.dtype, device), device.type == "cpu")
                 url = stack.enter_context(starting)
-            url = told_by_first(url)
+            url = from_rank_0(lambda: url)
         server = Server(url, recipe.target, ids, recipe.data.max_length)
         target = ServedTarget(recipe.target, server, hidden_layers)
         stack.callback(target.close)

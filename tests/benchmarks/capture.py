@@ -21,8 +21,8 @@ import torch
 
 from data_prep.cache.manifest import FORMAT_VERSION, Manifest
 from data_prep.cache.writer import CacheWriter
-from data_prep.capture.build import auto_layers
 from data_prep.capture.capture import Batch, batches, capture
+from data_prep.capture.plan import auto_layers
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
 from tests.benchmarks import line, options, target_of

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from common import cli
 from common.errors import UserError
 from common.recipe import ROOT
-from data_prep.capture.build import plan
+from data_prep.capture.plan import plan
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import from_gguf, gguf_contents
 from data_prep.target.architecture import target_sizes

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from common import cli
 from common.errors import UserError
-from data_prep.capture import build
+from data_prep.capture import plan as planning
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import quantised_model
 from data_prep.target.loading import load_target
@@ -147,17 +147,17 @@ def recipe_of(path, cache, *words: str) -> DataPrepRecipe:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_manifest_names_the_quantisation(name, folder, tmp_path):
     recipe = recipe_of(folder(name), tmp_path / "cache")
-    build.check_capture(recipe)
-    planned = build.plan(recipe, {})
+    planning.check_capture(recipe)
+    planned = planning.plan(recipe, {})
     said = {key: value for key, value in SAID[name].items() if key != "computed"}
     assert planned.target["quantisation"] == said
-    done = build.completed(planned, load_target(recipe.target))
+    done = planning.completed(planned, load_target(recipe.target))
     assert done.target["quantisation"] == SAID[name]
     assert unrounded(done.target["quantisation"]) == (name == "fp8")
-    assert build.differences(planned, done) == []
-    other = build.plan(recipe_of(TINY, tmp_path / "cache"), {})
+    assert planning.differences(planned, done) == []
+    other = planning.plan(recipe_of(TINY, tmp_path / "cache"), {})
     assert "quantisation" not in other.target
-    assert "target.quantisation.method" in build.differences(other, done)
+    assert "target.quantisation.method" in planning.differences(other, done)
 
 
 def test_a_quantised_head_is_refused_where_its_inputs_are_rounded(tmp_path):
@@ -208,7 +208,7 @@ def broken(folder, kind: str, tmp_path):
 def test_files_that_would_be_read_without_their_scales_are_refused(kind, words, folder, tmp_path):
     path = broken(folder, kind, tmp_path)
     for refused in (
-        lambda: build.check_capture(recipe_of(path, tmp_path / "cache")),
+        lambda: planning.check_capture(recipe_of(path, tmp_path / "cache")),
         lambda: load_target(TargetRecipe(path=str(path), device="cpu")),
     ):
         with pytest.raises(UserError, match=words) as said:

@@ -15,6 +15,7 @@ from common.ranks import free_port
 from common.servers import started, vllm_command
 from data_prep.cache.reader import CacheReader
 from data_prep.capture import build
+from data_prep.capture.plan import check_capture
 from data_prep.recipe import DataPrepRecipe
 from data_prep.target.extraction import flags, interpreter_of_vllm, layer_ids
 from data_prep.target.parts import TargetParts
@@ -62,7 +63,7 @@ def test_the_last_hidden_state_is_made_of_the_last_layers_output(name, tmp_path)
 
 def test_a_server_that_is_not_there_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="target.server: http://127.0.0.1:.* cannot be reached") as refused:
-        build.check_capture(recipe_of(f"target.server=http://127.0.0.1:{free_port()}/v1", f"cache.dir={tmp_path / 'cache'}"))
+        check_capture(recipe_of(f"target.server=http://127.0.0.1:{free_port()}/v1", f"cache.dir={tmp_path / 'cache'}"))
     assert "\n" not in str(refused.value) and not (tmp_path / "cache").exists()
 
 

@@ -17,7 +17,9 @@ from data_prep.cache.manifest import FILES, MANIFEST
 from data_prep.cache.reader import CacheReader
 from data_prep.cache.tools import inspect, merge, verify
 from data_prep.capture import build
+from data_prep.capture.estimate import estimate
 from data_prep.capture.live import LiveReader, manifest_of, open_cache
+from data_prep.capture.plan import check_capture
 from data_prep.recipe import DataPrepRecipe
 from data_prep.target.loading import load_target, load_tokenizer
 from tests.support.caches import rewrite
@@ -99,7 +101,7 @@ def test_estimate_announces_what_the_capture_takes(tmp_path, capsys, kinds):
         "data=jsonl", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}", "cache=fp8", "capture.batch_tokens=64",
         f"cache.kinds=[{kinds}]",
     )  # fmt: skip
-    build.estimate(recipe)
+    estimate(recipe)
     said = capsys.readouterr().out
     assert f"layers [0, 5], {kinds.replace(',', '+')}, fp8" in said
     assert re.search(r"[\d,]+ tokens/s on cpu .*hours on one process", said) and "are free" in said
@@ -123,7 +125,7 @@ def test_another_capture_into_a_finished_cache_is_refused_and_leaves_it_alone(tm
     changes = {"codec": "fp8"}, {"layers": [0, 2]}, {"last_hidden": "all"}, {"kinds": ["hidden", "kv", "query"]}
     for change in changes:  # known before a document is read
         with pytest.raises(UserError, match=f"these differ: .*{next(iter(change)).replace('kinds', 'query_layers')}"):
-            build.check_capture(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
+            check_capture(recipe.model_copy(update={"cache": recipe.cache.model_copy(update=change)}))
     other = write_lines(tmp_path / "other.jsonl", TEXTS[:3])
     with pytest.raises(UserError, match="these differ: source.documents, source.hash"):  # known after
         build.build(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": other})}), lambda: None)
