@@ -32,7 +32,7 @@ QWEN3_8B = dict(
     tie_word_embeddings=False,
 )
 
-# Eight of the 48 layers of Qwen3-30B-A3B: 128 experts a layer, of which a token meets eight.
+# Eight of the 48 layers of Qwen3-30B-A3B, unless told otherwise: 128 experts a layer, of which a token meets eight.
 QWEN3_30B_A3B = dict(
     vocab_size=151936,
     hidden_size=2048,
@@ -70,9 +70,9 @@ def options(**defaults):
     return OmegaConf.merge(known, OmegaConf.from_cli(without_local_rank(sys.argv[1:])))
 
 
-def target_of(shape: str, attention: str = "auto") -> Target:
+def target_of(shape: str, attention: str = "auto", depth: int | None = None) -> Target:
     """`tiny`: the embedded target. `qwen3_8b`, `qwen3_30b_a3b`, `smollm2`: their dimensions with random weights, through a real
-    checkpoint on disk."""
+    checkpoint on disk. `depth`: their number of layers; None: the usual one."""
     capture = CaptureRecipe(batch_tokens=1, attention=attention)
     if shape == "tiny":
         return load_target(TargetRecipe(path=str(ROOT / "data_prep/targets/tiny")), capture)
@@ -82,6 +82,7 @@ def target_of(shape: str, attention: str = "auto") -> Target:
         "qwen3_30b_a3b": (transformers.Qwen3MoeConfig(**QWEN3_30B_A3B), transformers.Qwen3MoeForCausalLM),
         "smollm2": (transformers.LlamaConfig(**SMOLLM2), transformers.LlamaForCausalLM),
     }[shape]
+    config.num_hidden_layers = depth or config.num_hidden_layers
     with TemporaryDirectory() as folder:
         with torch.device(device):
             torch.set_default_dtype(torch.bfloat16)

@@ -46,6 +46,7 @@ def random_documents(tokens: int, longest: int, vocabulary: int, supervised: flo
 def main() -> None:
     o = options(
         shape="tiny",
+        depth=None,
         codec="bf16",
         kinds=["hidden", "kv"],
         tokens=200_000,
@@ -56,7 +57,7 @@ def main() -> None:
         repeats=3,
         out=None,
     )
-    target = target_of(o.shape, o.attention)
+    target = target_of(o.shape, o.attention, o.depth)
     folder = Path(o.out or mkdtemp(prefix="understudy-capture-"))
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = target.architecture.vocab_size
@@ -102,6 +103,7 @@ def main() -> None:
         "capture",
         **{k: o[k] for k in ("shape", "codec", "batch_tokens", "supervised")},
         kinds=list(o.kinds),
+        depth=len(target.layers),
         layers=layers,
         attention=target.model.config._attn_implementation,
         tokens=source["tokens"],
