@@ -46,6 +46,7 @@ class StaticCache:
         part.key = self.key[:, :count]
         part.value = self.value[:, :count]
         part.row_B1 = self.row_B1[:count]
+        part.in_halves = self.in_halves
         return part
 
     @property

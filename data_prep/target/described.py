@@ -11,9 +11,10 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from common.errors import UserError
 from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import Architecture, layers_with_kv, no_causal_lm, sizes_of, unlike
+from data_prep.target.architecture import Architecture, layers_with_kv, sizes_of, unlike
 from data_prep.target.families import family_of
 from data_prep.target.frozen_head import FrozenHead
 
@@ -41,7 +42,8 @@ class Described:
         try:
             self.layers = private.layers(self.model)
         except (ValueError, AttributeError, NotImplementedError) as error:
-            raise no_causal_lm(self.path, error) from error
+            kind = self.model.config.model_type
+            raise UserError(f"target {self.path} is a '{kind}' without layers, embedding or head ({error})") from error
         head = self.model.get_output_embeddings()
         self.frozen_head = FrozenHead(
             quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
@@ -129,5 +131,5 @@ def hash_of(names: Iterable[str], value: Callable[[str], Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in names:
         digest.update(name.encode())
-        digest.update(value(name).to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        digest.update(value(name).to("cpu", torch.bfloat16).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

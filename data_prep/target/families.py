@@ -1,8 +1,8 @@
 """What each family of targets can do: yield hidden states, yield keys and values, be decoded by our engine.
 
-Hidden states come from every decoder of transformers with a list of layers, an embedding and a head. The other two are
+Hidden states come from decoders of transformers with a list of layers, an embedding and a head. The other two are
 declared here by `model_type`, and proven for each family by a miniature of it (tests/data_prep/test_families.py). A family that
-is not named here yields hidden states alone.
+is not named here yields hidden states alone, or is refused when it is loaded (proof.py).
 """
 
 from dataclasses import dataclass

@@ -25,7 +25,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from common.ranks import world_size
 from data_prep.decoding import torch_private
 from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
@@ -46,7 +45,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, Reading], Tensor]
 @torch.compiler.disable  # a compiled layer would forget what it sets
 def _take(module: nn.Module, inputs, output) -> None:
     """A forward hook. Some versions of transformers return a tuple from a layer."""
-    module.taken = output[0] if isinstance(output, tuple) else output
+    module.taken = output[0] if isinstance(output, (tuple, list)) else output
 
 
 class Target(Described):
@@ -157,8 +156,8 @@ class Target(Described):
     def kv_sizes(self) -> tuple[int, int, int]:
         """Layers, heads on this process, and size of a head of all its keys and values, of a target that is decoded here: its
         layers are alike."""
-        shape = self._kv[0].shape
-        return len(self.layers), shape.kv_heads // (world_size() if self.spread_by_tensors else 1), shape.head_dim
+        found = self._kv[0]
+        return len(self.layers), found.here, found.shape.head_dim
 
     @property
     def turns_neighbours(self) -> bool:
@@ -223,9 +222,14 @@ class Target(Described):
         )
 
     def _run(self, **inputs) -> States:
-        states = States(last_hidden=private.decoder(self.model)(**inputs).last_hidden_state)
-        if self.logit_scale != 1:
-            states.last_hidden = states.last_hidden * self.logit_scale
+        last_hidden = private.decoder(self.model)(**inputs).last_hidden_state
+        states = self.taken()
+        states.last_hidden = last_hidden if self.logit_scale == 1 else last_hidden * self.logit_scale
+        return states
+
+    def taken(self) -> States:
+        """What the hooks took in the last forward, but for the last hidden state."""
+        states = States()
         for kind, layer, source in self._sources:
             getattr(states, kind)[layer] = self._taken(kind, layer, source)
         for module in {source.module for _, _, source in self._sources}:
@@ -311,7 +315,11 @@ class Target(Described):
             output = output.transpose(1, 2)
         heads = _all_heads(output, private.head_count(self.model, layer, kind))
         found = self._kv.get(layer)
-        return halves_of_neighbours(heads, found.neighbours) if found and found.neighbours and kind != "value" else heads
+        if found is None or kind == "value":
+            return heads
+        if kind == "query" and found.query_scale != 1:
+            heads = heads * found.query_scale
+        return halves_of_neighbours(heads, found.neighbours) if found.neighbours else heads
 
 
 def kind_of(config: PretrainedConfig) -> type:

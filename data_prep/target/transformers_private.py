@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from common.errors import UserError
 from data_prep.decoding.attention import Reading
 
 # Paths from a causal LM of a family whose layers are like a drafter's (llama, mistral, qwen2, qwen3).
@@ -54,6 +55,8 @@ SOURCES = {
 
 # Families whose norms of queries and keys come after heads and tokens have changed places.
 HEADS_FIRST = ("gemma3_text", "phi")
+# Families without `layer_types`, all of whose layers have the window of the configuration, if it has one.
+WINDOWED_WHOLE = ("mistral", "phi3", "qwen3_moe")
 
 GIVEN = "understudy_given"  # under this name transformers knows the attention of `attention_given`
 _given: ContextVar[Callable] = ContextVar("given")
@@ -101,11 +104,12 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """Behind the last layer; families differ in its name. Raises ValueError where there is none."""
-    for name, module in decoder(model).named_children():
-        if "norm" in name or name == "ln_f":
-            return module
-    raise ValueError("it has no norm behind its last layer")
+    """Behind the last layer; families differ in its name. Raises UserError where there is none."""
+    # The last one: some families have another behind the embedding.
+    norms = [module for name, module in decoder(model).named_children() if "norm" in name or name == "ln_f"]
+    if not norms:
+        raise UserError(f"a '{model.config.model_type}' has no norm behind its last layer, of which a server's states are made")
+    return norms[-1]
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
@@ -157,15 +161,11 @@ def norms_heads_first(config: PretrainedConfig) -> bool:
     return config.model_type in HEADS_FIRST
 
 
-def window(model: PreTrainedModel, index: int) -> int | None:
-    """How many positions, its own included, a query of this layer reads; None: all."""
-    return window_of(text_config(model), index)
-
-
 def window_of(config: PretrainedConfig, index: int) -> int | None:
-    """The same, as the configuration of a language part says it."""
+    """How many positions, its own included, a query of this layer reads; None: all. `config`: of a language part."""
     kinds = getattr(config, "layer_types", None)
-    sliding = kinds[index] == "sliding_attention" if kinds else True
+    # Configurations of other families may keep the key of one that they were made from, and their layers do not read it.
+    sliding = kinds[index] == "sliding_attention" if kinds else config.model_type in WINDOWED_WHOLE
     return getattr(config, "sliding_window", None) if sliding else None
 
 
@@ -180,7 +180,9 @@ def rotary(model: PreTrainedModel, index: int | None = None) -> tuple[list[float
     prefix = f"{kind}_" if hasattr(embedding, f"{kind}_inv_freq") else ""
     # A text longer than usual changes `inv_freq` (dynamic, longrope); the original stays.
     inv_freq = getattr(embedding, f"{prefix}original_inv_freq", None)
-    inv_freq = getattr(embedding, f"{prefix}inv_freq") if inv_freq is None else inv_freq
+    inv_freq = getattr(embedding, f"{prefix}inv_freq", None) if inv_freq is None else inv_freq
+    if inv_freq is None:
+        return None
     return inv_freq.double().tolist(), float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
 
 

@@ -50,7 +50,7 @@ TARGETS_HEAD = f"""# Targets
 What each family of targets can do. `python docs/reference/generate.py` writes this page from `data_prep/target/families.py`; edit
 that. A family is the `model_type` of a model's `config.json`.
 
-- **Hidden states**: `cache.kinds=[hidden]`, `reuse=hidden`. They come from every decoder of transformers with a list of layers,
+- **Hidden states**: `cache.kinds=[hidden]`, `reuse=hidden`. They come from decoders of transformers with a list of layers,
   an embedding and a head. Whenever a target is loaded, they are compared on six tokens with what transformers hands out.
 - **K/V**: `cache.kinds=[kv]`, `reuse=kv`, `reuse=hybrid`. Of a model with linear attention, the other layers have them; where
   layers share keys and values, those that make them.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from common.errors import UserError
 from data_prep.recipe import TargetRecipe
@@ -18,9 +18,10 @@ from data_prep.target import proof
 from data_prep.target import transformers_private as private
 from data_prep.target.architecture import layers_with_kv, target_config, target_sizes
 from data_prep.target.families import FAMILIES, family_of
+from data_prep.target.parts import TargetParts
 from data_prep.target.rotation import halves_of_neighbours, turned
 from data_prep.target.target import Target
-from tests.support.families import MINIATURES, MULTIMODAL, configuration, miniature
+from tests.support.families import MINIATURES, MULTIMODAL, SIZES, configuration, miniature, miniature_model
 
 NAMES = [*MINIATURES, *MULTIMODAL]
 IDS_BT = torch.randint(0, 25, (2, 37), generator=torch.Generator().manual_seed(1))  # 25 on: images, where there are some
@@ -71,8 +72,10 @@ def test_queries_and_windows_are_those_of_its_attention(target):
     target.capture((), ())
     asked = {}
 
-    def attend(layer, q_BTHD, k_BTGD, v_BTGD, *_):
-        asked[layer] = (q_BTHD, k_BTGD)
+    def attend(layer, q_BTHD, k_BTGD, v_BTGD, reading):
+        size = q_BTHD.shape[-1]
+        # Stored queries have the layer's own scale in them: scores are q k / sqrt(D) for all.
+        asked[layer] = (q_BTHD * (reading.scale or size**-0.5) * size**0.5, k_BTGD)
         return v_BTGD.repeat_interleave(q_BTHD.shape[2] // v_BTGD.shape[2], 2)
 
     target.forward_through(IDS_BT, torch.arange(IDS_BT.shape[1]).expand_as(IDS_BT), attend)
@@ -129,12 +132,77 @@ def test_a_family_that_would_be_read_wrongly_is_refused_by_name(tmp_path, monkey
                 Target(folder)
 
 
-def test_a_layer_off_by_one_is_noticed(tmp_path, monkeypatch):
-    folder = miniature("gpt_oss", tmp_path)
-    own = private.own_outputs
-    monkeypatch.setattr(proof.private, "own_outputs", lambda *_: (own(*_)[0][1:] + own(*_)[0][:1], own(*_)[1]))
-    with pytest.raises(UserError, match="'gpt_oss', whose hidden states after layer 0 are not"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_off_by_one_is_noticed(dtype, tmp_path, monkeypatch):
+    """Also where a layer changes next to nothing of what it is given, beside some numbers that are very large."""
+    model = miniature_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1e4
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 1e-2
+            layer.mlp.down_proj.weight *= 1e-2
+    model.save_pretrained(tmp_path)
+    assert Target(tmp_path, dtype=dtype).kv_shapes
+    hidden_of = private.own_outputs
+    monkeypatch.setattr(proof.private, "own_outputs", lambda *_: ((*hidden_of(*_)[0][1:], None), hidden_of(*_)[1]))
+    with pytest.raises(UserError, match="'llama', whose hidden states after layer 0 are not"):
+        Target(tmp_path, dtype=dtype)
+
+
+def test_a_window_that_no_layer_reads_through_is_none(tmp_path):
+    """A configuration may have kept the key of another family."""
+    target = Target(miniature("llama", tmp_path, sliding_window=8))
+    assert {shape.window for shape in target.kv_shapes.values()} == {None}
+
+
+def test_a_window_that_is_not_the_configuration_s_is_refused(tmp_path, monkeypatch):
+    folder = miniature("mistral", tmp_path)
+    monkeypatch.setattr(proof.private, "window_of", lambda *_: None)
+    with pytest.raises(UserError, match="layer 0 reads 8 positions, where its configuration says None"):
         Target(folder)
+
+
+@pytest.mark.parametrize(
+    "name,changed", [("gemma3_text", {"use_bidirectional_attention": True}), ("llama", {"is_causal": False})]
+)
+def test_a_model_that_sees_what_follows_is_refused(name, changed, tmp_path):
+    with pytest.raises(UserError, match="is not causal"):
+        Target(miniature(name, tmp_path, **changed))
+
+
+def test_the_nearest_rotation_is_taken_where_a_bias_makes_all_alike(tmp_path):
+    model = miniature_model("glm4", attention_bias=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias[-1] = 1000.0  # of a dimension that does not turn
+    model.save_pretrained(tmp_path)
+    assert all(found.neighbours for found in Target(tmp_path, dtype=torch.bfloat16)._kv.values())
+
+
+OTHERS = {
+    "apertus": {"hidden_act": "xielu"},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "gemma3n_text": {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 0, "head_dim": 16},
+    "openai-gpt": {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 512},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_family_that_nobody_declared_yields_hidden_states_or_is_refused_by_name(name, tmp_path):
+    fields = {key: value for key, value in SIZES.items() if value is not None} | OTHERS[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields)).save_pretrained(tmp_path)
+    if name == "gemma3n_text":
+        with pytest.raises(UserError, match="is a 'gemma3n_text', "):
+            Target(tmp_path)
+        return
+    target = Target(tmp_path)
+    target.capture([0, 2], [])
+    states = target.forward(IDS_BT)
+    if name != "openai-gpt":  # which norms inside of its layers alone
+        close(private.final_norm(target.model)(states.hidden[2]), states.last_hidden)
+    assert target.kv_shapes == {} and TargetParts(str(tmp_path)).weights_hash() == target.weights_hash()
 
 
 def test_damaged_weights_are_told_apart_from_a_family_read_wrongly(tmp_path):
