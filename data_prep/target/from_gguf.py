@@ -57,8 +57,10 @@ def plain(path: str | os.PathLike, revision: str | None = None) -> str:
 
 
 def tensor_types(path: str, revision: str | None = None) -> dict[str, int]:
-    """How many tensors of a GGUF file are of each type (Q4_K, F32). Raises UserError as `plain` does."""
-    return dict(sorted(Counter(tensor.tensor_type.name for tensor in read(_find(path, revision)).tensors).items()))
+    """How many tensors of a GGUF file are of each type (Q4_K, F32); empty for a folder that was made before these were noted.
+    Raises UserError as `plain` does."""
+    # Not from the file itself: to read it takes seconds.
+    return json.loads((Path(plain(path, revision)) / SEAL).read_text()).get("tensors", {})
 
 
 def cache_folder() -> Path:
@@ -158,7 +160,7 @@ def _make(folder: Path, file: Path) -> None:
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         turned = heads if config.model_type in INTERLEAVED else {}
         stream_safetensors(aside / "model.safetensors", shapes, lambda name: pieces(tensors[name], turned), format="pt")
-        _seal(aside)
+        _seal(aside, Counter(tensor.tensor_type.name for tensor in reader.tensors))
         os.replace(aside, folder)
         _sync(folder.parent)
     except OSError as error:
@@ -167,11 +169,11 @@ def _make(folder: Path, file: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, types: Counter) -> None:
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     for name in sizes:
         _sync(folder / name)
-    write_text(folder / SEAL, json.dumps({"format": FORMAT, "bytes": sizes}, indent=2))
+    write_text(folder / SEAL, json.dumps({"format": FORMAT, "bytes": sizes, "tensors": dict(sorted(types.items()))}, indent=2))
 
 
 def _sync(path: Path) -> None:

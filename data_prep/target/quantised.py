@@ -114,8 +114,8 @@ def method_of(fields: dict) -> str:
 def quantisation_of(path: str, revision: str | None, config: PretrainedConfig) -> dict | None:
     """What the manifest says of a target's quantisation; None: there is none. `config`: of the folder that is loaded."""
     if str(path).endswith(".gguf"):
-        # A folder that was made of the file before is loaded without the package that reads the file.
-        return {"method": "gguf", **({"tensors": tensor_types(path, revision)} if find_spec("gguf") else {})}
+        types = tensor_types(path, revision)
+        return {"method": "gguf", **({"tensors": types} if types else {})}
     return described(fields_of(config))
 
 
