@@ -40,17 +40,20 @@ SAME = 1e-4  # as tests/train/test_alignment.py says
 # (objective, reuse, sizes)
 CELLS = [
     ("ttt", "hidden", OWN_SIZES),
-    ("ttt", "hidden+norms", OWN_SIZES),
-    ("ttt", "none", OWN_SIZES),
     ("ttt", "hybrid+projected_rope", OWN_SIZES),
-    ("ttt", "kv+head_concat", BESIDE_KV),
-    ("blockwise", "hidden", OWN_SIZES),
-    ("blockwise", "kv+projected_rope", OWN_SIZES),
-    ("ttt", "kv+projected", OWN_SIZES),
     ("blockwise", "hybrid", BESIDE_KV),
     ("blockwise_pairs+markov", "hidden+vocab", OWN_SIZES),
+]
+MORE = [
+    ("ttt", "hidden+norms", OWN_SIZES),
+    ("ttt", "none", OWN_SIZES),
+    ("ttt", "kv+head_concat", BESIDE_KV),
+    ("ttt", "kv+projected", OWN_SIZES),
+    ("blockwise", "hidden", OWN_SIZES),
+    ("blockwise", "kv+projected_rope", OWN_SIZES),
     ("blockwise_shifted+gru", "hidden", OWN_SIZES),
 ]
+CELLS += [pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE]
 
 
 @pytest.fixture(scope="module")
