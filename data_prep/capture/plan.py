@@ -40,7 +40,7 @@ def chosen_layers(recipe: CaptureSections) -> Layers:
     """Raises UserError for a layer that the target does not have, or that has no keys and values."""
     cache = recipe.cache
     config = target_config(recipe.target)
-    count = target_sizes(recipe.target).num_layers
+    count = config.get_text_config(decoder=True).num_hidden_layers
     named = [] if cache.layers == "auto" else sorted(set(cache.layers))
     if wrong := [layer for layer in named if not 0 <= layer < count]:
         raise UserError(f"cache.layers: the target has layers 0 to {count - 1}; there is no layer {wrong[0]}")

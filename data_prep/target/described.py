@@ -36,6 +36,7 @@ class Described:
     quantisation: dict | None  # as the manifest says it
     layers: nn.ModuleList
     frozen_head: FrozenHead
+    logit_scale: float  # what the logits are multiplied by: `last_hidden` is, so that they are its products with the head
 
     def _look_inside(self) -> None:
         """What is looked up in `model`, again whenever that is another one."""
@@ -44,6 +45,7 @@ class Described:
         except (ValueError, AttributeError, NotImplementedError) as error:
             kind = self.model.config.model_type
             raise UserError(f"target {self.path} is a '{kind}' without layers, embedding or head ({error})") from error
+        self.logit_scale = private.logit_scale(self.config)
         head = self.model.get_output_embeddings()
         self.frozen_head = FrozenHead(
             quantised_model.plain_weight(self.path, "embedding", self.model.get_input_embeddings()),
@@ -89,11 +91,6 @@ class Described:
             "softcap": self.frozen_head.softcap,
         }
         return {name: value for name, value in facts.items() if value not in (None, 1.0)}
-
-    @property
-    def logit_scale(self) -> float:
-        """What the logits are multiplied by: `last_hidden` is, so that they are its products with the head."""
-        return private.logit_scale(self.config)
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
         """One layer under the names of `train/drafter/layers.py`, in plain numbers."""

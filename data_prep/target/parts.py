@@ -4,6 +4,7 @@ A rank of a training needs the embedding, the LM head and at most a few layers. 
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,8 +70,7 @@ class TargetParts(Described):
 
     @property
     def final_norm_weight(self) -> Tensor:
-        self._need(lambda: [transformers_private.final_norm(self.model)])
-        return super().final_norm_weight
+        return self.final_norm.weight
 
     @property
     def final_norm(self) -> nn.Module:
@@ -94,21 +94,26 @@ class TargetParts(Described):
         if self._whole is not None:
             return
         try:
-            weights = _Weights(self)
             for module in modules():
-                weights.fill(module)
+                self._weights.fill(module)
+            self._weights.close()
         except NOT_BY_NAME as error:
             self._load_whole(first_line(error))
 
-    def _hash_of_files(self) -> str:
-        weights = _Weights(self)
+    @cached_property
+    def _weights(self) -> "_Weights":
+        # Once: what becomes of each of the files' names is found by patterns, of which a mixture of experts has many to try.
+        return _Weights(self)
 
+    def _hash_of_files(self) -> str:
         def loaded(name: str) -> Tensor:
-            value = weights.value(name)
+            value = self._weights.value(name)
             # Of bf16 numbers, which are hashed, float16 alone does not hold all.
             return value.to(self.dtype) if self.dtype == torch.float16 else value
 
-        return hash_of(sorted(weights.own), loaded)
+        found = hash_of(sorted(self._weights.own), loaded)
+        self._weights.close()
+        return found
 
     def _load_whole(self, why: str) -> None:
         if rank() == 0:
@@ -175,13 +180,17 @@ class _Weights:
     def _read(self, name: str) -> Tensor:
         file = self._files[name]
         if self._mapped > MAPPED:
-            self._open.clear()
-            self._mapped = 0
+            self.close()
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
         value = self._open[file].get_tensor(name)
         self._mapped += value.nbytes
         return value
+
+    def close(self) -> None:
+        """The files, until the next tensor is read."""
+        self._open.clear()
+        self._mapped = 0
 
     def _found(self) -> dict[str, str]:
         """Name of a tensor -> its file."""

@@ -23,8 +23,7 @@ from eval.oracle.drafting import Draft, Nobody, Trained
 from tests.support.decoding import generated
 from tests.support.engines import REFERENCE, engine_of, triples
 from tests.support.families import MINIATURES, MULTIMODAL, miniature
-from train.drafter.build import new_drafter
-from train.drafter.config import DrafterConfig
+from tests.support.models import drafter_of
 
 NEW = 16
 UNKNOWN = Family(decode="nobody has tried it")
@@ -88,22 +87,7 @@ class ForetoldAlone(Nobody):
 
 def ttt_of(target: Target):
     """A random drafter over the keys and values of layer 2 as they are."""
-    config = DrafterConfig(
-        objective="ttt",
-        reuse="kv",
-        target_layers=[2],
-        hidden_layers=[],
-        slots=4,
-        shifted=False,
-        causal=False,
-        mask_token_id=4,
-        start="random",
-        seed=1,
-        architecture=target.architecture,
-        target={},
-        kv_shapes=[target.kv_shapes[2]],
-    )
-    return new_drafter(config).start(target, target.frozen_head)
+    return drafter_of(target, "ttt", "kv", start="random", kv_shapes=[target.kv_shapes[2]])
 
 
 @pytest.mark.parametrize("name", CASES)
