@@ -117,15 +117,14 @@ class StaticTrained:
         # The target's cache serves as memory where it holds exactly what the drafter would make: the same positions, precision
         # and states, on the device.
         borrowed = {}
-        alike = config.rope_factor == 1 and self.drafter.dtype == cache.key.dtype and self._change is None
+        alike = config.rope_factor == 1 and self.drafter.dtype == cache.dtype and self._change is None
         if config.uses_kv and config.source == "native" and alike and cache.lends:
             borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
-        batch, room = cache.key.shape[1:3]
         # Tensors are made anew only with a new cache: CUDA graphs hold the addresses of these.
         if self._cache is not cache:
             self._cache = cache
-            self.memory = StaticMemory(config, batch, room + 1, self._head.head_VE.device, borrowed)
-            self.feature_BE = self._head.head_VE.new_zeros(batch, config.architecture.hidden_size, dtype=self.drafter.dtype)
+            self.memory = StaticMemory(config, cache.batch, cache.room + 1, self._head.head_VE.device, borrowed)
+            self.feature_BE = self._head.head_VE.new_zeros(cache.batch, config.architecture.hidden_size, dtype=self.drafter.dtype)
         self._fresh = True
 
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:

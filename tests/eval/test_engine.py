@@ -280,7 +280,7 @@ def test_reported_drafter_memory_equals_the_tensors_it_adds(target, reuse, own):
     cache = engine._rounds.cache
     longest = int(engine._rounds.length_B.max())
     parts = [part for kinds in drafting.memory.layers for part in kinds.values()]
-    storages = {t.untyped_storage().data_ptr() for t in (cache.key, cache.value)}
+    storages = {t.untyped_storage().data_ptr() for t in cache.blocks}
     added = [t for part in parts for t in (part.key, part.value) if t.untyped_storage().data_ptr() not in storages]
     assert len(parts) == 2 * (1 + (reuse == "hybrid")) and len(added) == 4 * own
     position = own * 2 * 2 * 2 * 8 * 8  # layers, K and V, heads, numbers, bytes

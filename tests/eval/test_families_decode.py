@@ -13,6 +13,7 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.dialogues import Ask
 from data_prep.decoding.generate import BatchGenerator
 from data_prep.target import transformers_private as private
+from data_prep.target.architecture import CachedLayer
 from data_prep.target.families import FAMILIES, Family
 from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticNobody, StaticTrained
@@ -164,7 +165,7 @@ def test_nodes_of_a_tree_read_what_their_paths_read_one_by_one(window, sinks_H):
     reading = Reading(0.4, window, sinks_H)
 
     def filled() -> StaticCache:
-        cache = StaticCache(1, 2, 40, 2, 8, torch.float32, "cpu")
+        cache = StaticCache([CachedLayer(2, 8, 0)], 2, 40, torch.float32, "cpu")
         cache.attention(torch.zeros(2, dtype=torch.long), 12)(0, q[:, :12], k[:, :12], v[:, :12], reading)
         return cache
 

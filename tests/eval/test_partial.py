@@ -13,6 +13,7 @@ import torch
 from data_prep.decoding.attention import PLAIN
 from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
+from data_prep.target.architecture import CachedLayer
 from data_prep.target.loading import load_target
 from eval.caches.partial import PartialCache, PartialRecipe
 from eval.engine.drafting import StaticLookup, StaticNobody
@@ -64,7 +65,7 @@ def shifted(monkeypatch, by):
     def take(self, layer, *rest):
         usual(self, layer, *rest)
         for kind in (self.part.key, self.part.value):
-            kind[layer] = kind[layer].roll(by, 1)
+            kind[layer].copy_(kind[layer].roll(by, 1))
 
     monkeypatch.setattr(PartialCache, "_take", take)
 
@@ -184,8 +185,8 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
     drafts = 3
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator)
-    cache = StaticCache(layers, batch, batch + 80, heads, size, torch.float32, "cpu")
-    cache.key.copy_(random(*cache.key.shape)), cache.value.copy_(random(*cache.value.shape))
+    cache = StaticCache([CachedLayer(heads, size, n) for n in range(layers)], batch, batch + 80, torch.float32, "cpu")
+    cache.blocks[0].copy_(random(*cache.blocks[0].shape))
     part = PartialCache(cache, recipe, drafts)
     base_B = torch.arange(1, batch + 1)
     part.begin(base_B)
@@ -202,15 +203,15 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
             tail = max(e for e in range(sink, anchor + sink + 1, block) if e <= max(sink, anchor - window))
             for layer, g in np.ndindex(layers, heads):
                 q_KSD = q_NBTHD[layer, b, anchor - base : anchor - base + drafts, 2 * g : 2 * g + 2].numpy()
-                key_LD = cache.key[layer, b, :, g].numpy()
+                key_LD = cache.key[layer][b, :, g].numpy()
                 chosen = best_blocks(q_KSD, key_LD, tail, recipe)
                 differ += chosen != best_blocks(q_KSD, key_LD, tail, recipe, least=False)
                 held = [*range(min(sink, anchor)), *(sink + c * block + s for c in chosen for s in range(block))]
                 held += range(tail, anchor)
                 assert part.filled_B[b] == len(held)
                 held += range(anchor, anchor + drafts)  # the rows of this step follow
-                for mine, whole in zip((part.part.key, part.part.value), (cache.key, cache.value)):
-                    assert torch.equal(mine[layer, b, : len(held), g], whole[layer, b, held, g]), (step, anchor)
+                for mine, whole in zip(part.part.layer(layer), cache.layer(layer)):
+                    assert torch.equal(mine[b, : len(held), g], whole[b, held, g]), (step, anchor)
         kept_B = torch.randint(0, drafts, (batch,), generator=generator)
         base_B = anchor_B + kept_B + 1
         part.settle(base_B)
@@ -228,6 +229,7 @@ def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, au
         tail = int(part.tail_B[b])
         grown += (tail - TIGHT.sink) // TIGHT.block - max(0, len(prompt) - TIGHT.window - TIGHT.sink) // TIGHT.block
         for number, start in enumerate(range(TIGHT.sink, tail, TIGHT.block)):
-            keys = part.full.key[:, b, start : start + TIGHT.block]
-            assert torch.equal(part._low[:, b, number], keys.amin(1)) and torch.equal(part._high[:, b, number], keys.amax(1))
+            for key_BLGD, low, high in zip(part.full.key, part._low, part._high):
+                keys = key_BLGD[b, start : start + TIGHT.block]
+                assert torch.equal(low[b, number], keys.amin(0)) and torch.equal(high[b, number], keys.amax(0))
     assert grown > 40 and (sum(g.rollbacks for g in found) > 5) == audited
