@@ -100,6 +100,8 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
         source=recipe.reuse.source,
         source_layers=source_layers,
         fusion=recipe.reuse.fusion,
+        own_kv=recipe.reuse.own_kv,
+        constant_positions=recipe.objective.positions == "constant",
         gate_floor=gate_floor(recipe),
         qk_norm=recipe.drafter.qk_norm,
         draft_vocab=recipe.drafter.vocabulary,

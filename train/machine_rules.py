@@ -220,8 +220,22 @@ def _heads_that_differ(r: TrainRecipe, c: DrafterConfig) -> dict | None:
     return {"one": c.kv_layers[0], "other": differs[0]} if differs else None
 
 
+def _step_without_memory(r: TrainRecipe, c: DrafterConfig) -> dict | None:
+    """The shortest window that is read, where a late step would stand beyond it."""
+    if c.own_kv or c.constant_positions or not c.windowed:
+        return None
+    shortest = min(c.kv_shape(layer).window or c.slots + 1 for layer in c.kv_layers)
+    return {"window": shortest} if c.slots >= shortest else None
+
+
 # c: DrafterConfig.
 KV_SHAPES = (
+    Rule(
+        "step that sees no memory",
+        _step_without_memory,
+        "reuse.own_kv=false: step {r.objective.slots} would stand beyond the window of {window} positions of a layer that it "
+        "reads; say objective.positions=constant, or objective.slots below {window}",
+    ),
     Rule(
         "heads side by side that differ",
         _heads_that_differ,

@@ -29,6 +29,8 @@ class ObjectiveRecipe(Section):
     """Anchors drawn per document and pass; null: every position."""
     causal: bool = False
     """blockwise: a slot sees earlier slots of its block only."""
+    positions: Literal["advance", "constant"] = "advance"
+    """ttt with reuse.own_kv=false: steps stand one behind the other, or all at the last processed position (Gemma 4)."""
     prefix: float | None = Field(None, gt=0, lt=1)
     """blockwise: chance ratio by which blocks are given one more token after the anchor (D2SD uses 0.9); null: never."""
     weights: Literal["decay", "dpace"] = "decay"
@@ -81,6 +83,8 @@ class ReuseRecipe(Section):
     """Layers whose K/V are joined, for every source but native; auto: all that the cache holds."""
     fusion: Literal["gated_delta", "cross_only"] = "gated_delta"
     """hybrid: KVShot's gated delta, or attention over the target's K/V alone (cross_only, ttt)."""
+    own_kv: bool = True
+    """cross_only: draft rows have keys and values of their own; false: queries alone, over the target's cache in place."""
     pairs: bool = False
     """blockwise: build memory from pairs of token and hidden state, as ttt does (P-EAGLE)."""
     gate: GateRecipe = GateRecipe()

@@ -63,6 +63,18 @@ REUSE = (
         "reuse.fusion is for reuse=hybrid",
     ),
     Rule(
+        "queries alone without a stream",
+        lambda r: not r.own_kv and (r.kind != "hybrid" or r.fusion != "cross_only"),
+        "reuse.own_kv=false leaves a step its token, the feature of the step before and queries over the target's K/V: say "
+        "reuse=hybrid reuse.fusion=cross_only",
+    ),
+    Rule(
+        "queries alone over projected keys",
+        lambda r: not r.own_kv and r.source.startswith("projected"),
+        "reuse.own_kv=false reads the target's cache in place, and reuse.source={r.source} makes keys of its own; use native or "
+        "head_concat",
+    ),
+    Rule(
         "gate that does not exist",
         lambda r: (r.kind != "hybrid" or r.fusion == "cross_only") and r.gate != type(r.gate)(),
         "reuse.gate is for reuse=hybrid reuse.fusion=gated_delta",
@@ -165,6 +177,17 @@ def _judged_too_small(r: TrainRecipe) -> dict | None:
 # Over TrainRecipe.
 RECIPE = (
     Rule(
+        "queries alone in blocks",
+        lambda r: not r.reuse.own_kv and r.objective.kind == "blockwise",
+        "reuse.own_kv=false with objective=blockwise: slots of a block know each other by their keys alone; say objective=ttt",
+    ),
+    Rule(
+        "constant positions of rows with keys",
+        lambda r: r.objective.positions == "constant" and r.reuse.own_kv,
+        "objective.positions=constant places all steps where one stands, so that none may have keys: it is for "
+        "reuse.own_kv=false",
+    ),
+    Rule(
         "cross_only in blocks",
         lambda r: r.reuse.fusion == "cross_only" and r.objective.kind == "blockwise",
         "reuse.fusion=cross_only with objective=blockwise has no hidden memory left: that is reuse=kv",
@@ -183,6 +206,11 @@ RECIPE = (
         "align losses without K/V",
         lambda r: (r.loss.kv_align or r.loss.query_align) and r.reuse.kind not in ("kv", "hybrid"),
         "loss.kv_align and loss.query_align compare K/V and queries with the target's; reuse={r.reuse.kind} reads no K/V",
+    ),
+    Rule(
+        "kv_align of queries alone",
+        lambda r: r.loss.kv_align and not r.reuse.own_kv,
+        "loss.kv_align is of the draft rows' own keys and values, which reuse.own_kv=false takes away",
     ),
     Rule(
         "query_align of projected keys",

@@ -25,11 +25,16 @@ class Joined(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One layer and branch of a static memory; `first`: position of place 0."""
+    """One layer and branch of a static memory; `first`: position of place 0. Of several layers of the target's cache, whose heads
+    count as side by side, keys and values are tuples."""
 
-    key: Tensor
-    value: Tensor
+    key: Tensor | tuple[Tensor, ...]
+    value: Tensor | tuple[Tensor, ...]
     first: int
+
+    def read_bytes(self, places: int) -> int:
+        """Of the keys and values of `places` places of a request."""
+        return places * sum(t[0, 0].nbytes for t in (*_layers(self.key), *_layers(self.value)))
 
     def __add__(self, own: KV) -> KV:
         return KV(Joined(self.key, own.key, self.first), Joined(self.value, own.value, self.first))
@@ -87,16 +92,25 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
     """
 
     @backend(takes_parts=False)
-    def attend(q_QHD: Tensor, key: Joined, value: Joined, visibility: Visibility) -> Tensor:
-        batch = len(key.memory_BLGD)
+    def attend(q_QHD: Tensor, key: Joined | Tensor | tuple, value: Joined | Tensor | tuple, visibility: Visibility) -> Tensor:
+        first = key.first if isinstance(key, Joined) else 0
+        memories = _layers(key.memory_BLGD if isinstance(key, Joined) else key)
+        values = _layers(value.memory_BLGD if isinstance(value, Joined) else value)
+        batch = len(memories[0])
         q_BTHD = q_QHD.unflatten(0, (batch, -1))
         # All rows of a request have one anchor, so that their memory is a number of keys and needs no mask (while memory is
         # made, each row sees one key more than the row before it). The draft rows' own keys are few: they get a mask. The two
         # softmaxes are merged by their log-sum-exps.
-        count_B = visibility.queries.anchor.view(batch, -1)[:, 0] - key.first
+        count_B = visibility.queries.anchor.view(batch, -1)[:, 0] - first
         reading = Reading(window=visibility.window)
-        place_BT = None if visibility.window is None else visibility.queries.position.view(batch, -1) - key.first
-        memory = over_cache(q_BTHD, key.memory_BLGD, value.memory_BLGD, count_B, making_memory, reading, place_BT)
+        place_BT = None if visibility.window is None else visibility.queries.position.view(batch, -1) - first
+        parts = [
+            over_cache(q, k, v, count_B, making_memory, reading, place_BT)
+            for q, k, v in zip(q_BTHD.chunk(len(memories), dim=2), memories, values)
+        ]
+        if not isinstance(key, Joined):  # rows without keys of their own
+            return torch.cat([out for out, _ in parts], dim=2).flatten(0, 1)
+        (memory,) = parts
         seen = _seen(visibility) if seen_QR is None else seen_QR
         if visibility.window is not None:
             places = visibility.queries.position[:, None], visibility.drafts.position
@@ -105,6 +119,10 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
         return merge(memory, own).flatten(0, 1)
 
     return attend
+
+
+def _layers(held: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return held if isinstance(held, tuple) else (held,)
 
 
 def _seen(visibility: Visibility) -> Tensor:

@@ -118,8 +118,10 @@ class StaticTrained:
         # and states, on the device.
         borrowed = {}
         alike = config.rope_factor == 1 and self.drafter.dtype == cache.dtype and self._change is None
-        if config.uses_kv and config.source == "native" and alike and cache.lends:
-            borrowed = {(i, "kv"): KV(cache.key[at], cache.value[at]) for i, at in enumerate(config.target_layers)}
+        if config.reads_in_place and alike and cache.lends:
+            for layer, at in enumerate(config.target_layers):
+                keys, values = zip(*map(cache.layer, config.layers_of(at)))
+                borrowed[layer, "kv"] = KV(keys[0], values[0]) if len(keys) == 1 else KV(keys, values)
         # Tensors are made anew only with a new cache: CUDA graphs hold the addresses of these.
         if self._cache is not cache:
             self._cache = cache
@@ -171,7 +173,7 @@ class StaticTrained:
         for layer, kinds in enumerate(self.memory.layers):
             for branch, part in kinds.items():
                 window = self.drafter.config.shape(layer, branch).window or longest
-                read += (part.key[0, 0].nbytes + part.value[0, 0].nbytes) * min(longest, window)
+                read += part.read_bytes(min(longest, window))
         peak = self.memory.nbytes() // self.memory.batch
         return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
 

@@ -52,6 +52,7 @@ OBJECTIVE_FIELDS = {
 PROJECTED = {"source": "projected", "source_layers": [1, 2]}
 PROJECTED_ROPE = {"source": "projected_rope", "source_layers": [1, 2]}
 HEAD_CONCAT = {"source": "head_concat", "source_layers": [1, 2]}
+QUERIES_ALONE = {"fusion": "cross_only", "own_kv": False}
 REDUCED_VOCABULARY = {"draft_vocab": 8, "own_head": True}
 EAGLE31_NORMS = {"fc_norm": True, "norm_output": True}
 # Kinds of reuse by name, with what a drafter of this kind has besides: the same.
@@ -70,6 +71,9 @@ REUSE_FIELDS = {
     "hybrid+projected_rope": {"reuse": "hybrid", **PROJECTED_ROPE},
     "hybrid+head_concat": {"reuse": "hybrid", **HEAD_CONCAT},
     "hybrid+cross_only": {"reuse": "hybrid", "fusion": "cross_only"},
+    "queries": {"reuse": "hybrid", **QUERIES_ALONE},
+    "queries+constant": {"reuse": "hybrid", **QUERIES_ALONE, "constant_positions": True},
+    "queries+head_concat": {"reuse": "hybrid", **QUERIES_ALONE, **HEAD_CONCAT},
     "hybrid+vocab": {"reuse": "hybrid", **REDUCED_VOCABULARY},
     "hybrid+norms": {"reuse": "hybrid", **EAGLE31_NORMS},
 }

@@ -36,7 +36,36 @@ def flash(q_QHD: Tensor, k_KGD: Keys, v_KGD: Keys, visibility: Visibility) -> Te
     steps = len(visibility.drafts.slot) // len(q_QHD)
     sizes = [len(memory.position), *[len(q_QHD)] * steps]
     (k_PGD, *k_steps), (v_PGD, *v_steps) = (t.split(sizes) if isinstance(t, Tensor) else t for t in (k_KGD, v_KGD))
+    if not steps:
+        return _Memory.apply(q_QHD, k_PGD, v_PGD, place_Q, memory.bounds)
     return _Joint.apply(q_QHD, k_PGD, v_PGD, place_Q, memory.bounds, *k_steps, *v_steps)
+
+
+class _Memory(torch.autograd.Function):
+    """Rows that have no keys of their own: memory is all that they see."""
+
+    @staticmethod
+    def forward(ctx, q_QHD, k_PGD, v_PGD, place_Q, bounds):
+        forward, _ = kernel(q_QHD.is_cuda)
+        k_PGD = k_PGD.contiguous()
+        v_PGD = v_PGD.contiguous()
+        (q_PHD,) = drafts(q_QHD.is_cuda).put(place_Q, len(k_PGD), q_QHD.contiguous())
+        out_PHD, lse_HP, extra = forward(q_PHD, k_PGD, v_PGD, bounds)
+        ctx.save_for_backward(q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, place_Q, bounds, *extra)
+        return _at(out_PHD, place_Q)
+
+    @staticmethod
+    def backward(ctx, grad_QHD):
+        q_PHD, k_PGD, v_PGD, out_PHD, lse_HP, place_Q, bounds, *extra = ctx.saved_tensors
+        _, backward = kernel(grad_QHD.is_cuda)
+        (grad_PHD,) = drafts(grad_QHD.is_cuda).put(place_Q, len(k_PGD), grad_QHD.contiguous())
+        dq_PHD, dk_PGD, dv_PGD = backward(grad_PHD, q_PHD, out_PHD, k_PGD, v_PGD, lse_HP, bounds, tuple(extra))
+        return _at(dq_PHD, place_Q), dk_PGD, dv_PGD, None, None
+
+
+def _at(t_PHD: Tensor, place_Q: Tensor) -> Tensor:
+    """What stands at the rows' places; zero for rows without one."""
+    return torch.cat([t_PHD, torch.zeros_like(t_PHD[:1])])[place_Q]
 
 
 class _Joint(torch.autograd.Function):
@@ -111,7 +140,7 @@ class reference_join:
         dp_JQGS = (grad * v_JQGD[:, :, :, None].to(grad.dtype)).sum(-1)
         ds_JQGS1 = (p_JQGS * (dp_JQGS - (grad * out).sum(-1)) * scale)[..., None]
         dq_QHD = (ds_JQGS1 * k_JQGD[:, :, :, None]).sum(0).flatten(1, 2)
-        dq_QHD = dq_QHD + torch.cat([dq_memory_PHD, torch.zeros_like(dq_memory_PHD[:1])])[place_Q]
+        dq_QHD = dq_QHD + _at(dq_memory_PHD, place_Q)
         dk_JQGD = (ds_JQGS1 * q).sum(3)
         dv_JQGD = (p_JQGS[..., None] * grad).sum(3)
         return dq_QHD.to(q_QHD.dtype), dk_JQGD.to(k_JQGD.dtype), dv_JQGD.to(v_JQGD.dtype)

@@ -3,7 +3,9 @@
 A draft row (a query) belongs to one anchor. It attends two kinds of keys:
 
 - memory: one key a verified position, from the target's states; a view may hide some of them (`train/views/plan.py`);
-- draft: the keys of draft rows, its own included.
+- draft: the keys of draft rows, its own included. Rows of query-only drafters have none.
+
+A row that sees no key attends to zeros.
 
 Shapes: Q draft rows (queries), P memory positions, R draft rows (keys), K = P + R keys, H query heads, G key/value
 heads, D head size, M groups (an anchor under one view), C chunks of a document, X and Y tiles of rows and of keys.
@@ -32,6 +34,12 @@ class DraftRows:
 
     def __add__(self, other: "DraftRows") -> "DraftRows":
         return DraftRows(*(torch.cat([getattr(self, f), getattr(other, f)]) for f in self.__dataclass_fields__))
+
+
+    @property
+    def none(self) -> "DraftRows":
+        """No rows at all."""
+        return DraftRows(*(getattr(self, f)[:0] for f in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)

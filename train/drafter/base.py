@@ -126,8 +126,10 @@ class Drafter(nn.Module):
         return rope(key_PGD.to(wide)).to(key_PGD.dtype)
 
     def visibility(self, queries: DraftRows, memory: Memory, drafts: DraftRows) -> list[dict[str, Visibility]]:
-        """For each layer and branch; layers that see the same share it."""
+        """For each layer and branch; layers that see the same share it. Without keys of their own the rows see memory alone."""
         causal = self.config.schedule.causal(self.config)
+        if not self.config.own_kv:
+            drafts = drafts.none
         if memory.selection is not None:
             return [
                 {n: Visibility(queries, places, drafts, causal, selection[n]) for n, places in memory.places.items()}

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from common.errors import UserError
 from common.recipe import ROOT
 from data_prep.target.architecture import Architecture, KVLayer
@@ -53,6 +55,8 @@ class DrafterConfig:
     source: str = "native"  # how target K/V become memory: native | projected | projected_rope | head_concat
     source_layers: list[int] = field(default_factory=list)  # whose K/V every draft layer reads, unless native
     fusion: str = "gated_delta"  # hybrid: gated_delta | cross_only
+    own_kv: bool = True  # draft rows have keys and values, which later rows of their anchor read; else queries alone
+    constant_positions: bool = False  # all rows of an anchor a sit at a - 1; else step j's at a + j - 1 (ttt)
     gate_floor: float = 0.0
     qk_norm: bool | None = None  # null: as the target
     draft_vocab: int | None = None  # null: the target's whole vocabulary
@@ -146,9 +150,19 @@ class DrafterConfig:
         return self.kv_layers if self.uses_kv and alike else []
 
     @property
+    def reads_in_place(self) -> bool:
+        """Whether the target's cache can serve as the memory as it stands. Heads of several layers side by side are copies where
+        draft keys stand beside them."""
+        return self.uses_kv and (self.source == "native" or (self.source == "head_concat" and not self.own_kv))
+
+    @property
     def normed(self) -> bool:
         """Whether queries and keys pass a norm."""
         return self.architecture.qk_norm if self.qk_norm is None else self.qk_norm
+
+    def row_position(self, anchor: Tensor, slot: Tensor | int) -> Tensor:
+        """Where the row of index `slot` (from 0) of each anchor sits."""
+        return anchor - 1 if self.constant_positions else anchor + slot
 
     @property
     def head_copies(self) -> int:

@@ -159,9 +159,10 @@ class LayeredDrafter(Drafter):
             The queries [R, H, D] of each layer and branch. With `keep` an empty list.
         """
         own_memory = self.config.own_memory
-        ropes = self.ropes(places.position)
         queries: list[dict[str, Tensor]] = []
         rows = known_rows(places)
+        rows = replace(rows, position=self.config.row_position(rows.anchor, 0))
+        ropes = self.ropes(rows.position)
         visibility = self.visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_RE, token_RE)
@@ -172,7 +173,7 @@ class LayeredDrafter(Drafter):
                 queries.append(layer.queries(inputs, ropes[index]))
             # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
             if index + 1 < len(self.layers):
-                keys = {n: memory.layers[index][n] + own[n] for n in own}
+                keys = memory.layers[index] | {n: memory.layers[index][n] + own[n] for n in own}
                 x_RE = self._through(layer, x_RE, inputs, ropes[index], keys, visibility[index], attend)
         return queries
 
@@ -257,7 +258,9 @@ class LayeredDrafter(Drafter):
             inputs = layer.inputs(x_QE, token_QE)
             own = layer.keys_values(inputs, ropes[index])
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
-            keys = {name: steps.after(memory.layers[index][name], attend.takes_parts) for name, steps in kept[index].items()}
+            keys = dict(memory.layers[index])
+            for name, steps in kept[index].items():
+                keys[name] = steps.after(keys[name], attend.takes_parts)
             x_QE = self._through(layer, x_QE, inputs, ropes[index], keys, visibility[index], attend)
         return x_QE, kept
 

@@ -82,6 +82,9 @@ class Attention(nn.Module):
         shape: what the keys and values are like that its memory holds.
     """
 
+    k: nn.Linear | None  # None: the rows have queries alone
+    v: nn.Linear | None
+
     def __init__(self, config: DrafterConfig, inputs: int, shape: KVLayer, copies: int = 1):
         super().__init__()
         a = config.architecture
@@ -91,11 +94,11 @@ class Attention(nn.Module):
         keys = copies * shape.kv_heads * shape.head_dim
         self.heads = (-1, shape.head_dim)
         self.q = nn.Linear(inputs, queries, bias=a.qkv_bias)
-        self.k = nn.Linear(inputs, keys, bias=a.qkv_bias)
-        self.v = nn.Linear(inputs, keys, bias=a.qkv_bias)
+        self.k = nn.Linear(inputs, keys, bias=a.qkv_bias) if config.own_kv else None
+        self.v = nn.Linear(inputs, keys, bias=a.qkv_bias) if config.own_kv else None
         self.o = nn.Linear(queries, a.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
-        self.k_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed and config.own_kv else nn.Identity()
 
     def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
         return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
@@ -162,8 +165,8 @@ class DraftLayer(nn.Module):
         return torch.cat([self.token_norm(token_QE), normed], dim=-1) if self.pairs else normed
 
     def keys_values(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, KV]:
-        """The rows' own keys and values, for each branch."""
-        return {name: branch.keys_values(inputs_QI, ropes[name]) for name, branch in self.branches.items()}
+        """The rows' own keys and values, for each branch whose rows have any."""
+        return {name: branch.keys_values(inputs_QI, ropes[name]) for name, branch in self.branches.items() if branch.k is not None}
 
     def queries(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, Tensor]:
         """Rotated, [Q, H, D] of each branch."""

@@ -224,7 +224,8 @@ def gradients(drafter: Drafter, rows: int) -> dict:
 
     For each layer and branch: root mean square of the gradients of the K and V projections over that of Q, and every gradient's
     effective rank (exp of the entropy of its normalised singular values, Roy and Vetterli 2007). In the branch `kv` the
-    projections make draft keys alone; in `hidden` and `tokens` also the memory's, and learn from every position of it.
+    projections make draft keys alone (query-only drafters have none); in `hidden` and `tokens` also the memory's, and learn from
+    every position of it.
 
     Args:
         rows: draft rows of the step, of anchors that count. This is how many of the drafter's own K/V could learn.
@@ -232,9 +233,9 @@ def gradients(drafter: Drafter, rows: int) -> dict:
     found: dict = {"draft_rows": rows}
     for index, layer in enumerate(drafter.layers):
         for name, branch in layer.branches.items():
-            g = {n: full_gradient(getattr(branch, n).weight) for n in "qkv"}
+            g = {n: full_gradient(getattr(branch, n).weight) for n in "qkv" if getattr(branch, n) is not None}
             size = {n: float(t.square().mean().sqrt()) for n, t in g.items()}
-            over = {f"{n}_over_q": size[n] / max(size["q"], 1e-30) for n in "kv"}
+            over = {f"{n}_over_q": size[n] / max(size["q"], 1e-30) for n in "kv" if n in size}
             found[f"layer{index}.{name}"] = {**over, **{f"rank_{n}": effective_rank(t) for n, t in g.items()}}
         if layer.fuse is not None:
             size = {n: float(full_gradient(getattr(layer.fuse, n).weight).norm()) for n in ("gate", "delta")}

@@ -89,11 +89,13 @@ def kv_error(watch: Watch, config: DrafterConfig, memory: Memory, pack: Pack) ->
 
 def target_queries(drafter: Drafter, pack: Pack, valid: Tensor, at_teacher: bool = False) -> list[Tensor]:
     """For each draft layer the target's queries [R, H, D] at the teachers of the R slots that count, rotated to where the slot's
-    row sits, or to the teacher's position a + j - 1. Only in same-slot blocks, whose rows sit at a + j, are these two places."""
+    row sits, or to the teacher's position a + j - 1. These are two places in same-slot blocks, whose rows sit at a + j, and where
+    all rows sit at a - 1."""
     config = drafter.config
     anchor, slot = valid.nonzero(as_tuple=True)
     teacher = pack.teacher_P[pack.anchor_N[anchor] + slot]
-    ropes = drafter.ropes(pack.places.position[pack.anchor_N[anchor]] + slot + (0 if at_teacher else config.first_slot))
+    anchor_R = pack.places.position[pack.anchor_N[anchor]]
+    ropes = drafter.ropes(anchor_R + slot if at_teacher else config.row_position(anchor_R, slot + config.first_slot))
     heads = ([pack.query[i][teacher] for i in config.layers_of(layer)] for layer in config.target_layers)
     return [rope["kv"](torch.cat(layers, dim=1).to(drafter.dtype)) for rope, layers in zip(ropes, heads)]
 

@@ -2,6 +2,7 @@
 
 Pass j of anchor a reads token x_{a+j−1} at position a + j − 1 and proposes x_{a+j}. With hidden states its feature is
 fc(f_{a−1}) in the first pass and the drafter's own residual stream after it; without them there is no feature (KVShot, kv only).
+With constant positions (Gemma 4's assistants) every pass sits at a − 1, the last position that the target has processed.
 
 Shapes: N anchors (in a tree: nodes of one depth).
 """
@@ -44,7 +45,7 @@ class TrainingTimeTest(Schedule):
         earlier = None
         past = None
         for j in range(1, source.length + 1):
-            rows = DraftRows(document_N, anchor_N, group_N, torch.full_like(group_N, j), anchor_N + (j - 1))
+            rows = DraftRows(document_N, anchor_N, group_N, torch.full_like(group_N, j), drafter.config.row_position(anchor_N, j - 1))
             output_NE, feature_NE, past = drafter.step(
                 source.token(j - 1), feature_NE, rows, earlier, memory, past, source.attend
             )
