@@ -15,6 +15,8 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
 from data_prep.target.architecture import CachedLayer
 from data_prep.target.loading import load_target
+from data_prep.target.target import Target
+from eval.caches.offload import OffloadedCache
 from eval.caches.partial import PartialCache, PartialRecipe
 from eval.engine.drafting import StaticLookup, StaticNobody
 from eval.engine.request import Stops
@@ -22,6 +24,7 @@ from eval.engine.rounds import Rounds
 from eval.engine.tree import TreeShape
 from tests.support.decoding import generated
 from tests.support.engines import engine_of, exact_target, ragged, trained, triples
+from tests.support.families import miniature
 
 TIGHT = PartialRecipe(sink=4, retrieval=8, window=12, block=4, partial_tokens=12)
 WHOLE = PartialRecipe(sink=4, retrieval=400, window=12, block=4, partial_tokens=12)
@@ -78,6 +81,28 @@ def test_partial_verification_over_the_whole_context_equals_full_verification(ta
     assert [g.tokens for g in whole] == [g.tokens for g in full] == texts[1][:4]
     assert [triples(g) for g in whole] == [triples(g) for g in full]
     assert [g.tokens for g in tight] != [g.tokens for g in full]
+
+
+@pytest.mark.parametrize("kind", [StaticCache, OffloadedCache])
+def test_layers_that_share_keys_choose_each_their_own_part_of_them(kind, tmp_path):
+    """Of a Gemma 4 without windows, whose last layers keep nothing: tokens and rounds are those of full verification, where its
+    cache lies in the host's memory too; a tight part changes them (the control)."""
+    path = miniature("gemma4_unified_text", tmp_path, layer_types=["full_attention"] * 4, tie_word_embeddings=False)
+    target = Target(str(path), dtype=torch.float64)
+    assert [one.owner for one in target.cached_layers] == [0, 1, 1, 1]
+    prompts = ragged([12, 33, 70], seed=3)
+
+    def found(recipe, kind=StaticCache):
+        engine = engine_of(target, StaticLookup(), 3, 3, 90, NEW, recipe=recipe, kind=kind)
+        return [(one.tokens, triples(one)) for one in engine.generate(prompts, NEW, [0] * 3, Stops())], engine
+
+    full = found(None)[0]
+    assert [tokens for tokens, _ in full] == [generated(target, prompt, NEW) for prompt in prompts]
+    assert found(WHOLE, kind)[0] == full
+    tight, engine = found(TIGHT, kind)
+    assert tight != full and tight == found(TIGHT)[0]
+    part = engine.verification.partial.part
+    assert not torch.equal(part.key[2], part.key[3])
 
 
 def check_audited(target, name, recipe, prompts, plain, new=NEW):
