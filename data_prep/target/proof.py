@@ -90,7 +90,8 @@ def _prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
         return {}
     readings, keys = _readings(target, ids_BT)
     for layer, owner in enumerate(kv_owners(target.config)):
-        if owner != layer and not torch.equal(keys[layer], keys[owner]):
+        # Layers may lie on several devices.
+        if owner != layer and not torch.equal(keys[layer].cpu(), keys[owner].cpu()):
             raise _refused(target, f"whose layer {layer} does not read the keys of layer {owner}, as its configuration says")
     return {layer: _found(target, layer, states, cache, readings[layer]) for layer in kv_layers}
 
