@@ -50,11 +50,13 @@ class StaticCache:
         return list(found.values())
 
     def _hold(self, blocks: list[Tensor]) -> None:
+        """Let each layer find its tensors, or its owner's, in `blocks`."""
         self.blocks = blocks
         own: dict[int, Tensor] = {}
         for block, alike in zip(blocks, self._alike()):
             own |= zip(alike, block.unbind(1))
-        self.key, self.value = ([own[one.owner][kind] for one in self.layers] for kind in (0, 1))
+        self.key = [own[one.owner][0] for one in self.layers]
+        self.value = [own[one.owner][1] for one in self.layers]
 
     @property
     def lends(self) -> bool:
