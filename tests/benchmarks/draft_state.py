@@ -226,7 +226,9 @@ class Bench:
         margin = 2**26  # an allocation is rounded up to pages of the GPU
         fits = (free - margin) // request
         more = (free + margin) // request + 1
-        return {"free_mib": free // 2**20, "fits": fits, "held": self._holds(fits, kept), "more_held": self._holds(more, kept)}
+        found = {"free_mib": free // 2**20, "fits": fits, "held": self._holds(fits, kept), "more_held": self._holds(more, kept)}
+        torch.cuda.reset_peak_memory_stats()  # all of the GPU was held just now: no measurement of what follows
+        return found
 
     def _holds(self, count: int, kept: int) -> bool:
         held = []
