@@ -34,6 +34,8 @@ DRAFTING = {
     "ttt kv": lambda target: (trained(target, "ttt", "kv"), 4),
     "ttt hidden": lambda target: (trained(target, "ttt", "hidden", 2), 4),
     "tree hybrid": lambda target: (trained(target, "ttt", "hybrid", 2, tree=TREE), 8),
+    "ttt queries": lambda target: (trained(target, "ttt", "queries+head_concat"), 4),
+    "tree queries": lambda target: (trained(target, "ttt", "queries+constant", 2, tree=TREE), 8),
     "tree of one": lambda target: (trained(target, "ttt", "hybrid", 2, tree=TreeShape(4, 1)), 4),
     "tree none": lambda target: (trained(target, "ttt", "none", tree=TREE), 8),
     "block hybrid": lambda target: (trained(target, "blockwise", "hybrid", 2), 3),
@@ -73,7 +75,7 @@ def shifted(monkeypatch, by):
     monkeypatch.setattr(PartialCache, "_take", take)
 
 
-@pytest.mark.parametrize("name", ["ttt hidden", "tree hybrid", "tree of one", "block hybrid", "lookup"])
+@pytest.mark.parametrize("name", ["ttt hidden", "tree hybrid", "tree of one", "tree queries", "block hybrid", "lookup"])
 def test_partial_verification_over_the_whole_context_equals_full_verification(target, texts, name):
     """Tokens and rounds; a tight part changes them (the control)."""
     prompts = texts[0][:4]
