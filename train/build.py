@@ -12,7 +12,7 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture, KVLayer, target_config, unlike
+from data_prep.target.architecture import Architecture, KVLayer, last_layers_with_kv, target_config, unlike
 from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import in_words
 from train import machine_rules
@@ -39,6 +39,8 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     count = recipe.drafter.layers
     if recipe.drafter.lm:
         return [], [], []
+    if recipe.drafter.kind == "gemma4_assistant":
+        return *_assistant_layers(recipe, manifest), []
     needs = {
         "hidden": reuse.kind in ("hidden", "hybrid"),
         "kv": reuse.kind in ("kv", "hybrid"),
@@ -79,6 +81,25 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     return list(target_layers), list(hidden_layers), source_layers
 
 
+def _assistant_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int]]:
+    """(target layers, one a draft layer; the layer whose hidden states are read) of an assistant. Its last layer reads the
+    target's last full layer, those before it the last sliding one."""
+    target = target_config(recipe.target)
+    text = target.get_text_config(decoder=True)
+    last = last_layers_with_kv(target)
+    held = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers}
+    deepest = text.num_hidden_layers - 1
+    refuse(machine_rules.ASSISTANT, recipe, machine_rules.Gemma(text.model_type, last, text.hidden_size, deepest, held))
+    layers = recipe.drafter.target_layers
+    count = recipe.drafter.layers
+    if layers == "auto":
+        layers = [last["sliding_attention"]] * (count - 1) + [last["full_attention"]]
+    held_by_all = machine_rules.Held({"hidden": True, "kv": True}, held, layers)
+    refuse(machine_rules.HELD, recipe, held_by_all)
+    refuse(machine_rules.LAYERS, recipe, machine_rules.ReadLayers(layers, {"kv": layers}, held, deepest))
+    return layers, [deepest]
+
+
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
@@ -88,6 +109,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     architecture = draft_architecture(recipe.drafter.named_sizes, target)
     refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, target, TILE))
     config = DrafterConfig(
+        kind=recipe.drafter.kind,
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
         target_layers=target_layers,

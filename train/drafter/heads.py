@@ -28,7 +28,7 @@ class DraftHead(nn.Module):
         size = config.draft_vocab or a.vocab_size if weight is None else len(weight)
         if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
-        self.weight = nn.Parameter(torch.zeros(size, config.state_size)) if config.own_head else weight
+        self.weight = nn.Parameter(torch.zeros(size, config.output_size)) if config.own_head else weight
         self._uses_fp8 = False
         self._narrow: fp8.Frozen | None = None
 

@@ -139,7 +139,7 @@ class LayeredDrafter(Drafter):
     def known_queries(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend: AttentionBackend
     ) -> list[dict[str, Tensor]]:
-        x_RE = feature_RE if self.config.reads_pairs else token_RE
+        x_RE = self._enter(token_RE, feature_RE)
         # Without a view's selection: these queries are what the next selection is made by.
         return self._read(replace(memory, selection=None), x_RE, token_RE, rows, attend, keep=False)
 
@@ -224,10 +224,17 @@ class LayeredDrafter(Drafter):
         attend: AttentionBackend,
     ) -> tuple[Tensor, Tensor, Past]:
         drafts = rows if earlier is None else earlier + rows
-        x = feature_NE if self.config.reads_pairs else token_NE
-        x, past = self._run(x, token_NE, rows, drafts, memory, past, attend)
-        normed = self.norm(x)
-        return self.to_target(normed), normed if self.config.norm_output else x, past
+        x, past = self._run(self._enter(token_NE, feature_NE), token_NE, rows, drafts, memory, past, attend)
+        return *self._leave(x), past
+
+    def _enter(self, token_QE: Tensor, feature_QE: Tensor | None) -> Tensor:
+        """The residual stream that enters the first layer."""
+        return feature_QE if self.config.reads_pairs else token_QE
+
+    def _leave(self, x_QE: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the LM head reads, the feature of the next step) of the residual stream behind the last layer."""
+        normed = self.norm(x_QE)
+        return self.to_target(normed), normed if self.config.norm_output else x_QE
 
     def _run(
         self,
@@ -292,10 +299,13 @@ class LayeredDrafter(Drafter):
                 self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's
             if self.sequential:
                 self.sequential.up.weight.zero_()  # it begins by correcting nothing
-        self.head.start(head, counts_V)
+        self._start_head(head, counts_V)
         if self.config.start == "target":
             self._start_from(target)
         return self
+
+    def _start_head(self, head: FrozenHead, counts_V: Tensor | None) -> None:
+        self.head.start(head, counts_V)
 
     def _start_from(self, target: Described) -> None:
         config = self.config
