@@ -31,6 +31,9 @@ SHARED = """
     train.lr=2e-3 train.batch=1 train.pack_tokens=4096 train.max_steps=1000 train.save_every=1000 train.log_every=100
     train.validation_documents=128
 """.split()
+# Queries alone over the target's cache; {last}, {before} and {middle} are layers of the target.
+QUERIES = ["experiment=query_only", TTT]
+HALVES = [*QUERIES, "drafter.target_layers=[{middle},{last}]"]
 # name: (its control, overrides)
 ARMS = {
     "ttt_none": (None, ["experiment=eagle3", "reuse=none", TTT]),
@@ -39,6 +42,17 @@ ARMS = {
     "kvshot_hybrid": ("eagle3", ["experiment=kvshot_hybrid", TTT]),
     "ttt_native_random": ("kvshot_kv", ["experiment=kvshot_kv", "reuse.source=native", TTT]),
     "ttt_native": ("ttt_native_random", ["experiment=kvshot_kv", "reuse.source=native", "drafter.start=target", TTT]),
+    "queries_last": ("eagle3", [*QUERIES, "drafter.target_layers=[{last},{last}]"]),
+    "queries_last_two": ("queries_last", [*QUERIES, "drafter.target_layers=[{before},{last}]"]),
+    "queries_halves": ("queries_last", HALVES),
+    "queries_ends": ("queries_last", [*QUERIES, "drafter.target_layers=[0,{last}]"]),
+    "queries_mixture": ("queries_last", [*QUERIES, "reuse.source=head_concat"]),
+    "queries_with_kv": ("queries_halves", [*HALVES, "reuse.own_kv=true"]),
+    "queries_constant": ("queries_halves", [*HALVES, "objective.positions=constant"]),
+    "queries_from_target": ("queries_halves", [*HALVES, "drafter.start=target"]),
+    "queries_aligned_0.1": ("queries_halves", [*HALVES, "loss.query_align=0.1"]),
+    "queries_aligned_1": ("queries_halves", [*HALVES, "loss.query_align=1"]),
+    "queries_aligned_10": ("queries_halves", [*HALVES, "loss.query_align=10"]),
     "blockwise_none": (None, ["experiment=dflash", "reuse=none", SAME]),
     "dflash": ("blockwise_none", ["experiment=dflash", SAME]),
     "blockwise_kv": ("dflash", ["experiment=blockwise_kv", SAME]),
@@ -97,11 +111,17 @@ def train(o) -> None:
     named = [word for word in o.overrides if word.startswith(("target", "data", "cache", "capture"))]  # what the cache is made of
     capture = [str(ROOT / "data_prep/main.py"), "cache.kinds=[hidden,kv,query]", f"data.max_tokens={o.tokens}", *named, *cache]
     each(1, [("capture", capture, o.runs / "capture.log", None)])
+    target = json.loads((o.runs / "cache/manifest.json").read_text())["target"]
+    last = target["architecture"]["num_layers"] - 1
+    layers = {"{last}": last, "{before}": last - 1, "{middle}": last // 2}
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:
             run = o.runs / arm / f"seed{seed}"
-            words = [*ARMS[arm][1], *SHARED, f"train.seed={seed}", *o.overrides, *cache, f"run.dir={run}"]
+            named = ARMS[arm][1]
+            for word, layer in layers.items():
+                named = [override.replace(word, str(layer)) for override in named]
+            words = [*named, *SHARED, f"train.seed={seed}", *o.overrides, *cache, f"run.dir={run}"]
             work.append((f"{arm}, seed {seed}", [str(ROOT / "train/main.py"), *words], run.with_suffix(".log"), None))
     each(o.jobs, work)
 
