@@ -1,28 +1,33 @@
 """Gemma 4 assistants over miniatures, and the same weights in transformers' own class.
 
-Shapes: N anchors, J steps, V vocabulary, E hidden size of the target, T positions.
+Shapes: T positions.
 """
 
+import numpy as np
 import torch
-from torch import Tensor
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig
 
 from data_prep.target.architecture import last_layers_with_kv
 from data_prep.target.target import Target
 from tests.support.models import random_weights, sized_fields
+from tests.support.packs import cached, objective_of
+from train.data.pack import PackDocument, make_pack
 from train.drafter.assistant import Assistant
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
 from train.drafter.formats.assistant_names import assistant_names
+from train.losses.recipe import LossRecipe
 
 SIZES = {"hidden_size": 24, "heads": 4, "intermediate_size": 40}
 KINDS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
 
 def sharing_modes(config: Gemma4TextConfig) -> list[str | None]:
-    """What transformers 5.19 makes of a Gemma 4: which layers read the K/V of others, and which store theirs for others. In 5.23
-    `kv_sharing_modes` refuses a model all of whose layers read others' K/V, which every assistant is; of a target whose layers share
-    none it stores none, so that an assistant is shown nothing."""
+    """What transformers 5.19 makes of a Gemma 4: which layers read the K/V of others, and which store theirs for others.
+
+    In 5.23 `kv_sharing_modes` raises for a model all of whose layers read others' K/V, as every assistant's do. Where none of a
+    target's layers does, it stores nothing for an assistant.
+    """
     own = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
     last = {kind: index for index, kind in enumerate(own)}
     stored = ["store" if last[kind] == index else None for index, kind in enumerate(own)]
@@ -63,6 +68,8 @@ def assistant_of(target: Target, random: bool = True, **options) -> Assistant:
         random_weights(drafter)
         for index, layer in enumerate(drafter.layers):
             layer.scalar.fill_(0.6 + 0.1 * index)
+            # Scores of plain products are large, and a softmax of large scores makes much of the last digit.
+            layer.branches["kv"].q_norm.weight.data.mul_(0.3)
     return drafter
 
 
@@ -94,3 +101,19 @@ def transformers_assistant(drafter: Assistant, target: Target) -> Gemma4Assistan
     assert set(absent) <= {"lm_head.weight"} and not foreign and set(weights) == {*names, "target_norm"}
     model.tie_weights()
     return model.to(target.dtype).eval()
+
+
+def taught(drafter: Assistant, target: Target, tokens: list[int], steps: int = 60) -> list[float]:
+    """Trains on one text at all of its anchors; the loss of every step."""
+    anchors = np.arange(1, len(tokens) - drafter.config.slots)
+    pack = make_pack([PackDocument("text", cached(target, tokens, capture=False), anchors)])
+    objective = objective_of(target, drafter, LossRecipe(kl=1))
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
+    found = []
+    for _ in range(steps):
+        outcome = objective(pack, objective.weight_sums(pack))
+        optimizer.zero_grad()
+        outcome.share.backward()
+        optimizer.step()
+        found.append(float(outcome.share.detach()))
+    return found
