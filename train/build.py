@@ -39,8 +39,6 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     count = recipe.drafter.layers
     if recipe.drafter.lm:
         return [], [], []
-    if recipe.drafter.kind == "gemma4_assistant":
-        return *_assistant_layers(recipe, manifest), []
     needs = {
         "hidden": reuse.kind in ("hidden", "hybrid"),
         "kv": reuse.kind in ("kv", "hybrid"),
@@ -50,12 +48,15 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     deepest = manifest.target["architecture"]["num_layers"] - 1
     native = needs["kv"] and reuse.source == "native"
     available = held["kv"] or held["hidden"]
-    if len(available) < count and not native:
+    assistant = recipe.drafter.kind == "gemma4_assistant"
+    target_layers = _last_layers(recipe, held, deepest) if assistant else recipe.drafter.target_layers
+    if assistant:
+        available = target_layers
+    elif len(available) < count and not native:
         available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
     refuse(machine_rules.HELD, recipe, machine_rules.Held(needs, held, available))
 
     # 2. The layers: where `auto` stands, draft layers are spread from the first layer to the last (one alone: the last).
-    target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
         last = len(available) - 1
         first = 0 if count > 1 else last
@@ -66,7 +67,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
             return []
         return held[kind] if said == "auto" else list(said)
 
-    hidden_layers = layers_of("hidden", reuse.hidden_layers)
+    hidden_layers = [deepest] if assistant else layers_of("hidden", reuse.hidden_layers)
     source_layers = [] if reuse.source == "native" else layers_of("kv", reuse.kv_layers)
 
     # 3. They exist, and the cache holds their states.
@@ -81,23 +82,16 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     return list(target_layers), list(hidden_layers), source_layers
 
 
-def _assistant_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], list[int]]:
-    """(target layers, one a draft layer; the layer whose hidden states are read) of an assistant. Its last layer reads the
-    target's last full layer, those before it the last sliding one."""
+def _last_layers(recipe: TrainRecipe, held: dict[str, list[int]], deepest: int) -> list[int]:
+    """What an assistant reads: the target's last full layer in its own last layer, the last sliding one in those before it."""
     target = target_config(recipe.target)
     text = target.get_text_config(decoder=True)
     last = last_layers_with_kv(target)
-    held = {"hidden": manifest.hidden_layers, "kv": manifest.kv_layers}
-    deepest = text.num_hidden_layers - 1
     refuse(machine_rules.ASSISTANT, recipe, machine_rules.Gemma(text.model_type, last, text.hidden_size, deepest, held))
-    layers = recipe.drafter.target_layers
-    count = recipe.drafter.layers
-    if layers == "auto":
-        layers = [last["sliding_attention"]] * (count - 1) + [last["full_attention"]]
-    held_by_all = machine_rules.Held({"hidden": True, "kv": True}, held, layers)
-    refuse(machine_rules.HELD, recipe, held_by_all)
-    refuse(machine_rules.LAYERS, recipe, machine_rules.ReadLayers(layers, {"kv": layers}, held, deepest))
-    return layers, [deepest]
+    if recipe.drafter.target_layers != "auto":
+        return recipe.drafter.target_layers
+    before = recipe.drafter.layers - 1
+    return [*[last.get("sliding_attention")] * before, last["full_attention"]]
 
 
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:

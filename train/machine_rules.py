@@ -129,7 +129,7 @@ def _kind_of_layer_that_it_lacks(r: TrainRecipe, c: Gemma) -> dict | None:
 
 
 def _last_layers_not_held(r: TrainRecipe, c: Gemma) -> dict | None:
-    read = sorted(set(c.last.values())) if r.drafter.target_layers == "auto" else []
+    read = sorted(set(c.last.values() if r.drafter.target_layers == "auto" else r.drafter.target_layers))
     missing = c.deepest not in c.held["hidden"] or set(read) - set(c.held["kv"])
     return {"read": read} if missing else None
 
@@ -151,7 +151,7 @@ ASSISTANT = (
         "last layers that the cache lacks",
         _last_layers_not_held,
         "drafter.kind=gemma4_assistant reads hidden states of layer {c.deepest} and K/V of {read}; the cache {r.cache.dir} holds "
-        " {c.held[hidden]} and {c.held[kv]}: capture it with cache.layers=assistant cache.kinds=[hidden,kv]",
+        "{c.held[hidden]} and {c.held[kv]}: capture it with cache.layers=assistant cache.kinds=[hidden,kv]",
     ),
     Rule(
         "assistant wider than its target",

@@ -220,12 +220,6 @@ RECIPE = (
         "drafter.kind=gemma4_assistant has no place for drafter.{key}; leave it out",
     ),
     Rule(
-        "query_align of an assistant",
-        lambda r: r.drafter.kind == "gemma4_assistant" and r.loss.query_align,
-        "loss.query_align compares queries with the target's, head by head; an assistant (drafter.kind=gemma4_assistant) has "
-        "heads of its own",
-    ),
-    Rule(
         "queries alone in blocks",
         lambda r: not r.reuse.own_kv and r.objective.kind == "blockwise",
         "reuse.own_kv=false with objective=blockwise: slots of a block know each other by their keys alone; say objective=ttt",

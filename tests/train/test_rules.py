@@ -73,7 +73,6 @@ LINES = {
     "mask outside the vocabulary": ["target.mask_token_id=8192"],
     "assistant of another form": [ASSISTANT, "reuse.own_kv=true"],
     "keys beside an assistant": [ASSISTANT, "drafter.qk_norm=true"],
-    "query_align of an assistant": [ASSISTANT, "loss.query_align=1"],
     "assistant of another family": [ASSISTANT],
 }
 

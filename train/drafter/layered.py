@@ -19,7 +19,7 @@ from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
-from train.drafter.layers import Attention, DraftLayer, Rope, Steps
+from train.drafter.layers import KV, Attention, DraftLayer, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
 
 Rotation = tuple[tuple[float, ...], float]  # angles per position, and the scale
@@ -114,8 +114,13 @@ class LayeredDrafter(Drafter):
         memory = Memory.extended(past, len(self.layers), {n: rows if n == config.own_memory else places for n in config.branches})
         if config.uses_kv:
             of_shape = self._ropes_at(places.position)
+            read: dict[int, KV] = {}
             for layer, target_kv in enumerate(self.target_kv):
-                memory.add(layer, "kv", target_kv(states, of_shape, self.dtype))
+                source = config.target_layers[layer]
+                # Draft layers that read one target layer in place share what they read.
+                if source not in read or config.source != "native":
+                    read[source] = target_kv(states, of_shape, self.dtype)
+                memory.add(layer, "kv", read[source])
         if config.uses_hidden:
             hidden_PI = torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1)
             features = self._feature(hidden_PI.to(self.dtype))
