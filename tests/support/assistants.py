@@ -94,7 +94,12 @@ def transformers_assistant(drafter: Assistant, target: Target) -> Gemma4Assistan
         vocab_size_per_layer_input=0,
         **{name: getattr(theirs, name) for name in ("rope_parameters", "sliding_window", "rms_norm_eps", "pad_token_id")},
     )
-    model = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(text_config=text, backbone_hidden_size=drafter.config.state_size))
+    clusters = {}
+    if drafter.config.centroids:
+        clusters = {"use_ordered_embeddings": True, "num_centroids": drafter.config.centroids}
+        clusters["centroid_intermediate_top_k"] = drafter.config.centroid_top_k
+    config = Gemma4AssistantConfig(text_config=text, backbone_hidden_size=drafter.config.state_size, **clusters)
+    model = Gemma4AssistantForCausalLM(config)
     names = assistant_names(drafter.config)
     weights = drafter.weights()
     absent, foreign = model.load_state_dict({theirs: weights[ours] for ours, theirs in names.items()}, strict=False)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, Gemma4TextConfig
 
+from common.errors import UserError
 from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Nobody, Trained
 from tests.support.alignment import compared, decoded
 from tests.support.assistants import assistant_of, read_layers, sharing_modes, taught, transformers_assistant
 from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed
-from tests.support.families import SIZES, add_tokenizer, miniature
+from tests.support.families import add_tokenizer, miniature
 from tests.support.packs import REFERENCE, cached
 from tests.support.runs import losses
 from train.attention.choose import BACKENDS
@@ -28,11 +29,14 @@ from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.assistant import main_directions
 from train.drafter.build import load_drafter
 from train.drafter.config import DrafterConfig
+from train.drafter.warm_start import check_warm_start, warm_start
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective, Supervision
 
 # Of heads of two numbers, of layers that share K/V, and of neither.
 FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", pytest.param("gemma4_text", marks=pytest.mark.slow))
+VOCABULARY = 28
+SIZES = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
 WINDOW = 8
 LENGTH = 30
 STEPS = 4
@@ -46,7 +50,7 @@ def target(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gemma4TextConfig, "kv_sharing_modes", property(sharing_modes), raising=False)
         # With a head that is not its embedding, or it would say the same token for ever.
-        folder = miniature(request.param, tmp_path_factory.mktemp("target"), seed=1, tie_word_embeddings=False)
+        folder = miniature(request.param, tmp_path_factory.mktemp("target"), seed=1, tie_word_embeddings=False, **SIZES)
         target = Target(str(folder))
         hidden, kv = read_layers(target)
         target.capture(hidden, sorted(set(kv)))
@@ -54,7 +58,7 @@ def target(request, tmp_path_factory):
 
 
 def random_text(length: int = LENGTH, seed: int = 2) -> list[int]:
-    return torch.randint(3, SIZES["vocab_size"], (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def pack_of(target: Target, tokens: list[int]) -> Pack:
@@ -92,7 +96,7 @@ def their_logits(target: Target, assistant, tokens: list[int]) -> Tensor:
             )
             feature_11E = drafted.last_hidden_state
             found.append(drafted.logits[0, 0])
-    return torch.stack(found).view(-1, STEPS, SIZES["vocab_size"])
+    return torch.stack(found).view(-1, STEPS, VOCABULARY)
 
 
 def apart(mine: Tensor, theirs: Tensor) -> float:
@@ -256,6 +260,32 @@ def test_it_goes_through_its_files(target, tmp_path):
     assert again.config == drafter.config and set(load_file(tmp_path / "model.safetensors")) == set(drafter.state_dict())
     pack = pack_of(target, random_text())
     assert torch.equal(training_logits(target, again, pack), training_logits(target, drafter, pack))
+
+
+def test_a_warm_start_takes_everything_of_another_assistant_and_nothing_of_other_drafters(target, tmp_path):
+    one = assistant_of(target)
+    one.save_pretrained(tmp_path)
+    other = assistant_of(target, random=False, seed=5)
+    check_warm_start(str(tmp_path), other.config)
+    assert warm_start(other, str(tmp_path), target.frozen_head)[1] == []
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.state_dict().values(), other.state_dict().values()))
+    with pytest.raises(UserError, match="is a drafter of drafter.kind=gemma4_assistant, not of layers"):
+        check_warm_start(str(tmp_path), replace(other.config, kind="layers"))
+
+
+def test_a_centroid_head_says_the_tokens_of_the_likeliest_clusters(target):
+    """Of 3 of 7 clusters of 4 tokens that follow no order: the tokens that transformers' class says, and their logits."""
+    drafter = assistant_of(target, centroids=7, centroid_top_k=3)
+    drafter.head.clusters.ordering.copy_(torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(3)))
+    tokens = random_text()
+    pack = pack_of(target, tokens)
+    mine = training_logits(target, drafter, pack)  # by way of `DraftHead.logits`, as decoding
+    theirs = their_logits(target, transformers_assistant(drafter, target), tokens)
+    said = mine.isfinite()
+    assert (said.sum(-1) == 12).all() and len(said.flatten(0, 1).unique(dim=0)) > 5
+    assert ((theirs > theirs.amin(-1, keepdim=True)) == said).all() and apart(mine[said], theirs[said]) < 1e-5
+    # A loss is over all tokens.
+    assert torch.equal(drafter.head.heads(target.frozen_head).draft_DE, drafter.head.weight)
 
 
 # The real commands.

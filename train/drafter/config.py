@@ -77,6 +77,8 @@ class DrafterConfig:
     kv_shapes: list[KVLayer] | None = None  # of the target layers whose K/V are read, as `kv_layers`; null: as `architecture`
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
     kind: str = "layers"  # what its layers and ends are like: layers (the target's kind) | gemma4_assistant
+    centroids: int | None = None  # an imported assistant's clusters of tokens, of which it says `centroid_top_k` at a time
+    centroid_top_k: int = 32
 
     @property
     def schedule(self) -> Schedule:

@@ -26,9 +26,13 @@ LAYER = {
     "fed_norm.weight": "post_feedforward_layernorm.weight",
     "scalar": "layer_scalar",
 }
+CLUSTERS = {
+    "head.clusters.centroids.weight": "masked_embedding.centroids.weight",
+    "head.clusters.ordering": "masked_embedding.token_ordering",
+}
 
 
 def assistant_names(config: DrafterConfig) -> dict[str, str]:
     """Our name of each weight -> the format's."""
     layers = {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(config.depth) for ours, theirs in LAYER.items()}
-    return ENDS | layers
+    return ENDS | layers | (CLUSTERS if config.centroids else {})
