@@ -224,16 +224,16 @@ def test_rows_without_keys_see_memory_alone(rows):
 
 @pytest.mark.parametrize("name", ["reference", "flash"])
 def test_a_row_that_sees_nothing_gives_zero_and_learns_nothing(name):
-    """Anchors whose memory begins at them; others beside them are as they would be alone."""
+    """Anchors whose memory begins at them. Others beside them, one behind the last key of all, are as they would be alone."""
     blind = [(0, 1), (1, 1)]
-    seeing = [(0, 40), (2, 2)]
+    seeing = [(0, 40), (2, 31)]
     q, k, v, visibility = memory_case(blind + seeing, shift=1)
     assert visibility.dense.any(1).tolist() == [False, False, True, True]
     out, *gradients = through(BACKENDS[name], visibility, q, k, v)
     assert (out[:2] == 0).all() and (out[2:] != 0).all()
     assert all(t.isfinite().all() for t in gradients) and (gradients[0][:2] == 0).all()
     leaves = [t.clone().requires_grad_() for t in (q[2:], k, v)]
-    alone = BACKENDS["reference"](*leaves, replace(visibility, queries=ttt_rows([0, 2], [40, 2], 1)))
+    alone = BACKENDS["reference"](*leaves, replace(visibility, queries=ttt_rows([0, 2], [40, 31], 1)))
     torch.testing.assert_close(out[2:], alone.detach())
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))[2:]
     for mine, theirs in zip(gradients[1:], torch.autograd.grad(alone, leaves, upstream)[1:]):

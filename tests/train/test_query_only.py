@@ -51,6 +51,14 @@ def test_a_layer_has_queries_and_no_keys(exact, reuse):
     torch.testing.assert_close(drafter.layers[0].branches["kv"].q.weight, torch.cat([q, q], dim=1) / 2)
 
 
+def test_where_rows_sit_by_hand(target):
+    """Step j of anchor a at a + j - 1, or at a - 1, the last position that the target has processed."""
+    advancing, constant = (drafter_of(target, "ttt", reuse).config for reuse in ("queries", "queries+constant"))
+    anchor_N = torch.tensor([1, 7])
+    assert [advancing.row_position(anchor_N, j - 1).tolist() for j in (1, 2, 3)] == [[1, 7], [2, 8], [3, 9]]
+    assert [constant.row_position(anchor_N, j - 1).tolist() for j in (1, 2, 3)] == [[0, 6]] * 3
+
+
 @pytest.mark.parametrize("reuse", REUSES)
 def test_a_drafter_comes_back_from_its_folder(target, tmp_path, reuse):
     drafter = random_weights(drafter_of(target, "ttt", reuse))
