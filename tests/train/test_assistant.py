@@ -5,7 +5,8 @@ Shapes: N anchors, J steps, V vocabulary, T positions, E hidden size of the targ
 
 import json
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,17 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, Gemma4TextConfig
 
+from common import cli
 from common.errors import UserError
+from data_prep.capture.plan import chosen_layers
 from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Nobody, Trained
 from tests.support.alignment import compared, decoded
-from tests.support.assistants import assistant_of, read_layers, sharing_modes, taught, transformers_assistant
+from tests.support.assistants import assistant_config, assistant_of, read_layers, sharing_modes, taught, transformers_assistant
 from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed
 from tests.support.families import add_tokenizer, miniature
 from tests.support.packs import REFERENCE, cached
 from tests.support.runs import losses
 from train.attention.choose import BACKENDS
+from train.build import drafter_config
 from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.assistant import main_directions
 from train.drafter.build import load_drafter
@@ -32,6 +36,7 @@ from train.drafter.config import DrafterConfig
 from train.drafter.warm_start import check_warm_start, warm_start
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective, Supervision
+from train.recipe import TrainRecipe
 
 # Of heads of two numbers, of layers that share K/V, and of neither.
 FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", pytest.param("gemma4_text", marks=pytest.mark.slow))
@@ -288,6 +293,45 @@ def test_a_centroid_head_says_the_tokens_of_the_likeliest_clusters(target):
     assert torch.equal(drafter.head.heads(target.frozen_head).draft_DE, drafter.head.weight)
 
 
+# What a recipe and a cache make of it.
+
+
+def config_of(target: Target, *words: str, held: tuple[list[int], list[int]] | None = None) -> DrafterConfig:
+    """Of the published sizes, over a cache that holds these layers (hidden states, K/V); None: those that cache.layers=assistant
+    stores."""
+    recipe = cli.compose("train", TrainRecipe, ["experiment=gemma4_assistant", f"target.path={target.path}", *words])
+    hidden, kv, _ = chosen_layers(recipe)
+    hidden, kv = held or (hidden, kv)
+    shapes = {str(layer): asdict(shape) for layer, shape in target.kv_shapes.items() if layer in kv}
+    named = {"id": "x", "weights_hash": "0", "architecture": asdict(target.architecture), "kv_shapes": shapes}
+    layers = {"hidden_layers": hidden, "kv_layers": kv, "query_layers": []}
+    return drafter_config(recipe, SimpleNamespace(target=named, tokenizer_hash="0", max_length=99, **layers))
+
+
+def test_it_reads_the_target_s_last_layers_of_each_kind(target):
+    small = ["drafter.hidden_size=24", "drafter.intermediate_size=40"]
+    found = config_of(target, *small)
+    mine = assistant_config(target)
+    for name in ("kind", "target_layers", "hidden_layers", "kv_shapes", "architecture", "own_sizes", "target_hidden"):
+        assert getattr(found, name) == getattr(mine, name), name
+    assert found.constant_positions and found.slots == STEPS and not found.own_kv and found.own_head
+    assert (found.output_size, found.feature_size, found.state_size) == (24, 32, 32)
+    # As many layers as are said: the last one reads the full layer.
+    assert config_of(target, *small, "drafter.layers=2").target_layers == found.target_layers[2:]
+    assert config_of(target, *small, "drafter.layers=1").target_layers == found.target_layers[3:]
+
+
+def test_what_a_cache_or_a_target_cannot_give_is_a_line(target):
+    hidden, kv = read_layers(target)
+    for held in (([0], kv), (hidden, kv[:1]), ([], kv)):
+        with pytest.raises(UserError, match="hidden states of layer 3 and K/V of .*: capture it with cache.layers=assistant"):
+            config_of(target, held=held)
+    with pytest.raises(UserError, match="3 query heads cannot share"):
+        config_of(target, "drafter.hidden_size=24", "drafter.heads=3")
+    with pytest.raises(UserError, match="an assistant's head begins as the target's in fewer dimensions than its 32"):
+        config_of(target)
+
+
 # The real commands.
 
 
@@ -307,8 +351,8 @@ def training(folder) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,ranks", [("gemma4_text_shared", 1), ("gemma4_text_k_eq_v", 2)])
-def test_an_assistant_trains(tmp_path, name, ranks):
+@pytest.mark.parametrize("name,ranks,precision", [("gemma4_text_shared", 1, "bf16"), ("gemma4_text_k_eq_v", 2, "fp32")])
+def test_an_assistant_trains(tmp_path, name, ranks, precision):
     source = words(tmp_path, name)
     done = command(ROOT / "data_prep/main.py", *source, "cache.layers=assistant", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -316,7 +360,8 @@ def test_an_assistant_trains(tmp_path, name, ranks):
     kv = {"gemma4_text_shared": [0, 1], "gemma4_text_k_eq_v": [2, 3]}[name]
     assert (manifest["hidden_layers"], manifest["kv_layers"]) == ([3], kv)
     launcher = deepspeed(ranks, 29617) if ranks > 1 else ()
-    done = command(TRAIN, *source, *training(tmp_path), "deepspeed=zero2", launcher=launcher, cwd=tmp_path)
+    line = [*source, *training(tmp_path), "deepspeed=zero2", f"train.precision={precision}"]
+    done = command(TRAIN, *line, launcher=launcher, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = losses(tmp_path / "run")
     assert len(found) == 8 and found[-1] < 0.8 * found[0]
