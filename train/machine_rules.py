@@ -215,13 +215,13 @@ def _no_whole_tiles(r: TrainRecipe, c: Shapes) -> dict | None:
 
 
 def _in_place(r: TrainRecipe) -> bool:
-    """Whether draft keys stand beside the target's own in one softmax."""
+    """Whether draft rows read the target's own keys, beside theirs if they have any."""
     return r.reuse.kind in ("kv", "hybrid") and r.reuse.source in ("native", "head_concat")
 
 
 def _normed_differently(r: TrainRecipe, c: Shapes) -> dict | None:
     differs = r.drafter.qk_norm not in (None, c.target.qk_norm)
-    return {"norm": str(r.drafter.qk_norm).lower()} if _in_place(r) and differs else None
+    return {"norm": str(r.drafter.qk_norm).lower()} if _in_place(r) and r.reuse.own_kv and differs else None
 
 
 def _other_key_heads(r: TrainRecipe, c: Shapes) -> dict | None:

@@ -44,8 +44,8 @@ def over_cache(
     place_BT: Tensor | None = None,
 ) -> Part:
     """Every row reads the first `count_B` keys of its request; `growing`: row t reads t more (a causal chain whose own keys are
-    in the cache). Rows that read nothing give zeros, and minus infinity. On a GPU flash-attn where it is installed, else `dense`;
-    on a CPU PyTorch's fused kernel.
+    in the cache). Rows that read nothing give zeros, and minus infinity. On a GPU flash-attn where it is installed and takes
+    heads of this size, else `dense`; on a CPU PyTorch's fused kernel.
 
     Args:
         reading: its scale and window. Sinks are not counted here, since a row that reads several parts has them once (`sunk`).
@@ -82,12 +82,26 @@ def over_span(
 
 
 def has_flash(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _installed()
+    """Whether flash-attn attends in this dtype, with heads of this size."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _installed() and _takes(q.shape[-1], q.dtype)
 
 
 @cache
 def _installed() -> bool:
     return find_spec("flash_attn") is not None
+
+
+@cache
+def _takes(size: int, dtype: torch.dtype) -> bool:
+    """The kernel has heads of 256 numbers at most, and which of the smaller sizes depends on how it was built: it is asked."""
+    from flash_attn import flash_attn_with_kvcache
+
+    one_BTHD = torch.zeros(1, 1, 1, size, dtype=dtype, device="cuda")
+    try:
+        flash_attn_with_kvcache(one_BTHD, one_BTHD, one_BTHD)
+    except RuntimeError:
+        return False
+    return True
 
 
 def dense(

@@ -131,12 +131,12 @@ class BatchGenerator:
                 random_U[: ask.max_tokens] = torch.rand(ask.max_tokens, generator=own, dtype=torch.float64)
         ids_NT, size_N, random_NU = (t.to(device) for t in (ids_NT, size_N, random_NU))
         position_NT = torch.arange(ids_NT.shape[1], device=device).expand_as(ids_NT)
-        keys = self._cache.key
-        values = self._cache.value
+        cache = self._cache
 
         def attend(layer: int, q_NTHD: Tensor, k_NTGD: Tensor, v_NTGD: Tensor, reading: Reading) -> Tensor:
-            keys[layer, place_N, : k_NTGD.shape[1]] = k_NTGD
-            values[layer, place_N, : v_NTGD.shape[1]] = v_NTGD
+            if cache.owns(layer):
+                cache.key[layer][place_N, : k_NTGD.shape[1]] = k_NTGD
+                cache.value[layer][place_N, : v_NTGD.shape[1]] = v_NTGD
             return among_rows(q_NTHD, k_NTGD, v_NTGD, reading)
 
         with self._target.uncompiled():
@@ -231,9 +231,7 @@ class BatchGenerator:
         holes = [place for place in range(count) if place not in self._taken]
         source, destination = (torch.tensor(places, device=self._target.device) for places in (behind, holes))
         self._places.move(source, destination)
-        for kind in (self._cache.key, self._cache.value):
-            for layer in kind:  # one by one: the copy of a whole cache may not fit
-                layer[destination] = layer[source]
+        self._cache.move(source, destination)
         self._places.going_P[source] = False
         for old, new in zip(behind, holes):
             self._taken[new] = self._taken.pop(old)
@@ -275,8 +273,7 @@ class BatchGenerator:
         self._places = Places(self._count, room, draws, self._target.device)
         if old is not None:
             self._places.take_over(old)
-            self._cache.key[:, :, : cache.room] = cache.key
-            self._cache.value[:, :, : cache.room] = cache.value
+            self._cache.take_over(cache)
         self._graphs.clear()
         # All graphs work in one pool of memory. They may, because no two of them run at the same time.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda and self._target.graphs else None
@@ -296,10 +293,11 @@ class BatchGenerator:
         """Places of new caches that there is memory for."""
         if not self._cuda:
             return self._count
-        layers, heads, size = self._target.kv_sizes
+        layers = self._target.cached_layers
         # What PyTorch holds and does not use is free for new tensors too, though the driver counts it as taken.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        cached = 2 * layers * room * heads * size * self._target.dtype.itemsize
+        numbers = sum(heads * size for layer, (heads, size, owner) in enumerate(layers) if owner == layer)
+        cached = 2 * numbers * room * self._target.dtype.itemsize
         drawn_from = 32 * self._target.config.vocab_size  # logits, probabilities and their sums, in float32 and float64
         fitting = int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / (cached + drawn_from))
         if self._together:

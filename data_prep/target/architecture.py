@@ -55,6 +55,15 @@ class KVLayer:
     window: int | None = None  # the target's queries read this many positions, their own included; None: all
 
 
+class CachedLayer(NamedTuple):
+    """What our caches keep of one of the target's layers: the K/V heads that this process has, and the size of a head. `owner`:
+    the layer whose keys and values it reads, itself unless layers share them (Gemma 4)."""
+
+    heads: int
+    head_dim: int
+    owner: int
+
+
 def target_config(recipe: TargetRecipe) -> PretrainedConfig:
     """Of the target, with no weights loaded. Raises UserError as `read_config` does."""
     return read_config(recipe.path, plain(recipe.location, recipe.revision), recipe.revision, recipe.trust_remote_code)
@@ -157,14 +166,25 @@ def unlike(config: PretrainedConfig) -> str | None:
     return None
 
 
+def kv_owners(config: PretrainedConfig) -> list[int]:
+    """Whose keys and values each layer reads: its own. Of a Gemma 4, the last layers read those of the last earlier layer of
+    their kind that has some."""
+    kinds = _layer_kinds(config)
+    own = len(kinds) - (getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None) or 0)
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return [layer if layer < own else last[kind] for layer, kind in enumerate(kinds)]
+
+
 def layers_with_kv(config: PretrainedConfig) -> list[int]:
     """Layers that have keys and values of their own, as the configuration says it."""
+    kinds = _layer_kinds(config)
+    own = (layer for layer, owner in enumerate(kv_owners(config)) if owner == layer)
+    return [layer for layer in own if kinds[layer] in ("full_attention", "sliding_attention")]
+
+
+def _layer_kinds(config: PretrainedConfig) -> list[str]:
     config = config.get_text_config(decoder=True)
-    count = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
-    # Of a Gemma 4, the last layers read the keys and values of earlier ones.
-    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
-    return [layer for layer in range(own) if kinds[layer] in ("full_attention", "sliding_attention")]
+    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
 def last_layers_with_kv(config: PretrainedConfig) -> dict[str, int]:

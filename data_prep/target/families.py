@@ -15,6 +15,7 @@ HYBRID = "linear attention keeps one state for all tokens, from which refused dr
 UNKNOWN = "nobody has tried it"
 SERVER = "vLLM 0.32"  # read in its code: which of its classes declare `SupportsEagle3`
 NO_STATES = "its class there hands out no hidden states"
+NO_CLASS = "it has no class there"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ FAMILIES = {
     "gemma2": Family(decode="it caps the scores of its attention, which our kernels do not", served=NO_STATES),
     "gemma3": Family(served=NO_STATES),
     "gemma3_text": Family(served=NO_STATES),
-    "gemma4": Family(decode="its layers have heads of two sizes, and our caches one"),
-    "gemma4_text": Family(decode="its layers have heads of two sizes, and our caches one"),
+    "gemma4": Family(),
+    "gemma4_text": Family(),
+    "gemma4_unified": Family(),
+    "gemma4_unified_text": Family(served=NO_CLASS),
     "glm4": Family(served=NO_STATES),
     "glm4_moe": Family(served=NO_STATES),
     "gpt_oss": Family(),

@@ -13,7 +13,7 @@ from common.errors import UserError, first_line
 from common.ranks import rank
 from data_prep.decoding.attention import Reading
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import KVLayer
+from data_prep.target.architecture import KVLayer, kv_owners
 from data_prep.target.families import FAMILIES
 from data_prep.target.rotation import halves_of_neighbours, turned
 from data_prep.target.states import States
@@ -88,21 +88,27 @@ def _prove(target, kv_layers: list[int]) -> dict[int, KVFound]:
     # 3. Keys, values and windows.
     if not kv_layers:
         return {}
-    readings = _readings(target, ids_BT)
+    readings, keys = _readings(target, ids_BT)
+    for layer, owner in enumerate(kv_owners(target.config)):
+        # Layers may lie on several devices.
+        if owner != layer and not torch.equal(keys[layer].cpu(), keys[owner].cpu()):
+            raise _refused(target, f"whose layer {layer} does not read the keys of layer {owner}, as its configuration says")
     return {layer: _found(target, layer, states, cache, readings[layer]) for layer in kv_layers}
 
 
-def _readings(target, ids_BT: Tensor) -> dict[int, Reading]:
-    """How each layer's own module says that it reads keys."""
+def _readings(target, ids_BT: Tensor) -> tuple[dict[int, Reading], dict[int, Tensor]]:
+    """How each layer's own module says that it reads keys, and which keys these are."""
     said: dict[int, Reading] = {}
+    read: dict[int, Tensor] = {}
 
     def attend(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, reading: Reading) -> Tensor:
         said[layer] = reading
+        read[layer] = k_BTGD
         return torch.zeros_like(q_BTHD)
 
     with private.attention_given(target.model, attend):
         private.decoder(target.model)(input_ids=ids_BT, use_cache=False)
-    return said
+    return said, read
 
 
 def _refused(target, why: str) -> UserError:

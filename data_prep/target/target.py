@@ -30,7 +30,7 @@ from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import KVLayer, failures, max_positions, no_causal_lm, read_config
+from data_prep.target.architecture import CachedLayer, KVLayer, failures, kv_owners, max_positions, no_causal_lm, read_config
 from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.proof import KVFound, prove
@@ -153,11 +153,10 @@ class Target(Described):
         return {} if all(shape == alike for shape in shapes.values()) else shapes
 
     @property
-    def kv_sizes(self) -> tuple[int, int, int]:
-        """Layers, heads on this process, and size of a head of all its keys and values, of a target that is decoded here: its
-        layers are alike."""
-        found = self._kv[0]
-        return len(self.layers), found.here, found.shape.head_dim
+    def cached_layers(self) -> list[CachedLayer]:
+        """What a cache keeps of each layer, of a target that is decoded here."""
+        owners = kv_owners(self.config)
+        return [CachedLayer(self._kv[owner].here, self._kv[owner].shape.head_dim, owner) for owner in owners]
 
     @property
     def turns_neighbours(self) -> bool:

@@ -63,24 +63,20 @@ class PartialCache:
     def __init__(self, full: StaticCache, recipe: PartialRecipe, draft_rows: int):
         self.full = full
         self.recipe = recipe
-        layers, batch, room, heads, size = full.key.shape
+        batch = full.batch
         self.rows = recipe.partial_tokens + draft_rows  # of a full round
         tail = recipe.window + recipe.block + self.rows
-        self.part = StaticCache(
-            layers,
-            batch,
-            recipe.sink + recipe.chosen * recipe.block + tail + recipe.partial_tokens + 2 * draft_rows,
-            heads,
-            size,
-            full.key.dtype,
-            full.row_B1.device,
-        )
-        blocks = max(1, (room - recipe.sink) // recipe.block)
         device = full.row_B1.device
+        # Blocks are chosen by a layer's own queries: those that share keys in the full cache have parts of their own.
+        layers = [one._replace(owner=layer) for layer, one in enumerate(full.layers)]
+        places = recipe.sink + recipe.chosen * recipe.block + tail + recipe.partial_tokens + 2 * draft_rows
+        self.part = StaticCache(layers, batch, places, full.dtype, device)
+        blocks = max(1, (full.room - recipe.sink) // recipe.block)
         # Written in place from here on: CUDA graphs hold the addresses.
-        summary = (layers, batch, blocks, heads, size)
-        self._low = torch.zeros(summary, dtype=full.key.dtype, device=device)  # least key of each block, channel by channel
-        self._high = torch.zeros(summary, dtype=full.key.dtype, device=device)
+        summaries = [(batch, blocks, heads, size) for heads, size, _ in layers]
+        # Least and greatest key of each block, channel by channel.
+        self._low = [torch.zeros(shape, dtype=full.dtype, device=device) for shape in summaries]
+        self._high = [torch.zeros(shape, dtype=full.dtype, device=device) for shape in summaries]
         self.tail_B = torch.zeros(batch, dtype=torch.long, device=device)  # position where the tail begins
         self.filled_B = torch.zeros(batch, dtype=torch.long, device=device)  # places of the part that count
         self._block_C = torch.arange(blocks, device=device)
@@ -88,7 +84,7 @@ class PartialCache:
     @property
     def nbytes(self) -> int:
         """Of the part and of what its blocks are chosen by."""
-        return self.part.nbytes + self._low.nbytes + self._high.nbytes
+        return self.part.nbytes + sum(t.nbytes for t in (*self._low, *self._high))
 
     def begin(self, length_B: Tensor) -> None:
         """After the prompts: look at all of their blocks once."""
@@ -182,6 +178,6 @@ class PartialCache:
         tail_BP = tail_B[:, None] + behind_BP - taken_B[:, None]
         source_BGP = torch.where((behind_BP < taken_B[:, None])[:, None], chosen_BGP, tail_BP[:, None])
         source_BGP = torch.where(place_P < recipe.sink, place_P, source_BGP).clamp(max=self.full.room - 1)
-        index_BPGD = source_BGP.transpose(1, 2)[..., None].expand(-1, -1, -1, self.part.key.shape[-1])
-        for part, whole in zip((self.part.key, self.part.value), self.full.layer(layer)):
-            torch.gather(whole, 1, index_BPGD, out=part[layer])
+        index_BPGD = source_BGP.transpose(1, 2)[..., None].expand(-1, -1, -1, self.part.key[layer].shape[-1])
+        for part, whole in zip(self.part.layer(layer), self.full.layer(layer)):
+            torch.gather(whole, 1, index_BPGD, out=part)

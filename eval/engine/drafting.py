@@ -117,17 +117,16 @@ class StaticTrained:
         # The target's cache serves as memory where it holds exactly what the drafter would make: the same positions, precision
         # and states, on the device.
         borrowed = {}
-        alike = config.rope_factor == 1 and self.drafter.dtype == cache.key.dtype and self._change is None
+        alike = config.rope_factor == 1 and self.drafter.dtype == cache.dtype and self._change is None
         if config.reads_in_place and alike and cache.lends:
             for layer, at in enumerate(config.target_layers):
                 keys, values = zip(*map(cache.layer, config.layers_of(at)))
                 borrowed[layer, "kv"] = KV(keys[0], values[0]) if len(keys) == 1 else KV(keys, values)
-        batch, room = cache.key.shape[1:3]
         # Tensors are made anew only with a new cache: CUDA graphs hold the addresses of these.
         if self._cache is not cache:
             self._cache = cache
-            self.memory = StaticMemory(config, batch, room + 1, self._head.head_VE.device, borrowed)
-            self.feature_BE = self._head.head_VE.new_zeros(batch, config.feature_size, dtype=self.drafter.dtype)
+            self.memory = StaticMemory(config, cache.batch, cache.room + 1, self._head.head_VE.device, borrowed)
+            self.feature_BE = self._head.head_VE.new_zeros(cache.batch, config.feature_size, dtype=self.drafter.dtype)
         self._fresh = True
 
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:

@@ -39,7 +39,7 @@ class Rounds:
         self.audited = verification.audited
         self.longest = longest
         self._partial_tokens = verification.partial_tokens
-        batch = cache.key.shape[1]
+        batch = cache.batch
         device = target.device
         # A CUDA graph replays the addresses that it was recorded with. So the tensors below are made once and from then on
         # written in place: a new tensor under the same name would be unknown to the graphs.

@@ -148,11 +148,17 @@ def _described(recipe: EvalRecipe, target: Target, caches: _Caches, has_graphs: 
             "compile": recipe.compile and (on_gpu or target.frozen_head.product.is_laid_out),
             "stop": list(recipe.stop),
             "draft": recipe.draft.model_dump(),
-            "attention": "flash-attn" if has_flash(caches.cache.key[:0].to(target.device)) else "dense",
+            "attention": _kernels(caches.whole),
             "target_kv_mib": caches.cache.nbytes / 2**20,
             "partial_kv_mib": part.nbytes / 2**20 if part else None,
         },
     }
+
+
+def _kernels(cache: StaticCache) -> str:
+    """What reads it; of a Gemma 4 the larger heads may be too large for flash-attn."""
+    has = {has_flash(block) for block in cache.blocks}
+    return " and ".join(name for name, one in (("flash-attn", True), ("dense", False)) if one in has)
 
 
 def _engine(

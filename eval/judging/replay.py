@@ -32,9 +32,9 @@ def replayed(
     in a round is not known and does not matter, since no row reads a later one."""
     # 1. The texts as they came to be, and where they begin.
     cache = batches.cache
-    size, room = cache.key.shape[1:3]
+    size = cache.batch
     # The batch and the room of the engine's own caches: with other sizes a kernel may add in another order.
-    text_BL = torch.zeros(size, room + 2, dtype=torch.long)
+    text_BL = torch.zeros(size, cache.room + 2, dtype=torch.long)
     length_B = torch.ones(size, dtype=torch.long)  # a place of the batch without a request reads one token
     for b, (prompt, one) in enumerate(zip(prompts, run)):
         text = prompt + one.tokens

@@ -133,11 +133,16 @@ def partly(figures: dict) -> list[str]:
     return found
 
 
+def mib(value: float) -> str:
+    """In hundredths; "0" is said of nothing at all."""
+    return "0" if value == 0 else "< 0.01" if value < 0.005 else f"{value:.2f}"
+
+
 def write_page(out: Path, report: dict) -> None:
     """`report.html`: everything that `report` says, whole or not there at all."""
     figures = report["temperatures"]
     everyone = {temperature: contenders(found) for temperature, found in figures.items()}
-    memory = [[name.removesuffix("_mib"), f"{value:.2f}"] for name, value in report["drafter_kv"].items()]
+    memory = [[name.removesuffix("_mib"), mib(value)] for name, value in report["drafter_kv"].items()]
     apart = parts(report)
     sections = {
         "What was judged": facts(judged(report)) + folded("everything that was set", facts(flatten(settings(report)))),

@@ -30,7 +30,7 @@ def print_table(report: dict) -> None:
     table = Table(
         title=f"tau = tokens per round; {prompts['count']} {asked}, {prompts['tokens']} tokens on average",
         caption=(f"view {view['kind']}, {view['budget']} positions" if view["budget"] else "everything visible")
-        + f"; K/V that a round reads: {kv['read_mib']:.2f} MiB, that the drafter keeps: {kv['kept_mib']:.2f} MiB",
+        + f"; K/V that a round reads: {page.mib(kv['read_mib'])} MiB, that the drafter keeps: {page.mib(kv['kept_mib'])} MiB",
     )
     for head in page.HEADS:
         table.add_column(head, justify="left" if head in page.TEXT else "right")

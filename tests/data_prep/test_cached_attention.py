@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_prep.decoding import attention
-from data_prep.decoding.attention import Reading, among_rows, dense, joined, over_cache, sunk
+from data_prep.decoding.attention import Reading, among_rows, dense, has_flash, joined, over_cache, sunk
 
 COUNTS = {"equal": [7, 7, 7], "ragged": [7, 1, 12], "one": [9], "first": [1, 1], "some read nothing": [0, 5], "empty": [0, 0]}
 
@@ -119,3 +119,15 @@ def test_flash_attn_s_windows_and_scales_equal_dense_attention(counts, rows):
         expected, expected_lse = dense(q, key.nan_to_num(0), value.nan_to_num(0), count_B, True, reading)
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse, expected_lse, rtol=2e-2, atol=2e-2, check_dtype=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="flash-attn runs on a GPU")
+@pytest.mark.parametrize("size", [16, 64, 256, 512])
+def test_heads_that_flash_attn_refuses_are_read_by_the_dense_kernel(size):
+    q, key, value, count_B = (t.cuda() for t in inputs([9, 1], 3, 6, 2, torch.bfloat16, size=size))
+    assert not has_flash(q) or size <= 256
+    clean = [t.nan_to_num(0) for t in (key, value)]
+    out, lse = over_cache(q, *clean, count_B, growing=True)
+    expected, expected_lse = dense(q, *clean, count_B, True)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse, expected_lse, rtol=2e-2, atol=2e-2, check_dtype=False)

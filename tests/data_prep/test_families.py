@@ -167,6 +167,13 @@ def test_a_window_that_is_not_the_configuration_s_is_refused(tmp_path, monkeypat
         Target(folder)
 
 
+def test_an_owner_of_keys_that_is_not_the_configuration_s_is_refused(tmp_path, monkeypatch):
+    folder = miniature("gemma4_text_shared", tmp_path)
+    monkeypatch.setattr(proof, "kv_owners", lambda config: [0, 1, 1, 1])
+    with pytest.raises(UserError, match="'gemma4_text', whose layer 2 does not read the keys of layer 1"):
+        Target(folder)
+
+
 @pytest.mark.parametrize(
     "name,changed", [("gemma3_text", {"use_bidirectional_attention": True}), ("llama", {"is_causal": False})]
 )

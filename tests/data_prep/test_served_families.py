@@ -16,6 +16,8 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.registry import ModelRegistry
 
 def supports(name):
+    if name not in ModelRegistry.models:
+        return False
     try:
         return supports_eagle3(ModelRegistry.models[name].load_model_cls())
     except ImportError:  # vLLM's classes of models that read pictures need torchvision

@@ -40,6 +40,7 @@ from eval.oracle.decode import decode
 from eval.oracle.drafting import Draft, Nobody, PromptLookup, Trained
 from eval.prompts.load import heldout_prompts
 from eval.prompts.suites import SuiteRecipe
+from eval.reports import page
 from tests.support.caches import manifest_of
 from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged, trained, triples
@@ -51,6 +52,7 @@ from train.views.recipe import View
 OBJECTIVES = ("ttt", "blockwise", "blockwise_shifted", "blockwise_causal", "blockwise+markov", "blockwise_shifted+gru")
 SOURCES = ("kv+projected", "kv+projected_rope", "kv+head_concat", "hybrid+cross_only", "hidden+vocab", "kv+vocab")
 ALL = list(itertools.product(OBJECTIVES, ("none", "hidden", "kv", "hybrid", *SOURCES), (1, 2)))
+ALL += itertools.product(["ttt"], ("queries", "queries+constant", "queries+head_concat"), (1, 2))
 QUICK = [
     ("ttt", "none", 1),
     ("ttt", "hybrid", 2),
@@ -61,6 +63,7 @@ QUICK = [
     ("blockwise_pairs", "hidden", 2),
     ("blockwise+markov", "kv+projected_rope", 1),
     ("blockwise_shifted+gru", "hybrid+cross_only", 2),
+    ("ttt", "queries+constant", 2),
 ]
 
 
@@ -280,12 +283,62 @@ def test_reported_drafter_memory_equals_the_tensors_it_adds(target, reuse, own):
     cache = engine._rounds.cache
     longest = int(engine._rounds.length_B.max())
     parts = [part for kinds in drafting.memory.layers for part in kinds.values()]
-    storages = {t.untyped_storage().data_ptr() for t in (cache.key, cache.value)}
+    storages = {t.untyped_storage().data_ptr() for t in cache.blocks}
     added = [t for part in parts for t in (part.key, part.value) if t.untyped_storage().data_ptr() not in storages]
     assert len(parts) == 2 * (1 + (reuse == "hybrid")) and len(added) == 4 * own
     position = own * 2 * 2 * 2 * 8 * 8  # layers, K and V, heads, numbers, bytes
     assert one.kv_bytes["kept"] == position * longest
     assert one.kv_bytes["peak"] == sum(t.nbytes for t in added) // 4
+
+
+def tensors_of(held) -> tuple:
+    return held if isinstance(held, tuple) else (held,)
+
+
+@pytest.mark.parametrize("reuse,layers", [("queries", 2), ("queries+constant", 1), ("queries+head_concat", 1)])
+def test_queries_alone_keep_no_byte_of_keys_and_values(target, reuse, layers):
+    """What they read is the target's cache itself, and nothing else is there."""
+    drafting = trained(target, "ttt", reuse, layers=layers)
+    engine = engine_of(target, drafting, 4)
+    found = engine.generate(ragged(), 24, [0] * 4, Stops())
+    cache = engine._rounds.cache
+    read = [[1, 2]] if reuse == "queries+head_concat" else [[1], [2]][-layers:]
+    for kinds, sources in zip(drafting.memory.layers, read, strict=True):
+        assert list(kinds) == ["kv"]
+        for held, kind in ((kinds["kv"].key, 0), (kinds["kv"].value, 1)):
+            assert [t.data_ptr() for t in tensors_of(held)] == [cache.layer(source)[kind].data_ptr() for source in sources]
+            assert [t.shape for t in tensors_of(held)] == [cache.layer(source)[kind].shape for source in sources]
+    longest = int(engine._rounds.length_B.max())
+    position = 2 * 2 * 8 * 8  # K and V, heads, numbers, bytes
+    assert found[0].kv_bytes == {"read": position * longest * sum(map(len, read)), "searched": 0, "kept": 0, "peak": 0}
+    assert page.mib(measure.kv_mib(found)["kept_mib"]) == "0" and page.mib(2**-20) == "< 0.01"  # a byte is not nothing
+    assert sum(r.kept for g in found for r in g.rounds) > 0
+
+
+UNLENT = {
+    "keys of its own": ({"own_kv": True}, None),
+    "other positions": ({"rope_factor": 2.0}, None),
+    "other states": ({}, lambda states, _: states.map(lambda t: t.flip(-1))),
+}
+
+
+@pytest.mark.parametrize("why", UNLENT)
+@pytest.mark.parametrize("reuse", ["queries+head_concat", pytest.param("queries", marks=pytest.mark.slow)])
+def test_queries_that_cannot_have_the_target_s_cache_decode_the_same_and_say_what_they_keep(target, reuse, why):
+    """Heads side by side beside draft keys, positions that are scaled, and states that a control has changed are copies."""
+    options, change = UNLENT[why]
+    drafter = drafter_of(target, "ttt", reuse, **options)
+    drafting = StaticTrained(drafter, target.frozen_head, change)
+    engine = engine_of(target, drafting, 4, prefill_chunk=7)
+    found = engine.generate(ragged(), 24, [0] * 4, Stops())
+    for prompt, one in zip(ragged(), found):
+        alone = decode(target, Trained(drafter, target.frozen_head, REFERENCE, change=change), prompt, 24, 0.0, 0)
+        assert one.tokens == alone.tokens and triples(one) == triples(alone)
+    lent = reuse == "queries" and why == "keys of its own"
+    position = 2 * len(drafter.config.kv_layers) * 2 * 8 * 8  # K and V, layers, heads, numbers, bytes
+    assert found[0].kv_bytes["kept"] == (0 if lent else position * int(engine._rounds.length_B.max()))
+    held = drafting.memory.layers[0]["kv"]
+    assert found[0].kv_bytes["peak"] == (0 if lent else (held.key.nbytes + held.value.nbytes) // 4)
 
 
 @pytest.mark.slow
@@ -306,7 +359,17 @@ def test_two_thousand_generations_do_not_grow_memory(target):
     assert after[0] - rss < 10 * 2**20 and after[1] - objects < 200 and after[2] - traced < 2**18
 
 
-@pytest.mark.parametrize("objective,reuse", [("ttt", "hybrid"), ("blockwise", "kv"), ("blockwise_shifted+gru", "hidden")])
+@pytest.mark.parametrize(
+    "objective,reuse",
+    [
+        ("ttt", "hybrid"),
+        ("blockwise", "kv"),
+        ("blockwise_shifted+gru", "hidden"),
+        ("ttt", "queries+constant"),
+        pytest.param("ttt", "queries", marks=pytest.mark.slow),
+        pytest.param("ttt", "queries+head_concat", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_path, monkeypatch):
     """On the target's own greedy continuations, captured to a real cache and scored where the engine's rounds begin. A round
     that reaches beyond the text is left out of both; at other anchors tau is another (the control)."""
@@ -344,7 +407,7 @@ def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_p
     assert tau(-1) != pytest.approx(1 + sum(kept) / len(kept), abs=1e-3)
 
 
-@pytest.mark.parametrize("objective,reuse", [("ttt", "hidden"), ("ttt", "none"), ("blockwise", "kv")])
+@pytest.mark.parametrize("objective,reuse", [("ttt", "hidden"), ("ttt", "none"), ("blockwise", "kv"), ("ttt", "queries")])
 def test_drafters_under_a_view_draft_the_same_in_a_batch_and_alone(targets, objective, reuse):
     """Ragged prompts, of which some end in an earlier chunk of the prefill than others."""
     target = targets["qwen3"]
@@ -356,6 +419,7 @@ def test_drafters_under_a_view_draft_the_same_in_a_batch_and_alone(targets, obje
     for prompt, found in zip(prompts, engine.generate(prompts, 40, [0] * 4, Stops())):
         alone = decode(target, make(), prompt, 40, 0.0, 0)
         assert found.tokens == alone.tokens and triples(found) == triples(alone)
+        assert found.kv_bytes["kept"] > 0  # a view takes out what it shows, and leaves the target's own cache alone
 
 
 def test_graphs_are_recorded_before_the_first_request(targets):

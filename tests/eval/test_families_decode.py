@@ -8,11 +8,13 @@ Shapes: B requests, T rows of each, J drafted tokens, L places of a text.
 import pytest
 import torch
 
-from data_prep.decoding.attention import Reading
+from data_prep.decoding.attention import Reading, among_rows
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.dialogues import Ask
 from data_prep.decoding.generate import BatchGenerator
+from data_prep.target import target as target_module
 from data_prep.target import transformers_private as private
+from data_prep.target.architecture import CachedLayer
 from data_prep.target.families import FAMILIES, Family
 from data_prep.target.target import Target
 from eval.engine.drafting import Proposal, StaticNobody, StaticTrained
@@ -26,13 +28,18 @@ from tests.support.families import MINIATURES, MULTIMODAL, miniature
 from tests.support.models import drafter_of
 
 NEW = 16
+CACHED = Target.cached_layers.fget
 UNKNOWN = Family(decode="nobody has tried it")
-QUICK = ("mistral", "gemma3_text", "gpt_oss", "glm4", "granite")
+QUICK = ("mistral", "gemma3_text", "gemma4_text_shared", "gemma4_unified_text", "gpt_oss", "glm4", "granite")
 DECODABLE = [
     name
     for name, fields in (MINIATURES | MULTIMODAL).items()
     if FAMILIES.get(fields.get("model_type", name), UNKNOWN).decode is None
 ]
+# Where the embedding is the head, these miniatures say one token for ever.
+UNTIED = {name: {"tie_word_embeddings": False} for name in MINIATURES if name.startswith("gemma")}
+# Two layers of each kind have keys of their own, so that there is a wrong one to read.
+DEEPER = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DECODABLE]
 PROMPTS = [torch.randint(3, 26, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (13, 4, 19)]
 
@@ -44,7 +51,8 @@ def targets(tmp_path_factory):
     def one(name: str) -> tuple[Target, list[list[int]]]:
         """A miniature, and what transformers makes of PROMPTS."""
         if name not in made:
-            target = Target(str(miniature(name, tmp_path_factory.mktemp("targets"))))
+            changed = UNTIED.get(name, {}) | (DEEPER if name == "gemma4_text_shared" else {})
+            target = Target(str(miniature(name, tmp_path_factory.mktemp("targets"), **changed)))
             made[name] = target, [generated(target, prompt, NEW) for prompt in PROMPTS]
         return made[name]
 
@@ -85,9 +93,9 @@ class ForetoldAlone(Nobody):
         return Draft(self._known[len(tokens) : len(tokens) + 4])
 
 
-def ttt_of(target: Target):
-    """A random drafter over the keys and values of layer 2 as they are."""
-    return drafter_of(target, "ttt", "kv", start="random", kv_shapes=[target.kv_shapes[2]])
+def ttt_of(target: Target, layer: int):
+    """A random drafter over the keys and values of a layer as they are."""
+    return drafter_of(target, "ttt", "kv", start="random", target_layers=[layer], kv_shapes=[target.kv_shapes[layer]])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,11 +114,17 @@ def test_all_that_decode_give_generate_s_tokens(targets, name):
         assert 0 < sum(r.kept for r in one.rounds) < sum(r.drafted for r in one.rounds)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gemma3_text", "glm4"))])
+OTHERS = ("gemma3_text", "gemma4_text_k_eq_v", "gemma4_unified_text", "glm4")
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", "gemma4_text_shared", *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)]
+)
 def test_a_drafter_s_rounds_are_the_plain_loop_s_and_its_trees_change_no_token(targets, name):
     target, expected = targets(name)
-    target.capture((), (2,))
-    drafter = ttt_of(target)
+    layer = 2 if 2 in target.kv_shapes else 1
+    target.capture((), (layer,))
+    drafter = ttt_of(target, layer)
     head = target.frozen_head
     chains = engine_of(target, StaticTrained(drafter, head), 4, batch=3, new=NEW).generate(PROMPTS, NEW, [0, 0, 0], Stops())
     trees = StaticTrained(drafter, head, tree=TreeShape(4, 8))
@@ -136,6 +150,75 @@ def test_without_what_is_special_other_tokens_come(targets, what, monkeypatch):
     assert answers(target) != expected
     engine = engine_of(target, StaticNobody(), 0, batch=3, new=NEW)
     assert [one.tokens for one in engine.generate(PROMPTS, NEW, [0, 0, 0], Stops())] != expected
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_window_that_is_off_by_one_brings_other_tokens(targets, by, monkeypatch):
+    target, expected = targets("gemma4_text_shared")
+    read = lambda scale, window, sinks_H: Reading(scale, window and window + by, sinks_H)
+    monkeypatch.setattr(private, "Reading", read)
+    assert answers(target) != expected
+    engine = engine_of(target, StaticNobody(), 0, batch=3, new=NEW)
+    assert [one.tokens for one in engine.generate(PROMPTS, NEW, [0, 0, 0], Stops())] != expected
+
+
+def rows_alone(monkeypatch):
+    """What a shared layer is given are the keys of the new rows: it would read these and nothing before them."""
+    usual = StaticCache.attention
+
+    def attention(self, *arguments):
+        attend = usual(self, *arguments)
+        return lambda layer, *rows: attend(layer, *rows) if self.owns(layer) else among_rows(*rows)
+
+    monkeypatch.setattr(StaticCache, "attention", attention)
+
+
+def another_owner(monkeypatch):
+    """The first layer of its kind, in place of the last."""
+    monkeypatch.setattr(target_module, "kv_owners", lambda config: [0, 1, 2, 3, 0, 1])
+
+
+def nobodys(monkeypatch):
+    """Places of its own, which nobody fills."""
+    alone = property(lambda self: [one._replace(owner=n) for n, one in enumerate(CACHED(self))])
+    monkeypatch.setattr(Target, "cached_layers", alone)
+    usual = StaticCache.write
+    monkeypatch.setattr(StaticCache, "write", lambda self, layer, *rows: layer < 4 and usual(self, layer, *rows))
+
+
+@pytest.mark.parametrize("fault", [rows_alone, another_owner, nobodys])
+def test_a_shared_layer_that_reads_other_keys_than_its_owner_s_is_noticed(targets, fault, monkeypatch):
+    """Negative controls of Gemma 4."""
+    target, expected = targets("gemma4_text_shared")
+    assert [one.owner for one in target.cached_layers] == [0, 1, 2, 3, 2, 3]
+    fault(monkeypatch)
+    if fault is not nobodys:  # its prompts are written by other means
+        assert answers(target) != expected
+    engine = engine_of(target, StaticNobody(), 0, batch=3, new=NEW)
+    assert [one.tokens for one in engine.generate(PROMPTS, NEW, [0, 0, 0], Stops())] != expected
+
+
+def test_a_cache_has_one_tensor_a_layer_and_none_for_a_shared_one(targets):
+    target, _ = targets("gemma4_text_shared")
+    cache = StaticCache.of(target, 3, 10)
+    assert [tuple(key.shape) for key in cache.key] == [(3, 10, 2, size) for size in (16, 32) * 3]
+    for kind in (cache.key, cache.value):
+        storages = [t.data_ptr() for t in kind]
+        assert storages[4:] == storages[2:4] and len(set(storages)) == 4
+    assert cache.nbytes == 2 * 2 * (16 + 32) * 2 * 3 * 10 * 4  # layers of each kind, K and V, numbers, heads, places, bytes
+    # Rows move, requests move, a larger cache takes over: of every layer.
+    for n, key in enumerate(cache.key[:4]):
+        key.copy_(torch.arange(10)[:, None, None] + 100 * n)
+    cache.first(2).keep(torch.tensor([4, 5]), torch.tensor([[0, 3], [1, 2]]))
+    cache.move(torch.tensor([1]), torch.tensor([2]))
+    larger = StaticCache.of(target, 3, 16)
+    larger.take_over(cache)
+    for n, key in zip((0, 1, 2, 3, 2, 3), larger.key):
+        assert (key[:, :10, 1, 15] - 100 * n).tolist() == [
+            [0, 1, 2, 3, 4, 7, 6, 7, 8, 9],
+            [0, 1, 2, 3, 4, 6, 7, 7, 8, 9],
+            [0, 1, 2, 3, 4, 6, 7, 7, 8, 9],
+        ]
 
 
 @pytest.mark.parametrize("name", ["llama_longrope", pytest.param("llama_dynamic", marks=pytest.mark.slow)])
@@ -164,7 +247,7 @@ def test_nodes_of_a_tree_read_what_their_paths_read_one_by_one(window, sinks_H):
     reading = Reading(0.4, window, sinks_H)
 
     def filled() -> StaticCache:
-        cache = StaticCache(1, 2, 40, 2, 8, torch.float32, "cpu")
+        cache = StaticCache([CachedLayer(2, 8, 0)], 2, 40, torch.float32, "cpu")
         cache.attention(torch.zeros(2, dtype=torch.long), 12)(0, q[:, :12], k[:, :12], v[:, :12], reading)
         return cache
 
@@ -199,12 +282,12 @@ def test_a_mixture_of_experts_is_widened_to_float64(targets, name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma4_text_shared", "gpt_oss", "qwen3_moe"])
 def test_graphs_on_a_gpu_give_the_tokens_of_plain_calls(name, tmp_path):
     # Heads of 64: some builds of flash-attn have no smaller ones.
     target = Target(str(miniature(name, tmp_path, head_dim=64)), dtype=torch.bfloat16, device="cuda")
     counts_on_device = torch.cuda.get_device_capability()[0] in (9, 10)
-    assert target.graphs == (name == "gemma3_text" or counts_on_device)
+    assert target.graphs == (name.startswith("gemma") or counts_on_device)
     found = [
         engine_of(target, StaticNobody(), 0, batch=3, new=NEW, graphs=graphs).generate(PROMPTS, NEW, [0, 0, 0], Stops())
         for graphs in (False, True)

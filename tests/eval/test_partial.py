@@ -13,7 +13,10 @@ import torch
 from data_prep.decoding.attention import PLAIN
 from data_prep.decoding.cache import StaticCache
 from data_prep.recipe import TargetRecipe
+from data_prep.target.architecture import CachedLayer
 from data_prep.target.loading import load_target
+from data_prep.target.target import Target
+from eval.caches.offload import OffloadedCache
 from eval.caches.partial import PartialCache, PartialRecipe
 from eval.engine.drafting import StaticLookup, StaticNobody
 from eval.engine.request import Stops
@@ -21,6 +24,7 @@ from eval.engine.rounds import Rounds
 from eval.engine.tree import TreeShape
 from tests.support.decoding import generated
 from tests.support.engines import engine_of, exact_target, ragged, trained, triples
+from tests.support.families import miniature
 
 TIGHT = PartialRecipe(sink=4, retrieval=8, window=12, block=4, partial_tokens=12)
 WHOLE = PartialRecipe(sink=4, retrieval=400, window=12, block=4, partial_tokens=12)
@@ -30,6 +34,8 @@ DRAFTING = {
     "ttt kv": lambda target: (trained(target, "ttt", "kv"), 4),
     "ttt hidden": lambda target: (trained(target, "ttt", "hidden", 2), 4),
     "tree hybrid": lambda target: (trained(target, "ttt", "hybrid", 2, tree=TREE), 8),
+    "ttt queries": lambda target: (trained(target, "ttt", "queries+head_concat"), 4),
+    "tree queries": lambda target: (trained(target, "ttt", "queries+constant", 2, tree=TREE), 8),
     "tree of one": lambda target: (trained(target, "ttt", "hybrid", 2, tree=TreeShape(4, 1)), 4),
     "tree none": lambda target: (trained(target, "ttt", "none", tree=TREE), 8),
     "block hybrid": lambda target: (trained(target, "blockwise", "hybrid", 2), 3),
@@ -64,12 +70,12 @@ def shifted(monkeypatch, by):
     def take(self, layer, *rest):
         usual(self, layer, *rest)
         for kind in (self.part.key, self.part.value):
-            kind[layer] = kind[layer].roll(by, 1)
+            kind[layer].copy_(kind[layer].roll(by, 1))
 
     monkeypatch.setattr(PartialCache, "_take", take)
 
 
-@pytest.mark.parametrize("name", ["ttt hidden", "tree hybrid", "tree of one", "block hybrid", "lookup"])
+@pytest.mark.parametrize("name", ["ttt hidden", "tree hybrid", "tree of one", "tree queries", "block hybrid", "lookup"])
 def test_partial_verification_over_the_whole_context_equals_full_verification(target, texts, name):
     """Tokens and rounds; a tight part changes them (the control)."""
     prompts = texts[0][:4]
@@ -77,6 +83,28 @@ def test_partial_verification_over_the_whole_context_equals_full_verification(ta
     assert [g.tokens for g in whole] == [g.tokens for g in full] == texts[1][:4]
     assert [triples(g) for g in whole] == [triples(g) for g in full]
     assert [g.tokens for g in tight] != [g.tokens for g in full]
+
+
+@pytest.mark.parametrize("kind", [StaticCache, OffloadedCache])
+def test_layers_that_share_keys_choose_each_their_own_part_of_them(kind, tmp_path):
+    """Of a Gemma 4 without windows, whose last layers keep nothing: tokens and rounds are those of full verification, where its
+    cache lies in the host's memory too; a tight part changes them (the control)."""
+    path = miniature("gemma4_unified_text", tmp_path, layer_types=["full_attention"] * 4, tie_word_embeddings=False)
+    target = Target(str(path), dtype=torch.float64)
+    assert [one.owner for one in target.cached_layers] == [0, 1, 1, 1]
+    prompts = ragged([12, 33, 70], seed=3)
+
+    def found(recipe, kind=StaticCache):
+        engine = engine_of(target, StaticLookup(), 3, 3, 90, NEW, recipe=recipe, kind=kind)
+        return [(one.tokens, triples(one)) for one in engine.generate(prompts, NEW, [0] * 3, Stops())], engine
+
+    full = found(None)[0]
+    assert [tokens for tokens, _ in full] == [generated(target, prompt, NEW) for prompt in prompts]
+    assert found(WHOLE, kind)[0] == full
+    tight, engine = found(TIGHT, kind)
+    assert tight != full and tight == found(TIGHT)[0]
+    part = engine.verification.partial.part
+    assert not torch.equal(part.key[2], part.key[3])
 
 
 def check_audited(target, name, recipe, prompts, plain, new=NEW):
@@ -184,8 +212,8 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
     drafts = 3
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator)
-    cache = StaticCache(layers, batch, batch + 80, heads, size, torch.float32, "cpu")
-    cache.key.copy_(random(*cache.key.shape)), cache.value.copy_(random(*cache.value.shape))
+    cache = StaticCache([CachedLayer(heads, size, n) for n in range(layers)], batch, batch + 80, torch.float32, "cpu")
+    cache.blocks[0].copy_(random(*cache.blocks[0].shape))
     part = PartialCache(cache, recipe, drafts)
     base_B = torch.arange(1, batch + 1)
     part.begin(base_B)
@@ -202,15 +230,15 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
             tail = max(e for e in range(sink, anchor + sink + 1, block) if e <= max(sink, anchor - window))
             for layer, g in np.ndindex(layers, heads):
                 q_KSD = q_NBTHD[layer, b, anchor - base : anchor - base + drafts, 2 * g : 2 * g + 2].numpy()
-                key_LD = cache.key[layer, b, :, g].numpy()
+                key_LD = cache.key[layer][b, :, g].numpy()
                 chosen = best_blocks(q_KSD, key_LD, tail, recipe)
                 differ += chosen != best_blocks(q_KSD, key_LD, tail, recipe, least=False)
                 held = [*range(min(sink, anchor)), *(sink + c * block + s for c in chosen for s in range(block))]
                 held += range(tail, anchor)
                 assert part.filled_B[b] == len(held)
                 held += range(anchor, anchor + drafts)  # the rows of this step follow
-                for mine, whole in zip((part.part.key, part.part.value), (cache.key, cache.value)):
-                    assert torch.equal(mine[layer, b, : len(held), g], whole[layer, b, held, g]), (step, anchor)
+                for mine, whole in zip(part.part.layer(layer), cache.layer(layer)):
+                    assert torch.equal(mine[b, : len(held), g], whole[b, held, g]), (step, anchor)
         kept_B = torch.randint(0, drafts, (batch,), generator=generator)
         base_B = anchor_B + kept_B + 1
         part.settle(base_B)
@@ -228,6 +256,7 @@ def test_summaries_of_blocks_are_those_made_from_scratch(target, texts, name, au
         tail = int(part.tail_B[b])
         grown += (tail - TIGHT.sink) // TIGHT.block - max(0, len(prompt) - TIGHT.window - TIGHT.sink) // TIGHT.block
         for number, start in enumerate(range(TIGHT.sink, tail, TIGHT.block)):
-            keys = part.full.key[:, b, start : start + TIGHT.block]
-            assert torch.equal(part._low[:, b, number], keys.amin(1)) and torch.equal(part._high[:, b, number], keys.amax(1))
+            for key_BLGD, low, high in zip(part.full.key, part._low, part._high):
+                keys = key_BLGD[b, start : start + TIGHT.block]
+                assert torch.equal(low[b, number], keys.amin(0)) and torch.equal(high[b, number], keys.amax(0))
     assert grown > 40 and (sum(g.rollbacks for g in found) > 5) == audited

@@ -27,7 +27,14 @@ def target():
 
 
 @pytest.mark.parametrize(
-    "objective,reuse,tree", [("ttt", "hybrid", None), ("blockwise", "kv", None), ("ttt", "kv", TreeShape(3, 2))]
+    "objective,reuse,tree",
+    [
+        ("ttt", "hybrid", None),
+        ("blockwise", "kv", None),
+        ("ttt", "kv", TreeShape(3, 2)),
+        ("ttt", "queries+constant", None),
+        pytest.param("ttt", "queries+head_concat", TreeShape(3, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_request_gets_depends_on_its_prompt_and_seed_alone(target, objective, reuse, tree):
     drafting = trained(target, objective, reuse, tree=tree)
@@ -149,10 +156,11 @@ SAMPLED = {
     "block": lambda target: (trained(target, "blockwise_shifted", "kv"), 4),
     "lookup": lambda target: (StaticLookup(), 3),
     "tree": lambda target: (trained(target, "ttt", "hybrid", tree=TreeShape(3, 2)), 8),
+    "queries": lambda target: (trained(target, "ttt", "queries+constant"), 4),
 }
 
 
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "queries")) for name in SAMPLED])
 def test_sampled_pairs_have_the_target_s_distribution(name):
     """The second and third token (the first comes from the prefill), at top_p 0.9; a wrong temperature is noticed."""
     target = small_target(vocab=7)

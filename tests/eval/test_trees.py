@@ -15,7 +15,7 @@ from data_prep.decoding.attention import merge, over_cache, over_rows
 from eval.caches.static import static_attention
 from eval.engine.drafting import StaticTrained
 from eval.engine.request import Stops
-from eval.engine.tree import TreeShape
+from eval.engine.tree import Growing, TreeShape
 from eval.oracle.drafting import Trained
 from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged
@@ -62,7 +62,7 @@ def chain_of(target, drafter, prompt, token):
         earlier = None
         past = None
         for j, known in enumerate([token, *path]):
-            rows = DraftRows(zero, anchor, zero, zero + j + 1, anchor + j)
+            rows = DraftRows(zero, anchor, zero, zero + j + 1, drafter.config.row_position(anchor, j))
             output, feature, past = drafter.step(plain.embed([known]), feature, rows, earlier, memory, past, REFERENCE)
             earlier = rows if earlier is None else earlier + rows
         return plain.logits(output)[0].log_softmax(-1)
@@ -84,10 +84,12 @@ def grown(target, drafter, prompts, shape, nodes):
     return tree, [t.unflatten(0, (4, -1)) for t in seen], first
 
 
-@pytest.mark.parametrize(
-    "reuse,layers,window",
-    [("none", 2, 0), ("hybrid", 1, 0), ("hidden", 2, 0), ("hidden+norms", 1, 0), ("kv+vocab", 1, 0), ("kv", 2, 3)],
-)
+TREES = [("none", 2, 0), ("hybrid", 1, 0), ("hidden", 2, 0), ("hidden+norms", 1, 0), ("kv+vocab", 1, 0), ("kv", 2, 3)]
+TREES += [("queries+constant", 2, 0)]
+MORE = [("queries", 2, 4), ("queries+constant", 2, 3), ("queries+head_concat", 1, 0)]
+
+
+@pytest.mark.parametrize("reuse,layers,window", [*TREES, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)])
 def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, window, monkeypatch):
     """Scores of every row, the chosen set, order and masks, against chains that are drafted one path at a time. `window`: of the
     K/V, where they have one."""
@@ -121,7 +123,14 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, window, monkeyp
     beside = lambda seen_QR: seen_QR.unflatten(0, (4, -1)).roll(1, 1).flatten(0, 1)
     monkeypatch.setattr(eval.engine.tree, "static_attention", lambda seen_QR: static_attention(seen_QR=seen_QR | beside(seen_QR)))
     _, leaking, _ = grown(target, drafter, prompts, shape, nodes)
-    assert error(leaking[:2]) > 1e-4  # the control: a row that sees its sibling scores differently
+    if drafter.config.own_kv:
+        assert error(leaking[:2]) > 1e-4  # the control: a row that sees its sibling scores differently
+        return
+    # Without keys no row sees another, whatever a mask says; another's stream is noticed.
+    assert error(leaking) < 1e-10
+    usual = Growing.drafted
+    monkeypatch.setattr(Growing, "drafted", lambda *given: usual(*given).unflatten(0, (4, -1)).roll(1, 1).flatten(0, 1))
+    assert error(grown(target, drafter, prompts, shape, nodes)[1][:3]) > 1e-4
 
 
 def test_a_tree_of_breadth_one_is_the_chain_and_wider_ones_keep_more(target):

@@ -114,6 +114,46 @@ def test_p_eagle_under_zero3_equals_one_process_and_goes_on(cache, tmp_path):
     assert_same_run(one, again)
 
 
+@pytest.fixture(scope="module")
+def queries_alone(cache, tmp_path_factory):
+    """(words of a query-only drafter of two layers, its run in one process)."""
+    folder = tmp_path_factory.mktemp("queries")
+    words = ["experiment=query_only", "objective.positions=constant", "drafter.layers=2", f"cache.dir={cache}", *COMMON]
+    done = command(TRAIN, *words, "deepspeed=zero0", f"run.dir={folder / 'run'}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return words, folder / "run"
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_queries_alone_on_two_ranks_equal_one_process_and_go_on(queries_alone, tmp_path, zero):
+    """Layers without keys are gathered and checkpointed as others are, and their gradients looked at."""
+    words, one = queries_alone
+    two = tmp_path / "two"
+    changed = [f"deepspeed={zero}", "train.recompute=true", f"run.dir={two}"]
+    done = command(TRAIN, *words, *changed, launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) == 12
+    mine, theirs = (load_file(run / "checkpoints/last/model.safetensors") for run in (one, two))
+    assert "layers.1.branches.kv.q.weight" in mine and not any(".k." in name or ".v." in name for name in mine)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+    gradients = [flatten(d["gradients"]) for d in losses(two, "diagnostics")]
+    assert gradients and all({"layer0.kv.rank_q", "layer1.kv.rank_q"} < set(g) for g in gradients)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_queries_alone_resume_as_they_were(queries_alone, tmp_path, precision):
+    words = [*queries_alone[0], f"train.precision={precision}", "deepspeed=zero2"]
+    run = tmp_path / "run"
+    done = command(TRAIN, *words, f"run.dir={run}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == pytest.approx(losses(queries_alone[1]), abs=0.05)
+    again = stopped_after(8, run, tmp_path / "again")
+    done = command(TRAIN, *words, f"run.dir={again}", cwd=tmp_path)
+    assert done.returncode == 0 and "after step 8" in done.stdout, done.stderr
+    assert_same_run(run, again)
+
+
 @pytest.mark.parametrize("zero,tolerance", [("zero0", 0.3), ("zero1", 0.05), ("zero2", 0.05), ("zero3", 0.05)])
 def test_bf16_follows_float32_and_resumes_as_it_was(cache, alone, tmp_path, zero, tolerance):
     """bf16 has 8 bits of mantissa: a few per mille of a loss of about 6. ZeRO-0 also adds up four packs' gradients in it."""

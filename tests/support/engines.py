@@ -23,14 +23,16 @@ def exact_target(family="qwen3"):
     return target
 
 
-def engine_of(target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, audited=False, **options):
+def engine_of(
+    target, drafting, length, batch=4, longest=24, new=40, sampling=GREEDY, recipe=None, audited=False, kind=StaticCache, **more
+):
     """An engine whose caches hold prompts of `longest` tokens and `new` tokens behind them. `length`: of drafts (of trees: their
-    nodes), or `Lengths`. `recipe`: of partial verification."""
+    nodes), or `Lengths`. `recipe`: of partial verification. `kind`: of the target's cache."""
     lengths = length if isinstance(length, Lengths) else Lengths(length)
     room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
-    cache = StaticCache.of(target, batch, room)
+    cache = kind.of(target, batch, room)
     partial = PartialCache(cache, recipe, lengths.longest + 1) if recipe else None
-    return Engine(target, drafting, cache, lengths, Verification(sampling, partial, audited), **options)
+    return Engine(target, drafting, cache, lengths, Verification(sampling, partial, audited), **more)
 
 
 def trained(target, objective, reuse, layers=1, **options):

@@ -112,6 +112,15 @@ MINIATURES: dict[str, dict] = {
         "top_k_experts": 2,
         "moe_intermediate_size": 24,
     },
+    # transformers shares keys and values without inputs of each layer in this class alone.
+    "gemma4_unified_text": {
+        **GEMMA,
+        "global_head_dim": 32,
+        "final_logit_softcapping": 5.0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "num_kv_shared_layers": 2,
+    },
     "glm4": {"head_dim": 16, "rope_parameters": HALF},
     "glm4_moe": {**ROUTED, "attention_bias": True, "rope_parameters": HALF, "head_dim": 16, "use_qk_norm": True},
     "deepseek_v3": {
@@ -161,6 +170,7 @@ MULTIMODAL: dict[str, dict] = {
         "eoi_token_index": 26,
     },
     "gemma4": {"text_config": "gemma4_text", "vision_config": None, "audio_config": None},
+    "gemma4_unified": {"text_config": "gemma4_unified_text", "vision_config": None, "audio_config": None},
     "qwen3_5": {
         "text_config": "qwen3_5_text",
         "vision_config": {**_vision("qwen3_5_vision", "depth", "num_heads"), "out_hidden_size": SIZES["hidden_size"]},

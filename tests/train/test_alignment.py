@@ -23,6 +23,8 @@ What is measured, and how, is in tests/support/alignment.py. The tests below say
 Shapes: P positions of a pack, N anchors, V views.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -117,10 +119,12 @@ def test_flash_forward_is_decode_loop(target, reuse, packing):
 # One drafter of each kind of memory. The others are slow only because there are many.
 QUICK = [("ttt", "none"), ("ttt", "hybrid"), ("blockwise_pairs", "hidden"), ("blockwise+markov", "kv+projected_rope")]
 MORE = [("ttt", "hidden"), ("ttt", "kv"), ("ttt", "kv+head_concat"), ("blockwise", "hidden"), ("blockwise_shifted", "hybrid")]
+MORE += [("ttt", reuse) for reuse in ("queries", "queries+constant", "queries+head_concat")]
+VIEWED = [(*cell, view) for cell in QUICK for view in VIEWS] + [("ttt", "queries+constant", "mean in cache")]
+VIEWED += [pytest.param(*cell, view, marks=pytest.mark.slow) for cell in MORE for view in VIEWS]
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("objective,reuse", [*QUICK, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE)])
+@pytest.mark.parametrize("objective,reuse,view", VIEWED)
 def test_training_forward_is_decode_loop_under_a_view(target, objective, reuse, view):
     """Two layers, packed, under a budget that the context soon exceeds. Training masks memory (and takes it out where positions
     are in the cache), decoding gathers what is visible."""
@@ -175,6 +179,51 @@ def test_a_fault_put_in_on_purpose_is_noticed(target, objective, reuse, tamper):
         assert found.worst < SAME  # it reads no state
     else:
         assert found.worst > ANOTHER
+
+
+# Faults of rows that have queries alone: where they sit, and which of the target's keys they see. Each changes the drafter, which
+# has decoded by then.
+
+
+def at_other_positions(drafter):
+    """Steps advance on one side and stay where they are on the other."""
+    object.__setattr__(drafter.config, "constant_positions", not drafter.config.constant_positions)
+
+
+def at_the_next_position(drafter):
+    """Every row sits one position further on."""
+    placed = drafter.config.row_position
+    object.__setattr__(drafter.config, "row_position", lambda anchor, slot: placed(anchor, slot) + 1)
+
+
+def before_another(more):
+    def change(drafter):
+        visibility = drafter.visibility
+        drafter.visibility = lambda rows, *rest: visibility(replace(rows, anchor=rows.anchor + more(rows.slot)), *rest)
+
+    return change
+
+
+QUERY_FAULTS = {
+    "other positions": at_other_positions,
+    "the next position": at_the_next_position,
+    "sees its own anchor's key": before_another(lambda slot: 1),
+    "sees the keys of the steps before it": before_another(lambda slot: slot - 1),
+    "does not see the last key": before_another(lambda slot: -1),
+}
+
+
+@pytest.mark.parametrize("reuse", ["queries", "queries+constant", pytest.param("queries+head_concat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", QUERY_FAULTS)
+def test_a_fault_of_queries_alone_is_noticed(target, reuse, fault):
+    drafter = drafter_of(target, "ttt", reuse)
+
+    def tamper(pack):
+        QUERY_FAULTS[fault](drafter)
+        return pack
+
+    found = measure(target, drafter, tamper=tamper)
+    assert found.kept >= 5 and found.worst > ANOTHER
 
 
 def another_budget(pack):

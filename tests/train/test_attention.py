@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -174,6 +175,112 @@ def test_kernels_of_draft_keys_equal_their_definition(steps, shift, monkeypatch)
     monkeypatch.setattr(module, "drafts", lambda on_gpu: joint)
     for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def memory_case(rows, shift: int = 0, size=16, heads=4, kv_heads=2):
+    """Rows without keys of their own, of (document, anchor) each, over three packed documents of 70, 50 and 30 positions."""
+    g = torch.Generator().manual_seed(0)
+    memory = places(70, 50, 30, shift=shift)
+    queries = ttt_rows(*(list(column) for column in zip(*rows)), 1)
+    count = len(memory.position)
+    q, k, v = (torch.randn(n, h, size, generator=g) for n, h in ((len(rows), heads), (count, kv_heads), (count, kv_heads)))
+    return q, k, v, Visibility(queries, memory, queries.none, causal=True)
+
+
+FEW = [(0, 1), (2, 29), (0, 69), (1, 30)]
+MANY = [(document, a) for document, length in enumerate((70, 50, 30)) for a in range(1, length)]
+
+
+def test_rows_without_keys_drawn_by_hand():
+    """They see the memory before their anchor and nothing else, wherever they sit: not themselves, no other step, no other
+    document."""
+    for slot in (1, 3):
+        rows = ttt_rows([0, 1], [2, 1], slot)
+        assert drawn(Visibility(rows, places(4, 3), rows.none, causal=True)) == ["xx.....", "....x.."]
+    rows = replace(rows, position=rows.anchor - 1)
+    assert drawn(Visibility(rows, places(4, 3), rows.none, causal=True, window=1)) == [".x.....", "....x.."]
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
+def test_rows_without_keys_see_memory_alone(rows):
+    """The reference is the softmax; flash equals it forward and backward. Masks that must be noticed when dropped: the documents'
+    borders, and the anchor's own position."""
+    *tensors, visibility = memory_case(rows)
+    tensors = [t.double() for t in tensors]
+    expected = through(BACKENDS["reference"], visibility, *tensors)
+    close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-9)
+    close(expected[0], softmax_by_hand(*tensors, visibility.dense))
+    for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
+        close(mine, theirs)
+    one = Places(torch.zeros_like(visibility.memory.document), torch.arange(150))
+    for memory, later in ((one, 0), (visibility.memory, 1)):
+        r = visibility.queries
+        moved = replace(r, document=r.document * (memory is not one), anchor=r.anchor + later)
+        # Of many anchors some would share a place in one document, which no row of flash may.
+        for backend in ("reference", "flash") if rows is FEW or later else ("reference",):
+            wrong = through(BACKENDS[backend], replace(visibility, queries=moved, memory=memory), *tensors)
+            assert all((mine - theirs).abs().max() > 1e-2 for mine, theirs in zip(wrong, expected))
+
+
+@pytest.mark.parametrize("name", ["reference", "flash"])
+def test_a_row_that_sees_nothing_gives_zero_and_learns_nothing(name):
+    """Anchors whose memory begins at them; others beside them are as they would be alone."""
+    blind = [(0, 1), (1, 1)]
+    seeing = [(0, 40), (2, 2)]
+    q, k, v, visibility = memory_case(blind + seeing, shift=1)
+    assert visibility.dense.any(1).tolist() == [False, False, True, True]
+    out, *gradients = through(BACKENDS[name], visibility, q, k, v)
+    assert (out[:2] == 0).all() and (out[2:] != 0).all()
+    assert all(t.isfinite().all() for t in gradients) and (gradients[0][:2] == 0).all()
+    leaves = [t.clone().requires_grad_() for t in (q[2:], k, v)]
+    alone = BACKENDS["reference"](*leaves, replace(visibility, queries=ttt_rows([0, 2], [40, 2], 1)))
+    torch.testing.assert_close(out[2:], alone.detach())
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))[2:]
+    for mine, theirs in zip(gradients[1:], torch.autograd.grad(alone, leaves, upstream)[1:]):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_flex_s_mask_of_rows_without_keys_is_the_dense_mask(window):
+    """Memory that fills its last tile, and memory that does not."""
+    for length in (TILE, TILE + 22):
+        memory = places(70, length - 70)
+        rows = ttt_rows([0, 0, 1, 1], [1, 69, 1, length - 71], 1)
+        visibility = Visibility(rows, memory, rows.none, causal=True, window=window)
+        rule = visibility.block_mask(2).mask_mod
+        at = torch.meshgrid(*(torch.arange(n) for n in visibility.dense.shape), indexing="ij")
+        assert torch.equal(rule(0, 0, *at), visibility.dense)
+        some_XY, every_XY = visibility._tiles()
+        assert some_XY.any() and not every_XY.any()
+
+
+@pytest.mark.slow
+def test_flex_forward_of_rows_without_keys_equals_reference():
+    q, k, v, visibility = memory_case([(0, 1), (1, 1), (0, 40), (2, 2)], shift=1)
+    with torch.no_grad():
+        found = BACKENDS["flex"](q, k, v, visibility)
+    torch.testing.assert_close(found, BACKENDS["reference"](q, k, v, visibility), rtol=1e-4, atol=1e-5)
+    assert (found[:2] == 0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention and FlexAttention's backward run on a GPU")
+@pytest.mark.parametrize("rows", [FEW, MANY, [(0, 1), (1, 1), (0, 40), (2, 2)]], ids=["few", "many", "blind"])
+@pytest.mark.parametrize("name", ["flash", "flash, PyTorch's", "flex", "reference"])
+def test_rows_without_keys_on_a_gpu(name, rows, monkeypatch):
+    """bf16 against float64 of the same bf16 inputs."""
+    name, own = name.split(",")[0], "," in name
+    module = sys.modules["train.attention.flash"]
+    chosen = module.kernel(True, own)
+    monkeypatch.setattr(module, "kernel", lambda on_gpu: chosen)
+    shift = int(rows is not FEW and rows is not MANY)
+    *tensors, visibility = memory_case(rows, shift, size=128, heads=8)
+    wide = [t.to(torch.bfloat16).double() for t in tensors]
+    expected = through(BACKENDS["reference"], visibility, *wide)
+    found = through(BACKENDS[name], on_gpu(visibility), *(t.to("cuda", torch.bfloat16) for t in tensors))
+    for mine, theirs in zip(found, expected):
+        assert (mine.cpu().double() - theirs).norm() / theirs.norm() < 1e-2
+    if shift:
+        assert (found[0][:2] == 0).all() and (found[1][:2] == 0).all()
 
 
 def _on_cpu(function):

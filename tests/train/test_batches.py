@@ -44,7 +44,7 @@ def texts(*lengths, seed=0):
     return [torch.randint(3, 11, (n,), generator=g).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("kind,reuse", CELLS)
+@pytest.mark.parametrize("kind,reuse", [*CELLS, ("ttt", "queries+constant")])
 def test_packing_two_documents_gives_the_loss_of_running_them_apart(kind, reuse):
     """Loss and gradient of a pack are the sums over its documents."""
     target = small_target(dtype=torch.float64)

@@ -25,6 +25,7 @@ VIEW = View(kind="topk_chunk", sink=2, recent=2, chunk=2)
 IN_CACHE = View(kind="topk_chunk", sink=2, recent=2, chunk=2, positions="in_cache")
 CELLS = [("ttt", "none"), ("ttt", "hybrid"), ("blockwise", "kv"), ("blockwise_shifted", "hidden+vocab")]
 CELLS.append(("blockwise_pairs", "hidden"))
+CELLS.append(pytest.param(("ttt", "queries+constant"), marks=pytest.mark.slow))
 LOSSES = {
     "kl": LossRecipe(kl=1),
     "ce_greedy": LossRecipe(ce_greedy=1),
@@ -78,7 +79,10 @@ def test_the_loss_is_the_weighted_sum_of_its_views(target, cell, loss, view, dpa
     assert (outcome.loss[0] - outcome.loss[2]).abs().max() > 1e-3  # the views differ
 
 
-@pytest.mark.parametrize("cell", [*CELLS, ("ttt", "hidden"), ("ttt", "kv+projected_rope"), ("ttt", "kv+head_concat")])
+FULL_CELLS = [*CELLS, *(("ttt", reuse) for reuse in ("hidden", "kv+projected_rope", "kv+head_concat", "queries"))]
+
+
+@pytest.mark.parametrize("cell", FULL_CELLS)
 @pytest.mark.parametrize("kind", ["sink_recent", "topk_chunk", "h2o", "snapkv"])
 def test_a_budget_at_or_above_the_context_is_the_full_view(target, cell, kind):
     drafter = drafter_of(target, *cell, layers=2)

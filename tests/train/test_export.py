@@ -239,6 +239,7 @@ def test_an_export_says_what_sglang_does_otherwise(target, tmp_path, objective, 
     [
         (("ttt", "kv"), {}, "eagle3", "reuse=kv reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter"),
         (("blockwise", "hybrid"), {}, "speculators", "reuse=hybrid reads K/V"),
+        (("ttt", "queries"), {}, "eagle3", "reuse=hybrid reads K/V, .*; format=drafter writes it for our own engine"),
         (("ttt", "none"), {}, "eagle3", "reuse=none reads no hidden states"),
         (("ttt", "none"), {"lm": {"path": "x", "layers": 1}}, "eagle3", "a language model of its own"),
         (("blockwise", "hidden"), {}, "eagle3", "it is for eagle3, and this is dflash: format=dflash or format=speculators"),

@@ -143,8 +143,11 @@ CELLS = [
     ("gemma4_text_k_eq_v", "blockwise", "kv+projected"),
     ("gemma4_text_k_eq_v", "ttt", "kv+projected_rope"),
     ("smollm3", "ttt", "kv"),
+    ("glm4", "ttt", "queries"),
+    ("gemma4_text_k_eq_v", "ttt", "queries"),
+    ("gemma4_text_k_eq_v", "ttt", "queries+constant"),
 ]
-QUICK = [("glm4", "ttt", "kv"), ("gemma4_text_k_eq_v", "blockwise", "kv")]
+QUICK = [("glm4", "ttt", "kv"), ("gemma4_text_k_eq_v", "blockwise", "kv"), ("gemma4_text_k_eq_v", "ttt", "queries+constant")]
 
 
 @pytest.mark.parametrize(
@@ -169,10 +172,14 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "objective,reuse",
+    [("blockwise", "kv"), ("ttt", "queries+constant"), pytest.param("ttt", "queries", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_put_in_on_purpose_is_noticed(targets, fault):
+def test_a_fault_put_in_on_purpose_is_noticed(targets, fault, objective, reuse):
     target = targets["gemma4_text_k_eq_v"]
-    drafter = drafter_over(target, "blockwise", "kv")
+    drafter = drafter_over(target, objective, reuse)
     found = measure(target, drafter, tamper=lambda pack: another_window(pack, drafter, FAULTS[fault]), temperature=1.0)
     assert found.worst > ANOTHER
 
@@ -237,6 +244,9 @@ def test_rows_that_read_through_a_window_equal_their_definition():
 ENGINE = [
     ("ttt", "hybrid", 2),
     ("blockwise", "kv", 2),
+    pytest.param("ttt", "queries", 2, marks=pytest.mark.slow),  # whose third and fourth step see nothing
+    pytest.param("ttt", "queries+constant", 2, marks=pytest.mark.slow),
+    pytest.param("ttt", "queries+head_concat", 1, marks=pytest.mark.slow),
     pytest.param("ttt", "kv", 2, marks=pytest.mark.slow),
     pytest.param("blockwise_causal", "kv+head_concat", 1, marks=pytest.mark.slow),
 ]
@@ -259,16 +269,20 @@ def test_the_engine_s_rounds_are_the_plain_loop_s(objective, reuse, layers):
     assert 0 < kept < drafted
 
 
-@pytest.mark.parametrize("name", ["mistral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "glm4"))])
-def test_keys_of_a_target_with_windows_are_read_in_its_own_cache(tmp_path, name):
+BORROWED = [(name, reuse) for name in ("gemma3_text", "glm4") for reuse in ("kv", "queries")] + [("mistral", "queries+constant")]
+
+
+@pytest.mark.parametrize("name,reuse", [("mistral", "kv"), *(pytest.param(*c, marks=pytest.mark.slow) for c in BORROWED)])
+def test_keys_of_a_target_with_windows_are_read_in_its_own_cache(tmp_path, name, reuse):
     """Where the cache holds them as drafters read them; the engine's rounds are the plain loop's in any case."""
     target = Target(str(miniature(name, tmp_path)), dtype=torch.float64)
     target.capture((0, 1, 2), LAYERS)
-    drafter = drafter_over(target, "ttt", "kv")
+    drafter = drafter_over(target, "ttt", reuse)
     drafting = StaticTrained(drafter, target.frozen_head)
     engine = engine_of(target, drafting, drafter.config.draft_length, prefill_chunk=7)
     found = engine.generate(ragged(), 24, [0, 1, 2, 3], Stops())
-    assert len(drafting.memory.borrowed) == (0 if name == "glm4" else 2)  # its neighbours turn together
+    lent = name != "glm4"  # its neighbours turn together
+    assert len(drafting.memory.borrowed) == 2 * lent and all((one.kv_bytes["kept"] == 0) == lent for one in found)
     plain = Trained(drafter, target.frozen_head, REFERENCE)
     for prompt, one in zip(ragged(), found):
         expected = decode(target, plain, prompt, 24, 0.0, 0)
@@ -318,6 +332,21 @@ def test_shapes_come_from_the_manifest_and_go_through_a_drafter_s_file(usual, tm
     # Of layers that are as the architecture says, nothing is written down.
     config = drafter_config(recipe(*NATIVE), manifest({0: replace(usual, window=7)}))
     assert config.kv_shapes is None and not config.windowed
+
+
+QUERIES_ALONE = [*NATIVE, "reuse=hybrid", "reuse.fusion=cross_only", "reuse.own_kv=false"]
+
+
+@pytest.mark.parametrize("source", [["reuse.source=native"], ["reuse.source=head_concat", "reuse.kv_layers=[1,2]"]])
+def test_a_step_that_stands_beyond_a_window_is_refused(usual, source):
+    """Step j sits at a + j - 1 and sees the last window - j of the keys before a: of five, four steps see some."""
+    here = manifest(dict.fromkeys((1, 2), replace(usual, window=5)))
+    words = [*QUERIES_ALONE, *source]
+    with pytest.raises(UserError, match="step 5 would stand beyond the window of 5 positions of a layer that it reads; say obj"):
+        drafter_config(recipe(*words, "objective.slots=5"), here)
+    assert drafter_config(recipe(*words, "objective.slots=4"), here).windowed
+    assert drafter_config(recipe(*words, "objective.slots=5", "objective.positions=constant"), here).constant_positions
+    assert drafter_config(recipe(*words, "objective.slots=5", "reuse.own_kv=true"), here).windowed
 
 
 def test_attention_is_chosen_by_what_the_draft_layers_read(usual):

@@ -237,7 +237,9 @@ def share_and_gradients(target, drafter, pack, loss=LossRecipe(kl=1)):  # noqa: 
         ("ttt", "hybrid"),
         ("blockwise", "hidden"),
         ("blockwise_pairs", "hidden"),
+        ("ttt", "queries+constant"),
         pytest.param(("ttt", "hidden"), marks=pytest.mark.slow),
+        pytest.param(("ttt", "queries"), marks=pytest.mark.slow),
     ],
 )
 def test_recomputing_and_compiling_change_nothing(target, cell, request):
@@ -252,24 +254,25 @@ def test_recomputing_and_compiling_change_nothing(target, cell, request):
             torch.testing.assert_close(one, other)
 
 
-def test_fp8_products_stay_near_the_others():
+@pytest.mark.parametrize("objective,reuse", [("blockwise", "hybrid"), ("ttt", "queries")])
+def test_fp8_products_stay_near_the_others(objective, reuse):
     """Loss and gradients of a whole drafter, MLPs and the frozen head in fp8: off by a little, in the same direction."""
     target = small_target(vocab=16)
     found = []
     for narrow in (False, True):
-        drafter = drafter_of(target, "blockwise", "hybrid").to(torch.bfloat16)
-        supervision = Supervision(LossRecipe(kl=1), torch.ones(3), chunk_rows=7)
-        objective = Objective(drafter, target.frozen_head.to("cpu", torch.bfloat16), REFERENCE, supervision)
+        drafter = drafter_of(target, objective, reuse).to(torch.bfloat16)
+        supervision = Supervision(LossRecipe(kl=1), torch.ones(drafter.config.draft_length), chunk_rows=7)
+        trained = Objective(drafter, target.frozen_head.to("cpu", torch.bfloat16), REFERENCE, supervision)
         if narrow:
             drafter.use_fp8()
-        share = objective(packed(target)).share
+        share = trained(packed(target)).share
         found.append((share.item(), torch.autograd.grad(share, drafter.layers[0].gate.weight)[0].double().flatten()))
     (loss, gradient), (loss_8, gradient_8) = found
     assert 0 < abs(loss_8 / loss - 1) < 0.05
     assert 0.95 < torch.cosine_similarity(gradient, gradient_8, dim=0) < 0.99999
 
 
-@pytest.mark.parametrize("cell", [("ttt", "hidden"), ("blockwise", "hybrid"), ("blockwise_pairs", "hidden")])
+@pytest.mark.parametrize("cell", [("ttt", "hidden"), ("blockwise", "hybrid"), ("blockwise_pairs", "hidden"), ("ttt", "queries")])
 @pytest.mark.parametrize("start", [0, 11], ids=["whole", "cropped"])
 def test_a_pack_without_anchors_teaches_nothing(target, cell, start):
     """Its one filler stands at the first token, which has nothing before it, also where the document was cropped."""

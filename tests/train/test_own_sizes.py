@@ -45,6 +45,8 @@ CELLS = [
     ("blockwise_pairs+markov", "hidden+vocab", OWN_SIZES),
 ]
 MORE = [
+    ("ttt", "queries", BESIDE_KV),
+    ("ttt", "queries+head_concat", BESIDE_KV),
     ("ttt", "hidden+norms", OWN_SIZES),
     ("ttt", "none", OWN_SIZES),
     ("ttt", "kv+head_concat", BESIDE_KV),

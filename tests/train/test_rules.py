@@ -18,6 +18,7 @@ from train.unread import UNREAD, unread
 
 RULES = by_name((*rules.TABLES, *machine_rules.TABLES))
 SPARSE = "objective=budgetdraft"
+QUERIES_ALONE = ["objective=ttt", "reuse=hybrid", "reuse.fusion=cross_only", "reuse.own_kv=false"]
 ASSISTANT = "experiment=gemma4_assistant"
 LINES = {
     "keys of blocks under ttt": ["objective=ttt", "+objective.causal=true"],
@@ -28,6 +29,8 @@ LINES = {
     "hidden_layers without hidden states": ["reuse=kv", "+reuse.hidden_layers=[0]"],
     "pairs without hidden states": ["reuse=kv", "+reuse.pairs=true"],
     "fusion of one memory": ["reuse=kv", "+reuse.fusion=cross_only"],
+    "queries alone without a stream": ["objective=ttt", "reuse.own_kv=false"],
+    "queries alone over projected keys": [*QUERIES_ALONE, "reuse.source=projected_rope"],
     "gate that does not exist": ["reuse=kv", "+reuse.gate.floor=0.1"],
     "keys of layers beside lm": ["objective=ttt", "reuse=none", "drafter.lm=x", "drafter.own_head=true"],
     "loss without a term": ["loss.kl=0"],
@@ -38,10 +41,13 @@ LINES = {
     "recent of sink_recent": [SPARSE, "view=sink_recent", "+view.recent=9"],
     "snapkv without a window": [SPARSE, "view=snapkv", "view.pool=4"],
     "budget below the least": [SPARSE, "view.budget=79"],
+    "queries alone in blocks": [*QUERIES_ALONE, "objective=blockwise"],
+    "constant positions of rows with keys": ["objective=ttt", "objective.positions=constant"],
     "cross_only in blocks": ["reuse.fusion=cross_only"],
     "sequential head under ttt": ["objective=ttt", "drafter.sequential=gru"],
     "norm_before_residual without a feature": ["drafter.norm_before_residual=true"],
     "align losses without K/V": ["reuse=hidden", "loss.kv_align=1"],
+    "kv_align of queries alone": [*QUERIES_ALONE, "loss.kv_align=1"],
     "query_align of projected keys": ["reuse.source=projected", "loss.query_align=1"],
     "own sizes of layers that start as the target's": ["drafter.hidden_size=32"],
     "heads of an odd size": ["drafter.start=random", "reuse=hidden", "drafter.head_dim=7"],
@@ -100,6 +106,7 @@ def contexts(manifest) -> dict:
         ),
         "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
         "heads side by side that differ": (["reuse=kv", "reuse.source=head_concat"], joined),
+        "step that sees no memory": (QUERIES_ALONE, replace(windows, own_kv=False, slots=8)),
         "assistant over layers of one kind": ([ASSISTANT], gemma._replace(last={"full_attention": 3})),
         "last layers that the cache lacks": ([ASSISTANT], gemma._replace(held={"hidden": [1, 3], "kv": [1, 3]})),
         "assistant wider than its target": ([ASSISTANT], gemma),

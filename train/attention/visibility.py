@@ -35,7 +35,6 @@ class DraftRows:
     def __add__(self, other: "DraftRows") -> "DraftRows":
         return DraftRows(*(torch.cat([getattr(self, f), getattr(other, f)]) for f in self.__dataclass_fields__))
 
-
     @property
     def none(self) -> "DraftRows":
         """No rows at all."""

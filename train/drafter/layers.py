@@ -170,7 +170,8 @@ class DraftLayer(nn.Module):
 
     def keys_values(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, KV]:
         """The rows' own keys and values, for each branch whose rows have any."""
-        return {name: branch.keys_values(inputs_QI, ropes[name]) for name, branch in self.branches.items() if branch.k is not None}
+        having = {name: branch for name, branch in self.branches.items() if branch.k is not None}
+        return {name: branch.keys_values(inputs_QI, ropes[name]) for name, branch in having.items()}
 
     def queries(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, Tensor]:
         """Rotated, [Q, H, D] of each branch."""

@@ -59,14 +59,14 @@ def _bars(found: dict) -> dict[str, Bars]:
     """Title -> bars."""
     bars: dict[str, Bars] = {}
     gradients = found.get("gradients", {})
-    branches = {name: values for name, values in gradients.items() if isinstance(values, dict) and "k_over_q" in values}
-    if branches:
-        bars["Gradients of K and V over Q's (kv: draft keys alone)"] = {
-            f"{name} {k[0].upper()}": values[k] for name, values in branches.items() for k in ("k_over_q", "v_over_q")
-        }
-        bars["Effective rank of the gradients"] = {
-            f"{name} {k.upper()}": values[f"rank_{k}"] for name, values in branches.items() for k in "qkv"
-        }
+    branches = {name: values for name, values in gradients.items() if isinstance(values, dict) and "rank_q" in values}
+    # Draft rows that have queries alone have one projection of the three.
+    over = {f"{name} {k.upper()}": (values, f"{k}_over_q") for name, values in branches.items() for k in "kv"}
+    ranks = {f"{name} {k.upper()}": (values, f"rank_{k}") for name, values in branches.items() for k in "qkv"}
+    titles = {"Gradients of K and V over Q's (kv: draft keys alone)": over, "Effective rank of the gradients": ranks}
+    for title, parts in titles.items():
+        if there := {name: values[key] for name, (values, key) in parts.items() if key in values}:
+            bars[title] = there
     if found["gate"]:
         gates: Bars = {}
         for name, gate in found["gate"].items():

@@ -45,7 +45,8 @@ class TrainingTimeTest(Schedule):
         earlier = None
         past = None
         for j in range(1, source.length + 1):
-            rows = DraftRows(document_N, anchor_N, group_N, torch.full_like(group_N, j), drafter.config.row_position(anchor_N, j - 1))
+            position_N = drafter.config.row_position(anchor_N, j - 1)
+            rows = DraftRows(document_N, anchor_N, group_N, torch.full_like(group_N, j), position_N)
             output_NE, feature_NE, past = drafter.step(
                 source.token(j - 1), feature_NE, rows, earlier, memory, past, source.attend
             )

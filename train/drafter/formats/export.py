@@ -94,7 +94,8 @@ def _unfit_for_hidden(config: DrafterConfig) -> dict[str, bool]:
     return {
         "it is a language model of its own (drafter.lm), and the format holds a head over the target's states": bool(config.lm),
         "reuse=none reads no hidden states, of which the format is made": config.reuse == "none",
-        f"reuse={config.reuse} reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter": config.uses_kv,
+        f"reuse={config.reuse} reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter; format=drafter writes "
+        "it for our own engine": config.uses_kv,
     }
 
 
