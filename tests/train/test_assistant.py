@@ -13,17 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, Gemma4TextConfig
+from transformers import DynamicCache, Gemma4TextConfig, Gemma4UnifiedTextConfig
 
 from common import cli
 from common.errors import UserError
 from data_prep.capture.plan import chosen_layers
 from data_prep.target.target import Target
+from eval.engine.drafting import StaticTrained
+from eval.engine.request import Stops
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Nobody, Trained
 from tests.support.alignment import compared, decoded
 from tests.support.assistants import assistant_config, assistant_of, read_layers, sharing_modes, taught, transformers_assistant
 from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed
+from tests.support.engines import engine_of, ragged, triples
 from tests.support.families import add_tokenizer, miniature
 from tests.support.packs import REFERENCE, cached
 from tests.support.runs import losses
@@ -39,9 +42,12 @@ from train.objectives.objective import Objective, Supervision
 from train.recipe import TrainRecipe
 
 # Of heads of two numbers, of layers that share K/V, and of neither.
-FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", pytest.param("gemma4_text", marks=pytest.mark.slow))
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4_text", "gemma4_unified_text"))
+FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", *SLOW)
 VOCABULARY = 28
 SIZES = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
+# Where two layers share the K/V of others, two of each kind are left, so that there is a wrong one to read.
+DEEPER = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
 WINDOW = 8
 LENGTH = 30
 STEPS = 4
@@ -53,10 +59,11 @@ ANOTHER = 1e-2
 @pytest.fixture(scope="module", params=FAMILIES)
 def target(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Gemma4TextConfig, "kv_sharing_modes", property(sharing_modes), raising=False)
+        for config in (Gemma4TextConfig, Gemma4UnifiedTextConfig):
+            patch.setattr(config, "kv_sharing_modes", property(sharing_modes), raising=False)
         # With a head that is not its embedding, or it would say the same token for ever.
-        folder = miniature(request.param, tmp_path_factory.mktemp("target"), seed=1, tie_word_embeddings=False, **SIZES)
-        target = Target(str(folder))
+        changed = SIZES | {"tie_word_embeddings": False} | (DEEPER if request.param == "gemma4_text_shared" else {})
+        target = Target(str(miniature(request.param, tmp_path_factory.mktemp("target"), seed=1, **changed)))
         hidden, kv = read_layers(target)
         target.capture(hidden, sorted(set(kv)))
         yield target
@@ -240,6 +247,31 @@ def test_features_of_the_next_position_are_seen(target, decoded_text):
     assert compared(target, *decoded_text, tamper=tamper).worst > ANOTHER
 
 
+@pytest.fixture(scope="module")
+def exact(target):
+    """The target in float64, where the order of sums changes no token, and a drafter that some of its tokens taught."""
+    target = Target(target.path, dtype=torch.float64)
+    hidden, kv = read_layers(target)
+    target.capture(hidden, sorted(set(kv)))
+    drafter = assistant_of(target)
+    text = decode(target, Nobody(), ragged()[0], 24, 0.0, 0).tokens
+    taught(drafter, target, [*ragged()[0], *text], steps=10)
+    return target, drafter
+
+
+def test_the_engine_s_rounds_are_the_plain_loop_s_and_nothing_is_kept(exact):
+    """Four prompts of several lengths at a time; the target's cache is all that is read."""
+    target, drafter = exact
+    drafting = StaticTrained(drafter, target.frozen_head)
+    found = engine_of(target, drafting, STEPS, prefill_chunk=7).generate(ragged(), 24, [0, 1, 2, 3], Stops())
+    plain = Trained(drafter, target.frozen_head, REFERENCE)
+    expected = [decode(target, plain, prompt, 24, 0.0, 0) for prompt in ragged()]
+    assert [triples(one) for one in found] == [triples(one) for one in expected]
+    assert sum(r.kept for g in found for r in g.rounds) > 5
+    assert len(drafting.memory.borrowed) == 4 and drafting.memory.nbytes() == 0
+    assert {name: drafting.kv_bytes(40)[name] for name in ("kept", "peak")} == {"kept": 0, "peak": 0}
+
+
 # The start, and what is saved.
 
 
@@ -324,7 +356,7 @@ def test_it_reads_the_target_s_last_layers_of_each_kind(target):
 def test_what_a_cache_or_a_target_cannot_give_is_a_line(target):
     hidden, kv = read_layers(target)
     for held in (([0], kv), (hidden, kv[:1]), ([], kv)):
-        with pytest.raises(UserError, match="hidden states of layer 3 and K/V of .*: capture it with cache.layers=assistant"):
+        with pytest.raises(UserError, match="hidden states of layer . and K/V of .*: capture it with cache.layers=assistant"):
             config_of(target, held=held)
     with pytest.raises(UserError, match="3 query heads cannot share"):
         config_of(target, "drafter.hidden_size=24", "drafter.heads=3")
