@@ -36,6 +36,7 @@ from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.assistant import main_directions
 from train.drafter.build import load_drafter
 from train.drafter.config import DrafterConfig
+from train.drafter.formats.assistant_names import assistant_names
 from train.drafter.warm_start import check_warm_start, warm_start
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective, Supervision
@@ -80,12 +81,9 @@ def pack_of(target: Target, tokens: list[int]) -> Pack:
 
 
 def training_logits(target: Target, drafter, pack: Pack) -> Tensor:
-    objective = Objective(drafter, target.frozen_head, REFERENCE, Supervision(LossRecipe(kl=1), torch.ones(STEPS)))
-    with torch.no_grad():
-        return objective.logits(pack)
+    return Objective(drafter, target.frozen_head, REFERENCE, Supervision(LossRecipe(kl=1), torch.ones(STEPS))).logits(pack)
 
 
-@torch.no_grad()
 def their_logits(target: Target, assistant, tokens: list[int]) -> Tensor:
     """What transformers' class proposes over the same text [N, J, V], fed as vLLM 0.32 and SGLang 0.5.23 feed theirs: rows at
     a - 1, keys of positions before a, of sliding layers as many as the target's window has."""
@@ -113,15 +111,23 @@ def their_logits(target: Target, assistant, tokens: list[int]) -> Tensor:
 
 def apart(mine: Tensor, theirs: Tensor) -> float:
     """The largest difference, relative to the size of the numbers."""
-    return float((mine - theirs).abs().max() / theirs.abs().max())
+    return float((mine - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
-def test_the_training_forward_is_transformers_own_class(target):
+def test_the_training_forward_is_transformers_own_class_and_so_are_its_gradients(target):
     drafter = assistant_of(target)
+    assistant = transformers_assistant(drafter, target)
     tokens = random_text()
     mine = training_logits(target, drafter, pack_of(target, tokens))
-    theirs = their_logits(target, transformers_assistant(drafter, target), tokens)
+    theirs = their_logits(target, assistant, tokens)
     assert mine.shape == theirs.shape and apart(mine, theirs) < 1e-5
+    weight_NJV = torch.randn(mine.shape, generator=torch.Generator().manual_seed(4))
+    for logits in (mine, theirs):
+        (logits * weight_NJV).sum().backward()
+    names = assistant_names(drafter.config)
+    learned = dict(assistant.named_parameters())
+    for name, parameter in drafter.named_parameters():
+        assert apart(parameter.grad, learned[names[name]].grad) < 1e-4, name
 
 
 # Drafts, beside those of transformers' own assisted generation.
@@ -272,6 +278,15 @@ def test_the_engine_s_rounds_are_the_plain_loop_s_and_nothing_is_kept(exact):
     assert {name: drafting.kv_bytes(40)[name] for name in ("kept", "peak")} == {"kept": 0, "peak": 0}
 
 
+@pytest.mark.slow
+def test_compiled_parts_are_the_same_function(target):
+    drafter = assistant_of(target)
+    pack = pack_of(target, random_text())
+    expected = training_logits(target, drafter, pack).detach()
+    drafter.compile_parts()
+    assert apart(training_logits(target, drafter, pack).detach(), expected) < 1e-5
+
+
 # The start, and what is saved.
 
 
@@ -317,7 +332,7 @@ def test_a_centroid_head_says_the_tokens_of_the_likeliest_clusters(target):
     tokens = random_text()
     pack = pack_of(target, tokens)
     mine = training_logits(target, drafter, pack)  # by way of `DraftHead.logits`, as decoding
-    theirs = their_logits(target, transformers_assistant(drafter, target), tokens)
+    theirs = their_logits(target, transformers_assistant(drafter, target), tokens).detach()
     said = mine.isfinite()
     assert (said.sum(-1) == 12).all() and len(said.flatten(0, 1).unique(dim=0)) > 5
     assert ((theirs > theirs.amin(-1, keepdim=True)) == said).all() and apart(mine[said], theirs[said]) < 1e-5
