@@ -12,7 +12,7 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture, KVLayer, target_config, unlike
+from data_prep.target.architecture import Architecture, KVLayer, last_layers_with_kv, target_config, unlike
 from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import in_words
 from train import machine_rules
@@ -48,12 +48,15 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     deepest = manifest.target["architecture"]["num_layers"] - 1
     native = needs["kv"] and reuse.source == "native"
     available = held["kv"] or held["hidden"]
-    if len(available) < count and not native:
+    assistant = recipe.drafter.kind == "gemma4_assistant"
+    target_layers = _last_layers(recipe, held, deepest) if assistant else recipe.drafter.target_layers
+    if assistant:
+        available = target_layers
+    elif len(available) < count and not native:
         available = list(range(deepest + 1))  # no states of theirs are read: a draft layer may start from any
     refuse(machine_rules.HELD, recipe, machine_rules.Held(needs, held, available))
 
     # 2. The layers: where `auto` stands, draft layers are spread from the first layer to the last (one alone: the last).
-    target_layers = recipe.drafter.target_layers
     if target_layers == "auto":
         last = len(available) - 1
         first = 0 if count > 1 else last
@@ -64,7 +67,7 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
             return []
         return held[kind] if said == "auto" else list(said)
 
-    hidden_layers = layers_of("hidden", reuse.hidden_layers)
+    hidden_layers = [deepest] if assistant else layers_of("hidden", reuse.hidden_layers)
     source_layers = [] if reuse.source == "native" else layers_of("kv", reuse.kv_layers)
 
     # 3. They exist, and the cache holds their states.
@@ -79,6 +82,18 @@ def chosen_layers(recipe: TrainRecipe, manifest: Manifest) -> tuple[list[int], l
     return list(target_layers), list(hidden_layers), source_layers
 
 
+def _last_layers(recipe: TrainRecipe, held: dict[str, list[int]], deepest: int) -> list[int]:
+    """What an assistant reads: the target's last full layer in its own last layer, the last sliding one in those before it."""
+    target = target_config(recipe.target)
+    text = target.get_text_config(decoder=True)
+    last = last_layers_with_kv(target)
+    refuse(machine_rules.ASSISTANT, recipe, machine_rules.Gemma(text.model_type, last, text.hidden_size, deepest, held))
+    if recipe.drafter.target_layers != "auto":
+        return recipe.drafter.target_layers
+    before = recipe.drafter.layers - 1
+    return [*[last.get("sliding_attention")] * before, last["full_attention"]]
+
+
 def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     """The drafter that this recipe trains on a cache of this manifest. Raises UserError as `chosen_layers` does."""
     target_layers, hidden_layers, source_layers = chosen_layers(recipe, manifest)
@@ -88,6 +103,7 @@ def drafter_config(recipe: TrainRecipe, manifest: Manifest) -> DrafterConfig:
     architecture = draft_architecture(recipe.drafter.named_sizes, target)
     refuse(machine_rules.SHAPES, recipe, machine_rules.Shapes(architecture, target, TILE))
     config = DrafterConfig(
+        kind=recipe.drafter.kind,
         objective=recipe.objective.kind,
         reuse=recipe.reuse.kind,
         target_layers=target_layers,

@@ -111,6 +111,57 @@ HELD = (
 )
 
 
+class Gemma(NamedTuple):
+    """The target of an assistant: its `model_type`; by kind of layer the last one with K/V of its own; its hidden size; its last
+    layer. `held`: by kind of state, the layers of the cache."""
+
+    family: str
+    last: dict[str, int]
+    hidden_size: int
+    deepest: int
+    held: dict[str, list[int]]
+
+
+def _kind_of_layer_that_it_lacks(r: TrainRecipe, c: Gemma) -> dict | None:
+    needs = ["full_attention", "sliding_attention"][: r.drafter.layers]
+    lacking = next((kind for kind in needs if kind not in c.last), None)
+    return {"kind": lacking} if r.drafter.target_layers == "auto" and lacking else None
+
+
+def _last_layers_not_held(r: TrainRecipe, c: Gemma) -> dict | None:
+    read = sorted(set(c.last.values() if r.drafter.target_layers == "auto" else r.drafter.target_layers))
+    missing = c.deepest not in c.held["hidden"] or set(read) - set(c.held["kv"])
+    return {"read": read} if missing else None
+
+
+# For drafter.kind=gemma4_assistant. c: Gemma.
+ASSISTANT = (
+    Rule(
+        "assistant of another family",
+        lambda r, c: not c.family.startswith("gemma4"),
+        "drafter.kind=gemma4_assistant is for targets of Gemma 4, and {r.target.path} is a '{c.family}'; for others it is "
+        "reuse=hybrid reuse.fusion=cross_only reuse.own_kv=false",
+    ),
+    Rule(
+        "assistant over layers of one kind",
+        _kind_of_layer_that_it_lacks,
+        "drafter.kind=gemma4_assistant: no layer of {r.target.path} that has K/V is a {kind}; name drafter.target_layers",
+    ),
+    Rule(
+        "last layers that the cache lacks",
+        _last_layers_not_held,
+        "drafter.kind=gemma4_assistant reads hidden states of layer {c.deepest} and K/V of {read}; the cache {r.cache.dir} holds "
+        "{c.held[hidden]} and {c.held[kv]}: capture it with cache.layers=assistant cache.kinds=[hidden,kv]",
+    ),
+    Rule(
+        "assistant wider than its target",
+        lambda r, c: (r.drafter.hidden_size or 0) > c.hidden_size,
+        "drafter.hidden_size={r.drafter.hidden_size}: an assistant's head begins as the target's in fewer dimensions than its "
+        "{c.hidden_size}",
+    ),
+)
+
+
 class ReadLayers(NamedTuple):
     """Layers of the target that a drafter reads or starts from. `reads`: by kind, those whose states it needs; `held`: by kind,
     those of the cache; `deepest`: the target's last layer."""
@@ -228,8 +279,21 @@ def _step_without_memory(r: TrainRecipe, c: DrafterConfig) -> dict | None:
     return {"window": shortest} if c.slots >= shortest else None
 
 
+def _heads_of_an_assistant(r: TrainRecipe, c: DrafterConfig) -> dict | None:
+    """The number of key/value heads of a layer that is read, which the query heads cannot share."""
+    heads = c.architecture.heads
+    wrong = next((n for n in (c.kv_shape(i).kv_heads for i in c.kv_layers) if heads % n), None) if c.is_assistant else None
+    return {"heads": heads, "wrong": wrong} if wrong else None
+
+
 # c: DrafterConfig.
 KV_SHAPES = (
+    Rule(
+        "assistant that does not fit",
+        _heads_of_an_assistant,
+        "drafter.kind=gemma4_assistant: {heads} query heads cannot share the {wrong} key/value heads of a layer that is read; "
+        "set drafter.heads to a multiple of {wrong}",
+    ),
     Rule(
         "step that sees no memory",
         _step_without_memory,
@@ -308,4 +372,4 @@ VOCABULARY = (
     ),
 )
 
-TABLES = (RANKS, MACHINE, START, HELD, LAYERS, SHAPES, KV_SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)
+TABLES = (RANKS, MACHINE, START, HELD, ASSISTANT, LAYERS, SHAPES, KV_SHAPES, DOCUMENTS, TOKENIZER, VOCABULARY)

@@ -96,6 +96,8 @@ class ReuseRecipe(Section):
 
 
 class DrafterRecipe(Section):
+    kind: Literal["layers", "gemma4_assistant"] = "layers"
+    """Layers as the target's, or an assistant in Gemma 4's format, which reads the target's last layers (target_layers=auto)."""
     layers: int = Field(ge=1)
     """Number of draft layers."""
     target_layers: Literal["auto"] | list[int]

@@ -113,6 +113,39 @@ DRAFTER = (
     ),
 )
 
+
+
+def _not_as_the_format(r: TrainRecipe) -> dict | None:
+    """What has to be said of an assistant, and is said otherwise."""
+    if r.drafter.kind != "gemma4_assistant":
+        return None
+    format_ = {
+        "objective": (r.objective.kind, "ttt"),
+        "reuse": (r.reuse.kind, "hybrid"),
+        "reuse.fusion": (r.reuse.fusion, "cross_only"),
+        "reuse.own_kv": (r.reuse.own_kv, False),
+        "reuse.source": (r.reuse.source, "native"),
+        "reuse.hidden_layers": (r.reuse.hidden_layers, "auto"),
+        "drafter.start": (r.drafter.start, "random"),
+        "drafter.own_head": (r.drafter.own_head, True),
+    }
+    wrong = next((key for key, (said, needed) in format_.items() if said != needed), None)
+    return {"key": wrong, "needed": str(format_[wrong][1]).lower()} if wrong else None
+
+
+def _beside_an_assistant(r: TrainRecipe) -> dict | None:
+    """The first key that the format of assistants has no place for."""
+    if r.drafter.kind != "gemma4_assistant":
+        return None
+    ordinary = {
+        **dict.fromkeys(("lm", "vocabulary", "sequential", "qk_norm"), None),
+        **dict.fromkeys(("fc_norm", "norm_output", "norm_before_residual"), False),
+        "rope_factor": 1,
+    }
+    wrong = next((name for name, value in ordinary.items() if getattr(r.drafter, name) != value), None)
+    return {"key": wrong} if wrong else None
+
+
 # Over LossRecipe.
 LOSS = (
     Rule(
@@ -176,6 +209,16 @@ def _judged_too_small(r: TrainRecipe) -> dict | None:
 
 # Over TrainRecipe.
 RECIPE = (
+    Rule(
+        "assistant of another form",
+        _not_as_the_format,
+        "drafter.kind=gemma4_assistant is a format with {key}={needed}: start from experiment=gemma4_assistant",
+    ),
+    Rule(
+        "keys beside an assistant",
+        _beside_an_assistant,
+        "drafter.kind=gemma4_assistant has no place for drafter.{key}; leave it out",
+    ),
     Rule(
         "queries alone in blocks",
         lambda r: not r.reuse.own_kv and r.objective.kind == "blockwise",

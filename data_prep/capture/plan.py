@@ -15,7 +15,7 @@ from data_prep.cache.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_ma
 from data_prep.cache.writer import another_cache
 from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
-from data_prep.target.architecture import layers_with_kv, other_kv_sizes, target_config, target_sizes
+from data_prep.target.architecture import last_layers_with_kv, layers_with_kv, other_kv_sizes, target_config, target_sizes
 from data_prep.target.families import check_kv
 from data_prep.target.loading import target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import check_checkpoint, quantisation_of
@@ -41,6 +41,10 @@ def chosen_layers(recipe: CaptureSections) -> Layers:
     cache = recipe.cache
     config = target_config(recipe.target)
     count = config.get_text_config(decoder=True).num_hidden_layers
+    if cache.layers == "assistant":
+        check_kv(recipe.target.path, config)
+        read = {"hidden": [count - 1]} | dict.fromkeys(("kv", "query"), sorted(last_layers_with_kv(config).values()))
+        return Layers(**{kind: layers if kind in cache.kinds else [] for kind, layers in read.items()})
     named = [] if cache.layers == "auto" else sorted(set(cache.layers))
     if wrong := [layer for layer in named if not 0 <= layer < count]:
         raise UserError(f"cache.layers: the target has layers 0 to {count - 1}; there is no layer {wrong[0]}")

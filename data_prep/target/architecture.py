@@ -187,6 +187,14 @@ def _layer_kinds(config: PretrainedConfig) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
+def last_layers_with_kv(config: PretrainedConfig) -> dict[str, int]:
+    """Kind of layer (sliding_attention, full_attention) -> the last one of it that has keys and values of its own. These are what
+    assistants of Gemma 4 read."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return {kinds[layer]: layer for layer in layers_with_kv(config)}
+
+
 def shortest_window(config: PretrainedConfig) -> int | None:
     """How many positions a query of a layer with a window reads, where there are such layers."""
     config = config.get_text_config(decoder=True)

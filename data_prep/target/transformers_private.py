@@ -105,11 +105,11 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Behind the last layer; families differ in its name. Raises UserError where there is none."""
-    # The last one: some families have another behind the embedding.
-    norms = [module for name, module in decoder(model).named_children() if "norm" in name or name == "ln_f"]
+    # Most call it `norm`. Of other names the last one: some families have another behind the embedding.
+    norms = {name: module for name, module in decoder(model).named_children() if "norm" in name or name == "ln_f"}
     if not norms:
         raise UserError(f"a '{model.config.model_type}' has no norm behind its last layer, of which a server's states are made")
-    return norms[-1]
+    return norms.get("norm", list(norms.values())[-1])
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:

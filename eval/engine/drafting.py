@@ -126,7 +126,7 @@ class StaticTrained:
         if self._cache is not cache:
             self._cache = cache
             self.memory = StaticMemory(config, cache.batch, cache.room + 1, self._head.head_VE.device, borrowed)
-            self.feature_BE = self._head.head_VE.new_zeros(cache.batch, config.architecture.hidden_size, dtype=self.drafter.dtype)
+            self.feature_BE = self._head.head_VE.new_zeros(cache.batch, config.feature_size, dtype=self.drafter.dtype)
         self._fresh = True
 
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:

@@ -112,6 +112,11 @@ def test_what_is_declared_of_a_family_is_known_without_its_weights(name, tmp_pat
     assert list(target.kv_shapes) == ([] if family_of(config).kv else layers_with_kv(config))
     sizes = target_sizes(recipe)
     assert all(getattr(target.architecture, name) == value for name, value in vars(sizes).items())
+    # The norm behind the last layer, of all that there are.
+    last = sizes.num_layers - 1
+    target.capture([last], [])
+    states = target.forward(IDS_BT)
+    close(private.final_norm(target.model)(states.hidden[last]) * target.logit_scale, states.last_hidden)
 
 
 def test_a_family_that_would_be_read_wrongly_is_refused_by_name(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.target.target import Target
-from eval.oracle.decode import Generation, Round, decode
+from eval.oracle.decode import Round, decode
 from eval.oracle.drafting import Trained
 from tests.support.models import HIDDEN_LAYERS
 from tests.support.packs import KV_LAYERS, cached
@@ -76,41 +76,54 @@ def measure(
     view: View | None = None,
 ) -> Alignment:
     """Decodes and compares. `packing`: among other documents. `tamper`: a fault put into the training side's pack."""
-    # 1. The decode loop: rounds of drafting and verification.
-    prompt, generation = decoded(target, drafter, temperature, view)
-    # The text is everything that was emitted, not only what was asked for.
-    tokens = prompt + generation.tokens
-    # Behind the end of the text nothing says how many drafts would have been kept.
-    rounds = [r for r in generation.rounds[:MOST_ROUNDS] if r.anchor + r.drafted < len(tokens)]
+    target.capture(HIDDEN_LAYERS, KV_LAYERS)
+    tokens, rounds = decoded(target, drafter, temperature, view)
+    return compared(target, drafter, tokens, rounds, packing, attend, tamper, view)
 
-    # 2. The training forward over the same text, all anchors at once.
+
+def compared(
+    target: Target,
+    drafter,
+    tokens: list[int],
+    rounds: list[Round],
+    packing: bool = True,
+    attend=BACKENDS["reference"],
+    tamper: Callable[[Pack], Pack] | None = None,
+    view: View | None = None,
+) -> Alignment:
+    """What `decoded` gave, beside the training forward of `drafter`. The target yields the states that it reads."""
+    # 1. The training forward over the same text, all anchors at once.
     pack = pack_of(target, tokens, [r.anchor for r in rounds], packing, view)
     logits_NJV = training_logits(target, drafter, tamper(pack) if tamper else pack, attend, view)
 
-    # 3. Round by round, what differs.
+    # 2. Round by round, what differs.
     found = Alignment()
     for one, trained_JV in zip(rounds, logits_NJV):
         add_round(found, one, trained_JV, tokens, comparable_slots(drafter, one))
     return found
 
 
-def decoded(target: Target, drafter, temperature: float, view: View | None) -> tuple[list[int], Generation]:
-    """A random prompt, and what the target wrote behind it with this drafter's help."""
-    target.capture(HIDDEN_LAYERS, KV_LAYERS)
+def decoded(target: Target, drafter, temperature: float, view: View | None = None) -> tuple[list[int], list[Round]]:
+    """The decode loop, rounds of drafting and verification: a random prompt with what the target wrote behind it, and the rounds
+    that can be compared."""
     generator = torch.Generator().manual_seed(5)
     prompt = torch.randint(0, VOCABULARY, (PROMPT_TOKENS,), generator=generator).tolist()
     drafting = Trained(drafter, target.frozen_head, BACKENDS["reference"], view)
-    return prompt, decode(target, drafting, prompt, NEW_TOKENS, temperature, seed=3)
+    generation = decode(target, drafting, prompt, NEW_TOKENS, temperature, seed=3)
+    # The text is everything that was emitted, not only what was asked for.
+    tokens = prompt + generation.tokens
+    # Behind the end of the text nothing says how many drafts would have been kept.
+    return tokens, [r for r in generation.rounds[:MOST_ROUNDS] if r.anchor + r.drafted < len(tokens)]
 
 
 def pack_of(target: Target, tokens: list[int], anchors: list[int], packing: bool, view: View | None) -> Pack:
     """Document `tokens` with `anchors`, alone or between two neighbours, which have none."""
-    documents = [cached(target, tokens)]
+    documents = [cached(target, tokens, capture=False)]
     marks = [np.asarray(anchors)]
     if packing:
         generator = torch.Generator().manual_seed(9)
         texts = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in NEIGHBOUR_LENGTHS]
-        before, behind = (cached(target, text) for text in texts)
+        before, behind = (cached(target, text, capture=False) for text in texts)
         nowhere = np.zeros(0, dtype=np.int64)
         documents = [before, *documents, behind]
         marks = [nowhere, *marks, nowhere]

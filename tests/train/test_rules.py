@@ -19,6 +19,7 @@ from train.unread import UNREAD, unread
 RULES = by_name((*rules.TABLES, *machine_rules.TABLES))
 SPARSE = "objective=budgetdraft"
 QUERIES_ALONE = ["objective=ttt", "reuse=hybrid", "reuse.fusion=cross_only", "reuse.own_kv=false"]
+ASSISTANT = "experiment=gemma4_assistant"
 LINES = {
     "keys of blocks under ttt": ["objective=ttt", "+objective.causal=true"],
     "smallest above largest": [SPARSE, "objective.smallest=300", "objective.largest=299"],
@@ -76,6 +77,9 @@ LINES = {
     "keys that are normed differently": ["drafter.qk_norm=false"],
     "vocabulary that is not reduced": ["drafter.vocabulary=8192"],
     "mask outside the vocabulary": ["target.mask_token_id=8192"],
+    "assistant of another form": [ASSISTANT, "reuse.own_kv=true"],
+    "keys beside an assistant": [ASSISTANT, "drafter.qk_norm=true"],
+    "assistant of another family": [ASSISTANT],
 }
 
 
@@ -90,6 +94,8 @@ def contexts(manifest) -> dict:
     about = ("blockwise", "kv", [0, 1], [], 4, False, False, 0, "target", None, small, {})
     windows = DrafterConfig(*about, kv_shapes=[replace(own, window=n) for n in (8, 9)])
     joined = replace(windows, source="head_concat", source_layers=[0, 1])
+    gemma = machine_rules.Gemma("gemma4", {"sliding_attention": 2, "full_attention": 3}, 64, 3, {"hidden": [3], "kv": [2, 3]})
+    many_heads = replace(windows, kind="gemma4_assistant", kv_shapes=[replace(own, kv_heads=n) for n in (1, 8)])
     return {
         "batch that ranks cannot share": (["train.batch=8"], 3),
         "fp8 on an older GPU": (["train.fp8=true"], machine_rules.Machine(bf16=True, capability=(8, 0), name="an older GPU")),
@@ -101,6 +107,10 @@ def contexts(manifest) -> dict:
         "start from layers of another kind": ([], "layers of a 'gpt_oss' are built otherwise"),
         "heads side by side that differ": (["reuse=kv", "reuse.source=head_concat"], joined),
         "step that sees no memory": (QUERIES_ALONE, replace(windows, own_kv=False, slots=8)),
+        "assistant over layers of one kind": ([ASSISTANT], gemma._replace(last={"full_attention": 3})),
+        "last layers that the cache lacks": ([ASSISTANT], gemma._replace(held={"hidden": [1, 3], "kv": [1, 3]})),
+        "assistant wider than its target": ([ASSISTANT], gemma),
+        "assistant that does not fit": ([ASSISTANT], many_heads),
         "view of a window": ([SPARSE, "reuse=kv"], windows),
         "documents beyond a language model": (
             ["objective=ttt", "reuse=none", "drafter.lm=x"],

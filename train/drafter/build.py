@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from data_prep.target.architecture import Architecture, KVLayer, Sizes
+from train.drafter.assistant import Assistant
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
 from train.drafter.formats.imported import imported_config
@@ -18,7 +19,9 @@ from train.drafter.standalone import Standalone
 
 def new_drafter(config: DrafterConfig) -> Drafter:
     """A drafter of this configuration, its weights still to be chosen."""
-    return LayeredDrafter(config) if config.lm is None else Standalone(config)
+    if config.lm is not None:
+        return Standalone(config)
+    return Assistant(config) if config.is_assistant else LayeredDrafter(config)
 
 
 def load_config(folder: str | Path, beside: Callable[[], Sizes | Architecture] | None = None) -> DrafterConfig:

@@ -76,6 +76,9 @@ class DrafterConfig:
     own_sizes: list[str] = field(default_factory=list)  # what of `architecture` is other than the target's
     kv_shapes: list[KVLayer] | None = None  # of the target layers whose K/V are read, as `kv_layers`; null: as `architecture`
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
+    kind: str = "layers"  # what its layers and ends are like: layers (the target's kind) | gemma4_assistant
+    centroids: int | None = None  # an imported assistant's clusters of tokens, of which it says `centroid_top_k` at a time
+    centroid_top_k: int = 32
 
     @property
     def schedule(self) -> Schedule:
@@ -84,8 +87,23 @@ class DrafterConfig:
 
     @property
     def state_size(self) -> int:
-        """E of the target: the size of its hidden states and embeddings, and of what an LM head reads."""
+        """E of the target: the size of its hidden states and embeddings."""
         return self.target_hidden or self.architecture.hidden_size
+
+    @property
+    def is_assistant(self) -> bool:
+        """Whether it is built as Gemma 4's assistants are (`train/drafter/assistant.py`)."""
+        return self.kind == "gemma4_assistant"
+
+    @property
+    def output_size(self) -> int:
+        """Of what the LM head reads. An assistant's head is of its layers' size; any other could be the target's."""
+        return self.architecture.hidden_size if self.is_assistant else self.state_size
+
+    @property
+    def feature_size(self) -> int:
+        """Of the feature that a row reads beside its token. An assistant's is a state of the target, as it stands."""
+        return self.state_size if self.is_assistant else self.architecture.hidden_size
 
     @property
     def depth(self) -> int:
@@ -157,7 +175,10 @@ class DrafterConfig:
 
     @property
     def normed(self) -> bool:
-        """Whether queries and keys pass a norm."""
+        """Whether queries and keys pass a norm. In Gemma 4 they do, whose layers have heads of two sizes, of which
+        `architecture` says one."""
+        if self.is_assistant:
+            return True
         return self.architecture.qk_norm if self.qk_norm is None else self.qk_norm
 
     def row_position(self, anchor: Tensor, slot: Tensor | int) -> Tensor:

@@ -1,7 +1,9 @@
 """What stands between a drafter's output and its tokens: its vocabulary, its LM head, and a head that knows the token before.
 
-Shapes: N anchors, J drafted slots, R rows, V target vocabulary, D draft vocabulary, E hidden size.
+Shapes: N anchors, J drafted slots, R rows, V target vocabulary, D draft vocabulary, E hidden size, C clusters.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ class DraftHead(nn.Module):
         size = config.draft_vocab or a.vocab_size if weight is None else len(weight)
         if size < a.vocab_size:
             self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
-        self.weight = nn.Parameter(torch.zeros(size, config.state_size)) if config.own_head else weight
+        self.weight = nn.Parameter(torch.zeros(size, config.output_size)) if config.own_head else weight
+        self.clusters = Clusters(config) if config.centroids else None
         self._uses_fp8 = False
         self._narrow: fp8.Frozen | None = None
 
@@ -60,8 +63,12 @@ class DraftHead(nn.Module):
             self._narrow = fp8.Frozen(draft_DE)
         return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None, head.finish)
 
-    def product(self, head: FrozenHead) -> Product:
+    def product(self, head: FrozenHead) -> Callable[[Tensor], Tensor]:
         """For decoding: what gives its logits, over a weight that is laid out if the target's is."""
+        product = self._whole_product(head)
+        return product if self.clusters is None else ClusteredProduct(product, self.clusters)
+
+    def _whole_product(self, head: FrozenHead) -> Product:
         draft_DE = self.heads(head).draft_DE
         if draft_DE is head.head_VE:
             return head.product
@@ -92,12 +99,46 @@ class DraftHead(nn.Module):
         rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
         return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
 
-    def logits(self, output_RE: Tensor, head: FrozenHead, product: Product | None = None) -> Tensor:
+    def logits(self, output_RE: Tensor, head: FrozenHead, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """float32 (or float64) logits over the target's vocabulary, [R, V]: -inf for what the drafter cannot say. `product`: this
         head's, where it was made once."""
         logits = (product or self.product(head))(output_RE)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return over_targets(logits, self.kept_D, len(head.head_VE), -torch.inf)
+
+
+class Clusters(nn.Module):
+    """Gemma 4's centroid head: equally many tokens in each cluster, cluster by cluster in `ordering` [V]. Training is over all
+    tokens, and does not change it."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        vocabulary = config.architecture.vocab_size
+        self.centroids = nn.Linear(config.output_size, config.centroids, bias=False)
+        self.register_buffer("ordering", torch.arange(vocabulary))
+        self.size = vocabulary // config.centroids
+        self.chosen = config.centroid_top_k
+
+    def hides(self, output_RE: Tensor) -> Tensor:
+        """Tokens outside of the likeliest clusters, bool [..., V]."""
+        score_RC = self.centroids(output_RE)
+        hidden_RC = torch.ones_like(score_RC, dtype=torch.bool)
+        hidden_RC = hidden_RC.scatter(-1, score_RC.topk(self.chosen, dim=-1).indices, False)
+        cluster_V = torch.empty_like(self.ordering)
+        cluster_V[self.ordering] = torch.arange(len(self.ordering), device=self.ordering.device) // self.size
+        return hidden_RC[..., cluster_V]
+
+
+class ClusteredProduct:
+    """Logits as vLLM 0.32 has them: none outside of the likeliest clusters. Here those of all tokens are computed and then hidden,
+    which saves no time."""
+
+    def __init__(self, product: Product, clusters: Clusters):
+        self._product = product
+        self._clusters = clusters
+
+    def __call__(self, output_RE: Tensor) -> Tensor:
+        return self._product(output_RE).masked_fill(self._clusters.hides(output_RE), -torch.inf)
 
 
 def over_targets(values: Tensor, kept_D: Tensor | None, vocabulary: int, elsewhere: float) -> Tensor:

@@ -19,7 +19,7 @@ from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
-from train.drafter.layers import Attention, DraftLayer, Rope, Steps
+from train.drafter.layers import KV, Attention, DraftLayer, Rope, Steps
 from train.drafter.memory import Memory, TargetKV
 
 Rotation = tuple[tuple[float, ...], float]  # angles per position, and the scale
@@ -114,8 +114,13 @@ class LayeredDrafter(Drafter):
         memory = Memory.extended(past, len(self.layers), {n: rows if n == config.own_memory else places for n in config.branches})
         if config.uses_kv:
             of_shape = self._ropes_at(places.position)
+            read: dict[int, KV] = {}
             for layer, target_kv in enumerate(self.target_kv):
-                memory.add(layer, "kv", target_kv(states, of_shape, self.dtype))
+                source = config.target_layers[layer]
+                # Draft layers that read one target layer in place share what they read.
+                if source not in read or config.source != "native":
+                    read[source] = target_kv(states, of_shape, self.dtype)
+                memory.add(layer, "kv", read[source])
         if config.uses_hidden:
             hidden_PI = torch.cat([states.hidden[i] for i in config.hidden_layers], dim=-1)
             features = self._feature(hidden_PI.to(self.dtype))
@@ -139,7 +144,7 @@ class LayeredDrafter(Drafter):
     def known_queries(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend: AttentionBackend
     ) -> list[dict[str, Tensor]]:
-        x_RE = feature_RE if self.config.reads_pairs else token_RE
+        x_RE = self._enter(token_RE, feature_RE)
         # Without a view's selection: these queries are what the next selection is made by.
         return self._read(replace(memory, selection=None), x_RE, token_RE, rows, attend, keep=False)
 
@@ -224,10 +229,17 @@ class LayeredDrafter(Drafter):
         attend: AttentionBackend,
     ) -> tuple[Tensor, Tensor, Past]:
         drafts = rows if earlier is None else earlier + rows
-        x = feature_NE if self.config.reads_pairs else token_NE
-        x, past = self._run(x, token_NE, rows, drafts, memory, past, attend)
-        normed = self.norm(x)
-        return self.to_target(normed), normed if self.config.norm_output else x, past
+        x, past = self._run(self._enter(token_NE, feature_NE), token_NE, rows, drafts, memory, past, attend)
+        return *self._leave(x), past
+
+    def _enter(self, token_QE: Tensor, feature_QE: Tensor | None) -> Tensor:
+        """The residual stream that enters the first layer."""
+        return feature_QE if self.config.reads_pairs else token_QE
+
+    def _leave(self, x_QE: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the LM head reads, the feature of the next step) of the residual stream behind the last layer."""
+        normed = self.norm(x_QE)
+        return self.to_target(normed), normed if self.config.norm_output else x_QE
 
     def _run(
         self,
@@ -292,10 +304,13 @@ class LayeredDrafter(Drafter):
                 self.mask_hidden.weight.div_(0.02)  # numbers of size one, as P-EAGLE's
             if self.sequential:
                 self.sequential.up.weight.zero_()  # it begins by correcting nothing
-        self.head.start(head, counts_V)
+        self._start_head(head, counts_V)
         if self.config.start == "target":
             self._start_from(target)
         return self
+
+    def _start_head(self, head: FrozenHead, counts_V: Tensor | None) -> None:
+        self.head.start(head, counts_V)
 
     def _start_from(self, target: Described) -> None:
         config = self.config

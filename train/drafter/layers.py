@@ -141,15 +141,19 @@ class DraftLayer(nn.Module):
     """Layer `index` of a drafter. `branches` holds an attention for each kind of memory: "tokens", "hidden", "kv", or the last
     two (hybrid)."""
 
+    attention = Attention
+    activation = staticmethod(F.silu)
+
     def __init__(self, config: DrafterConfig, index: int):
         super().__init__()
         a = config.architecture
-        self.pairs = index == 0 and config.reads_pairs
+        # An assistant joins token and feature before its first layer, not in it.
+        self.pairs = index == 0 and config.reads_pairs and not config.is_assistant
         self.normed_residual = self.pairs and config.norm_before_residual
         inputs = a.hidden_size * (2 if self.pairs else 1)
         names = config.branches
         self.branches = nn.ModuleDict(
-            {n: Attention(config, inputs, config.shape(index, n), config.head_copies if n == "kv" else 1) for n in names}
+            {n: self.attention(config, inputs, config.shape(index, n), config.head_copies if n == "kv" else 1) for n in names}
         )
         self.fuse = GatedDelta(a.hidden_size, config.gate_floor) if len(names) == 2 else None
         self.input_norm = nn.RMSNorm(a.hidden_size, eps=a.norm_eps)
@@ -194,8 +198,11 @@ class DraftLayer(nn.Module):
     def after(self, x_QE: Tensor, attended_QE: Tensor) -> Tensor:
         """The residual stream after the layer, [Q, E]."""
         x_QE = x_QE + attended_QE
-        normed = self.post_norm(x_QE)
-        return x_QE + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return x_QE + self.feed(self.post_norm(x_QE))
+
+    def feed(self, normed_QE: Tensor) -> Tensor:
+        """The gated MLP, [Q, E]."""
+        return self.down(self.activation(self.gate(normed_QE)) * self.up(normed_QE))
 
     def use_fp8(self) -> None:
         """The products of the MLP in fp8."""

@@ -23,6 +23,8 @@ def check_warm_start(folder: str, config: DrafterConfig) -> None:
     theirs = other.architecture
     if other.imported and not config.uses_hidden:
         raise UserError(f"{where} is a checkpoint of {other.imported}; reuse={config.reuse} has nothing to take from it")
+    if other.kind != config.kind:
+        raise UserError(f"{where} is a drafter of drafter.kind={other.kind}, not of {config.kind}")
     sizes = ("hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim")
     if wrong := [size for size in sizes if getattr(mine, size) != getattr(theirs, size)]:
         here = getattr(mine, wrong[0])
