@@ -114,6 +114,7 @@ def train(o) -> None:
     target = json.loads((o.runs / "cache/manifest.json").read_text())["target"]
     last = target["architecture"]["num_layers"] - 1
     layers = {"{last}": last, "{before}": last - 1, "{middle}": last // 2}
+    cache.append("cache.on_missing=fail")  # it is there, and `data=` among the overrides would ask for one of all the data
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:

@@ -65,9 +65,10 @@ class StaticMemory(Memory):
             self.place[branch] = places.position.view(self.batch, -1) - self.first[branch]
         return self
 
+    def keeps(self, layer: int, branch: str) -> bool:
+        return (layer, branch) not in self.borrowed
+
     def add(self, layer: int, branch: str, kv: KV) -> None:
-        if (layer, branch) in self.borrowed:
-            return
         if branch not in self.layers[layer]:
             key, value = (t.new_zeros(self.batch, self.room, *t.shape[1:]) for t in kv)
             self.layers[layer][branch] = Part(key, value, self.first[branch])

@@ -109,7 +109,7 @@ class Bench:
         self._text_BL = torch.tensor([[*self._first, 0]], device=target.device)
         longest = max(drafter.config.draft_length for drafter in drafters.values())
         cache = StaticCache.of(target, 1, room_for(max(map(len, self._prompts)), o.new, longest))
-        self._cache_bytes = (cache.key[:, 0, 0].nbytes + cache.value[:, 0, 0].nbytes) // len(target.layers) * self._layers
+        self._cache_bytes = cache.nbytes // cache.room // len(target.layers) * self._layers
         self._who = {name: Contender(target, drafter, cache, o) for name, drafter in {ALONE: None, **drafters}.items()}
         for one in self._who.values():  # kernels, graphs, and the drafters' memory
             one.generate(self._first, o.new)

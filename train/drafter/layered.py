@@ -116,6 +116,8 @@ class LayeredDrafter(Drafter):
             of_shape = self._ropes_at(places.position)
             read: dict[int, KV] = {}
             for layer, target_kv in enumerate(self.target_kv):
+                if not memory.keeps(layer, "kv"):
+                    continue
                 source = config.target_layers[layer]
                 # Draft layers that read one target layer in place share what they read.
                 if source not in read or config.source != "native":

@@ -34,6 +34,10 @@ class Memory:
     def announced(self, new: dict[str, Places]) -> "Memory":
         return Memory([dict(layer) for layer in self.layers], {n: self.places[n] + new[n] for n in new})
 
+    def keeps(self, layer: int, branch: str) -> bool:
+        """Whether it holds keys of its own there, which have to be made."""
+        return True
+
     def add(self, layer: int, branch: str, kv: KV) -> None:
         old = self.layers[layer].get(branch)
         self.layers[layer][branch] = kv if old is None else old + kv
