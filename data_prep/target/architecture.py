@@ -202,8 +202,7 @@ def _layer_kinds(config: PretrainedConfig) -> list[str]:
 def last_layers_with_kv(config: PretrainedConfig) -> dict[str, int]:
     """Kind of layer (sliding_attention, full_attention) -> the last one of it that has keys and values of its own. These are what
     assistants of Gemma 4 read."""
-    text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kinds = _layer_kinds(config)
     return {kinds[layer]: layer for layer in layers_with_kv(config)}
 
 

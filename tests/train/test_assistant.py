@@ -5,38 +5,50 @@ Shapes: N anchors, J steps, V vocabulary, T positions, E hidden size of the targ
 
 import json
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, Gemma4TextConfig
+from transformers import DynamicCache, Gemma4TextConfig, Gemma4UnifiedTextConfig
 
+from common import cli
 from common.errors import UserError
+from data_prep.capture.plan import chosen_layers
 from data_prep.target.target import Target
+from eval.engine.drafting import StaticTrained
+from eval.engine.request import Stops
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Nobody, Trained
 from tests.support.alignment import compared, decoded
-from tests.support.assistants import assistant_of, read_layers, sharing_modes, taught, transformers_assistant
+from tests.support.assistants import assistant_config, assistant_of, read_layers, sharing_modes, taught, transformers_assistant
 from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed
+from tests.support.engines import engine_of, ragged, triples
 from tests.support.families import add_tokenizer, miniature
 from tests.support.packs import REFERENCE, cached
 from tests.support.runs import losses
 from train.attention.choose import BACKENDS
+from train.build import drafter_config
 from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.assistant import main_directions
 from train.drafter.build import load_drafter
 from train.drafter.config import DrafterConfig
+from train.drafter.formats.assistant_names import assistant_names
 from train.drafter.warm_start import check_warm_start, warm_start
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective, Supervision
+from train.recipe import TrainRecipe
 
 # Of heads of two numbers, of layers that share K/V, and of neither.
-FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", pytest.param("gemma4_text", marks=pytest.mark.slow))
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4_text", "gemma4_unified_text"))
+FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", *SLOW)
 VOCABULARY = 28
 SIZES = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
+# Where two layers share the K/V of others, two of each kind are left, so that there is a wrong one to read.
+DEEPER = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
 WINDOW = 8
 LENGTH = 30
 STEPS = 4
@@ -48,10 +60,11 @@ ANOTHER = 1e-2
 @pytest.fixture(scope="module", params=FAMILIES)
 def target(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Gemma4TextConfig, "kv_sharing_modes", property(sharing_modes), raising=False)
+        for config in (Gemma4TextConfig, Gemma4UnifiedTextConfig):
+            patch.setattr(config, "kv_sharing_modes", property(sharing_modes), raising=False)
         # With a head that is not its embedding, or it would say the same token for ever.
-        folder = miniature(request.param, tmp_path_factory.mktemp("target"), seed=1, tie_word_embeddings=False, **SIZES)
-        target = Target(str(folder))
+        changed = SIZES | {"tie_word_embeddings": False} | (DEEPER if request.param == "gemma4_text_shared" else {})
+        target = Target(str(miniature(request.param, tmp_path_factory.mktemp("target"), seed=1, **changed)))
         hidden, kv = read_layers(target)
         target.capture(hidden, sorted(set(kv)))
         yield target
@@ -68,12 +81,9 @@ def pack_of(target: Target, tokens: list[int]) -> Pack:
 
 
 def training_logits(target: Target, drafter, pack: Pack) -> Tensor:
-    objective = Objective(drafter, target.frozen_head, REFERENCE, Supervision(LossRecipe(kl=1), torch.ones(STEPS)))
-    with torch.no_grad():
-        return objective.logits(pack)
+    return Objective(drafter, target.frozen_head, REFERENCE, Supervision(LossRecipe(kl=1), torch.ones(STEPS))).logits(pack)
 
 
-@torch.no_grad()
 def their_logits(target: Target, assistant, tokens: list[int]) -> Tensor:
     """What transformers' class proposes over the same text [N, J, V], fed as vLLM 0.32 and SGLang 0.5.23 feed theirs: rows at
     a - 1, keys of positions before a, of sliding layers as many as the target's window has."""
@@ -101,15 +111,23 @@ def their_logits(target: Target, assistant, tokens: list[int]) -> Tensor:
 
 def apart(mine: Tensor, theirs: Tensor) -> float:
     """The largest difference, relative to the size of the numbers."""
-    return float((mine - theirs).abs().max() / theirs.abs().max())
+    return float((mine - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
-def test_the_training_forward_is_transformers_own_class(target):
+def test_the_training_forward_is_transformers_own_class_and_so_are_its_gradients(target):
     drafter = assistant_of(target)
+    assistant = transformers_assistant(drafter, target)
     tokens = random_text()
     mine = training_logits(target, drafter, pack_of(target, tokens))
-    theirs = their_logits(target, transformers_assistant(drafter, target), tokens)
+    theirs = their_logits(target, assistant, tokens)
     assert mine.shape == theirs.shape and apart(mine, theirs) < 1e-5
+    weight_NJV = torch.randn(mine.shape, generator=torch.Generator().manual_seed(4))
+    for logits in (mine, theirs):
+        (logits * weight_NJV).sum().backward()
+    names = assistant_names(drafter.config)
+    learned = dict(assistant.named_parameters())
+    for name, parameter in drafter.named_parameters():
+        assert apart(parameter.grad, learned[names[name]].grad) < 1e-4, name
 
 
 # Drafts, beside those of transformers' own assisted generation.
@@ -235,6 +253,40 @@ def test_features_of_the_next_position_are_seen(target, decoded_text):
     assert compared(target, *decoded_text, tamper=tamper).worst > ANOTHER
 
 
+@pytest.fixture(scope="module")
+def exact(target):
+    """The target in float64, where the order of sums changes no token, and a drafter that some of its tokens taught."""
+    target = Target(target.path, dtype=torch.float64)
+    hidden, kv = read_layers(target)
+    target.capture(hidden, sorted(set(kv)))
+    drafter = assistant_of(target)
+    text = decode(target, Nobody(), ragged()[0], 24, 0.0, 0).tokens
+    taught(drafter, target, [*ragged()[0], *text], steps=10)
+    return target, drafter
+
+
+def test_the_engine_s_rounds_are_the_plain_loop_s_and_nothing_is_kept(exact):
+    """Four prompts of several lengths at a time; the target's cache is all that is read."""
+    target, drafter = exact
+    drafting = StaticTrained(drafter, target.frozen_head)
+    found = engine_of(target, drafting, STEPS, prefill_chunk=7).generate(ragged(), 24, [0, 1, 2, 3], Stops())
+    plain = Trained(drafter, target.frozen_head, REFERENCE)
+    expected = [decode(target, plain, prompt, 24, 0.0, 0) for prompt in ragged()]
+    assert [triples(one) for one in found] == [triples(one) for one in expected]
+    assert sum(r.kept for g in found for r in g.rounds) > 5
+    assert len(drafting.memory.borrowed) == 4 and drafting.memory.nbytes() == 0
+    assert {name: drafting.kv_bytes(40)[name] for name in ("kept", "peak")} == {"kept": 0, "peak": 0}
+
+
+@pytest.mark.slow
+def test_compiled_parts_are_the_same_function(target):
+    drafter = assistant_of(target)
+    pack = pack_of(target, random_text())
+    expected = training_logits(target, drafter, pack).detach()
+    drafter.compile_parts()
+    assert apart(training_logits(target, drafter, pack).detach(), expected) < 1e-5
+
+
 # The start, and what is saved.
 
 
@@ -280,12 +332,51 @@ def test_a_centroid_head_says_the_tokens_of_the_likeliest_clusters(target):
     tokens = random_text()
     pack = pack_of(target, tokens)
     mine = training_logits(target, drafter, pack)  # by way of `DraftHead.logits`, as decoding
-    theirs = their_logits(target, transformers_assistant(drafter, target), tokens)
+    theirs = their_logits(target, transformers_assistant(drafter, target), tokens).detach()
     said = mine.isfinite()
     assert (said.sum(-1) == 12).all() and len(said.flatten(0, 1).unique(dim=0)) > 5
     assert ((theirs > theirs.amin(-1, keepdim=True)) == said).all() and apart(mine[said], theirs[said]) < 1e-5
     # A loss is over all tokens.
     assert torch.equal(drafter.head.heads(target.frozen_head).draft_DE, drafter.head.weight)
+
+
+# What a recipe and a cache make of it.
+
+
+def config_of(target: Target, *words: str, held: tuple[list[int], list[int]] | None = None) -> DrafterConfig:
+    """Of the published sizes, over a cache that holds these layers (hidden states, K/V); None: those that cache.layers=assistant
+    stores."""
+    recipe = cli.compose("train", TrainRecipe, ["experiment=gemma4_assistant", f"target.path={target.path}", *words])
+    hidden, kv, _ = chosen_layers(recipe)
+    hidden, kv = held or (hidden, kv)
+    shapes = {str(layer): asdict(shape) for layer, shape in target.kv_shapes.items() if layer in kv}
+    named = {"id": "x", "weights_hash": "0", "architecture": asdict(target.architecture), "kv_shapes": shapes}
+    layers = {"hidden_layers": hidden, "kv_layers": kv, "query_layers": []}
+    return drafter_config(recipe, SimpleNamespace(target=named, tokenizer_hash="0", max_length=99, **layers))
+
+
+def test_it_reads_the_target_s_last_layers_of_each_kind(target):
+    small = ["drafter.hidden_size=24", "drafter.intermediate_size=40"]
+    found = config_of(target, *small)
+    mine = assistant_config(target)
+    for name in ("kind", "target_layers", "hidden_layers", "kv_shapes", "architecture", "own_sizes", "target_hidden"):
+        assert getattr(found, name) == getattr(mine, name), name
+    assert found.constant_positions and found.slots == STEPS and not found.own_kv and found.own_head
+    assert (found.output_size, found.feature_size, found.state_size) == (24, 32, 32)
+    # As many layers as are said: the last one reads the full layer.
+    assert config_of(target, *small, "drafter.layers=2").target_layers == found.target_layers[2:]
+    assert config_of(target, *small, "drafter.layers=1").target_layers == found.target_layers[3:]
+
+
+def test_what_a_cache_or_a_target_cannot_give_is_a_line(target):
+    hidden, kv = read_layers(target)
+    for held in (([0], kv), (hidden, kv[:1]), ([], kv)):
+        with pytest.raises(UserError, match="hidden states of layer . and K/V of .*: capture it with cache.layers=assistant"):
+            config_of(target, held=held)
+    with pytest.raises(UserError, match="3 query heads cannot share"):
+        config_of(target, "drafter.hidden_size=24", "drafter.heads=3")
+    with pytest.raises(UserError, match="an assistant's head begins as the target's in fewer dimensions than its 32"):
+        config_of(target)
 
 
 # The real commands.
@@ -307,8 +398,8 @@ def training(folder) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,ranks", [("gemma4_text_shared", 1), ("gemma4_text_k_eq_v", 2)])
-def test_an_assistant_trains(tmp_path, name, ranks):
+@pytest.mark.parametrize("name,ranks,precision", [("gemma4_text_shared", 1, "bf16"), ("gemma4_text_k_eq_v", 2, "fp32")])
+def test_an_assistant_trains(tmp_path, name, ranks, precision):
     source = words(tmp_path, name)
     done = command(ROOT / "data_prep/main.py", *source, "cache.layers=assistant", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -316,7 +407,8 @@ def test_an_assistant_trains(tmp_path, name, ranks):
     kv = {"gemma4_text_shared": [0, 1], "gemma4_text_k_eq_v": [2, 3]}[name]
     assert (manifest["hidden_layers"], manifest["kv_layers"]) == ([3], kv)
     launcher = deepspeed(ranks, 29617) if ranks > 1 else ()
-    done = command(TRAIN, *source, *training(tmp_path), "deepspeed=zero2", launcher=launcher, cwd=tmp_path)
+    line = [*source, *training(tmp_path), "deepspeed=zero2", f"train.precision={precision}"]
+    done = command(TRAIN, *line, launcher=launcher, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = losses(tmp_path / "run")
     assert len(found) == 8 and found[-1] < 0.8 * found[0]

@@ -47,7 +47,7 @@ class AssistantLayer(DraftLayer):
 
     def after(self, x_QE: Tensor, attended_QE: Tensor) -> Tensor:
         x_QE = x_QE + self.attended_norm(attended_QE)
-        return (x_QE + self.fed_norm(self.feed(self.post_norm(x_QE)))) * self.scalar
+        return (x_QE + self.fed_norm(self.feed(self.post_norm(x_QE)))) * self.scalar.to(x_QE.dtype)
 
 
 class Assistant(LayeredDrafter):

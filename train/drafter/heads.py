@@ -130,8 +130,8 @@ class Clusters(nn.Module):
 
 
 class ClusteredProduct:
-    """Logits as vLLM 0.32 has them: none outside of the likeliest clusters. All are computed and some hidden, which saves
-    no time."""
+    """Logits as vLLM 0.32 has them: none outside of the likeliest clusters. Here those of all tokens are computed, then hidden:
+    it saves no time."""
 
     def __init__(self, product: Product, clusters: Clusters):
         self._product = product
