@@ -18,9 +18,8 @@ from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
-from tests.support.assistants import assistant_of
+from tests.support.assistants import SERVED_SIZES, assistant_of, served_target
 from tests.support.commands import ROOT, without_vllm
-from tests.support.families import add_tokenizer, miniature_model
 from tests.support.packs import cached
 from tests.support.served_drafters import drafter_for
 from train.attention.choose import BACKENDS
@@ -201,29 +200,6 @@ def test_vllm_on_a_cpu_norms_all_keys_with_the_first_layers_weight(served):
 
 # Assistants of Gemma 4.
 
-# Heads of sizes that vLLM has on a CPU; two layers of each kind with K/V of their own, so that there is a wrong one to read.
-GEMMA = {
-    "hidden_size": 64,
-    "head_dim": 32,
-    "global_head_dim": 64,
-    "sliding_window": 16,
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "max_position_embeddings": 1024,
-}
-ASSISTANT = {"hidden_size": 48, "heads": 4, "intermediate_size": 96}
-
-
-def gemma(folder):
-    """A miniature, two of whose layers read others' K/V. Its norm is far from its start, or a head that is its embedding would
-    say the last token again."""
-    model = miniature_model("gemma4_text_shared", seed=1, **GEMMA)
-    with torch.no_grad():
-        model.model.norm.weight.copy_(1.5 * torch.randn(GEMMA["hidden_size"], generator=torch.Generator().manual_seed(7)))
-    model.save_pretrained(folder)
-    return Target(str(add_tokenizer(folder)))
-
-
 def exchanged(folder, copy):
     """The export with its first two layers in each other's place."""
     shutil.copytree(folder, copy)
@@ -246,10 +222,10 @@ def assisted(tmp_path_factory):
     if why := without_vllm():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("assisted")
-    target = gemma(folder / "target")
+    target = served_target(folder / "target")
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, 29, (length,), generator=generator).tolist() for length in (5, 23, 40, 61)]
-    drafter = taught(target, assistant_of(target, random=False, sizes=ASSISTANT), prompts)
+    drafter = taught(target, assistant_of(target, random=False, sizes=SERVED_SIZES), prompts)
     save_export(drafter, target, folder / "assistant", "gemma4_assistant")
     runs = {"nobody": {"drafter": None}}
     for name, place in {"ours": folder / "assistant", "exchanged": exchanged(folder / "assistant", folder / "exchanged")}.items():

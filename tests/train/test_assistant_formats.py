@@ -134,6 +134,16 @@ def test_transformers_loads_an_export(plain, tmp_path, monkeypatch, clusters):
     assert loaded.generation_config.num_assistant_tokens == drafter.config.draft_length
 
 
+@pytest.mark.parametrize("clusters", [{}, CLUSTERS], ids=["whole head", "centroids"])
+def test_what_transformers_writes_is_read(plain, tmp_path, monkeypatch, clusters):
+    """It says heads by layer (`per_layer_config`), where published assistants say them by kind."""
+    monkeypatch.setattr(Gemma4TextConfig, "kv_sharing_modes", property(sharing_modes), raising=False)
+    drafter = shuffled(assistant_of(plain, **clusters))
+    transformers_assistant(drafter, plain).save_pretrained(tmp_path)
+    assert "per_layer_config" in (tmp_path / "config.json").read_text()
+    assert torch.equal(logits_of(plain, imported(plain, tmp_path)), logits_of(plain, drafter))
+
+
 def test_another_export_leaves_nothing_of_the_one_before(plain, tmp_path):
     (tmp_path / "mask_embedding.pt").write_bytes(b"")
     save_export(assistant_of(plain), plain, tmp_path, "gemma4_assistant")
