@@ -19,7 +19,7 @@ from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
 from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
-from train.drafter.formats.export import check_export
+from train.drafter.formats.export import check_export, server_format
 
 
 def check_evaluation(recipe: EvalRecipe) -> None:
@@ -81,7 +81,7 @@ def _check_server(recipe: EvalRecipe) -> None:
     if server.start:
         config = load_config(recipe.drafter, lambda: target_sizes(recipe.target))
         if not is_foreign(read_fields(recipe.drafter)):
-            check_export(config, "speculators")
+            check_export(config, server_format(config))
         refuse(rules.STARTED, recipe, config)
         interpreter(server)
         return

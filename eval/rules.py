@@ -16,6 +16,7 @@ from common.rules import Rule
 from data_prep.cache.manifest import Manifest
 from data_prep.target import quantised
 from data_prep.target.architecture import Architecture
+from data_prep.target.loading import pick_device
 from train.drafter.config import DrafterConfig
 
 TEMPERATURES = (
@@ -64,6 +65,11 @@ STARTED = (
         lambda r, c: r.draft.length and not c.schedule.causal(c),
         "draft.length={r.draft.length}: slots of {r.drafter}'s blocks see each other, so that a server that "
         "fills shorter ones would run another function; leave it out",
+    ),
+    Rule(
+        "clusters of tokens on a CPU",
+        lambda r, c: c.centroids and r.server.start == "vllm" and pick_device(r.target.device).type == "cpu",
+        "server.start=vllm: vLLM 0.32 scores clusters of tokens, as {r.drafter} does (use_ordered_embeddings), on GPUs only",
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
@@ -12,7 +12,7 @@ from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
 from data_prep.target.families import check_decoder
 from data_prep.target.from_gguf import plain
-from data_prep.target.transformers_private import layer_config, rotary_of, window_of
+from data_prep.target.transformers_private import gemma4_rotary, layer_config, rotary_of, window_of
 
 LIKE = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are built as a drafter's
 UNLIMITED = 2**30  # positions, of a model that names no limit
@@ -55,6 +55,14 @@ class KVLayer:
     window: int | None = None  # the target's queries read this many positions, their own included; None: all
 
 
+@dataclass(frozen=True)
+class TargetSizes(Sizes):
+    """`last_kv`: of a Gemma 4, by kind of layer, the last one that has keys and values of its own, and what these are like. Of
+    other families it is empty."""
+
+    last_kv: dict[str, tuple[int, KVLayer]]
+
+
 class CachedLayer(NamedTuple):
     """What our caches keep of one of the target's layers: the K/V heads that this process has, and the size of a head. `owner`:
     the layer whose keys and values it reads, itself unless layers share them (Gemma 4)."""
@@ -80,11 +88,15 @@ def read_config(path: str, folder: str, revision: str | None, trust_remote_code:
     return config
 
 
-def target_sizes(recipe: TargetRecipe) -> Sizes:
+def target_sizes(recipe: TargetRecipe) -> TargetSizes:
     """Raises UserError when there is no configuration of a causal LM at the target's path."""
     config = target_config(recipe)
     try:
-        return sizes_of(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        last = last_layers_with_kv(config) if text.model_type.startswith("gemma4") else {}
+        return TargetSizes(
+            **asdict(sizes_of(text)), last_kv={kind: (layer, gemma4_kv(text, layer)) for kind, layer in last.items()}
+        )
     except AttributeError as error:
         raise no_causal_lm(recipe.path, error) from error
 
@@ -192,6 +204,13 @@ def last_layers_with_kv(config: PretrainedConfig) -> dict[str, int]:
     assistants of Gemma 4 read."""
     kinds = _layer_kinds(config)
     return {kinds[layer]: layer for layer in layers_with_kv(config)}
+
+
+def gemma4_kv(config: PretrainedConfig, layer: int) -> KVLayer:
+    """What keys and values are like that a layer of a Gemma 4, or of its assistant, reads. `config`: of a language part."""
+    one = layer_config(config, layer)
+    inv_freq, scale = gemma4_rotary(config, config.layer_types[layer])
+    return KVLayer(one.num_key_value_heads, one.head_dim, inv_freq, scale, window_of(config, layer))
 
 
 def shortest_window(config: PretrainedConfig) -> int | None:

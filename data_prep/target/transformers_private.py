@@ -199,6 +199,15 @@ def rotary_of(config: PretrainedConfig) -> tuple[list[float], float]:
     return embedding.inv_freq.double().tolist(), float(embedding.attention_scaling)
 
 
+def gemma4_rotary(config: PretrainedConfig, kind: str) -> tuple[list[float], float]:
+    """The same of a configuration of Gemma 4, of the layers of this kind."""
+    # Not at the top: it is large, and few commands need it.
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+
+    embedding = Gemma4TextRotaryEmbedding(config)
+    return getattr(embedding, f"{kind}_inv_freq").double().tolist(), float(getattr(embedding, f"{kind}_attention_scaling"))
+
+
 def norm_eps(config: PretrainedConfig) -> float:
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
     return next((getattr(config, name) for name in names if getattr(config, name, None)), 1e-6)

@@ -44,7 +44,7 @@ from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, f
 from eval.serving.started import interpreter, started, without_drafter, words
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
-from train.drafter.formats.export import save_export
+from train.drafter.formats.export import save_export, server_format
 from train.drafter.formats.names import MASK_FILE, method_of
 
 
@@ -171,7 +171,7 @@ def _checkpoint(recipe: EvalRecipe, target: Target, drafter: Drafter, folder: Pa
     # An export of what was imported might be another checkpoint than the one that is asked about.
     if is_foreign(read_fields(own)):
         return own, []
-    notes = save_export(drafter, target, folder, "speculators")
+    notes = save_export(drafter, target, folder, server_format(drafter.config))
     return folder, [note for note in notes if "vLLM" in note and MASK_FILE not in note]
 
 
@@ -179,8 +179,11 @@ def _start_of(recipe: EvalRecipe, target: Target, config: DrafterConfig, folder:
     """The command that serves the checkpoint in `folder`, without a port."""
     method = method_of(config)
     speculative = {"method": method, "model": str(folder), "num_speculative_tokens": slots}
-    if method == "peagle":  # vLLM's name of it
+    # vLLM's names of them.
+    if method == "peagle":
         speculative |= {"method": "eagle3", "parallel_drafting": True}
+    if method == "gemma4_assistant":
+        speculative["method"] = "mtp"
     dtype = str(target.dtype).removeprefix("torch.")
     room = min(positions + margin(slots), target.architecture.max_positions)
     cpu = target.device.type == "cpu"

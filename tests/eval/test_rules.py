@@ -32,6 +32,7 @@ DRAFTERS = {
     "lm": {"reuse": "none", "target_layers": [], "positions": 100, "lm": LM},
     "small vocabulary": {"draft_vocab": 4, "own_head": True},
     "other layers": {"target_layers": [3]},
+    "clusters": {"kind": "gemma4_assistant", "constant_positions": True, "own_kv": False, "centroids": 7},
     "windowed": {"kv_shapes": [KVLayer(1, 8, [1.0], 1.0, window=8)]},
 }
 VIEW = ["view=topk_chunk", "view.budget=128"]
@@ -44,6 +45,7 @@ LINES = {
     "not one server": ("ttt", ["mode=served"]),
     "started server without a drafter": (None, ["mode=served", "server.start=vllm"]),
     "shorter blocks that look ahead": ("dflash", ["mode=served", "server.start=vllm", "draft.length=2"]),
+    "clusters of tokens on a CPU": ("clusters", ["mode=served", "server.start=vllm", "target.device=cpu"]),
     "no drafter": (None, []),
     "view of a window": ("windowed", VIEW),
     "in_cache positions of mixed keys": ("projected", [*VIEW, "view.positions=in_cache"]),

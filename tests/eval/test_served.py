@@ -24,12 +24,12 @@ from common import cli
 from common.errors import UserError
 from common.ranks import free_port
 from data_prep.decoding.sampling import Sampling
-from data_prep.target.loading import load_tokenizer
+from data_prep.target.loading import load_tokenizer, tokenizer_hashes
 from data_prep.target.target import Target
 from eval.check import check_evaluation
 from eval.judging.measure import sampling_p_value
 from eval.oracle.decode import decode
-from eval.oracle.drafting import Trained
+from eval.oracle.drafting import Nobody, Trained
 from eval.recipe import EvalRecipe, prompts_within
 from eval.serving import side_by_side
 from eval.serving.counters import sglang_counts, vllm_counts
@@ -37,6 +37,7 @@ from eval.serving.find import find_server
 from eval.serving.served import _incomparable, ours
 from eval.serving.servers import Answer, Asked, ServerRecipe, Sglang, Vllm
 from eval.serving.started import interpreter, started, words
+from tests.support.assistants import SERVED_SIZES, assistant_of, served_target, taught
 from tests.support.commands import ROOT, SMALL, command, deepspeed, fetch_smollm2, without_vllm
 from tests.support.served_drafters import drafter_for
 from train.attention.choose import attention_backend
@@ -552,6 +553,36 @@ def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
     assert "no position differs beyond chance" in done.stdout
     page = (out / "served.html").read_text()
     assert "vLLM, 4 at a time" in page and "<svg" in page and "<script" not in page
+
+
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.parametrize("form", ["ours", "exported"])
+def test_vllm_accepts_of_an_assistant_what_our_engine_accepts(tmp_path, form):
+    """A drafter of ours, and one that is read from its export, by the commands."""
+    target = served_target(tmp_path / "target")
+    assistant = assistant_of(target, random=False, sizes=SERVED_SIZES)
+    target.capture(assistant.config.hidden_layers, assistant.config.kv_layers)
+    said = decode(target, Nobody(), [5, 9, 14], 60, 0, 0).tokens
+    taught(assistant, target, [5, 9, 14, *said])
+    tokenizer = tokenizer_hashes(load_tokenizer(target.folder))[0]
+    identity = {"id": target.folder, "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer}
+    assistant.config = replace(assistant.config, target=identity)
+    assistant.save_pretrained(tmp_path / "ours")
+    words = [f"target.path={target.folder}", "target.mask_token_id=null"]
+    done = command(
+        *(ROOT / "eval/main.py", *words, "drafter=ours", "mode=export", "format=gemma4_assistant", "out=exported"), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    asked = [{"prompt": " ".join(f"w{token}" for token in tokens)} for tokens in ([5, 9, 14], said[:20], said[7:11])]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    words += [f"drafter={form}", "mode=served", "server.start=vllm", "server.concurrency=[1]", "out=out"]
+    words += ["suite=jsonl", "suite.path=asked.jsonl", "suite.new_tokens=40", "temperatures=[0]"]
+    done = command(ROOT / "eval/main.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out/served.json").read_text())["temperatures"]["0"]
+    assert rows["1"]["equal"] == rows["plain, 1"]["equal"] == rows["1"]["requests"] == 3
+    assert rows["1"]["per_prompt_count"] == rows["ours"]["per_prompt_count"] and rows["ours"]["tau_micro"] > 1.2
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ vLLM needs an environment of its own, `.venv-serving` (`make serving` makes it):
 
 import json
 import os
+import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
 from eval.oracle.decode import decode
 from eval.oracle.drafting import Trained
+from tests.support.assistants import SERVED_SIZES, assistant_of, served_target
 from tests.support.commands import ROOT, without_vllm
+from tests.support.packs import cached
 from tests.support.served_drafters import drafter_for
 from train.attention.choose import BACKENDS
 from train.data.pack import PackDocument, make_pack
+from train.drafter.build import new_drafter
 from train.drafter.formats.export import save_export
 from train.losses.recipe import LossRecipe
 from train.objectives.objective import Objective, Supervision
@@ -34,7 +39,8 @@ TEXTS = (
     "class Error(Exception):\n    pass\n\n\nclass ParseError(Error):\n    def __init__(self, message, line):\n        super()",
 )
 NEW = 60  # tokens behind each
-STEPS = {"ttt": 25, "blockwise": 80, "random": 75}  # of training; ttt needs more where its layers start at random
+# Of training. ttt needs more where its layers start at random.
+STEPS = {"ttt": 25, "blockwise": 80, "random": 75, "assistant": 60}
 # Draft layers of their own sizes beside a target of hidden size 256 and heads of 64.
 SIZES = {"hidden_size": 96, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate_size": 160}
 
@@ -85,14 +91,10 @@ def taught(target, drafter, prompts):
     config = drafter.config
     names = []
     documents = []
-    target.capture(config.hidden_layers, [])
+    target.capture(config.hidden_layers, config.kv_layers)
     for prompt in prompts:
         nobody = decode(target, Trained(drafter, target.frozen_head, BACKENDS["reference"], None), prompt, NEW, 0, 0)
-        ids = torch.tensor(prompt + nobody.tokens)
-        states = target.forward(ids[None]).map(lambda t: t[0])
-        hidden = {f"hidden.{layer}": t for layer, t in states.hidden.items()}
-        mask = (torch.arange(len(ids)) > 0).to(torch.uint8)
-        documents.append({"input_ids": ids, "loss_mask": mask, "last_hidden": states.last_hidden[:-1], **hidden})
+        documents.append(cached(target, prompt + nobody.tokens, capture=False))
         names.append(str(len(names)))
     weight_J = 0.8 ** torch.arange(config.draft_length)
     supervision = Supervision(LossRecipe(kl=1), weight_J, chunk_rows=4096)
@@ -100,7 +102,8 @@ def taught(target, drafter, prompts):
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=2e-3)
     generator = np.random.default_rng(0)
     behind = [np.arange(len(prompt), len(prompt) + NEW - 4) for prompt in prompts]
-    for _ in range(STEPS["random" if (config.start, config.objective) == ("random", "ttt") else config.objective]):
+    start = "assistant" if config.is_assistant else config.start
+    for _ in range(STEPS[start if start != "target" and config.objective == "ttt" else config.objective]):
         anchors = [np.sort(generator.choice(places, 16, replace=False)) for places in behind]
         objective(make_pack(list(map(PackDocument, names, documents, anchors)))).share.backward()
         optimizer.step()
@@ -112,7 +115,7 @@ def accepted(target, drafter, prompts):
     """(outputs, drafts, how many drafts were accepted up to each position, ties) of our own decode loop, the oracle. `ties`:
     drafted tokens that another one was as good as, but for float32's rounding."""
     outputs, rounds = [], []
-    target.capture(drafter.config.hidden_layers, [])
+    target.capture(drafter.config.hidden_layers, drafter.config.kv_layers)
     for prompt in prompts:
         who = Trained(drafter, target.frozen_head, BACKENDS["reference"], None)
         generation = decode(target, who, prompt, NEW, 0, 0)
@@ -154,12 +157,16 @@ def served(target, prompts, tmp_path_factory):
         if name == "eagle3":
             runs["eagle3, fc swapped"] = {"drafter": plain | {"model": str(swapped(out, folder / "swapped"))}}
         ours[name] = accepted(target, drafter, prompts)
-    asked = {"target": str(TINY), "prompts": prompts, "new_tokens": NEW, "runs": runs}
+    return answered(folder, {"target": str(TINY), "prompts": prompts, "new_tokens": NEW, "runs": runs}), ours
+
+
+def answered(folder, asked):
+    """What vLLM did, in a process of its own (tests/support/vllm_decode.py)."""
     (folder / "asked.json").write_text(json.dumps(asked))
     script = [str(PYTHON), str(ROOT / "tests/support/vllm_decode.py"), str(folder / "asked.json"), str(folder / "answer.json")]
     done = subprocess.run(script, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "answer.json").read_text()), ours
+    return json.loads((folder / "answer.json").read_text())
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -189,3 +196,72 @@ def test_vllm_on_a_cpu_norms_all_keys_with_the_first_layers_weight(served):
     faulty, (outputs, drafts, counts, _) = answer["dflash, as vLLM is"], ours["dflash"]
     assert faulty["outputs"] == outputs
     assert (faulty["drafts"], faulty["accepted"]) != (drafts, counts)
+
+
+# Assistants of Gemma 4.
+
+def exchanged(folder, copy):
+    """The export with its first two layers in each other's place."""
+    shutil.copytree(folder, copy)
+    places = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
+    weights = {places.get(name[:15], name[:15]) + name[15:]: t for name, t in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def elsewhere(drafter, **changes):
+    """The same weights as a drafter that reads otherwise."""
+    other = new_drafter(replace(drafter.config, **changes))
+    other.load_state_dict(drafter.state_dict())
+    return other.eval()
+
+
+@pytest.fixture(scope="module")
+def assisted(tmp_path_factory):
+    """(what vLLM did with an assistant and with a faulty one, what our loop did with the assistant and with faulty ones)."""
+    if why := without_vllm():
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("assisted")
+    target = served_target(folder / "target")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 29, (length,), generator=generator).tolist() for length in (5, 23, 40, 61)]
+    drafter = taught(target, assistant_of(target, random=False, sizes=SERVED_SIZES), prompts)
+    save_export(drafter, target, folder / "assistant", "gemma4_assistant")
+    runs = {"nobody": {"drafter": None}}
+    for name, place in {"ours": folder / "assistant", "exchanged": exchanged(folder / "assistant", folder / "exchanged")}.items():
+        runs[name] = {"drafter": {"method": "mtp", "model": str(place), "num_speculative_tokens": drafter.config.draft_length}}
+    without_norm = elsewhere(drafter)
+    without_norm._feature = lambda hidden_PI: hidden_PI
+    first = [0 if layer == 2 else layer for layer in drafter.config.target_layers]
+    ways = {
+        "ours": drafter,
+        "state before the norm": without_norm,
+        "an earlier layer's keys": elsewhere(drafter, target_layers=first),
+        "positions that advance": elsewhere(drafter, constant_positions=False),
+    }
+    ours = {name: accepted(target, one, prompts) for name, one in ways.items()}
+    asked = {"target": str(folder / "target"), "prompts": prompts, "new_tokens": NEW, "runs": runs}
+    return answered(folder, asked), ours
+
+
+def test_vllm_accepts_of_an_assistant_what_we_accept(assisted):
+    answer, ours = assisted
+    outputs, drafts, counts, ties = ours["ours"]
+    assert answer["ours"]["outputs"] == answer["nobody"]["outputs"] == outputs
+    assert (answer["ours"]["drafts"], answer["ours"]["accepted"]) == (drafts, counts)
+    assert 0 < counts[2] < counts[0] < drafts and ties == 0
+
+
+@pytest.mark.parametrize("fault", ["state before the norm", "an earlier layer's keys", "positions that advance"])
+def test_an_assistant_that_reads_otherwise_is_seen(assisted, fault):
+    """Negative controls on our side: the outputs stay, and the counts are not vLLM's."""
+    answer, ours = assisted
+    outputs, drafts, counts, _ = ours[fault]
+    assert outputs == answer["ours"]["outputs"]
+    assert (drafts, counts) != (answer["ours"]["drafts"], answer["ours"]["accepted"])
+
+
+def test_an_export_whose_layers_are_exchanged_is_seen(assisted):
+    answer, ours = assisted
+    outputs, drafts, _, _ = ours["ours"]
+    assert answer["exchanged"]["outputs"] == outputs and answer["exchanged"]["drafts"] > drafts

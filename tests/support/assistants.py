@@ -3,12 +3,15 @@
 Shapes: T positions.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig
 
 from data_prep.target.architecture import last_layers_with_kv
 from data_prep.target.target import Target
+from tests.support.families import add_tokenizer, miniature_model
 from tests.support.models import random_weights, sized_fields
 from tests.support.packs import cached, objective_of
 from train.data.pack import PackDocument, make_pack
@@ -20,6 +23,18 @@ from train.losses.recipe import LossRecipe
 
 SIZES = {"hidden_size": 24, "heads": 4, "intermediate_size": 40}
 KINDS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+# Heads of sizes that vLLM has on a CPU; two layers of each kind with K/V of their own, so that there is a wrong one to read.
+SERVED_TARGET = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 16,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "max_position_embeddings": 1024,
+}
+SERVED_SIZES = {"hidden_size": 48, "heads": 4, "intermediate_size": 96}
 
 
 def sharing_modes(config: Gemma4TextConfig) -> list[str | None]:
@@ -71,6 +86,16 @@ def assistant_of(target: Target, random: bool = True, **options) -> Assistant:
             # Scores of plain products are large, and a softmax of large scores makes much of the last digit.
             layer.branches["kv"].q_norm.weight.data.mul_(0.3)
     return drafter
+
+
+def served_target(folder: Path) -> Target:
+    """A miniature that vLLM runs on a CPU. Two of its layers read others' K/V. Its norm is far from its start, or a head that is
+    its embedding would say the last token again."""
+    model = miniature_model("gemma4_text_shared", seed=1, **SERVED_TARGET)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(1.5 * torch.randn(SERVED_TARGET["hidden_size"], generator=torch.Generator().manual_seed(7)))
+    model.save_pretrained(folder)
+    return Target(str(add_tokenizer(folder)))
 
 
 def transformers_assistant(drafter: Assistant, target: Target) -> Gemma4AssistantForCausalLM:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from data_prep.target.architecture import KVLayer
 from data_prep.target.target import Target
 from tests.support.models import drafter_of, small_target
 from tests.support.served_drafters import ANCHORS, assert_same, block_logits, differ, drafter_for, eagle3_logits, logits_of
@@ -234,12 +235,24 @@ def test_an_export_says_what_sglang_does_otherwise(target, tmp_path, objective, 
     assert [said in note for note in notes] == [True] if said else notes == []
 
 
+ASSISTANT = {"kind": "gemma4_assistant", "constant_positions": True}
+ADVANCING = {"constant_positions": False}
+WINDOWED = {"target_layers": [1], "kv_shapes": [KVLayer(2, 8, [1.0], 1.0, window=8)]}
+
+
 @pytest.mark.parametrize(
     "cell,options,format,message",
     [
         (("ttt", "kv"), {}, "eagle3", "reuse=kv reads K/V, which vLLM 0.32 and SGLang 0.5.23 do not hand to such a drafter"),
         (("blockwise", "hybrid"), {}, "speculators", "reuse=hybrid reads K/V"),
-        (("ttt", "queries"), {}, "eagle3", "reuse=hybrid reads K/V, .*; format=drafter writes it for our own engine"),
+        (("ttt", "queries"), {}, "eagle3", "queries alone, which no server does but .* Gemma 4 .*; format=drafter writes it"),
+        (("ttt", "queries"), {}, "gemma4_assistant", "queries alone, which no server does but for assistants of Gemma 4"),
+        (("ttt", "queries"), ASSISTANT, "eagle3", "it is for eagle3, and this is gemma4_assistant: format=gemma4_assistant"),
+        (("ttt", "queries"), ASSISTANT, "speculators", "it is for eagle3 and .*, and this is gemma4_assistant: format=gemma4"),
+        (("ttt", "queries"), ASSISTANT | ADVANCING, "gemma4_assistant", "hold all rows at the last processed position"),
+        (("ttt", "queries"), ASSISTANT | WINDOWED, "gemma4_assistant", "last layer reads a layer without a window"),
+        (("ttt", "kv"), {}, "gemma4_assistant", "reuse=kv reads K/V, which vLLM"),
+        (("ttt", "hidden"), {}, "gemma4_assistant", "it is for gemma4_assistant, and this is eagle3: format=eagle3 or"),
         (("ttt", "none"), {}, "eagle3", "reuse=none reads no hidden states"),
         (("ttt", "none"), {"lm": {"path": "x", "layers": 1}}, "eagle3", "a language model of its own"),
         (("blockwise", "hidden"), {}, "eagle3", "it is for eagle3, and this is dflash: format=dflash or format=speculators"),

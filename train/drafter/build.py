@@ -54,7 +54,8 @@ def load_drafter(folder: str | Path, beside: Callable[[], Sizes | Architecture] 
         if is_foreign(read_fields(folder)):
             weights = imported_weights(folder_of(folder), drafter.config)
             for name, tensor in drafter.weights().items():
-                if name.startswith(("mask.", "sequential.")):  # still to come from the target, and felt if it does not
+                # Still to come from the target, and felt if it does not.
+                if name.startswith(("mask.", "sequential.", "target_norm")):
                     weights[name] = torch.full_like(tensor, torch.nan)
         else:
             weights = load_file(folder_of(folder) / "model.safetensors")

@@ -250,7 +250,7 @@ def read_fields(folder: str | Path) -> dict:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter, or a checkpoint of "
-            f"EAGLE-3, DFlash or speculators; {known_names()}"
+            f"EAGLE-3, DFlash, Gemma 4's assistants or speculators; {known_names()}"
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error

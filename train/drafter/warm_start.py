@@ -1,17 +1,19 @@
 """Weights from other drafters, ours and public checkpoints (`drafter.warm_start`)."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
+from data_prep.target.architecture import Sizes, TargetSizes
 from data_prep.target.frozen_head import FrozenHead
 from train.drafter.base import Drafter
 from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_names, read_fields
+from train.drafter.formats.claims import is_assistant
 from train.drafter.formats.imported_weights import imported_weights, left_to_target
 
 
@@ -72,6 +74,9 @@ def warm_start(drafter: Drafter, folder: str, head: FrozenHead) -> tuple[list[st
         UserError: nothing fits.
     """
     theirs = _weights(folder, drafter.config, head)
+    if drafter.config.is_assistant:
+        # The target's own, which servers' formats leave out.
+        theirs.setdefault("target_norm", drafter.target_norm)
     taken: list[str] = []
     left: list[str] = []
     for name, tensor in drafter.state_dict().items():
@@ -112,7 +117,17 @@ def _config(folder: str, config: DrafterConfig) -> DrafterConfig:
     path = folder_of(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors); {known_names()}")
-    return load_config(folder, lambda: replace(config.architecture, hidden_size=config.state_size))
+    if is_assistant(read_fields(folder)) and not config.is_assistant:
+        raise UserError(f"drafter.warm_start={folder} is a drafter of drafter.kind=gemma4_assistant, not of {config.kind}")
+    return load_config(folder, lambda: _beside(config))
+
+
+def _beside(config: DrafterConfig) -> TargetSizes:
+    """The target's sizes, as far as the drafter says them."""
+    sizes = {field.name: getattr(config.architecture, field.name) for field in fields(Sizes)} | {"hidden_size": config.state_size}
+    read = {layer: config.kv_shape(layer) for layer in config.kv_layers} if config.is_assistant else {}
+    last_kv = {"sliding_attention" if kv.window else "full_attention": (layer, kv) for layer, kv in read.items()}
+    return TargetSizes(**sizes, last_kv=last_kv)
 
 
 def _weights(folder: str, config: DrafterConfig, head: FrozenHead) -> dict[str, Tensor]:

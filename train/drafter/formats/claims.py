@@ -4,6 +4,7 @@
                   `midlayer.` or `layers.0.`
     P-EAGLE       PeagleLlamaForCausalLM or PeagleQwen3ForCausalLM, or EAGLE-3's with a tensor `mask_hidden`
     DFlash        architectures DFlashDraftModel, with dflash_config
+    Gemma 4       architectures Gemma4AssistantForCausalLM (imported_assistant.py)
     DSpark        architectures Qwen3DSparkModel; with a Markov head whose tables factor through the target's, as our exports' do
     speculators   speculators_model_type eagle3, peagle, dflash or dspark; the layers in transformer_layer_config
 
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "DFlashDraftModel": "dflash",
     "Qwen3DSparkModel": "dspark",
 }
+ASSISTANTS = {"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"}  # read in imported_assistant.py
 NAMES = {"eagle3": "EAGLE-3", "peagle": "P-EAGLE", "dflash": "DFlash", "dspark": "DSpark"}
 # What dflash_config may say; another key could change what is computed.
 DFLASH_KEYS = {"mask_token_id", "target_layer_ids", "causal", "block_size", "num_target_layers", "use_aux_hidden_state"}
@@ -54,6 +56,11 @@ class Claims(NamedTuple):
         return next((place[key] for place in places if place.get(key) is not None), None)
 
 
+def is_assistant(fields: dict) -> bool:
+    """Whether a checkpoint's configuration is that of an assistant of Gemma 4."""
+    return not ASSISTANTS.isdisjoint(fields.get("architectures") or [])
+
+
 def read_claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
     """What the configuration says. Raises UserError for a kind that is not read, or a key of DFlash that is not known."""
     # First, because the package writes `architectures` too, of names of its own.
@@ -68,10 +75,11 @@ def read_claims(folder: Path, fields: dict, tensors: Tensors) -> Claims:
     # Some checkpoints of P-EAGLE carry EAGLE-3's name of a class.
     if kind == "eagle3" and "mask_hidden" in tensors:
         kind = "peagle"
+    known = [*ARCHITECTURES, *sorted(ASSISTANTS)]
     refuse(
         folder,
         {
-            f"is a {' '.join(architectures) or 'model'}; what is read: {', '.join(ARCHITECTURES)}, and speculators": kind is None,
+            f"is a {' '.join(architectures) or 'model'}; what is read: {', '.join(known)}, and speculators": kind is None,
             f"says dflash_config.{', '.join(sorted(dflash.keys() - DFLASH_KEYS))}, which is not known here": (
                 bool(dflash.keys() - DFLASH_KEYS)
             ),

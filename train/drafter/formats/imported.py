@@ -13,7 +13,8 @@ from pathlib import Path
 from common.errors import UserError
 from data_prep.target.architecture import Architecture, Sizes, read_layers
 from train.drafter.config import DrafterConfig
-from train.drafter.formats.claims import Claims, read_claims
+from train.drafter.formats.claims import Claims, is_assistant, read_claims
+from train.drafter.formats.imported_assistant import assistant_config
 from train.drafter.formats.imported_weights import MARKOV, Tensors, refuse
 
 STEPS = {"eagle3": 7, "peagle": 8}  # of a checkpoint that names none: as published
@@ -23,6 +24,8 @@ Beside = Callable[[], Sizes]  # the sizes of the target beside which a checkpoin
 def imported_config(folder: Path, fields: dict, beside: Beside | None) -> DrafterConfig:
     """The configuration of a checkpoint as one of ours. Raises UserError for one that no drafter of ours can be, or that is not
     for a target of these sizes."""
+    if is_assistant(fields):
+        return assistant_config(folder, fields, beside)
     tensors = Tensors(folder)
     claims = read_claims(folder, fields, tensors)
     if beside is None:

@@ -17,6 +17,7 @@ from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.loading import load_tokenizer, tokenizer_hashes
 from train.drafter.base import Drafter
 from train.drafter.config import DrafterConfig
+from train.drafter.formats.assistant_names import HEAD, assistant_names
 from train.drafter.formats.names import MASK_FILE, served_names
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")  # [V, R] and [D, R]
@@ -76,6 +77,8 @@ class Tensors:
 
 def names_of(config: DrafterConfig) -> dict[str, str]:
     """Each of our weights -> its name in public checkpoints. What comes from the target has none."""
+    if config.is_assistant:
+        return {ours: theirs.removeprefix("model.") for ours, theirs in assistant_names(config).items()}
     names = served_names(config)
     if config.pairs:
         names["mask_hidden.weight"] = "mask_hidden"
@@ -97,7 +100,8 @@ def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
     # SGLang calls the norm of later layers otherwise than vLLM, so that some hold it twice.
     twice = {f"layers.{i}.hidden_norm.weight": f"layers.{i}.input_layernorm.weight" for i in range(1, config.depth)}
     twice = {name: other for name, other in twice.items() if name in tensors and other in tensors}
-    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence - twice.keys())
+    tied = {"lm_head.weight"} if config.is_assistant else set()
+    foreign = sorted(tensors.names - set(names.values()) - LOOKED_AT - confidence - twice.keys() - tied)
     refuse(
         folder,
         {
@@ -109,6 +113,8 @@ def imported_weights(folder: Path, config: DrafterConfig) -> dict[str, Tensor]:
         },
     )
     _check_vocabulary(folder, config, tensors)
+    if config.is_assistant:
+        _check_assistant(folder, config, tensors)
     weights = {mine: tensors[theirs] for mine, theirs in names.items()}
     if config.pairs:
         weights["mask_hidden.weight"] = weights["mask_hidden.weight"].view(1, -1)
@@ -136,11 +142,34 @@ def _check_vocabulary(folder: Path, config: DrafterConfig, tensors: Tensors) -> 
     )
 
 
+def _check_assistant(folder: Path, config: DrafterConfig, tensors: Tensors) -> None:
+    """Raises UserError for two LM heads, and for clusters that leave tokens out."""
+    head = HEAD.removeprefix("model.")
+    ordering_V = tensors["masked_embedding.token_ordering"] if config.centroids else torch.arange(0)
+    whole_V = torch.arange(config.architecture.vocab_size if config.centroids else 0)
+    refuse(
+        folder,
+        {
+            "has an LM head that is not its embedding, and servers tie the two": (
+                "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors[head])
+            ),
+            "has a masked_embedding.token_ordering that leaves tokens out": not torch.equal(ordering_V.sort().values, whole_V),
+        },
+    )
+
+
 @torch.no_grad()
 def bind(drafter: Drafter, folder: Path, name: str, target: Described) -> None:
     """Make an imported drafter this target's: what the checkpoint left to it, and whose it is from now on. Raises UserError as
     `left_to_target` does."""
-    drafter.load_state_dict(left_to_target(folder, drafter.config, target.frozen_head), strict=False)
+    left = left_to_target(folder, drafter.config, target.frozen_head)
+    if drafter.config.is_assistant:
+        # The target's last hidden state is normed here with the drafter's own.
+        mine = drafter.config.architecture.norm_eps
+        theirs = target.architecture.norm_eps
+        refuse(folder, {f"has rms_norm_eps={mine}, and the target {theirs}": mine != theirs})
+        left["target_norm"] = target.final_norm_weight
+    drafter.load_state_dict(left, strict=False)
     tokenizer_hash = tokenizer_hashes(load_tokenizer(target.path, target.revision, target.trust_remote_code))[0]
     identity = {"id": name, "weights_hash": target.weights_hash(), "tokenizer_hash": tokenizer_hash}
     drafter.config = replace(drafter.config, target=identity)
@@ -170,6 +199,8 @@ def _left_to_target(folder: Path, config: DrafterConfig, head: FrozenHead, tenso
 
 def _mask(folder: Path, config: DrafterConfig, head: FrozenHead, tensors: Tensors) -> Tensor | None:
     """[1, E]; None under ttt."""
+    if config.is_assistant:  # its one table is its LM head
+        return None
     token = config.mask_token_id
     table_VE = head.table_VE
     mask_1E = None if token is None else table_VE[token : token + 1].clone()

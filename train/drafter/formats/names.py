@@ -12,7 +12,9 @@ MASK_FILE = "mask_embedding.pt"  # where vLLM looks for a learned MASK of DFlash
 
 
 def method_of(config: DrafterConfig) -> str:
-    """The servers' word for a drafter over hidden states: eagle3 | peagle | dflash | dspark."""
+    """The servers' word for a drafter over hidden states: eagle3 | peagle | dflash | dspark; or gemma4_assistant."""
+    if config.is_assistant:
+        return "gemma4_assistant"
     if config.reads_pairs:
         return "eagle3" if config.schedule.token_by_token else "peagle"
     return "dspark" if config.sequential or config.shifted else "dflash"

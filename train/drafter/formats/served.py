@@ -55,26 +55,34 @@ def save_served(drafter: Drafter, target: Described, folder: Path, format: str) 
     # 1. What is written, all of it before the first file is touched.
     if "inv_freq" not in drafter.config.own_sizes:
         _check_rotary(drafter.config.architecture, target.architecture, format)
-    folder.mkdir(parents=True, exist_ok=True)
     described = speculators_config if format == "speculators" else plain_config
     config = described(drafter.config, target, str(drafter.dtype).removeprefix("torch."))
     tensors = exported_weights(drafter, target, format)
 
-    # 2. What was there goes, config.json first: a folder without it is no checkpoint, also if we are interrupted.
-    (folder / "config.json").unlink(missing_ok=True)
-    (folder / MASK_FILE).unlink(missing_ok=True)
-
-    # 3. The files, config.json last.
+    # 2. The files.
+    begun(folder)
     if _mask_goes_beside(drafter, target):
         mask = {"mask_token_id": drafter.config.mask_token_id, "embedding": drafter.mask.weight[0].detach().cpu().clone()}
         torch.save(mask, folder / f"{MASK_FILE}.tmp")
         publish(folder / f"{MASK_FILE}.tmp", folder / MASK_FILE)
+    finished(folder, tensors, config)
+    return _notes(drafter, target, format)
+
+
+def begun(folder: Path) -> None:
+    """What was there goes, config.json first: a folder without it is no checkpoint, also if we are interrupted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    (folder / MASK_FILE).unlink(missing_ok=True)
+
+
+def finished(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """The weights, and config.json last."""
     # safetensors takes contiguous tensors alone, and refuses two that share memory.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
     write_text(folder / "config.json", json.dumps(config, indent=1))
-    return _notes(drafter, target, format)
 
 
 def _check_rotary(drafter: Architecture, target: Architecture, format: str) -> None:
