@@ -14,4 +14,6 @@ def reference(q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, visibility: Visibilit
     mask = visibility.dense
     if mask.dim() == 3:  # a mask for each KV head
         mask = mask.repeat_interleave(q.shape[1] // k.shape[1], dim=0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    out_HQD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0]
+    # What a row gets that sees no key depends on PyTorch's kernel. On a GPU it was the mean of all values.
+    return out_HQD.masked_fill(~mask.any(-1, keepdim=True), 0).transpose(0, 1)
