@@ -156,8 +156,8 @@ ASSISTANT = (
     Rule(
         "assistant wider than its target",
         lambda r, c: (r.drafter.hidden_size or 0) > c.hidden_size,
-        "drafter.hidden_size={r.drafter.hidden_size}: an assistant's head begins as the target's in fewer dimensions than its "
-        "{c.hidden_size}",
+        "drafter.hidden_size={r.drafter.hidden_size} exceeds the target's {c.hidden_size}: an assistant is narrower than its target, "
+        "whose LM head it begins with in fewer dimensions",
     ),
 )
 
