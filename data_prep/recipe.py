@@ -110,7 +110,7 @@ class CacheRecipe(Section):
     kinds: list[Literal["hidden", "kv", "query"]] = Field(min_length=1)
     """Which states are stored; `query` is needed by loss.query_align alone."""
     layers: Literal["auto", "assistant"] | Annotated[list[int], Field(min_length=1)]
-    """Layers whose states are stored, from 0 (l: its output). auto: three, spread evenly; assistant: what Gemma 4's read."""
+    """Layers whose states are stored, from 0 (l: its output). auto: three, spread; assistant: a Gemma 4 assistant's."""
     last_hidden: Literal["supervised", "all"]
     """Positions whose final hidden state is stored: those that supervise a prediction, or all."""
     shard_bytes: int = Field(ge=1)

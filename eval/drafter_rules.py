@@ -52,6 +52,12 @@ MODES = (
         "mode=diagnose looks at layers of our own, and a drafter.lm has none",
     ),
     Rule(
+        "clusters of tokens elsewhere than in decoding",
+        lambda r, c: c.config.centroids and r.mode in ("score", "diagnose"),
+        "mode={r.mode} takes {r.drafter} to score all tokens, and it scores the likeliest clusters (use_ordered_embeddings): say "
+        "mode=decode",
+    ),
+    Rule(
         "context beyond the target",
         _beyond_the_target,
         "{r.span[0]} tokens of context and {section}.new_tokens={new} exceed the "

@@ -108,8 +108,8 @@ def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> Non
 
 def train(o) -> None:
     cache = [f"cache.dir={o.runs / 'cache'}"]
-    named = [word for word in o.overrides if word.startswith(("target", "data", "cache", "capture"))]  # what the cache is made of
-    capture = [str(ROOT / "data_prep/main.py"), "cache.kinds=[hidden,kv,query]", f"data.max_tokens={o.tokens}", *named, *cache]
+    about = [word for word in o.overrides if word.startswith(("target", "data", "cache", "capture"))]  # what the cache is made of
+    capture = [str(ROOT / "data_prep/main.py"), "cache.kinds=[hidden,kv,query]", f"data.max_tokens={o.tokens}", *about, *cache]
     each(1, [("capture", capture, o.runs / "capture.log", None)])
     target = json.loads((o.runs / "cache/manifest.json").read_text())["target"]
     last = target["architecture"]["num_layers"] - 1

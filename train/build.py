@@ -1,6 +1,7 @@
 """A recipe and a cache -> the drafter that is to be trained, what its engine is told, and every refusal that needs no GPU."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from common.rules import refuse
 from data_prep.cache.manifest import Manifest
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader, manifest_of
-from data_prep.target.architecture import Architecture, KVLayer, last_layers_with_kv, target_config, unlike
+from data_prep.target.architecture import Architecture, KVLayer, last_layers_with_kv, target_config, target_sizes, unlike
 from data_prep.target.loading import pick_device, target_tokenizer, tokenizer_hashes
 from data_prep.target.quantised import in_words
 from train import machine_rules
@@ -214,7 +215,7 @@ def check_training(recipe: TrainRecipe) -> None:
         config = drafter_config(recipe, manifest)
         attention(recipe, device, config)
         if recipe.drafter.warm_start:
-            check_warm_start(recipe.drafter.warm_start, config)
+            check_warm_start(recipe.drafter.warm_start, config, partial(target_sizes, recipe.target))
     # 4. The target's tokens.
     tokenizer = target_tokenizer(recipe.target)
     tokens = machine_rules.Tokens(manifest, tokenizer_hashes(tokenizer)[0])

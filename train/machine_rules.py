@@ -122,16 +122,20 @@ class Gemma(NamedTuple):
     held: dict[str, list[int]]
 
 
+def _kinds_read(r: TrainRecipe) -> list[str]:
+    """Kinds of layers of which an assistant reads the last one. Layers that are named are looked at as any drafter's."""
+    return ["full_attention", "sliding_attention"][: r.drafter.layers] if r.drafter.target_layers == "auto" else []
+
+
 def _kind_of_layer_that_it_lacks(r: TrainRecipe, c: Gemma) -> dict | None:
-    needs = ["full_attention", "sliding_attention"][: r.drafter.layers]
-    lacking = next((kind for kind in needs if kind not in c.last), None)
-    return {"kind": lacking} if r.drafter.target_layers == "auto" and lacking else None
+    lacking = next((kind for kind in _kinds_read(r) if kind not in c.last), None)
+    return {"kind": lacking} if lacking else None
 
 
 def _last_layers_not_held(r: TrainRecipe, c: Gemma) -> dict | None:
-    read = sorted(set(c.last.values() if r.drafter.target_layers == "auto" else r.drafter.target_layers))
+    read = sorted(c.last[kind] for kind in _kinds_read(r))
     missing = c.deepest not in c.held["hidden"] or set(read) - set(c.held["kv"])
-    return {"read": read} if missing else None
+    return {"read": f" and K/V of {read}" if read else ""} if missing else None
 
 
 # For drafter.kind=gemma4_assistant. c: Gemma.
@@ -150,14 +154,14 @@ ASSISTANT = (
     Rule(
         "last layers that the cache lacks",
         _last_layers_not_held,
-        "drafter.kind=gemma4_assistant reads hidden states of layer {c.deepest} and K/V of {read}; the cache {r.cache.dir} holds "
+        "drafter.kind=gemma4_assistant reads hidden states of layer {c.deepest}{read}; the cache {r.cache.dir} holds "
         "{c.held[hidden]} and {c.held[kv]}: capture it with cache.layers=assistant cache.kinds=[hidden,kv]",
     ),
     Rule(
         "assistant wider than its target",
         lambda r, c: (r.drafter.hidden_size or 0) > c.hidden_size,
-        "drafter.hidden_size={r.drafter.hidden_size} exceeds the target's {c.hidden_size}: an assistant is narrower than its target, "
-        "whose LM head it begins with in fewer dimensions",
+        "drafter.hidden_size={r.drafter.hidden_size} exceeds the target's {c.hidden_size}: an assistant begins with "
+        "the target's LM head in fewer dimensions",
     ),
 )
 
@@ -268,7 +272,8 @@ def _heads_that_differ(r: TrainRecipe, c: DrafterConfig) -> dict | None:
     if not c.uses_kv or c.source != "head_concat":
         return None
     differs = [layer for layer in c.kv_layers if c.kv_shape(layer) != c.kv_shape(c.kv_layers[0])]
-    return {"one": c.kv_layers[0], "other": differs[0]} if differs else None
+    other = "" if not c.own_kv else ", or use reuse.source=projected_rope"
+    return {"one": c.kv_layers[0], "another": differs[0], "or_else": other} if differs else None
 
 
 def _step_without_memory(r: TrainRecipe, c: DrafterConfig) -> dict | None:
@@ -303,8 +308,8 @@ KV_SHAPES = (
     Rule(
         "heads side by side that differ",
         _heads_that_differ,
-        "reuse.source=head_concat: the K/V of layers {one} and {other} differ (heads, rotary embedding or window); name layers "
-        "that are alike (reuse.kv_layers), or use reuse.source=projected_rope",
+        "reuse.source=head_concat: the K/V of layers {one} and {another} differ (heads, rotary embedding or window); name layers "
+        "that are alike (reuse.kv_layers){or_else}",
     ),
     Rule(
         "view of a window",

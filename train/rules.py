@@ -114,13 +114,13 @@ DRAFTER = (
 )
 
 
-
 def _not_as_the_format(r: TrainRecipe) -> dict | None:
     """What has to be said of an assistant, and is said otherwise."""
     if r.drafter.kind != "gemma4_assistant":
         return None
     format_ = {
         "objective": (r.objective.kind, "ttt"),
+        "objective.positions": (r.objective.positions, "constant"),
         "reuse": (r.reuse.kind, "hybrid"),
         "reuse.fusion": (r.reuse.fusion, "cross_only"),
         "reuse.own_kv": (r.reuse.own_kv, False),
@@ -138,7 +138,7 @@ def _beside_an_assistant(r: TrainRecipe) -> dict | None:
     if r.drafter.kind != "gemma4_assistant":
         return None
     ordinary = {
-        **dict.fromkeys(("lm", "vocabulary", "sequential", "qk_norm"), None),
+        **dict.fromkeys(("lm", "vocabulary", "sequential", "qk_norm", "kv_heads", "head_dim"), None),
         **dict.fromkeys(("fc_norm", "norm_output", "norm_before_residual"), False),
         "rope_factor": 1,
     }

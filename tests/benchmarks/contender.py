@@ -87,7 +87,7 @@ class Contender:
         one is drawn again, as a request pays for it, but not put there: rows that are read in other pieces round otherwise."""
         size = text_BL.shape[1] - 1
         none_B = text_BL.new_zeros(1)
-        for at in range(start, size, self._chunk):
+        for at in range(min(start, size - 1), size, self._chunk):
             rows = min(self._chunk, size - at)
             position_BT = torch.arange(at, at + rows, device=text_BL.device)[None]
             attend = self._cache.attention(none_B + at, rows)

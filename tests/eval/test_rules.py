@@ -51,6 +51,7 @@ LINES = {
     "in_cache positions of mixed keys": ("projected", [*VIEW, "view.positions=in_cache"]),
     "view in a mode of the full view": ("ttt", [*VIEW, "mode=export"]),
     "diagnose of a language model": ("lm", ["mode=diagnose"]),
+    "clusters of tokens elsewhere than in decoding": ("clusters", ["mode=score"]),
     "context beyond the target": ("ttt", ["suite.prompt_tokens=40000"]),
     "texts beyond a table of positions": ("lm", ["suite.prompt_tokens=200"]),
     "length that is not drafted": ("ttt", ["draft.length=5"]),

@@ -5,6 +5,7 @@ Shapes: T positions, G key/value heads, D head size, E hidden size of the target
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from train.data.pack import PackDocument, make_pack
 from train.drafter.build import load_config, load_drafter
 from train.drafter.formats.export import save_export
 from train.drafter.formats.imported_weights import bind
-from train.drafter.warm_start import check_warm_start, warm_start
+from train.drafter.warm_start import check_warm_start, loses_clusters, warm_start
 from train.losses.recipe import LossRecipe
 
 FAMILIES = ("gemma4_text_k_eq_v", "gemma4_text_shared", "gemma4_unified_text")
@@ -93,12 +94,24 @@ def test_what_we_export_comes_back_as_it_was(target, tmp_path, clusters):
     assert load_config(tmp_path / "native") == again.config
     # One that is trained here begins as it.
     fresh = assistant_of(target, random=False, seed=5)
-    check_warm_start(str(tmp_path), fresh.config)
-    assert warm_start(fresh, str(tmp_path), target.frozen_head)[1] == []
+    beside = partial(sizes_of, target.folder)
+    check_warm_start(str(tmp_path), fresh.config, beside)
+    assert warm_start(fresh, str(tmp_path), target.frozen_head, beside)[1] == []
+    assert loses_clusters(str(tmp_path), fresh.config, beside) == bool(drafter.config.centroids)
     for name, mine in fresh.state_dict().items():
         assert torch.equal(mine, drafter.state_dict()[name]), name
     with pytest.raises(UserError, match="is a drafter of drafter.kind=gemma4_assistant, not of layers"):
-        check_warm_start(str(tmp_path), replace(fresh.config, kind="layers"))
+        check_warm_start(str(tmp_path), replace(fresh.config, kind="layers"), beside)
+
+
+def test_a_warm_start_of_other_layers_leaves_their_attention(plain, tmp_path):
+    """The export reads layers 2 and 3; what it asks of layer 2 is no start for what asks layer 0."""
+    save_export(assistant_of(plain), plain, tmp_path, "gemma4_assistant")
+    fresh = assistant_of(plain, random=False, seed=5)
+    shapes = [plain.kv_shapes[0], *fresh.config.kv_shapes[1:]]
+    fresh.config = replace(fresh.config, target_layers=[0, *fresh.config.target_layers[1:]], kv_shapes=shapes)
+    left = warm_start(fresh, str(tmp_path), plain.frozen_head, partial(sizes_of, plain.folder))[1]
+    assert left and all(".branches.kv." in name for name in left)
 
 
 def test_a_configuration_says_of_keys_what_the_model_says(target):
@@ -132,6 +145,22 @@ def test_transformers_loads_an_export(plain, tmp_path, monkeypatch, clusters):
     torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.last_hidden_state, other.last_hidden_state, rtol=1e-5, atol=1e-5)
     assert loaded.generation_config.num_assistant_tokens == drafter.config.draft_length
+
+
+@pytest.mark.parametrize("said,drafted", [({"num_assistant_tokens": 3}, 3), ({}, 4), (None, 4)])
+def test_how_many_tokens_an_assistant_drafts_is_what_its_folder_says(plain, tmp_path, said, drafted):
+    save_export(assistant_of(plain), plain, tmp_path, "gemma4_assistant")
+    path = tmp_path / "generation_config.json"
+    path.unlink() if said is None else path.write_text(json.dumps(said))
+    assert load_config(tmp_path, lambda: sizes_of(plain.folder)).draft_length == drafted
+
+
+@pytest.mark.parametrize("said", [*(f'{{"num_assistant_tokens": {n}}}' for n in ('"many"', "2.5", "-3")), "[", "[]"])
+def test_a_number_of_tokens_that_is_none_is_refused(plain, tmp_path, said):
+    save_export(assistant_of(plain), plain, tmp_path, "gemma4_assistant")
+    (tmp_path / "generation_config.json").write_text(said)
+    with pytest.raises(UserError, match="generation_config.json"):
+        load_config(tmp_path, lambda: sizes_of(plain.folder))
 
 
 @pytest.mark.parametrize("clusters", [{}, CLUSTERS], ids=["whole head", "centroids"])
@@ -170,7 +199,10 @@ REFUSED = {
     "query heads": ({}, {"num_attention_heads": 3}, "has 3 query heads, which cannot share 2 key/value heads"),
     "MLP": ({}, {"hidden_activation": "silu"}, "has hidden_activation=silu, which no assistant here has"),
     "layers with keys": ({}, {"num_kv_shared_layers": 2}, "has 2 layers with keys and values of their own"),
+    "biases": ({}, {"attention_bias": True}, "has attention_bias=True, which no assistant here has"),
     "clusters": ({"use_ordered_embeddings": True, "num_centroids": 5}, {}, "has 5 clusters for 28 tokens"),
+    "no clusters": ({"use_ordered_embeddings": True, "num_centroids": 0}, {}, "has 0 clusters for 28 tokens"),
+    "clusters of nothing": ({"use_ordered_embeddings": True, "num_centroids": None}, {}, "has None clusters for 28 tokens"),
 }
 
 
@@ -203,6 +235,22 @@ def test_weights_that_are_another_assistant_are_refused(plain, tmp_path):
             load_drafter(tmp_path, lambda: sizes_of(plain.folder))
     save_file(weights | {"lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
     imported(plain, tmp_path)
+
+
+def test_clusters_that_leave_tokens_out_and_another_norm_are_refused(plain, tmp_path):
+    save_export(assistant_of(plain, **CLUSTERS), plain, tmp_path, "gemma4_assistant")
+    weights = load_file(tmp_path / "model.safetensors")
+    twice = weights["masked_embedding.token_ordering"].clone()
+    twice[0] = twice[1]
+    save_file(weights | {"masked_embedding.token_ordering": twice}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="token_ordering that leaves tokens out"):
+        imported(plain, tmp_path)
+    save_file(weights, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has rms_norm_eps=0.5, and the target 1e-06"):
+        imported(plain, tmp_path)
 
 
 def test_an_assistant_beside_another_family_is_refused(plain, tmp_path):

@@ -212,6 +212,22 @@ def test_target_queries_reproduce_the_target_s_attention(target):
     handle.remove()
 
 
+@pytest.mark.parametrize(
+    "objective,reuse,further",
+    [("blockwise", "kv", 1), ("blockwise_shifted", "kv", 0), ("ttt", "queries", 0), ("ttt", "queries+constant", None)],
+)
+def test_the_target_s_queries_are_turned_to_where_the_rows_sit(target, objective, reuse, further):
+    """In a same-slot block that is one position behind the teacher; with constant positions it is one before the anchor."""
+    drafter = drafter_of(target, objective, reuse)
+    pack = packed(target)
+    valid = pack.valid(3)
+    slot_R = valid.nonzero()[:, 1]
+    moved_R = -1 - slot_R if further is None else torch.full_like(slot_R, further)
+    teacher, row = (target_queries(drafter, pack, valid, at_teacher)[0] for at_teacher in (True, False))
+    expected = drafter.rotate(0, "kv", teacher, moved_R[:, None].expand(-1, teacher.shape[1]))
+    torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_ttt_and_blocks_order_their_rows_by_anchor(target):
     """`Watch` hands rows out as [N, S] whatever order they came in."""
     for objective in ("ttt", "blockwise"):

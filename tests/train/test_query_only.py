@@ -12,7 +12,8 @@ from common import cli
 from data_prep.cache.reader import CacheReader
 from tests.support.alignment import measure
 from tests.support.models import BESIDE_KV, drafter_of, own_sized, random_weights, small_target
-from tests.support.packs import objective_of, packed
+from tests.support.packs import REFERENCE, objective_of, packed
+from train.attention.visibility import Places
 from train.build import check_training, drafter_config
 from train.drafter import warm_start as exchange
 from train.drafter.build import load_drafter
@@ -57,6 +58,23 @@ def test_where_rows_sit_by_hand(target):
     anchor_N = torch.tensor([1, 7])
     assert [advancing.row_position(anchor_N, j - 1).tolist() for j in (1, 2, 3)] == [[1, 7], [2, 8], [3, 9]]
     assert [constant.row_position(anchor_N, j - 1).tolist() for j in (1, 2, 3)] == [[0, 6]] * 3
+
+
+def test_known_tokens_ask_from_where_their_rows_would_sit(target):
+    """What views choose by: the query of a known token is that of its first step, which sits one position earlier where positions
+    are constant."""
+    advancing, constant = (drafter_of(target, "ttt", reuse) for reuse in ("queries", "queries+constant"))
+    pack = packed(target)
+    memory = objective_of(target, advancing, KL).remember(pack)
+    token_RE = advancing.embed(pack.ids_P, target.frozen_head)
+
+    def asked(drafter, shift):
+        places = Places(pack.places.document, pack.places.position + shift)
+        with torch.no_grad():
+            return drafter.known_queries(token_RE, memory.feature, places, memory, REFERENCE)[0]["kv"]
+
+    torch.testing.assert_close(asked(constant, 1), asked(advancing, 0))
+    assert (asked(constant, 0) - asked(advancing, 0)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("reuse", REUSES)

@@ -35,7 +35,7 @@ class AssistantLayer(DraftLayer):
     """A layer as Gemma's are: what attention and MLP give is normed too, before the stream takes it."""
 
     attention = AssistantAttention
-    activation = partial(F.gelu, approximate="tanh")
+    activation = staticmethod(partial(F.gelu, approximate="tanh"))
 
     def __init__(self, config: DrafterConfig, index: int):
         super().__init__(config, index)
@@ -93,16 +93,16 @@ class Assistant(LayeredDrafter):
     def _start_head(self, head: FrozenHead, counts_V: Tensor | None) -> None:
         """The head begins as the target's, seen through those H directions in which its rows are largest; `post_projection` leads
         back into them."""
-        directions_EH = main_directions(head.head_VE, self.config.architecture.hidden_size).to(head.head_VE.device, torch.float32)
+        directions_EH = main_directions(head.head_VE, self.config.architecture.hidden_size).float()
         for rows_RE, learned_RH in zip(head.head_VE.split(CHUNK), self.head.weight.split(CHUNK)):
             learned_RH.copy_(rows_RE.float() @ directions_EH)
         self.post_projection.weight.copy_(directions_EH)
 
 
 def main_directions(rows_VE: Tensor, count: int) -> Tensor:
-    """The right singular vectors of the largest singular values, [E, count], in float64 on the CPU."""
+    """The right singular vectors of the largest singular values, [E, count], in float64."""
     # Of the products of columns, E x E: the vocabulary is too long for a decomposition of the whole.
-    gram_EE = sum(part.T @ part for part in map(Tensor.double, rows_VE.cpu().split(CHUNK)))
+    gram_EE = sum(part.T @ part for part in map(Tensor.double, rows_VE.split(CHUNK)))
     directions_EH = torch.linalg.eigh(gram_EE).eigenvectors.flip(1)[:, :count]
     # Either sign would do. The same one is chosen everywhere: the largest number of each is positive.
     largest_1H = directions_EH.gather(0, directions_EH.abs().argmax(0, keepdim=True))

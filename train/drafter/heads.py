@@ -119,14 +119,16 @@ class Clusters(nn.Module):
         self.size = vocabulary // config.centroids
         self.chosen = config.centroid_top_k
 
-    def hides(self, output_RE: Tensor) -> Tensor:
+    def hides(self, output_RE: Tensor, cluster_V: Tensor) -> Tensor:
         """Tokens outside of the likeliest clusters, bool [..., V]."""
         score_RC = self.centroids(output_RE)
         hidden_RC = torch.ones_like(score_RC, dtype=torch.bool)
         hidden_RC = hidden_RC.scatter(-1, score_RC.topk(self.chosen, dim=-1).indices, False)
-        cluster_V = torch.empty_like(self.ordering)
-        cluster_V[self.ordering] = torch.arange(len(self.ordering), device=self.ordering.device) // self.size
         return hidden_RC[..., cluster_V]
+
+    def cluster_of_token(self) -> Tensor:
+        """[V]."""
+        return self.ordering.argsort() // self.size
 
 
 class ClusteredProduct:
@@ -136,9 +138,10 @@ class ClusteredProduct:
     def __init__(self, product: Product, clusters: Clusters):
         self._product = product
         self._clusters = clusters
+        self._cluster_V = clusters.cluster_of_token()
 
     def __call__(self, output_RE: Tensor) -> Tensor:
-        return self._product(output_RE).masked_fill(self._clusters.hides(output_RE), -torch.inf)
+        return self._product(output_RE).masked_fill(self._clusters.hides(output_RE, self._cluster_V), -torch.inf)
 
 
 def over_targets(values: Tensor, kept_D: Tensor | None, vocabulary: int, elsewhere: float) -> Tensor:

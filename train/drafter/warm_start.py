@@ -1,14 +1,15 @@
 """Weights from other drafters, ours and public checkpoints (`drafter.warm_start`)."""
 
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
-from data_prep.target.architecture import Sizes, TargetSizes
+from data_prep.target.architecture import Sizes
 from data_prep.target.frozen_head import FrozenHead
 from train.drafter.base import Drafter
 from train.drafter.build import load_config
@@ -16,11 +17,18 @@ from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_nam
 from train.drafter.formats.claims import is_assistant
 from train.drafter.formats.imported_weights import imported_weights, left_to_target
 
+Beside = Callable[[], Sizes]
 
-def check_warm_start(folder: str, config: DrafterConfig) -> None:
-    """Raises UserError when nothing of `folder` can start a drafter of this configuration."""
+
+def check_warm_start(folder: str, config: DrafterConfig, beside: Beside | None = None) -> None:
+    """Raises UserError when nothing of `folder` can start a drafter of this configuration.
+
+    Args:
+        beside: gives the target's sizes, of which a drafter's configuration does not say all that an assistant in servers' format
+            needs; None: what it does say.
+    """
     where = f"drafter.warm_start={folder}"
-    other = _config(folder, config)
+    other = _config(folder, config, beside)
     mine = config.architecture
     theirs = other.architecture
     if other.imported and not config.uses_hidden:
@@ -60,7 +68,9 @@ def _foreign(other: DrafterConfig, config: DrafterConfig) -> list[str]:
 
 
 @torch.no_grad()
-def warm_start(drafter: Drafter, folder: str, head: FrozenHead) -> tuple[list[str], list[str]]:
+def warm_start(
+    drafter: Drafter, folder: str, head: FrozenHead, beside: Beside | None = None
+) -> tuple[list[str], list[str]]:
     """Replace every weight of which the checkpoint has a counterpart; (names taken, names left as they were).
 
     The counterpart has the same name and means the same: K/V from the same layers in the same way, the same kind of sequential
@@ -69,11 +79,12 @@ def warm_start(drafter: Drafter, folder: str, head: FrozenHead) -> tuple[list[st
 
     Args:
         head: the target's, of which a checkpoint in another format takes its part.
+        beside: as in `check_warm_start`.
 
     Raises:
         UserError: nothing fits.
     """
-    theirs = _weights(folder, drafter.config, head)
+    theirs = _weights(folder, drafter.config, head, beside)
     if drafter.config.is_assistant:
         # The target's own, which servers' formats leave out.
         theirs.setdefault("target_norm", drafter.target_norm)
@@ -100,9 +111,9 @@ def warm_start(drafter: Drafter, folder: str, head: FrozenHead) -> tuple[list[st
 PAIRED = re.compile(r"layers\.0\.branches\.\w+\.[qkv]\.weight")  # what reads [token; feature] under ttt
 
 
-def other_positions(folder: str, config: DrafterConfig) -> bool:
+def other_positions(folder: str, config: DrafterConfig, beside: Beside | None = None) -> bool:
     """Whether the checkpoint turned its queries and keys by other angles than the drafter will."""
-    other = _config(folder, config)
+    other = _config(folder, config, beside)
     mine = _rotation(config)
     theirs = _rotation(other)
     return len(mine) != len(theirs) or any(abs(a - b) > 1e-4 * abs(a) for a, b in zip(mine, theirs))
@@ -113,26 +124,23 @@ def _rotation(config: DrafterConfig) -> list[float]:
     return [config.architecture.rope_scale, *(f / config.rope_factor for f in config.architecture.inv_freq)]
 
 
-def _config(folder: str, config: DrafterConfig) -> DrafterConfig:
+def loses_clusters(folder: str, config: DrafterConfig, beside: Beside | None = None) -> bool:
+    """Whether the checkpoint scores clusters of tokens, which no drafter does that is trained here."""
+    return _config(folder, config, beside).centroids is not None
+
+
+def _config(folder: str, config: DrafterConfig, beside: Beside | None) -> DrafterConfig:
     path = folder_of(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors); {known_names()}")
     if is_assistant(read_fields(folder)) and not config.is_assistant:
         raise UserError(f"drafter.warm_start={folder} is a drafter of drafter.kind=gemma4_assistant, not of {config.kind}")
-    return load_config(folder, lambda: _beside(config))
+    return load_config(folder, beside or (lambda: replace(config.architecture, hidden_size=config.state_size)))
 
 
-def _beside(config: DrafterConfig) -> TargetSizes:
-    """The target's sizes, as far as the drafter says them."""
-    sizes = {field.name: getattr(config.architecture, field.name) for field in fields(Sizes)} | {"hidden_size": config.state_size}
-    read = {layer: config.kv_shape(layer) for layer in config.kv_layers} if config.is_assistant else {}
-    last_kv = {"sliding_attention" if kv.window else "full_attention": (layer, kv) for layer, kv in read.items()}
-    return TargetSizes(**sizes, last_kv=last_kv)
-
-
-def _weights(folder: str, config: DrafterConfig, head: FrozenHead) -> dict[str, Tensor]:
+def _weights(folder: str, config: DrafterConfig, head: FrozenHead, beside: Beside | None) -> dict[str, Tensor]:
     """The checkpoint's weights under our names, without those that mean something else here."""
-    other = _config(folder, config)
+    other = _config(folder, config, beside)
     if is_foreign(read_fields(folder)):
         theirs = imported_weights(folder_of(folder), other) | left_to_target(folder_of(folder), other, head)
     else:

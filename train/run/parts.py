@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -12,6 +13,7 @@ from common.errors import UserError
 from common.ranks import from_rank_0, rank
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import LiveReader
+from data_prep.target.architecture import target_sizes
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.loading import load_parts
 from data_prep.target.parts import TargetParts
@@ -21,7 +23,7 @@ from train.data.stream import PackStream, Prefix, StreamSettings, ViewDraws, sam
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
-from train.drafter.warm_start import check_warm_start, other_positions, warm_start
+from train.drafter.warm_start import check_warm_start, loses_clusters, other_positions, warm_start
 from train.gate import parameter_groups, start_gates
 from train.losses.choose import slower_on_a_gpu
 from train.objectives.objective import Objective, Supervision
@@ -142,10 +144,13 @@ def _make_drafter(context: RunContext, config: DrafterConfig, target: TargetPart
 
 def _take_weights(context: RunContext, config: DrafterConfig, drafter: Drafter, target: TargetParts) -> None:
     source = context.recipe.drafter.warm_start
-    check_warm_start(source, config)
-    taken, left = warm_start(drafter, source, target.frozen_head)
+    beside = partial(target_sizes, context.recipe.target)
+    check_warm_start(source, config, beside)
+    taken, left = warm_start(drafter, source, target.frozen_head, beside)
     context.say(f"{source}: {len(taken)} tensors taken, as drafter.start says: {', '.join(left) or 'none'}")
-    if other_positions(source, config):
+    if loses_clusters(source, config, beside):
+        context.say(f"{source} scores clusters of tokens (a centroid head); what is trained from it scores all tokens")
+    if other_positions(source, config, beside):
         context.say(f"{source} knows another rotary embedding than the target's, which it gets")
 
 

@@ -121,7 +121,9 @@ def _check_sizes(folder: Path, fields: dict, text: PretrainedConfig, sizes: Size
             ),
             f"has {clusters} clusters for {text.vocab_size} tokens, of which it says {chosen}": (
                 bool(fields.get("use_ordered_embeddings"))
-                and (text.vocab_size % clusters != 0 or not 0 < chosen <= clusters)
+                and not (
+                    type(clusters) is type(chosen) is int and 0 < chosen <= clusters and text.vocab_size % clusters == 0
+                )
             ),
         },
     )
@@ -159,5 +161,14 @@ def _check_kv(folder: Path, text: PretrainedConfig, last_kv: dict[str, tuple[int
 def _steps(folder: Path) -> int:
     """How many tokens it drafts, where transformers' assisted generation reads it."""
     path = folder / "generation_config.json"
-    said = json.loads(path.read_text()).get("num_assistant_tokens") if path.is_file() else None
-    return said or STEPS
+    if not path.is_file():
+        return STEPS
+    try:
+        said = json.loads(path.read_text()).get("num_assistant_tokens")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not readable as an object of JSON: {error}") from error
+    if said is None:
+        return STEPS
+    if type(said) is not int or said < 1:
+        raise UserError(f"{path}: num_assistant_tokens={said} is no number of tokens to draft")
+    return said
