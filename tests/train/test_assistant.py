@@ -375,8 +375,9 @@ def test_what_a_cache_or_a_target_cannot_give_is_a_line(target):
             config_of(target, held=held)
     small = ("drafter.hidden_size=24", "drafter.heads=2")
     assert config_of(target, *small, "drafter.layers=1", held=(hidden, kv[-1:])).target_layers == kv[-1:]
-    with pytest.raises(UserError, match=r"needs kv states of layer.s. .0.; the cache"):
-        config_of(target, *small, "drafter.layers=2", f"drafter.target_layers=[0,{kv[-1]}]")
+    other = next(layer for layer in range(len(target.layers)) if layer not in kv)
+    with pytest.raises(UserError, match=rf"needs kv states of layer.s. .{other}.; the cache"):
+        config_of(target, *small, "drafter.layers=2", f"drafter.target_layers=[{other},{kv[-1]}]")
     with pytest.raises(UserError, match="3 query heads cannot share"):
         config_of(target, "drafter.hidden_size=24", "drafter.heads=3")
     with pytest.raises(UserError, match="drafter.hidden_size=256 exceeds the target's 32"):
