@@ -129,7 +129,7 @@ def loses_clusters(folder: str, config: DrafterConfig, beside: Beside | None = N
     return _config(folder, config, beside).centroids is not None
 
 
-def _config(folder: str, config: DrafterConfig, beside: Beside | None) -> DrafterConfig:
+def _config(folder: str, config: DrafterConfig, beside: Beside | None = None) -> DrafterConfig:
     path = folder_of(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"drafter.warm_start={folder} holds no checkpoint (config.json and model.safetensors); {known_names()}")
@@ -138,7 +138,9 @@ def _config(folder: str, config: DrafterConfig, beside: Beside | None) -> Drafte
     return load_config(folder, beside or (lambda: replace(config.architecture, hidden_size=config.state_size)))
 
 
-def _weights(folder: str, config: DrafterConfig, head: FrozenHead, beside: Beside | None) -> dict[str, Tensor]:
+def _weights(
+    folder: str, config: DrafterConfig, head: FrozenHead, beside: Beside | None = None
+) -> dict[str, Tensor]:
     """The checkpoint's weights under our names, without those that mean something else here."""
     other = _config(folder, config, beside)
     if is_foreign(read_fields(folder)):
