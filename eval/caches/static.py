@@ -80,7 +80,7 @@ class StaticMemory(Memory):
         part.value.index_put_(place, kv.value.unflatten(0, (self.batch, -1)))
 
     def nbytes(self) -> int:
-        kept = (p for i, kinds in enumerate(self.layers) for name, p in kinds.items() if (i, name) not in self.borrowed)
+        kept = (p for i, kinds in enumerate(self.layers) for name, p in kinds.items() if self.keeps(i, name))
         return sum(p.key.nbytes + p.value.nbytes for p in kept)
 
 
@@ -94,9 +94,9 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
 
     @backend(takes_parts=False)
     def attend(q_QHD: Tensor, key: Joined | Tensor | tuple, value: Joined | Tensor | tuple, visibility: Visibility) -> Tensor:
-        first = key.first if isinstance(key, Joined) else 0
-        memories = _layers(key.memory_BLGD if isinstance(key, Joined) else key)
-        values = _layers(value.memory_BLGD if isinstance(value, Joined) else value)
+        joined = isinstance(key, Joined)  # else the rows have no keys of their own
+        first = key.first if joined else 0
+        memories, values = (_layers(held.memory_BLGD if joined else held) for held in (key, value))
         batch = len(memories[0])
         q_BTHD = q_QHD.unflatten(0, (batch, -1))
         # All rows of a request have one anchor, so that their memory is a number of keys and needs no mask (while memory is
@@ -109,7 +109,7 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
             over_cache(q, k, v, count_B, making_memory, reading, place_BT)
             for q, k, v in zip(q_BTHD.chunk(len(memories), dim=2), memories, values)
         ]
-        if not isinstance(key, Joined):  # rows without keys of their own
+        if not joined:
             return torch.cat([out for out, _ in parts], dim=2).flatten(0, 1)
         (memory,) = parts
         seen = _seen(visibility) if seen_QR is None else seen_QR

@@ -7,6 +7,8 @@ reference, measured in the same run.
 import json
 import resource
 import sys
+import time
+from collections.abc import Callable
 from datetime import date
 from tempfile import TemporaryDirectory
 
@@ -98,6 +100,17 @@ def architecture_of(shape: str) -> dict:
     if shape == "qwen3_8b":
         return {"hidden_size": 4096, "kv_heads": 8, "head_dim": 128}
     return {"hidden_size": 256, "kv_heads": 2, "head_dim": 64}
+
+
+def timed(function: Callable, device: torch.device) -> float:
+    """Milliseconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def line(name: str, **figures) -> None:

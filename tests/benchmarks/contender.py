@@ -4,8 +4,6 @@ the beginning of the prompt already.
 Shapes: B requests (one), L places of a text, T rows of it, P positions, G key/value heads, D head size, J drafted tokens.
 """
 
-import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -23,19 +21,9 @@ from eval.engine.lengths import Lengths
 from eval.engine.request import Stops
 from eval.engine.verification import Verification
 from eval.oracle.decode import Generation
+from tests.benchmarks import timed
 from train.drafter.base import Drafter
 from train.drafter.layers import Rope
-
-
-def timed(function: Callable, device: torch.device) -> float:
-    """Milliseconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began)
 
 
 class Contender:
@@ -67,7 +55,7 @@ class Contender:
     @property
     def kept(self) -> int:
         """Bytes of a position in the drafter's own memory, from its tensors."""
-        return sum(part.key[0, 0].nbytes + part.value[0, 0].nbytes for part in self._own())
+        return sum(part.read_bytes(1) for part in self._own())
 
     def _own(self) -> list[Part]:
         """The drafter's own memory, which there is once a prompt was read: not what it borrows of the target's cache."""
@@ -75,7 +63,7 @@ class Contender:
             return []
         memory = self.drafting.memory
         every = [(i, branch, part) for i, kinds in enumerate(memory.layers) for branch, part in kinds.items()]
-        return [part for i, branch, part in every if (i, branch) not in memory.borrowed]
+        return [part for i, branch, part in every if memory.keeps(i, branch)]
 
     def generate(self, prompt: list[int], new: int) -> Generation:
         self.hand_out()

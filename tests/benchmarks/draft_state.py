@@ -36,8 +36,8 @@ from data_prep.target.target import Target
 from eval.engine.engine import room_for
 from eval.prompts.load import load_prompts
 from eval.prompts.suites import SuiteRecipe
-from tests.benchmarks import QWEN3_8B, SMOLLM2, line, options, target_of
-from tests.benchmarks.contender import Contender, timed
+from tests.benchmarks import QWEN3_8B, SMOLLM2, line, options, target_of, timed
+from tests.benchmarks.contender import Contender
 from train.drafter.base import Drafter
 from train.drafter.build import load_drafter, new_drafter
 from train.drafter.config import DrafterConfig

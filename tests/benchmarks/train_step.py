@@ -15,7 +15,6 @@ Shapes: N anchors, J steps or slots, P positions of a pack.
 """
 
 import os
-import time
 from collections import Counter
 from dataclasses import replace
 from statistics import median
@@ -28,7 +27,7 @@ from common.ranks import single_process_defaults
 from data_prep.target.architecture import Architecture
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.loading import pick_device, pick_dtype
-from tests.benchmarks import QWEN3_8B, line, options
+from tests.benchmarks import QWEN3_8B, line, options, timed
 from train.attention.choose import attention_backend
 from train.data.pack import Pack, PackDocument, make_pack
 from train.drafter.build import new_drafter
@@ -132,17 +131,6 @@ def floor(found: Counter, device: torch.device, dtype: torch.dtype) -> tuple[flo
             total += times * median(timed(lambda: torch.mm(a, b), device) for _ in range(5))
             tflop += times * 2e-12 * rows * inputs * outputs
     return total, tflop
-
-
-def timed(function, device: torch.device) -> float:
-    """Milliseconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began)
 
 
 def under_deepspeed(objective: Objective, optimizer, stage: int, on_gpu: bool):

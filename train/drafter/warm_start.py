@@ -1,7 +1,6 @@
 """Weights from other drafters, ours and public checkpoints (`drafter.warm_start`)."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,15 +8,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
-from data_prep.target.architecture import Sizes
 from data_prep.target.frozen_head import FrozenHead
 from train.drafter.base import Drafter
 from train.drafter.build import load_config
 from train.drafter.config import DrafterConfig, folder_of, is_foreign, known_names, read_fields
 from train.drafter.formats.claims import is_assistant
+from train.drafter.formats.imported import Beside
 from train.drafter.formats.imported_weights import imported_weights, left_to_target
-
-Beside = Callable[[], Sizes]
 
 
 def check_warm_start(folder: str, config: DrafterConfig, beside: Beside | None = None) -> None:
