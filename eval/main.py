@@ -38,7 +38,7 @@ from train.drafter.build import load_drafter
 from train.drafter.config import folder_of  # noqa: E402
 from train.drafter.formats.export import save_export  # noqa: E402
 from train.drafter.formats.imported_weights import bind  # noqa: E402
-from train.measure import pictures  # noqa: E402
+from train.measure import copying, pictures  # noqa: E402
 from train.run.tracking import Tracker  # noqa: E402
 
 WITHOUT_FORWARDS = ("score", "export")  # modes that ask of the target its embedding, head and norms alone
@@ -149,15 +149,19 @@ def _decode(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
 
 
 def _score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> None:
-    accepted, loss, apart = score(recipe, target, drafter)
+    accepted, kl, copies, apart = score(recipe, target, drafter)
     found = {kind: vars(a) for kind, a in accepted.items()}
-    result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": loss, **found}
+    result = described(recipe, target, drafter) | {"cache": recipe.cache.dir, "kl": kl, **found, "copies": copies}
     if apart:
         result["by_positions"] = apart
     publish(recipe, "score.json", result)
-    print(f"score: {Path(recipe.out) / 'score.json'}; KL {loss:.4f} nats a slot")
+    print(f"score: {Path(recipe.out) / 'score.json'}; KL {kl:.4f} nats a slot")
     for kind, a in found.items():
         print(f"{kind}: tau {a['tau']:.3f}, conditional acceptance by slot {' '.join(f'{c:.3f}' for c in a['conditional'])}")
+        for bucket, kinds in copies.items():
+            slots = copying.grouped(**kinds[kind]).items()
+            shown = ", ".join(f"{name}: {accepted:.3f} ({rounds:.0f})" for name, (accepted, rounds) in slots)
+            print(f"  copy distance {bucket}: acceptance by slots (rounds) {shown}")
     for name in ("within", "beyond"):
         if apart and name in apart:
             taus = ", ".join(f"{kind} {tau:.3f}" for kind, tau in apart[name]["tau"].items())

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from train.data.split import judging
 from train.data.stream import PackStream, StreamSettings, ViewDraws, sample_ages
 from train.drafter.base import Drafter
 from train.losses.recipe import LossRecipe
-from train.measure import acceptance, diagnostics
+from train.measure import acceptance, copying, diagnostics
 from train.objectives.align import Watch
 from train.objectives.objective import Objective, Supervision
 from train.views.recipe import View
@@ -66,18 +67,28 @@ def _ages(recipe: EvalRecipe, view: View, id: str, anchors: np.ndarray, pass_num
     return since if view.refresh == "never" else since % view.lasts
 
 
+class Score(NamedTuple):
+    """`acceptance`: {"sampled": temperature 1, "greedy": temperature 0}; `kl`: nats a slot; `copies`: acceptance by copy distance
+    (train/measure/copying.py); `apart`: tau apart for anchors whose drafts stay within the positions that the drafter knows and
+    for those beyond (None: there are none beyond)."""
+
+    acceptance: dict[str, acceptance.Acceptance]
+    kl: float
+    copies: dict[str, dict]
+    apart: dict | None
+
+
 @torch.no_grad()
-def score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> tuple[dict[str, acceptance.Acceptance], float, dict | None]:
-    """({"sampled": temperature 1, "greedy": temperature 0}, KL in nats a slot, tau apart for anchors whose drafts stay within the
-    positions that the drafter knows and for those beyond; None: there are none beyond)."""
+def score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> Score:
     view = view_of(recipe, drafter.config)
     known = known_positions(recipe, drafter.config)
     objective = _objective(recipe, target, drafter, training=False, view=view)
-    total = loss = slots = 0.0
+    total = copied = loss = slots = 0.0
     parts = {name: {"anchors": 0, "counts": 0.0} for name in ("within", "beyond")}
     for pack in _packs(recipe, target, drafter, [], view):
         outcome = objective(pack)
         total = total + acceptance.counts(outcome)[0].cpu()
+        copied = copied + copying.counts(outcome, pack).cpu()
         loss = loss + float(outcome.share)
         slots = slots + int(outcome.valid.sum())
         if known is not None:
@@ -86,7 +97,7 @@ def score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> tuple[dict
                 valid = outcome.valid & here_N[:, None]
                 parts[name]["anchors"] += int(valid.any(1).sum())
                 parts[name]["counts"] += acceptance.counts(outcome._replace(valid=valid))[0].cpu()
-    return acceptance.summarise(total), loss / slots, _apart(known, parts)
+    return Score(acceptance.summarise(total), loss / slots, copying.summarise(copied), _apart(known, parts))
 
 
 def _apart(known: int | None, parts: dict[str, dict]) -> dict | None:
