@@ -1,29 +1,33 @@
 """Does block-wise training realise the potential of KV reuse? All arms of the comparison: same cache, tokens, anchors, drafted
-tokens, depth, loss and seeds; each arm against its control; one table with 95% intervals.
+tokens, depth, loss and seeds; each arm against its control; tables with 95% intervals.
 
     python launchers/compare.py train RUNS [key=value ...]     capture, then every arm and seed (those that are finished are kept)
-    python launchers/compare.py judge RUNS [key=value ...]     decode with every drafter; diagnose the first seed's
-    python launchers/compare.py table RUNS                     the table, and RUNS/compare.png
+    python launchers/compare.py judge RUNS [key=value ...]     score and decode with every drafter; diagnose the first seed's
+    python launchers/compare.py table RUNS                     RUNS/compare.md of what is judged, compare.png and decay.png
 
-Options: --jobs 1 (at a time), --seeds 3, --arms a,b, --tokens 2000000 (of the cache). Overrides go to train/ or eval/main.py,
-those of target, data, cache and capture also to the capture; the arms need as many cached layers as drafter.layers.
+Options: --jobs 1 (at a time), --seeds 3, --arms a,b, --tokens 2000000 (of the cache), --slots 5 (drafted tokens), --decay 0.8
+(slot j weighs 0.8^(j-1) in every arm; without it, as its recipe says), --what score,decode,diagnose (of judge). Overrides go to
+train/ or eval/main.py, those of target, data, cache and capture also to the capture; the arms need as many cached layers as
+drafter.layers.
 """
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compared import REPORTS, table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOTS = 5  # drafted tokens, in every arm
-TTT = f"objective.slots={SLOTS}"
-SAME = f"objective.slots={SLOTS + 1}"
-SHIFTED = f"objective.slots={SLOTS}"
+# As many drafted tokens in every arm. The first slot of a block drafts nothing, unless blocks are shifted.
+TTT = SHIFTED = "objective.slots={slots}"
+SAME = "objective.slots={block}"
 # What every arm shares. One loss for all, so that the arms differ in what their names say.
 SHARED = """
     loss.ce=0 loss.tv=0 loss.kl=1 objective.anchors=64
@@ -31,17 +35,22 @@ SHARED = """
     train.lr=2e-3 train.batch=1 train.pack_tokens=4096 train.max_steps=1000 train.save_every=1000 train.log_every=100
     train.validation_documents=128
 """.split()
-# Queries alone over the target's cache; {last}, {before} and {middle} are layers of the target.
-QUERIES = ["experiment=query_only", TTT]
+# {last}, {before} and {middle} are layers of the target.
+NATIVE = ["experiment=kvshot_kv", "reuse.source=native", TTT]  # the target's K/V in place; of the first and the last layer
+QUERIES = ["experiment=query_only", TTT]  # queries alone over the target's cache
 HALVES = [*QUERIES, "drafter.target_layers=[{middle},{last}]"]
+ALIGNED = ["experiment=blockwise_native_aligned", SAME]  # weights of 0.1
 # name: (its control, overrides)
 ARMS = {
     "ttt_none": (None, ["experiment=eagle3", "reuse=none", TTT]),
     "eagle3": ("ttt_none", ["experiment=eagle3", TTT]),
     "kvshot_kv": ("eagle3", ["experiment=kvshot_kv", TTT]),
     "kvshot_hybrid": ("eagle3", ["experiment=kvshot_hybrid", TTT]),
-    "ttt_native_random": ("kvshot_kv", ["experiment=kvshot_kv", "reuse.source=native", TTT]),
-    "ttt_native": ("ttt_native_random", ["experiment=kvshot_kv", "reuse.source=native", "drafter.start=target", TTT]),
+    "ttt_native_random": ("kvshot_kv", NATIVE),
+    "ttt_native_last": ("ttt_native_random", [*NATIVE, "drafter.target_layers=[{last},{last}]"]),
+    "ttt_native_last_two": ("ttt_native_random", [*NATIVE, "drafter.target_layers=[{before},{last}]"]),
+    "ttt_native_halves": ("ttt_native_random", [*NATIVE, "drafter.target_layers=[{middle},{last}]"]),
+    "ttt_native": ("ttt_native_random", [*NATIVE, "drafter.start=target"]),
     "queries_last": ("eagle3", [*QUERIES, "drafter.target_layers=[{last},{last}]"]),
     "queries_last_two": ("queries_last", [*QUERIES, "drafter.target_layers=[{before},{last}]"]),
     "queries_halves": ("queries_last", HALVES),
@@ -63,13 +72,9 @@ ARMS = {
     "aligned_random": ("native_random", ["experiment=blockwise_native_aligned", "drafter.start=random", SAME]),
     "dflash_from_target": ("dflash", ["experiment=dflash", "drafter.start=target", SAME]),
     "blockwise_native": ("dflash_from_target", ["experiment=blockwise_native", SAME]),
-    "blockwise_native_aligned": ("blockwise_native", ["experiment=blockwise_native_aligned", SAME]),
-}
-# Is what the target's K/V add (the first arm over the second) larger for blocks than for steps (the third over the fourth)?
-CONTRASTS = {
-    "hybrid over hidden: block-wise against ttt": ("blockwise_hybrid", "dflash", "kvshot_hybrid", "eagle3"),
-    "hybrid over hidden: block-wise with a Markov head against ttt": ("dspark_hybrid", "dspark_like", "kvshot_hybrid", "eagle3"),
-    "K/V over hidden: block-wise against ttt": ("blockwise_kv", "dflash", "kvshot_kv", "eagle3"),
+    "blockwise_native_aligned": ("blockwise_native", ALIGNED),
+    "blockwise_native_aligned_1": ("blockwise_native", [*ALIGNED, "loss.kv_align=1", "loss.query_align=1"]),
+    "blockwise_native_aligned_10": ("blockwise_native", [*ALIGNED, "loss.kv_align=10", "loss.query_align=10"]),
 }
 
 
@@ -85,7 +90,8 @@ def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> Non
 
     def one(item):
         name, words, log, out = item
-        weights = [Path(w.removeprefix("drafter=")) / "model.safetensors" for w in words if w.startswith("drafter=")]
+        named = [word.removeprefix("drafter=").strip("'") for word in words if word.startswith("drafter=")]
+        weights = [Path(path) / "model.safetensors" for paths in named for path in paths.split("','")]
         key = " ".join([*words, *(str(path.stat().st_mtime_ns) for path in weights if path.exists())])
         done = log.with_suffix(".done")
         if done.exists() and done.read_text() == key:
@@ -113,169 +119,42 @@ def train(o) -> None:
     each(1, [("capture", capture, o.runs / "capture.log", None)])
     target = json.loads((o.runs / "cache/manifest.json").read_text())["target"]
     last = target["architecture"]["num_layers"] - 1
-    layers = {"{last}": last, "{before}": last - 1, "{middle}": last // 2}
+    known = {"{last}": last, "{before}": last - 1, "{middle}": last // 2, "{slots}": o.slots, "{block}": o.slots + 1}
     cache.append("cache.on_missing=fail")  # it is there, and `data=` among the overrides would ask for one of all the data
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:
             run = o.runs / arm / f"seed{seed}"
             named = ARMS[arm][1]
-            for word, layer in layers.items():
-                named = [override.replace(word, str(layer)) for override in named]
-            words = [*named, *SHARED, f"train.seed={seed}", *o.overrides, *cache, f"run.dir={run}"]
+            for word, value in known.items():
+                named = [override.replace(word, str(value)) for override in named]
+            words = [*named, *SHARED, *decay(o, named), f"train.seed={seed}", *o.overrides, *cache, f"run.dir={run}"]
             work.append((f"{arm}, seed {seed}", [str(ROOT / "train/main.py"), *words], run.with_suffix(".log"), None))
     each(o.jobs, work)
 
 
-def judge(o) -> None:
-    work = []
-    for seed in range(o.seeds):
-        for arm in o.arms:
-            run = o.runs / arm / f"seed{seed}"
-            words = [
-                str(ROOT / "eval/main.py"),
-                f"drafter={run / 'checkpoints/last'}",
-                *o.overrides,
-            ]
-            report = run / "report"
-            diagnosis = run / "diagnosis"
-            work.append((f"{arm}, seed {seed}", [*words, "controls=false", f"out={report}"], run / "report.log", report))
-            if seed == 0:
-                words = [*words, "mode=diagnose", f"cache.dir={o.runs / 'cache'}", f"out={diagnosis}"]
-                work.append((f"{arm}, diagnosis", words, run / "diagnosis.log", diagnosis))
-    each(o.jobs, work)
-
-
-def reports(o, arm: str) -> list[dict]:
-    """Every seed's. They must be there, and judged alike."""
-    paths = [o.runs / arm / f"seed{seed}/report/report.json" for seed in range(o.seeds)]
-    if absent := [str(path) for path in paths if not path.exists()]:
-        sys.exit(f"error: {absent[0]} is missing; say `judge` again")
-    return [json.loads(path.read_text()) for path in paths]
-
-
-def counts(found: list[dict], temperature: str) -> np.ndarray:
-    """[seeds, prompts, 2]: tokens emitted, rounds."""
-    return np.array([report["temperatures"][temperature]["per_prompt"] for report in found], dtype=float)
-
-
-def tau(counted: np.ndarray) -> float:
-    emitted, steps = counted.reshape(-1, 2).sum(0)
-    return emitted / steps
-
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # by the number of seeds: 97.5% quantiles
-
-
-def interval(statistic, *arms: np.ndarray) -> tuple[float, float, float]:
-    """(value, low, high) of a statistic of several arms' counts: 95%, for other seeds and other prompts.
-
-    Two errors, added in quadrature: that of the seeds, Student's interval over the statistic of each seed (4.30 standard errors
-    for three seeds), and that of the prompts, a bootstrap over prompts with all seeds kept. The seeds' error has some of the
-    prompts' in it, so that the interval is rather too wide than too narrow. One seed: the prompts' alone.
-    """
-    value = statistic(*arms)
-    (seeds, prompts) = arms[0].shape[:2]
-    rng = np.random.default_rng(0)
-    draws = (rng.integers(prompts, size=prompts) for _ in range(1000))
-    error = 1.96 * np.std([statistic(*(arm[:, draw] for arm in arms)) for draw in draws])
-    if seeds > 1:
-        each_seed = [statistic(*(arm[[seed]] for arm in arms)) for seed in range(seeds)]
-        error = np.hypot(error, STUDENT.get(seeds, 2.3) * np.std(each_seed, ddof=1) / np.sqrt(seeds))
-    return value, value - error, value + error
-
-
-def gain(arm: np.ndarray, control: np.ndarray) -> float:
-    return tau(arm) - tau(control)
-
-
-def difference(block: np.ndarray, block_control: np.ndarray, step: np.ndarray, step_control: np.ndarray) -> float:
-    return gain(block, block_control) - gain(step, step_control)
-
-
-HEADS = ["arm", "parameters", "GFLOP an anchor", "tau T=1", "tau T=0", "acceptance by slot, T=1"]
-HEADS += ["control", "gain at T=1", "verdict"]
-HEADS += ["seed 0, held-out tau", "zero memory", "another's memory", "oracle queries", "draft ms"]
-ACCEPTANCE = ("trained", "zero_memory", "other_memory", "oracle_queries")  # of the diagnosis
-Counts = dict[tuple[str, str], np.ndarray]  # {(arm, temperature): [seeds, prompts, 2]}
-
-
-def table(o) -> None:
-    """An arm and its control are compared on the same seeds and prompts."""
-    # 1. Every report, all of them made alike.
-    every = {arm: reports(o, arm) for arm in o.arms}
-    settings = {json.dumps([r["prompts"], list(r["temperatures"])], sort_keys=True) for found in every.values() for r in found}
-    if len(settings) > 1:
-        sys.exit(
-            "error: the reports were made with different prompts or temperatures; say `judge` again with one set of overrides"
-        )
-    found = {(arm, t): counts(every[arm], t) for arm in o.arms for t in ("1", "0")}
-
-    # 2. A row for each arm, then the differences between gains.
-    lines = [HEADS, ["---"] * len(HEADS)]
-    for arm in o.arms:
-        diagnosis = json.loads((o.runs / arm / "seed0/diagnosis/diagnostics.json").read_text())
-        lines.append(_row(arm, every[arm], diagnosis, found))
-    lines += _contrasts(o.arms, found)
-
-    # 3. The table and the picture.
-    text = "\n".join("| " + " | ".join(cells) + " |" if cells else "" for cells in lines)
-    (o.runs / "compare.md").write_text(text + "\n")
-    print(text)
-    draw({arm: interval(tau, found[arm, "1"]) for arm in o.arms}, o.runs / "compare.png")
-
-
-def _row(arm: str, every: list[dict], diagnosis: dict, found: Counts) -> list[str]:
-    """An arm's cells under `HEADS`."""
-    cells = [arm, f"{every[0]['drafter']['parameters'] / 1e6:.2f}M", f"{diagnosis['compute']['gflop_per_anchor']:.2f}"]
-    for t in ("1", "0"):
-        value, low, high = interval(tau, found[arm, t])
-        cells.append(f"**{value:.2f}** [{low:.2f}, {high:.2f}]")
-    conditional = zip(*(report["temperatures"]["1"]["conditional"] for report in every))
-    cells.append(" ".join(f"{np.mean(seeds):.2f}" for seeds in conditional))
-
-    control = ARMS[arm][0]
-    if (control, "1") in found:
-        value, low, high = interval(gain, found[arm, "1"], found[control, "1"])
-        verdict = "beats it" if low > 0 else "WORSE" if high < 0 else "no difference shown"
-        cells += [control, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]", verdict]
-    else:
-        cells += ["", "", ""]
-
-    acceptance = {name: kinds["sampled"]["tau"] for name, kinds in diagnosis["acceptance"].items()}
-    cells += [f"{acceptance[name]:.2f}" if name in acceptance else "" for name in ACCEPTANCE]
-    draft_ms = np.mean([report["temperatures"]["1"]["round_ms"]["draft"] for report in every])
-    return [*cells, f"{draft_ms:.1f}"]
-
-
-def _contrasts(arms: list[str], found: Counts) -> list[list[str]]:
-    """A table below the first one, of those contrasts whose arms are all there."""
-    held = {name: four for name, four in CONTRASTS.items() if set(four) <= set(arms)}
-    if not held:
+def decay(o, named: list[str]) -> list[str]:
+    """What makes slot j weigh R^(j-1): blocks read it as exp(-(j-1)/decay)."""
+    if o.decay is None:
         return []
-    lines = [[], ["difference of gains at T=1", "block-wise", "ttt", "difference"], ["---"] * 4]
-    for name, four in held.items():
-        counted = [found[arm, "1"] for arm in four]
-        value, low, high = interval(difference, *counted)
-        gains = [f"{gain(*counted[:2]):+.2f}", f"{gain(*counted[2:]):+.2f}"]
-        lines.append([name, *gains, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"])
-    return lines
+    rate = min(o.decay, 1 - 1e-9)
+    blocks = named[0].startswith(("experiment=dflash", "experiment=dspark", "experiment=blockwise"))
+    return [f"objective.decay={-1 / math.log(rate) if blocks else rate}"]
 
 
-def draw(found: dict[str, tuple[float, float, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 0.35 * len(found) + 1.2), layout="constrained")
-    middle, low, high = np.array(list(found.values())).T
-    axis.errorbar(middle, range(len(found)), xerr=[middle - low, high - middle], fmt="o", capsize=3)
-    axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    axis.set(xlabel="tau at T = 1, with 95% intervals over seeds and prompts")
-    figure.savefig(path, dpi=110)
+def judge(o) -> None:
+    """A process for each arm and judgement takes one seed after the other: to start one costs as much as a small judgement."""
+    cache = f"cache.dir={o.runs / 'cache'}"
+    said = {"score": ["mode=score", cache], "decode": ["controls=false"], "diagnose": ["mode=diagnose", cache]}
+    work = []
+    for what in o.what:
+        for arm in o.arms:
+            seeds = range(1 if what == "diagnose" else o.seeds)
+            drafters = ",".join(f"'{o.runs / arm / f'seed{seed}/checkpoints/last'}'" for seed in seeds)
+            out = o.runs / arm / what
+            words = [str(ROOT / "eval/main.py"), "-m", f"drafter={drafters}", *said[what], *o.overrides, f"out={out}"]
+            work.append((f"{arm}, {what}", words, out.with_suffix(".log"), out))
+    each(o.jobs, work)
 
 
 def main() -> None:
@@ -285,12 +164,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--slots", type=int, default=5)
+    parser.add_argument("--decay", type=float)
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
+    parser.add_argument("--what", type=lambda text: text.split(","), default=list(REPORTS))
     parser.add_argument("overrides", nargs="*")
     o = parser.parse_intermixed_args()
     if unknown := sorted(set(o.arms) - set(ARMS)):
         parser.error(f"no arm is called {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    if unknown := sorted(set(o.what) - set(REPORTS)):
+        parser.error(f"no judgement is called {', '.join(unknown)}; there are {', '.join(REPORTS)}")
     o.runs = o.runs.absolute()
+    o.controls = {arm: ARMS[arm][0] for arm in o.arms}
     {"train": train, "judge": judge, "table": table}[o.stage](o)
 
 

@@ -1,35 +1,102 @@
 """The comparison script, whole, on a few small arms; and the recipes that hand weights to each other, by real commands."""
 
+import argparse
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from common import cli
 from tests.support.commands import ROOT, SMALL, command
+from train.measure.copying import BUCKETS
+from train.recipe import TrainRecipe
+from train.schedules.registry import OBJECTIVES
 
 COMPARE = ROOT / "launchers/compare.py"
 
 
-def test_intervals_equal_values_computed_by_hand():
-    """Tokens and verify steps of two prompts and one seed: tau is their ratio of sums, whatever is drawn."""
+def modules():
     sys.path.insert(0, str(ROOT / "launchers"))
     import compare
+    import compared
 
+    return compare, compared
+
+
+def write(path, **report):
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(report))
+
+
+def test_intervals_equal_values_computed_by_hand():
+    """Tokens and verify steps of two prompts and one seed: tau is their ratio of sums, whatever is drawn."""
+    compare, compared = modules()
     counted = np.array([[[30.0, 10.0], [10.0, 10.0]]])
-    assert compare.tau(counted) == 2.0 and compare.tau(counted[:, [0, 0]]) == 3.0
+    assert compared.tau(counted) == 2.0 and compared.tau(counted[:, [0, 0]]) == 3.0
     assert all(control is None or control in compare.ARMS for control, _ in compare.ARMS.values())
     # Three seeds of one prompt: 4.30 standard errors of their mean.
     seeds = np.array([[[10.0, 10.0]], [[20.0, 10.0]], [[30.0, 10.0]]])
-    assert compare.interval(compare.tau, seeds) == pytest.approx((2.0, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+    assert compared.interval(compared.tau, seeds) == pytest.approx((2.0, 2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+    assert np.isnan(compared.interval(compared.tau, seeds[:1])[1:]).all()  # nothing is known of other seeds, nor of other prompts
+
+
+def test_all_arms_weigh_their_slots_alike_when_told_to():
+    """By the objectives' own words for it, over all arms; a rate of 1 is equal weights."""
+    compare, _ = modules()
+    for rate in (0.8, 1.0):
+        for arm, (_, named) in compare.ARMS.items():
+            said = compare.decay(argparse.Namespace(decay=rate), named)
+            recipe = cli.compose("train", TrainRecipe, [word for word in named if "{" not in word] + said)
+            weights = OBJECTIVES[recipe.objective.kind].slot_weights(9, recipe.objective.decay)
+            assert (weights / weights[0]).tolist() == pytest.approx([rate**j for j in range(9)], rel=1e-5), arm
+    assert compare.decay(argparse.Namespace(decay=None), named) == []
+
+
+def test_tables_of_what_is_judged(tmp_path):
+    """Reports written by hand: two seeds of an arm and its control were scored, one of them was decoded too."""
+    _, compared = modules()
+    counted = {"conditional": [0.5, 0.25], "rounds": [10.0, 5.0]}
+    for arm, taus in (("dflash", (2.0, 2.2)), ("blockwise_kv", (2.5, 2.7))):
+        for seed, tau in enumerate(taus):
+            drafter = {"path": f"elsewhere/{arm}/seed{seed}/checkpoints/last", "parameters": 1_000_000}
+            kind = {"tau": tau, "conditional": [0.5 + 0.1 * seed, 0.25]}
+            copies = dict.fromkeys(BUCKETS, {"sampled": counted, "greedy": counted})
+            write(
+                tmp_path / arm / f"score/{seed}/score.json",
+                drafter=drafter,
+                context=None,
+                sampled=kind,
+                greedy=kind,
+                copies=copies,
+            )
+            parts = {"by_category": {"qa": {"tau": tau}, "rag": {"tau": 1.0}}, "round_ms": {"draft": 3.0}}
+            figures = {"1": {"per_prompt": [[20, 10]] * 4, "conditional": [0.7, 0.6]} | parts}
+            if arm == "dflash":
+                write(tmp_path / arm / f"decode/{seed}/report.json", drafter=drafter, prompts={}, temperatures=figures)
+    options = argparse.Namespace(
+        runs=tmp_path, arms=["dflash", "blockwise_kv", "eagle3"], seeds=2, controls={"dflash": None, "blockwise_kv": "dflash"}
+    )
+    compared.table(options)
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    student = 12.71 * 0.1 * 2**0.5 / 2**0.5
+    assert f"| **2.10** [{2.1 - student:.2f}, {2.1 + student:.2f}] | **2.10** " in lines[4] and "| 0.55 0.25 |" in lines[4]
+    assert lines[5].endswith("| dflash | +0.50 [+0.50, +0.50] | beats it |")
+    by_distance = lines[lines.index("| arm | " + " | ".join(BUCKETS) + " |") + 2]
+    assert by_distance == "| dflash" + " | 0.50 0.25 (20 10)" * len(BUCKETS) + " |"
+    decoded = lines[lines.index("Decoded; intervals over seeds and prompts") :]
+    assert "| **2.00** [2.00, 2.00] | 0.70 0.60 |" in decoded[4] and len(decoded[5]) == 0
+    assert "| arm | qa | rag | draft ms |" in decoded and decoded[-3].endswith("| 3.0 |")
+    assert decoded[-1] == "not judged: eagle3" and all((tmp_path / f"{name}.png").exists() for name in ("compare", "decay"))
+    (tmp_path / "dflash/score/1/score.json").unlink()
+    with pytest.raises(SystemExit, match="dflash has no score of seed1"):
+        compared.table(options)
 
 
 @pytest.mark.parametrize("seed_noise,prompt_noise", [(0.1, 0.0), (0.0, 0.3), (0.05, 0.3)])
 def test_intervals_cover_the_true_value_as_often_as_they_claim(seed_noise, prompt_noise):
     """Simulated arms that differ in nothing but the noise of seeds and prompts: at most one verdict in twenty is wrong."""
-    sys.path.insert(0, str(ROOT / "launchers"))
-    import compare
-
+    _, compared = modules()
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
@@ -39,7 +106,7 @@ def test_intervals_cover_the_true_value_as_often_as_they_claim(seed_noise, promp
             for _ in range(2)
         ]
         counted = [np.stack([20 * arm, np.full_like(arm, 20)], axis=-1) for arm in arms]
-        _, low, high = compare.interval(compare.gain, *counted)
+        _, low, high = compared.interval(compared.gain, *counted)
         covered += low <= 0 <= high
     assert covered >= 94
 
@@ -47,11 +114,14 @@ def test_intervals_cover_the_true_value_as_often_as_they_claim(seed_noise, promp
 def test_an_unknown_arm_is_refused(tmp_path):
     done = command(COMPARE, "train", tmp_path / "runs", "--arms", "eagle4")
     assert done.returncode == 2 and "no arm is called eagle4" in done.stderr and not (tmp_path / "runs").exists()
+    done = command(COMPARE, "judge", tmp_path / "runs", "--what", "taste")
+    assert done.returncode == 2 and "no judgement is called taste" in done.stderr
 
 
 @pytest.mark.slow
 def test_the_comparison_launcher_trains_judges_and_prints_its_table(tmp_path):
-    options = ["--seeds", "2", "--jobs", "2", "--tokens", "30000", "--arms", "dflash,blockwise_hybrid,aligned_random"]
+    arms = "dflash,blockwise_hybrid,aligned_random"
+    options = ["--seeds", "2", "--jobs", "2", "--tokens", "30000", "--slots", "6", "--arms", arms]
     small = [
         "train.max_steps=4",
         "train.save_every=4",
@@ -64,17 +134,21 @@ def test_the_comparison_launcher_trains_judges_and_prints_its_table(tmp_path):
     again = command(COMPARE, "train", "runs", *options, *small, cwd=tmp_path)
     assert again.returncode == 0 and "done" not in again.stdout  # nothing was left to do
     early = command(COMPARE, "table", "runs", *options, cwd=tmp_path)
-    assert early.returncode == 1 and "is missing; say `judge` again" in early.stderr
+    assert early.returncode == 1 and "is judged; say `judge` first" in early.stderr
     little = ["suite.count=2", "suite.prompt_tokens=64", "suite.new_tokens=16", "score.documents=4", "score.anchors=4"]
     judged = command(COMPARE, "judge", "runs", *options, *little, cwd=tmp_path)
     assert judged.returncode == 0, judged.stdout + judged.stderr
     done = command(COMPARE, "table", "runs", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "runs/compare.md").read_text()
-    rows = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]}
-    assert rows.keys() == {"dflash", "blockwise_hybrid", "aligned_random"} and (tmp_path / "runs/compare.png").exists()
-    assert "| dflash |" in rows["blockwise_hybrid"].split("blockwise_hybrid", 1)[1]  # its control, with a verdict
-    assert any(verdict in rows["blockwise_hybrid"] for verdict in ("beats it", "WORSE", "no difference shown"))
+    for name in ("Held-out documents", "by copy distance", "Decoded", "tau by kind of prompt, T = 0", "Diagnosis of seed 0"):
+        part = table.split(name, 1)[1].strip().split("\n\n")[1]
+        assert [line.split("|")[1].strip() for line in part.splitlines()[2:]] == arms.split(","), name
+    assert all((tmp_path / f"runs/{name}.png").exists() for name in ("compare", "decay"))
+    assert table.count("| dflash |") >= 2  # the control, with a verdict, of what was scored and of what was decoded
+    assert sum(table.count(verdict) for verdict in ("beats it", "WORSE", "no difference shown")) == 2
+    scored = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("score.json")]
+    assert len(scored) == 6 and all(len(report["sampled"]["conditional"]) == 6 for report in scored)
     recipe = json.loads((tmp_path / "runs/aligned_random/seed1/recipe.json").read_text())
     assert recipe["train"]["seed"] == 1 and recipe["loss"]["kv_align"] > 0 and recipe["drafter"]["start"] == "random"
 
