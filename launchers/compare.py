@@ -8,7 +8,7 @@ tokens, depth, loss and seeds; each arm against its control; tables with 95% int
 Options: --jobs 1 (at a time), --seeds 3, --arms a,b, --tokens 2000000 (of the cache), --slots 5 (drafted tokens), --decay 0.8
 (slot j weighs 0.8^(j-1) in every arm; without it, as its recipe says), --what score,decode,diagnose (of judge). Overrides go to
 train/ or eval/main.py, those of target, data, cache and capture also to the capture; the arms need as many cached layers as
-drafter.layers.
+drafter.layers, and those that they name.
 """
 
 import argparse

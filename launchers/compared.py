@@ -34,9 +34,10 @@ def reports(o, what: str) -> dict[str, list[dict]]:
 
 
 def _settings(report: dict) -> list:
-    """What all arms must share: prompts and temperatures, or context and number of anchors."""
+    """What all arms must share: prompts and temperatures, or context and number of anchors. `prompt_tokens` is what a drafter has
+    room for, which depends on its slots; whether prompts were cut to it shows in their lengths."""
     if "prompts" in report:
-        return [report["prompts"], list(report["temperatures"])]
+        return [report["prompts"] | {"prompt_tokens": None}, list(report["temperatures"])]
     return [report["context"], round(sum(kinds["greedy"]["rounds"][0] for kinds in report["copies"].values()))]
 
 

@@ -72,8 +72,9 @@ def test_tables_of_what_is_judged(tmp_path):
             )
             parts = {"by_category": {"qa": {"tau": tau}, "rag": {"tau": 1.0}}, "round_ms": {"draft": 3.0}}
             figures = {"1": {"per_prompt": [[20, 10]] * 4, "conditional": [0.7, 0.6]} | parts}
+            prompts = {"ids": ["1"], "prompt_tokens": 4096 - seed}  # for which a drafter has room: no two prompts
             if arm == "dflash":
-                write(tmp_path / arm / f"decode/{seed}/report.json", drafter=drafter, prompts={}, temperatures=figures)
+                write(tmp_path / arm / f"decode/{seed}/report.json", drafter=drafter, prompts=prompts, temperatures=figures)
     options = argparse.Namespace(
         runs=tmp_path, arms=["dflash", "blockwise_kv", "eagle3"], seeds=2, controls={"dflash": None, "blockwise_kv": "dflash"}
     )
