@@ -119,15 +119,13 @@ def train(o) -> None:
     each(1, [("capture", capture, o.runs / "capture.log", None)])
     target = json.loads((o.runs / "cache/manifest.json").read_text())["target"]
     last = target["architecture"]["num_layers"] - 1
-    known = {"{last}": last, "{before}": last - 1, "{middle}": last // 2, "{slots}": o.slots, "{block}": o.slots + 1}
+    known = {"last": last, "before": last - 1, "middle": last // 2, "slots": o.slots, "block": o.slots + 1}
     cache.append("cache.on_missing=fail")  # it is there, and `data=` among the overrides would ask for one of all the data
     work = []
     for seed in range(o.seeds):
         for arm in o.arms:
             run = o.runs / arm / f"seed{seed}"
-            named = ARMS[arm][1]
-            for word, value in known.items():
-                named = [override.replace(word, str(value)) for override in named]
+            named = [word.format(**known) for word in ARMS[arm][1]]
             words = [*named, *SHARED, *decay(o, named), f"train.seed={seed}", *o.overrides, *cache, f"run.dir={run}"]
             work.append((f"{arm}, seed {seed}", [str(ROOT / "train/main.py"), *words], run.with_suffix(".log"), None))
     each(o.jobs, work)

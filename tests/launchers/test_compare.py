@@ -41,14 +41,16 @@ def test_intervals_equal_values_computed_by_hand():
     assert np.isnan(compared.interval(compared.tau, seeds[:1])[1:]).all()  # nothing is known of other seeds, nor of other prompts
 
 
-def test_all_arms_weigh_their_slots_alike_when_told_to():
-    """By the objectives' own words for it, over all arms; a rate of 1 is equal weights."""
+def test_all_arms_draft_as_many_tokens_and_weigh_them_alike_when_told_to():
+    """By the objectives' own words for it; a rate of 1 is equal weights."""
     compare, _ = modules()
-    for rate in (0.8, 1.0):
-        for arm, (_, named) in compare.ARMS.items():
-            said = compare.decay(argparse.Namespace(decay=rate), named)
-            recipe = cli.compose("train", TrainRecipe, [word for word in named if "{" not in word] + said)
-            weights = OBJECTIVES[recipe.objective.kind].slot_weights(9, recipe.objective.decay)
+    for arm, (_, named) in compare.ARMS.items():
+        words = [word.format(slots=9, block=10, last=5, before=4, middle=2) for word in named]
+        said = {rate: compare.decay(argparse.Namespace(decay=rate), named) for rate in (0.8, 1.0)}
+        objective = cli.compose("train", TrainRecipe, words + said[0.8]).objective
+        assert objective.slots - (objective.kind == "blockwise" and not objective.shifted) == 9, arm
+        for rate, (word,) in said.items():
+            weights = OBJECTIVES[objective.kind].slot_weights(9, float(word.removeprefix("objective.decay=")))
             assert (weights / weights[0]).tolist() == pytest.approx([rate**j for j in range(9)], rel=1e-5), arm
     assert compare.decay(argparse.Namespace(decay=None), named) == []
 
