@@ -144,7 +144,7 @@ def test_the_comparison_launcher_trains_judges_and_prints_its_table(tmp_path):
     done = command(COMPARE, "table", "runs", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "runs/compare.md").read_text()
-    for name in ("Held-out documents", "by copy distance", "Decoded", "tau by kind of prompt, T = 0", "Diagnosis of seed 0"):
+    for name in ("Held-out documents", "Acceptance (rounds)", "Decoded", "tau by kind of prompt, T = 0", "Diagnosis of seed 0"):
         part = table.split(name, 1)[1].strip().split("\n\n")[1]
         assert [line.split("|")[1].strip() for line in part.splitlines()[2:]] == arms.split(","), name
     assert all((tmp_path / f"runs/{name}.png").exists() for name in ("compare", "decay"))
