@@ -161,6 +161,8 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
     rows = gathered()
     for name, tau in (("a", 2.0), ("b", 3.0), ("f", 6.0)):
         assert f"ttt kv, 512 only, kind h2o ({name}) | {tau:.2f} |  |" in rows
+    write("g", 512, 256, 7.0, 0, lm="a/small", target_layers=[])  # of layers that it has not, nothing is said
+    assert "small, 512 only, kind h2o | 7.00 |  |" in gathered()
     (tmp_path / "f/score.json").write_text(json.dumps({"drafter": "x"}))
     with pytest.raises(UserError, match="made by an earlier release"):
         sweep.gather([tmp_path], tmp_path)
