@@ -72,6 +72,7 @@ def described(recipe: EvalRecipe, target: Described, drafter: Drafter) -> dict:
             "path": recipe.drafter,
             "parameters": sum(p.numel() for p in drafter.parameters()),
             **{name: getattr(config, name) for name in said},
+            "source": config.source if config.uses_kv else None,
             "lm": config.lm and config.lm["path"],
             "trained_view": config.view,
             "trained_for": "unknown (imported)" if config.imported else config.target["weights_hash"],

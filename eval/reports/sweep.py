@@ -91,10 +91,11 @@ def _points(reports: list[tuple[Path, dict]]) -> list[Point]:
     """All figures of all reports, under names that say what differs among the reports."""
     facts = [{**report["view"], **report["drafter"], "suite": _suite(report)} for _, report in reports]
     said = [key for key in dict.fromkeys(key for fact in facts for key in fact) if key not in NAMED]
-    differing = [key for key in said if len({str(fact.get(key)) for fact in facts}) > 1]
+    # What has no such layers (a language model of its own) does not differ in them.
+    differing = [key for key in said if len({str(fact.get(key)) for fact in facts if fact.get(key) != []}) > 1]
     found = []
     for (path, report), fact in zip(reports, facts):
-        suffix = {key: f", {key} {fact[key]}" for key in differing if fact.get(key) is not None}
+        suffix = {key: f", {key} {fact[key]}" for key in differing if fact.get(key) not in (None, [])}
         context = report["context"] or 0
         budget = report["view"]["budget"] or FULL
         for who, figure, value in FIGURES_OF[path.name](report):

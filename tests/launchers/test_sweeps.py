@@ -161,6 +161,8 @@ def test_seeds_are_averaged_and_drafters_named_after_their_budgets(tmp_path):
     rows = gathered()
     for name, tau in (("a", 2.0), ("b", 3.0), ("f", 6.0)):
         assert f"ttt kv, 512 only, kind h2o ({name}) | {tau:.2f} |  |" in rows
+    write("g", 512, 256, 7.0, 0, lm="a/small", target_layers=[])  # of layers that it has not, nothing is said
+    assert "small, 512 only, kind h2o | 7.00 |  |" in gathered()
     (tmp_path / "f/score.json").write_text(json.dumps({"drafter": "x"}))
     with pytest.raises(UserError, match="made by an earlier release"):
         sweep.gather([tmp_path], tmp_path)
@@ -310,18 +312,31 @@ def test_two_ranks_train_a_drafter_per_budget_in_one_launch(cache, tmp_path):
 
 @pytest.mark.slow
 def test_the_budgets_launcher_on_a_few_small_arms(tmp_path):
-    options = ["--seeds", "1", "--arms", "full,sandwich,only64", "--contexts", "256", "--budgets", "64,128", "--jobs", "2"]
+    options = ["--seeds", "1", "--arms", "full,projected_sandwich,lm_only64", "--contexts", "256", "--budgets", "64,128"]
     launcher = ROOT / "launchers/budgets.py"
     small = ["train.max_steps=4", "train.save_every=4", "objective.anchors=8", "train.validation_documents=2"]
+    assert command(ROOT / "launchers/cut.py", ROOT / "data_prep/targets/tiny", tmp_path / "lm", "--count", "2").returncode == 0
     for stage, more in (
-        ("train", ["--tokens", "30000", *small]),
-        ("judge", ["suite.count=2", "suite.new_tokens=8"]),
+        ("train", ["--tokens", "30000", "--lm", tmp_path / "lm", *small]),
+        ("judge", ["suite.count=2", "suite.new_tokens=8", "controls=false"]),
         ("table", []),
     ):
-        done = command(launcher, stage, tmp_path, *options, *more)
+        done = command(launcher, stage, tmp_path / "runs", *options, "--jobs", "2", *more)
         assert done.returncode == 0, done.stdout + done.stderr
-    text = (tmp_path / "sweep.md").read_text()
-    for who in ("ttt kv, full view only", "ttt kv, sandwich", "ttt kv, 64 only"):
+    text = (tmp_path / "runs/sweep.md").read_text()
+    for who in ("ttt kv, full view only, source native", "ttt kv, sandwich, source projected_rope", "lm, 64 only"):
         assert f"| tau T=1 | 256 | {who} | " in text and f"| teacher-forced tau T=0 | 256 | {who} | " in text
-    assert (tmp_path / "sweep.png").stat().st_size > 10_000
-    assert command(launcher, "table", tmp_path, "--arms", "nothing").returncode == 2
+    assert (tmp_path / "runs/sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["table", "--arms", "nothing"], "no arm is called nothing; there are full, paper, sandwich, only64"),
+        (["train", "--arms", "lm_full"], "arms of a language model need --lm FOLDER"),
+        (["judge", "--what", "scores"], "--what scores: judge scores and decodes"),
+    ],
+)
+def test_what_the_budgets_launcher_does_not_know_is_refused(tmp_path, words, message):
+    done = command(ROOT / "launchers/budgets.py", words[0], tmp_path / "runs", *words[1:])
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
