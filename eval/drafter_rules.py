@@ -123,7 +123,7 @@ def _too_broad(r, c: Judged) -> bool:
 def _no_partial_round(r, c: Judged) -> dict | None:
     tree = r.tree(c.config)
     deepest = tree.depth if tree else r.longest(c.config)
-    return {"deepest": deepest} if r.verify.partial and r.verify.partial_tokens <= deepest else None
+    return {"deepest": deepest} if r.verify.partial and r.verify.longest_interval <= deepest else None
 
 
 _TREES = "draft.breadth={r.draft.breadth}: trees are for drafters that draft token by token under no view; "
@@ -194,6 +194,11 @@ DECODING = (
         "audit of samples",
         lambda r, c: r.verify.kind == "partial_audited" and max(r.temperatures) > 0,
         "verify=partial_audited compares most likely tokens: say temperatures=[0]",
+    ),
+    Rule(
+        "adaptive intervals without an audit",
+        lambda r, c: r.verify.kind == "partial" and r.verify.partial_tokens == "adaptive",
+        "verify=partial never learns when it errs: verify.partial_tokens=adaptive is for verify=partial_audited",
     ),
     Rule(
         "no partial round",

@@ -11,6 +11,8 @@ Shapes: B requests, T rows, K rows of drafts (the anchor's first), N layers, L p
 blocks, S positions of a block (or query heads of a KV head), H query heads, G key/value heads, D head size.
 """
 
+from typing import Annotated, Literal
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -31,16 +33,21 @@ class PartialRecipe(Section):
     """Last positions that are always in the part."""
     block: int = Field(16, ge=1)
     """Positions per block."""
-    partial_tokens: int = Field(32, ge=1)
-    """Most tokens that are verified over the part before a full verification."""
+    partial_tokens: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 32
+    """Most tokens that are verified over the part before a full verification. adaptive: what is fastest, up to the window."""
 
     @model_validator(mode="after")
     def _fits_together(self):
         if self.retrieval % self.block:
             raise ValueError(f"verify.retrieval={self.retrieval} is not whole blocks of verify.block={self.block}")
-        if self.window < self.partial_tokens:  # an audit may go back as far
+        if self.window < self.longest_interval:  # an audit may go back as far
             raise ValueError(f"verify.window={self.window} is less than verify.partial_tokens={self.partial_tokens}")
         return self
+
+    @property
+    def longest_interval(self) -> int:
+        """Tokens that are verified over the part at most before a full verification."""
+        return self.window if self.partial_tokens == "adaptive" else self.partial_tokens
 
     @property
     def chosen(self) -> int:
@@ -64,12 +71,12 @@ class PartialCache:
         self.full = full
         self.recipe = recipe
         batch = full.batch
-        self.rows = recipe.partial_tokens + draft_rows  # of a full round
-        tail = recipe.window + recipe.block + self.rows
+        self.draft_rows = draft_rows  # of the longest draft, the anchor's included
+        tail = recipe.window + recipe.block + recipe.longest_interval + draft_rows
         device = full.row_B1.device
         # Blocks are chosen by a layer's own queries: those that share keys in the full cache have parts of their own.
         layers = [one._replace(owner=layer) for layer, one in enumerate(full.layers)]
-        places = recipe.sink + recipe.chosen * recipe.block + tail + recipe.partial_tokens + 2 * draft_rows
+        places = recipe.sink + recipe.chosen * recipe.block + tail + recipe.longest_interval + 2 * draft_rows
         self.part = StaticCache(layers, batch, places, full.dtype, device)
         blocks = max(1, (full.room - recipe.sink) // recipe.block)
         # Written in place from here on: CUDA graphs hold the addresses.
@@ -105,13 +112,13 @@ class PartialCache:
 
         return both
 
-    def fully(self, base_B: Tensor, anchor_B: Tensor, rows: int, seen_BTT: Tensor | None):
-        """The attention of a full round over rows that begin at `base_B`; every layer's part is taken anew, by the queries of the
-        rows from the anchor's on."""
+    def fully(self, base_B: Tensor, anchor_B: Tensor, rows: int, missing: int, seen_BTT: Tensor | None):
+        """The attention of a full round over rows that begin at `base_B`, up to `missing` of them before the anchor's. Every
+        layer's part is taken anew, by the queries of the rows from the anchor's on; not where none may be missing, since no
+        partial round is near then."""
         attend = self.full.attention(base_B, rows, seen_BTT)
         recipe = self.recipe
-        draft_rows = rows - recipe.partial_tokens
-        row_BK = (anchor_B - base_B)[:, None] + torch.arange(draft_rows, device=base_B.device)
+        row_BK = (anchor_B - base_B)[:, None] + torch.arange(rows - missing, device=base_B.device)
         # Blocks whose keys may have changed: those since the old tail, which this round computes anew.
         old_B = self.tail_B.clone()
         new_B = self._tail(anchor_B)
@@ -120,9 +127,11 @@ class PartialCache:
 
         def and_choose(layer: int, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, reading: Reading) -> Tensor:
             output = attend(layer, q_BTHD, k_BTGD, v_BTGD, reading)
-            self._summarise(layer, first_B, self.rows // recipe.block + 2)  # of the longest draft, the last round's
-            q_BKHD = q_BTHD[self.full.row_B1, row_BK]
-            self._take(layer, self._choose(layer, q_BKHD, new_B), new_B)
+            # The last round's draft may have been a longer one.
+            self._summarise(layer, first_B, (missing + self.draft_rows) // recipe.block + 2)
+            if missing:
+                q_BKHD = q_BTHD[self.full.row_B1, row_BK]
+                self._take(layer, self._choose(layer, q_BKHD, new_B), new_B)
             return output
 
         return and_choose

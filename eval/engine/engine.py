@@ -59,10 +59,10 @@ class Stopwatch:
         return self._seconds[name]
 
 
-def room_for(prompt: int, new_tokens: int, longest: int, partial_tokens: int = 0) -> int:
+def room_for(prompt: int, new_tokens: int, longest: int, interval: int = 0) -> int:
     """Places of a cache that a request needs. It may end with a whole draft kept, and wait for an audit that keeps another one.
-    When it is done it still writes a draft in each round of the others."""
-    return prompt + new_tokens + 3 * longest + partial_tokens + 1
+    When it is done it still writes a draft in each round of the others. `interval`: most tokens between full rounds."""
+    return prompt + new_tokens + 3 * longest + interval + 1
 
 
 class Engine:
@@ -89,6 +89,7 @@ class Engine:
         self.lengths = lengths
         self.verification = verification
         self._rounds = Rounds(target, drafting, cache, verification, lengths.longest)
+        self.intervals = verification.intervals(self._rounds.deepest)
         self._chunk = prefill_chunk
         self._cuda = target.device.type == "cuda"
         self._graphed = graphs and self._cuda and drafting.graphs and target.graphs
@@ -125,7 +126,8 @@ class Engine:
 
         # 2. Rounds, until every request is done.
         watch = Stopwatch(self._cuda)
-        partial_tokens = self.verification.partial_tokens
+        intervals = self.intervals
+        allowed = []  # by each full round
         full = True
         going = None
         count = 0
@@ -141,14 +143,22 @@ class Engine:
                 rounds.active_B[: len(going)].copy_(torch.tensor(going))
             count += 1
             length = self.lengths.choose()
+            missing = intervals.turn() if full else None
+            if full:
+                allowed.append(intervals.allowed)
+            active = [r for r in requests if not r.done]
+            before = [(r.since, r.undone) for r in active]
             begun = time.perf_counter()
-            news = self._round(length, full, watch)[: len(requests)]
+            news = self._round(length, missing, watch)[: len(requests)]
+            seconds = time.perf_counter() - begun
             kept_of_active = [kept for (_, _, kept, *_), on in zip(news, going) if on]
-            self.lengths.saw(length, kept_of_active, time.perf_counter() - begun)
+            self.lengths.saw(length, kept_of_active, seconds)
             for request, one in zip(requests, news):
                 _take(request, one, full)
+            audits = [(since, r.undone - undone) for r, (since, undone) in zip(active, before)]
+            intervals.saw(missing, [kept + 1 for kept in kept_of_active], audits, seconds)
             # One request's full round is the whole batch's, since all are rows of one forward.
-            full = self.verification.partial is None or any(r.wants_full(rounds.deepest, partial_tokens) for r in requests)
+            full = any(r.wants_full(rounds.deepest, intervals.allowed) for r in requests)
         ended = clock(rounds.target)
 
         # 3. What each request has come to, with its share of the batch's seconds and rounds.
@@ -166,28 +176,29 @@ class Engine:
                 undone=r.undone,
                 rollbacks=r.rollbacks,
                 steps=count / share,
+                interval=sum(allowed) / max(1, len(allowed)),
             )
             for r in requests
         ]
 
     def _check_room(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         longest = max(map(len, prompts))
-        needed = room_for(longest, max_new_tokens, self.lengths.longest, self.verification.partial_tokens)
+        needed = room_for(longest, max_new_tokens, self.lengths.longest, self.verification.longest_interval)
         room = self._rounds.cache.room
         if needed > room:
             raise UserError(f"prompts of {longest} tokens need {needed} places of a cache of {room}")
 
-    def _round(self, length: int, full: bool, watch: Stopwatch) -> list[list[int]]:
+    def _round(self, length: int, missing: int | None, watch: Stopwatch) -> list[list[int]]:
         """One round of the whole batch: what is new of each place (`Rounds.verify`)."""
         rounds = self._rounds
         with watch("draft"):
             proposal = self._graph(rounds.propose, length)()
         with watch("verify"):
-            states, news_BU = self._graph(rounds.verify, length, full)(proposal)
+            states, news_BU = self._graph(rounds.verify, length, missing)(proposal)
         # The news travels to the host while the drafter observes.
         news, arrived = self._sent(news_BU)
         with watch("draft"):
-            self._graph(rounds.observe, length, full)(states)
+            self._graph(rounds.observe, length, missing)(states)
         arrived()  # the round's only wait
         return news.tolist()
 
@@ -206,19 +217,20 @@ class Engine:
         rounds = self._rounds
         rounds.begin([], 1, [])
         rounds.prefill([], self._chunk)
-        kinds = [True] if self.verification.partial is None else [True, False]
+        kinds = [*self.intervals.choices, *([None] if self.verification.partial else [])]
         for length in self.lengths.choices:
             proposal = self._graph(rounds.propose, length)()
-            for full in kinds:
-                states, _ = self._graph(rounds.verify, length, full)(proposal)
-                self._graph(rounds.observe, length, full)(states)
+            for missing in kinds:
+                states, _ = self._graph(rounds.verify, length, missing)(proposal)
+                self._graph(rounds.observe, length, missing)(states)
 
-    def _graph(self, step: Callable, length: int, full: bool = True) -> Graphed:
-        key = (step.__name__, length, full)
+    def _graph(self, step: Callable, length: int, missing: int | None = 0) -> Graphed:
+        """A step of `Rounds`, recorded for its sizes."""
+        key = (step.__name__, length, missing)
         if key not in self._graphs:
             # A whole cache that lives on the host comes in copies that no graph can hold.
-            hosted = full and step.__name__ != "propose" and not self._rounds.cache.on_device
-            self._graphs[key] = Graphed(lambda *arguments: step(length, full, *arguments), None if hosted else self._pool)
+            hosted = missing is not None and step.__name__ != "propose" and not self._rounds.cache.on_device
+            self._graphs[key] = Graphed(lambda *arguments: step(length, missing, *arguments), None if hosted else self._pool)
         return self._graphs[key]
 
     def _sent(self, news_BU: Tensor) -> tuple[Tensor, Callable[[], None]]:

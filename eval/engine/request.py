@@ -49,7 +49,7 @@ class Request:
         self.undone = 0  # tokens that audits took back, in `rollbacks` rounds
         self.rollbacks = 0
         self._sure = 1  # tokens of the output that no audit can take back
-        self._since = 0  # tokens verified partially since the last full round
+        self.since = 0  # tokens verified partially since the last full round
         self._ended = self._ends(1)  # as far as is known; an audit may find otherwise
         self.done = self._ended
 
@@ -62,7 +62,7 @@ class Request:
             round = self._rolled_back(round, len(self.output) - kept)
         self.output[kept:] = emitted
         self.rounds.append(round)
-        self._since = 0 if full else self._since + len(emitted)
+        self.since = 0 if full else self.since + len(emitted)
         # An audit may have replaced any token that was not sure, so that all of those are looked at.
         new = len(self.output) - self._sure if self._audited else len(emitted)
         self._ended = self._ends(new)
@@ -81,9 +81,10 @@ class Request:
             count -= lost
         return replace(round, drafted=0, drafted_tokens=None)
 
-    def wants_full(self, deepest: int, partial_tokens: int) -> bool:
-        """Whether the next round has to be a full one: the buffer may overflow, or the end is still to be made sure of."""
-        return not self.done and (self._ended or self._since + deepest + 1 > partial_tokens)
+    def wants_full(self, deepest: int, allowed: int) -> bool:
+        """Whether the next round has to be a full one: it may verify more than the tokens that are `allowed` before one, or the
+        end is still to be made sure of."""
+        return not self.done and (self._ended or self.since + deepest + 1 > allowed)
 
     def _ends(self, new: int) -> bool:
         return len(self.output) >= self._limit or self._stops.found(self.output, new)

@@ -38,7 +38,6 @@ class Rounds:
         self.partial = verification.partial
         self.audited = verification.audited
         self.longest = longest
-        self._partial_tokens = verification.partial_tokens
         batch = cache.batch
         device = target.device
         # A CUDA graph replays the addresses that it was recorded with. So the tensors below are made once and from then on
@@ -129,13 +128,14 @@ class Rounds:
             found = ends if found is None else _chosen(here_B, ends, found)
         return found
 
-    # The three steps of a round. `length` and `full` name the graph that a step is recorded in: sizes within one are fixed.
+    # The three steps of a round. `length` and `missing` name the graph that a step is recorded in: sizes within one are fixed.
+    # `missing`: rows before the anchor's that a full round has room for; None: the round is partial.
 
-    def propose(self, length: int, full: bool) -> Proposal:
+    def propose(self, length: int, missing: int | None) -> Proposal:
         u_BJ = self.random_RBU[self.round][0, :, :length]
         return self.drafting.propose(self.text_BL, self.length_B, length, self.sampling, u_BJ)
 
-    def verify(self, length: int, full: bool, proposal: Proposal) -> tuple[States, Tensor]:
+    def verify(self, length: int, missing: int | None, proposal: Proposal) -> tuple[States, Tensor]:
         """One forward of the target, and what it keeps.
 
         Returns:
@@ -143,8 +143,9 @@ class Rounds:
             how many tokens deep the draft was, how many of them were kept, the first refused one (-1: a tree), the new tokens].
         """
         # 1. The rows of the forward: the anchor's and the draft's, and in a full round after partial ones some before the anchor.
+        full = missing is not None
         if self.partial and full:
-            rows = rows_since_full(proposal, self.text_BL, self.length_B, self.exact_B, self._partial_tokens)
+            rows = rows_since_full(proposal, self.text_BL, self.length_B, self.exact_B, missing)
         else:
             rows = draft_rows(proposal, self.text_BL, self.length_B)
 
@@ -171,7 +172,7 @@ class Rounds:
         self._advance(rows.base_B, verdict.start_B + verdict.kept_B + 1, full)
         return states, news_BU
 
-    def observe(self, length: int, full: bool, states: States) -> None:
+    def observe(self, length: int, missing: int | None, states: States) -> None:
         self.drafting.observe(states, self.base_B, self.text_BL, self.length_B - 1 - self.base_B)
 
     # 2. The forward.
@@ -194,7 +195,7 @@ class Rounds:
         if self.partial is None:
             return self.cache.attention(rows.base_B, count, rows.seen_BTT)
         if full:
-            return self.partial.fully(rows.base_B, rows.anchor_B, count, rows.seen_BTT)
+            return self.partial.fully(rows.base_B, rows.anchor_B, count, rows.missing, rows.seen_BTT)
         return self.partial.partially(rows.anchor_B, count, rows.seen_BTT)
 
     # 3. Accept.

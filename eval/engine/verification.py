@@ -12,6 +12,7 @@ from torch import Tensor
 from data_prep.decoding.sampling import Sampling
 from eval.caches.partial import PartialCache
 from eval.engine.drafting import Proposal
+from eval.engine.intervals import Intervals, intervals_of
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,13 @@ class Verification:
     audited: bool = False
 
     @property
-    def partial_tokens(self) -> int:
-        """Tokens that may be verified partially before a full round has to come; 0: every round is full."""
-        return self.partial.recipe.partial_tokens if self.partial else 0
+    def longest_interval(self) -> int:
+        """Tokens that may be verified partially before a full round has to come, at most; 0: every round is full."""
+        return self.partial.recipe.longest_interval if self.partial else 0
+
+    def intervals(self, deepest: int) -> Intervals:
+        """How many may be, from one full round to the next. `deepest`: tokens that a round keeps at most."""
+        return intervals_of(self.partial.recipe.partial_tokens if self.partial else 0, self.longest_interval, deepest)
 
 
 class Rows(NamedTuple):
@@ -71,23 +76,23 @@ def draft_rows(proposal: Proposal, text_BL: Tensor, length_B: Tensor) -> Rows:
     return Rows(anchor_B, anchor_B, 0, draft_BK, depth_T, None)
 
 
-def rows_since_full(proposal: Proposal, text_BL: Tensor, length_B: Tensor, exact_B: Tensor, partial_tokens: int) -> Rows:
+def rows_since_full(proposal: Proposal, text_BL: Tensor, length_B: Tensor, exact_B: Tensor, missing: int) -> Rows:
     """A full round begins where the last full one ended (`exact_B`), so that it processes again what was verified partially
-    since. These are at most `partial_tokens` rows; then come the anchor's and the draft's, then padding up to a fixed number of
+    since. These are at most `missing` rows; then come the anchor's and the draft's, then padding up to a fixed number of
     rows."""
     anchor_B = length_B.clone()
     base_B = exact_B.clone()
     tree = proposal.tree
     length = proposal.tokens_BJ.shape[1]
     draft_BK = torch.cat([text_BL.gather(1, anchor_B[:, None]), proposal.tokens_BJ], dim=1)
-    row_T = torch.arange(partial_tokens + 1 + length, device=base_B.device)
+    row_T = torch.arange(missing + 1 + length, device=base_B.device)
     before_B1 = (anchor_B - base_B)[:, None]  # rows before the anchor's
     node_BT = (row_T - before_B1).clamp(0, length)  # rows of the draft, the anchor's being 0
     drafted_BT = row_T > before_B1
     known_BT = text_BL.gather(1, base_B[:, None] + torch.minimum(row_T, before_B1))
     ids_BT = torch.where(drafted_BT, draft_BK.gather(1, node_BT), known_BT)
     if tree is None:
-        return Rows(anchor_B, base_B, partial_tokens, ids_BT, row_T, None)
+        return Rows(anchor_B, base_B, missing, ids_BT, row_T, None)
     depth_BT = torch.where(drafted_BT, before_B1 + tree.depth_BT.gather(1, node_BT), row_T)
     request_B11 = torch.arange(len(anchor_B), device=base_B.device)[:, None, None]
     among_BTT = tree.seen_BTT[request_B11, node_BT[..., None], node_BT[:, None]]
@@ -96,4 +101,4 @@ def rows_since_full(proposal: Proposal, text_BL: Tensor, length_B: Tensor, exact
     earlier_TT = row_T <= row_T[:, None]
     # Among drafted rows the tree says who sees whom; elsewhere a row sees those before it.
     seen_BTT = torch.where(drafted_BT[..., None] & drafted_BT[:, None], among_BTT, earlier_TT)
-    return Rows(anchor_B, base_B, partial_tokens, ids_BT, depth_BT, seen_BTT)
+    return Rows(anchor_B, base_B, missing, ids_BT, depth_BT, seen_BTT)

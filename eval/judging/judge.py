@@ -1,6 +1,7 @@
 """`mode=decode`: everyone who drafts, side by side on the same prompts, and what plain decoding does with them."""
 
 import resource
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
         return OneByOne(recipe.batch, one)
 
     found = {"baseline": StaticNobody(), "trained": make(drafter)}
-    if recipe.verify.kind == "partial":
+    if recipe.verify.partial:
         found[FULLY] = make(drafter)
     if recipe.controls:
         kept_D = drafter.head.kept_D
@@ -108,7 +109,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
             verdict = lossless.decide(recipe, target, texts, ids, runs, sampling, batches)
             with target.uncompiled():
                 parts = parts_of(recipe, drafter, session.requests, runs["baseline"])
-                found = figures(target, texts, runs, sampling, parts)
+                found = figures(recipe, target, texts, runs, sampling, parts)
             result["temperatures"][f"{temperature:g}"] = found | verdict | {"per_prompt_id": ids}
             result["examples"][f"{temperature:g}"] = measure.examples(texts, runs["trained"], tokenizer)
 
@@ -130,7 +131,7 @@ class _Caches(NamedTuple):
 def _caches(recipe: EvalRecipe, target: Target, asked: dict, longest: int) -> _Caches:
     partial = recipe.verify.partial
     limit = asked["max_new_tokens"]
-    room = room_for(asked["positions"] - limit, limit, longest, partial.partial_tokens if partial else 0)
+    room = room_for(asked["positions"] - limit, limit, longest, partial.longest_interval if partial else 0)
     whole = StaticCache.of(target, recipe.batch, room)
     cache = OffloadedCache.of(target, recipe.batch, room) if recipe.verify.offload else whole
     return _Caches(room, cache, whole, PartialCache(cache, partial, longest + 1) if partial else None)
@@ -204,6 +205,7 @@ def parts_of(recipe: EvalRecipe, drafter: Drafter, requests: list[Prompt], basel
 
 
 def figures(
+    recipe: EvalRecipe,
     target: Target,
     prompts: list[list[int]],
     runs: dict[str, list[Generation]],
@@ -243,7 +245,9 @@ def figures(
     result["speedup_end_to_end"] = measure.tokens_per_s(trained, prefill=True) / measure.tokens_per_s(baseline, prefill=True)
     if any(g.rollbacks for g in trained):
         result["rollbacks"] = {"count": sum(g.rollbacks for g in trained), "tokens": sum(g.undone for g in trained)}
-    if FULLY in runs:
+    if recipe.verify.partial:
+        result["interval"] = mean(g.interval for g in trained)
+    if recipe.verify.kind == "partial":
         result["divergence"] = measure.divergence(target, prompts, trained, runs[FULLY], sampling)
     result["repetition"] = measure.repetition(trained)
     result["controls"] = {name: one(name) for name in runs if name not in (*plain, "trained")}

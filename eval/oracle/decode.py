@@ -56,6 +56,7 @@ class Generation:
     kv_bytes: dict[str, int] = field(default_factory=dict)
     undone: int = 0  # tokens that a later round took back (verify=partial_audited), in `rollbacks` rounds
     rollbacks: int = 0
+    interval: float = 0.0  # tokens that might be verified partially from one full round to the next, on average
     steps: float | None = None  # the batch's rounds, of which this request bears its share; None: its own
 
     @property

@@ -121,6 +121,8 @@ def lossless_line(figures: dict) -> str:
 def partly(figures: dict) -> list[str]:
     """What verification over a part of the cache did, in words."""
     found = []
+    if "interval" in figures:
+        found.append(f"up to {figures['interval']:.3g} tokens between full rounds, on average")
     if lost := figures.get("rollbacks"):
         found.append(f"{lost['count']} rollbacks took back {lost['tokens']} tokens")
     if away := figures.get("divergence"):

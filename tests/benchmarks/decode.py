@@ -1,9 +1,10 @@
-"""Rounds a second, and where a round's time goes; plain decoding against transformers' compiled `generate`; SpecPV against full
-verification.
+"""Rounds a second, and where a round's time goes; plain decoding against transformers' compiled `generate`; SpecPV's rounds
+against full verification's and plain decoding's.
 
     python -m tests.benchmarks.decode what=rounds shape=tiny
     python -m tests.benchmarks.decode what=products shape=smollm2
-    python -m tests.benchmarks.decode what=rounds,partial shape=qwen3_8b contexts=[2048,16384,32768]
+    python -m tests.benchmarks.decode what=rounds shape=qwen3_8b contexts=[2048,16384,32768]
+    python -m tests.benchmarks.decode what=partial shape=qwen3_8b contexts=[8192,32768] batches=[1,8]
 
 Drafters begin as the target's layers and are not trained: what a round costs does not depend on what it accepts.
 
@@ -11,6 +12,7 @@ Shapes: B requests, T rows of each.
 """
 
 import time
+from itertools import product
 from statistics import median
 
 import torch
@@ -20,12 +22,12 @@ from data_prep.decoding.sampling import Sampling
 from data_prep.target.target import Target
 from eval.caches.partial import PartialCache, PartialRecipe
 from eval.engine.drafting import StaticLookup, StaticNobody, StaticTrained
-from eval.engine.engine import Engine, room_for
+from eval.engine.engine import Engine, Stopwatch, room_for
 from eval.engine.lengths import Lengths
 from eval.engine.request import Stops
 from eval.engine.tree import TreeShape
 from eval.engine.verification import Verification
-from tests.benchmarks import line, options, target_of
+from tests.benchmarks import line, options, target_of, timed
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
@@ -85,10 +87,60 @@ def compare_products(target: Target, context: int) -> None:
             line("decode products", laid_out=laid_out, rows=rows, context=context, **figures)
 
 
+def round_ms(engine: Engine, missing: int | None = 0) -> dict[str, float]:
+    """Milliseconds of one round of `engine`, the same again and again: no request is active, so that no length moves. `missing`:
+    see `Rounds`."""
+    device = engine._rounds.target.device
+    times = []
+    for _ in range(23):
+        watch = Stopwatch(device.type == "cuda")
+        total = timed(lambda: engine._round(engine.lengths.longest, missing, watch), device)
+        times.append((total, *(1e3 * watch.seconds(kind) for kind in ("draft", "verify"))))
+    return dict(zip(("round_ms", "draft_ms", "verify_ms"), map(median, zip(*times[3:]))))
+
+
+@torch.no_grad()
+def compare_partial(target: Target, drafting: StaticTrained, context: int, batch: int, o) -> None:
+    """A plain step, a full round, a partial one, and full rounds that make good an interval. Nothing is read: caches hold random
+    keys, and each round stands at `context`. What a round emits is not known, so that tau is what would equal plain decoding."""
+    recipe = PartialRecipe(retrieval=o.retrieval, window=o.window, partial_tokens="adaptive")  # which has rounds of all intervals
+    cache = StaticCache.of(target, batch, room_for(context, 1, o.length, recipe.longest_interval))
+    part = PartialCache(cache, recipe, o.length + 1)
+
+    def standing(drafting, length: int, partial: PartialCache | None = None) -> Engine:
+        engine = Engine(target, drafting, cache, Lengths(length), Verification(Sampling(0.0), partial, audited=True))
+        engine.reserve(1)
+        rounds = engine._rounds
+        rounds.begin([], 1, [])
+        rounds.prefill([], 1)
+        for block in cache.blocks:
+            block.normal_()
+        for counted_B in (rounds.length_B, rounds.exact_B):
+            counted_B.fill_(context)
+        if partial:
+            partial.begin(rounds.length_B)
+        return engine
+
+    plain = round_ms(standing(StaticNobody(), 0))
+    full = round_ms(standing(drafting, o.length))
+    engine = standing(drafting, o.length, part)
+    found = {"plain": plain, "full": full}
+    for missing in engine.intervals.choices[1:]:  # the first of them takes the part
+        found[f"full, makes good {missing}"] = round_ms(engine, missing)
+    found[f"partial, {o.retrieval} chosen"] = round_ms(engine, None)
+    for verify, figures in found.items():
+        said = {"rounds_per_s": 1e3 / figures["round_ms"], "verify_of_full": figures["verify_ms"] / full["verify_ms"]}
+        said["rounds_of_full"] = full["round_ms"] / figures["round_ms"]
+        said["tau_of_plain"] = figures["round_ms"] / plain["round_ms"]
+        rounded = {name: round(value, 3) for name, value in (figures | said).items()}
+        about = {"length": 0 if verify == "plain" else o.length, "compiled": o.compile, "part_mib": round(part.nbytes / 2**20)}
+        line("decode partial", verify=verify, context=context, batch=batch, **about, **rounded)
+
+
 def main() -> None:
     o = options(
         what="rounds,transformers", shape="tiny", contexts=[256], new=64, batch=1, length=4, breadth=4, nodes=16, compile=True,
-        eager=True, sampling=0.0, retrieval=4096, partial_tokens=32, chunk=2048,
+        eager=True, sampling=0.0, retrieval=4096, window=128, batches=[1], chunk=2048,
     )  # fmt: skip
     target = target_of(o.shape, "sdpa")
     if o.what == "products":
@@ -114,15 +166,17 @@ def main() -> None:
         line("decode", who="transformers generate, static cache", context=context, batch=1, tokens_per_s=round(reference, 2))
     if o.compile:
         target.compile()
-    for context, prompts in texts.items():
+    for context, batch in product(o.contexts, o.batches) if "partial" in o.what else []:
+        compare_partial(target, drafters["ttt kv"](), context, batch, o)
+    for context, prompts in texts.items() if "rounds" in o.what else []:
         reference = references[context]
-        room = room_for(context, o.new, max(o.length, o.nodes), o.partial_tokens)
+        room = room_for(context, o.new, max(o.length, o.nodes))
         cache = StaticCache.of(target, o.batch, room)
         plain = None
 
-        def run(who: str, graphs: bool, partial: PartialCache | None = None, what: str = "full") -> dict:
+        def run(who: str, graphs: bool) -> dict:
             length = {"none": 0, "tree kv": o.nodes}.get(who, o.length)
-            verification = Verification(sampling, partial)
+            verification = Verification(sampling)
             engine = Engine(
                 target, drafters[who](), cache, Lengths(length), verification, graphs=graphs, prefill_chunk=o.chunk
             )
@@ -132,7 +186,7 @@ def main() -> None:
             rate = median(sum(len(g.tokens) - 1 for g in r) / sum(g.decode_s for g in r) for r in runs)
             tau = sum(g.emitted for g in runs[0]) / sum(len(g.rounds) for g in runs[0])
             figures = {
-                "who": who, "verify": what, "graphs": graphs and on_gpu, "compiled": o.compile, "context": context,
+                "who": who, "graphs": graphs and on_gpu, "compiled": o.compile, "context": context,
                 "batch": o.batch, "length": length, "temperature": o.sampling, "rounds_per_s": round(1e3 / total, 1),
                 "draft_ms": round(draft, 3), "verify_ms": round(verify, 3),
                 "overhead_share": round(1 - (draft + verify) / total, 4), "tokens_per_s": round(rate, 2), "tau": round(tau, 3),
@@ -140,20 +194,12 @@ def main() -> None:
             }  # fmt: skip
             return figures
 
-        if "rounds" in o.what:
-            for graphs in [True] + [False] * (on_gpu and o.eager):
-                for who in reversed(drafters):
-                    figures = run(who, graphs)
-                    plain = plain or figures["tokens_per_s"]
-                    of_transformers = round(figures["tokens_per_s"] / reference, 3) if reference else None
-                    line("decode", **figures, of_plain=round(figures["tokens_per_s"] / plain, 3), of_transformers=of_transformers)
-        if "partial" in o.what:
-            full = run("ttt kv", True)
-            recipe = PartialRecipe(retrieval=o.retrieval, partial_tokens=o.partial_tokens)
-            partly = run("ttt kv", True, PartialCache(cache, recipe, o.length + 1), f"partial, {o.retrieval}")
-            ratio = lambda key: round(partly[key] / full[key], 3)
-            line("decode", **full)
-            line("decode", **partly, verify_of_full=ratio("verify_ms"), rounds_of_full=ratio("rounds_per_s"))
+        for graphs in [True] + [False] * (on_gpu and o.eager):
+            for who in reversed(drafters):
+                figures = run(who, graphs)
+                plain = plain or figures["tokens_per_s"]
+                of_transformers = round(figures["tokens_per_s"] / reference, 3) if reference else None
+                line("decode", **figures, of_plain=round(figures["tokens_per_s"] / plain, 3), of_transformers=of_transformers)
 
 
 if __name__ == "__main__":

@@ -164,9 +164,9 @@ def test_an_end_token_seen_only_by_partial_steps_is_verified_in_full(target, tex
     usual = Rounds.verify
 
     @wraps(usual)
-    def verify(self, length, full, proposal):
-        steps.append(full)
-        return usual(self, length, full, proposal)
+    def verify(self, length, missing, proposal):
+        steps.append(missing is not None)
+        return usual(self, length, missing, proposal)
 
     monkeypatch.setattr(Rounds, "verify", verify)
     shifted(monkeypatch, 3)
@@ -221,7 +221,7 @@ def test_the_selected_part_equals_brute_force_at_every_offset(sink, retrieval, w
     differ = 0
     for step in range(3):
         anchor_B = base_B + (torch.randint(0, recipe.partial_tokens + 1, (batch,), generator=generator) if step else 0)
-        attend = part.fully(base_B, anchor_B, rows, None)
+        attend = part.fully(base_B, anchor_B, rows, recipe.partial_tokens, None)
         q_NBTHD, k, v = random(layers, batch, rows, 4, size), *random(2, layers, batch, rows, heads, size)
         for layer in range(layers):
             attend(layer, q_NBTHD[layer], k[layer], v[layer], PLAIN)

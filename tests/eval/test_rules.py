@@ -66,6 +66,7 @@ LINES = {
     "partial verification elsewhere": ("ttt", [*PARTIAL, "mode=chat"]),
     "partial verification under a view": ("ttt", [*PARTIAL, *VIEW]),
     "audit of samples": ("ttt", ["verify=partial_audited"]),
+    "adaptive intervals without an audit": ("ttt", [*PARTIAL, "verify.partial_tokens=adaptive"]),
     "no partial round": ("ttt", [*PARTIAL, "verify.partial_tokens=4"]),
     "offload under trees": ("ttt", [*PARTIAL, "verify.offload=true", "draft.breadth=2"]),
     "controls over one prompt": ("ttt", ["suite=jsonl", "suite.path={prompt}"]),

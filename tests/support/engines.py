@@ -29,7 +29,7 @@ def engine_of(
     """An engine whose caches hold prompts of `longest` tokens and `new` tokens behind them. `length`: of drafts (of trees: their
     nodes), or `Lengths`. `recipe`: of partial verification. `kind`: of the target's cache."""
     lengths = length if isinstance(length, Lengths) else Lengths(length)
-    room = room_for(longest, new, lengths.longest, recipe.partial_tokens if recipe else 0)
+    room = room_for(longest, new, lengths.longest, recipe.longest_interval if recipe else 0)
     cache = kind.of(target, batch, room)
     partial = PartialCache(cache, recipe, lengths.longest + 1) if recipe else None
     return Engine(target, drafting, cache, lengths, Verification(sampling, partial, audited), **more)
