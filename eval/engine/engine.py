@@ -142,7 +142,8 @@ class Engine:
             count += 1
             length = self.lengths.choose()
             begun = time.perf_counter()
-            news = self._round(length, full, watch)[: len(requests)]
+            due = rounds.drafting.due([r.anchor for r in requests])
+            news = self._round(length, due, full, watch)[: len(requests)]
             kept_of_active = [kept for (_, _, kept, *_), on in zip(news, going) if on]
             self.lengths.saw(length, kept_of_active, time.perf_counter() - begun)
             for request, one in zip(requests, news):
@@ -177,10 +178,12 @@ class Engine:
         if needed > room:
             raise UserError(f"prompts of {longest} tokens need {needed} places of a cache of {room}")
 
-    def _round(self, length: int, full: bool, watch: Stopwatch) -> list[list[int]]:
+    def _round(self, length: int, due: bool, full: bool, watch: Stopwatch) -> list[list[int]]:
         """One round of the whole batch: what is new of each place (`Rounds.verify`)."""
         rounds = self._rounds
         with watch("draft"):
+            if due:
+                self._graph(rounds.select, 0)()
             proposal = self._graph(rounds.propose, length)()
         with watch("verify"):
             states, news_BU = self._graph(rounds.verify, length, full)(proposal)
@@ -207,6 +210,8 @@ class Engine:
         rounds.begin([], 1, [])
         rounds.prefill([], self._chunk)
         kinds = [True] if self.verification.partial is None else [True, False]
+        if rounds.drafting.due([1] * rounds.cache.batch):  # nothing is chosen yet: it is, if it ever is
+            self._graph(rounds.select, 0)()
         for length in self.lengths.choices:
             proposal = self._graph(rounds.propose, length)()
             for full in kinds:
@@ -217,7 +222,7 @@ class Engine:
         key = (step.__name__, length, full)
         if key not in self._graphs:
             # A whole cache that lives on the host comes in copies that no graph can hold.
-            hosted = full and step.__name__ != "propose" and not self._rounds.cache.on_device
+            hosted = full and step.__name__ in ("verify", "observe") and not self._rounds.cache.on_device
             self._graphs[key] = Graphed(lambda *arguments: step(length, full, *arguments), None if hosted else self._pool)
         return self._graphs[key]
 

@@ -129,7 +129,11 @@ class Rounds:
             found = ends if found is None else _chosen(here_B, ends, found)
         return found
 
-    # The three steps of a round. `length` and `full` name the graph that a step is recorded in: sizes within one are fixed.
+    # The three steps of a round, and one that comes before them where a drafter under a budget chooses anew. `length` and `full`
+    # name the graph that a step is recorded in: sizes within one are fixed.
+
+    def select(self, length: int, full: bool) -> None:
+        self.drafting.select(self.text_BL, self.length_B)
 
     def propose(self, length: int, full: bool) -> Proposal:
         u_BJ = self.random_RBU[self.round][0, :, :length]
