@@ -44,6 +44,7 @@ class BudgetedMemory:
         batch = (memory.batch,)
         self._since_B = torch.zeros(batch, dtype=torch.long, device=memory.row_B1.device)  # the anchor at the last selection
         self._since: list[int] = []  # the same, as the host knows it
+        self._slot_P = torch.arange(view.budget, device=self._since_B.device)
         # For each layer and branch, from the first keys on: where the chosen chunks begin, best first [B, G, K]; float32
         # summaries of all chunks [B, C, G, D].
         self._start: list[dict[str, Tensor]] = [{} for _ in memory.layers]
@@ -175,14 +176,13 @@ class BudgetedMemory:
             # In the order of the text: those that give way to the tail are behind all others.
             chosen_BK = torch.arange(start_BGK.shape[2], device=position_B.device) * view.chunk < parts.picked[:, None]
             start_BGK = start_BGK.masked_fill(~chosen_BK[:, None], LONG).sort(dim=2).values
-        slot_P = torch.arange(view.budget, device=position_B.device)
         whole = self._memory.layers[layer][branch]
-        index_BPG = in_slots(slot_P, parts, view.chunk, start_BGK).clamp(max=layers_of(whole.key)[0].shape[1] - 1)
+        index_BPG = in_slots(self._slot_P, parts, view.chunk, start_BGK).clamp(max=layers_of(whole.key)[0].shape[1] - 1)
         key, value = (_gathered(layers_of(held), index_BPG) for held in whole)
         if view.positions == "in_cache":
             # Visible keys stand one behind the other, the last one before the anchor.
             begin_B = position_B - filled.count_B
-            moved_BPG = begin_B[:, None, None] + slot_P[:, None] - filled.first - index_BPG
+            moved_BPG = begin_B[:, None, None] + self._slot_P[:, None] - filled.first - index_BPG
             key = self._drafter.rotate(layer, branch, key.flatten(0, 1), moved_BPG.flatten(0, 1)).view_as(key)
         return Part(key, value)
 

@@ -172,13 +172,14 @@ class LayeredDrafter(Drafter):
         visibility = self.visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_RE, token_RE)
-            own = layer.keys_values(inputs, ropes[index])
+            # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
+            last = index + 1 == len(self.layers)
+            own = {} if last and not keep else layer.keys_values(inputs, ropes[index])
             if keep:
                 memory.add(index, own_memory, own[own_memory])
             else:
                 queries.append(layer.queries(inputs, ropes[index]))
-            # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
-            if index + 1 < len(self.layers):
+            if not last:
                 keys = memory.layers[index] | {n: memory.layers[index][n] + own[n] for n in own}
                 x_RE = self._through(layer, x_RE, inputs, ropes[index], keys, visibility[index], attend)
         return queries
