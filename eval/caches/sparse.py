@@ -122,8 +122,10 @@ class SparseCache:
 
     def _due(self, anchor: int) -> bool:
         refresh = self._view.refresh
-        if self._chosen_at is None or refresh == "verify":
+        if self._chosen_at is None:
             return True
+        if refresh == "verify":
+            return anchor > self._chosen_at  # a request that is done waits for others with what it chose last
         return refresh != "never" and anchor - self._chosen_at >= refresh
 
     def _select(self, count: dict[str, int]) -> None:

@@ -251,16 +251,13 @@ def test_kv_bytes_are_those_of_the_tensors(target, shown):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("positions,refresh", [("absolute", "verify"), ("in_cache", 5), ("absolute", "never")])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", [("ttt", "kv", 2), ("ttt", "hidden", 2), ("blockwise", "hybrid", 1)], ids=str)
-def test_graphs_on_a_gpu_give_the_rounds_of_plain_calls(cell, kind, positions, refresh):
-    target = small_target(dtype=torch.float64)
-    target.capture(HIDDEN_LAYERS, (1, 2))
-    target = target.widened(torch.float64, "cuda")
+@pytest.mark.parametrize("turn,kind", enumerate(KINDS))
+@pytest.mark.parametrize("cell", [("ttt", "kv", 2), ("ttt", "hidden", 2), ("blockwise", "hybrid", 1)], ids=name_of)
+def test_graphs_on_a_gpu_give_the_rounds_of_plain_calls(cell, turn, kind):
+    target = small_target(dtype=torch.float64).widened(torch.float64, "cuda")
     target.capture(HIDDEN_LAYERS, (1, 2))
     drafter = drafter_of(target, cell[0], cell[1], layers=cell[2]).cuda()
-    view = view_of(kind, positions, refresh)
+    view = view_of(kind, *WAYS[turn % len(WAYS)])
     runs = []
     for graphs in (True, False):
         drafting = StaticTrained(drafter, target.frozen_head, view=view)
