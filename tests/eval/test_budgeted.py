@@ -224,14 +224,16 @@ def test_adaptive_lengths_under_a_view_change_no_token(target):
 
 @pytest.mark.parametrize("kind,refresh,selections", [("mean", "verify", 1), ("mean", "never", 0), ("sink_recent", "verify", 0)])
 def test_rounds_in_which_nobody_is_due_choose_nothing(target, monkeypatch, kind, refresh, selections):
-    """A batch chooses in every round, once behind its prompts, or never."""
+    """A batch chooses in every round, once behind its prompts, or never; and so does the next one."""
     calls = []
     select = BudgetedMemory.select
     monkeypatch.setattr(BudgetedMemory, "select", lambda *a: calls.append(1) or select(*a))
     drafting = StaticTrained(drafter_of(target, "ttt", "kv"), target.frozen_head, view=view_of(kind, "absolute", refresh))
-    found = engine_of(target, drafting, 4, new=NEW).generate(ragged(), NEW, [0] * 4, Stops())
-    rounds = max(len(g.rounds) for g in found)
-    assert len(calls) == selections * rounds + (refresh == "never")
+    engine = engine_of(target, drafting, 4, new=NEW)
+    one, other = (engine.generate(ragged(), NEW, [0] * 4, Stops()) for _ in range(2))
+    assert list(map(triples, one)) == list(map(triples, other))
+    rounds = max(len(g.rounds) for g in one)
+    assert len(calls) == 2 * (selections * rounds + (refresh == "never"))
 
 
 def test_kv_bytes_are_those_of_the_tensors(target, shown):
