@@ -6,6 +6,7 @@ r: the recipe (EvalRecipe). c: the context, which each table names.
 from typing import NamedTuple
 
 from common.rules import Rule
+from eval.caches.budgeted import KINDS
 from train.drafter.config import DrafterConfig
 from train.views.recipe import View
 
@@ -126,7 +127,13 @@ def _no_partial_round(r, c: Judged) -> dict | None:
     return {"deepest": deepest} if r.verify.partial and r.verify.longest_interval <= deepest else None
 
 
-_TREES = "draft.breadth={r.draft.breadth}: trees are for drafters that draft token by token under no view; "
+_TREES = "draft.breadth={r.draft.breadth}: trees are for drafters that draft token by token; "
+
+
+def _beside_each_other(c: Judged) -> bool:
+    """Whether a batch has a drafter for each request (eval/engine/one_by_one.py)."""
+    return c.view is not None and c.view.kind not in KINDS
+
 
 # How drafts are made and verified, where something is decoded. c: Judged.
 DECODING = (
@@ -141,14 +148,19 @@ DECODING = (
         _TREES + "objective={c.config.objective} fills a block at once",
     ),
     Rule(
-        "trees under a view",
-        lambda r, c: r.tree(c.config) and c.view,
-        _TREES + "a view keeps chains only",
+        "trees under a view that goes one by one",
+        lambda r, c: r.tree(c.config) and _beside_each_other(c),
+        "draft.breadth={r.draft.breadth}: under view={c.view.kind} drafts are chains: say draft.breadth=1",
     ),
     Rule(
-        "adaptive length of trees or under a view",
-        lambda r, c: r.draft.length == "adaptive" and (r.tree(c.config) or c.view),
-        "draft.length=adaptive is for chains (draft.breadth=1) under no view",
+        "adaptive length of trees",
+        lambda r, c: r.draft.length == "adaptive" and r.tree(c.config),
+        "draft.length=adaptive is for chains: say draft.breadth=1",
+    ),
+    Rule(
+        "adaptive length under a view that goes one by one",
+        lambda r, c: r.draft.length == "adaptive" and _beside_each_other(c),
+        "draft.length=adaptive: under view={c.view.kind} drafts are of one length",
     ),
     Rule(
         "fewer nodes than depths",

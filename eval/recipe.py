@@ -109,7 +109,7 @@ class EvalRecipe(Section):
     controls: bool
     """Judge controls too: untrained drafter, prompt lookup, zero memory, another request's memory."""
     attention: Literal["auto", "reference", "flex"]
-    """Attention backend of drafters under a view, and of mode=score."""
+    """Attention backend of drafters under view=h2o, and of mode=score."""
     seed: int
     """Seed of sampling."""
     # No part of the recipe: groups and keys that the command line names, as it names them.

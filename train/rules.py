@@ -188,6 +188,11 @@ VIEW = (
         "view=snapkv observes the last view.recent queries (1 or more), and view.pool is odd",
     ),
     Rule(
+        "chunks of single positions",
+        lambda r: r.kind in ("h2o", "snapkv") and r.chunk > 1,
+        "view={r.kind} chooses single positions: leave out view.chunk",
+    ),
+    Rule(
         "budget below the least",
         lambda r: r.budget and r.kind not in ("auto", "full") and r.budget < r.least,
         "view.budget={r.budget}: {r.too_small}",

@@ -20,6 +20,7 @@ from torch import Tensor
 from common.recipe import Section
 from data_prep.decoding.attention import Reading
 from data_prep.decoding.cache import StaticCache
+from train.views.layout import Layout, in_slots
 
 
 class PartialRecipe(Section):
@@ -176,17 +177,11 @@ class PartialCache:
     def _take(self, layer: int, block_BGC: Tensor, tail_B: Tensor) -> None:
         """Copy sinks, blocks and tail into the part."""
         recipe = self.recipe
-        heads = block_BGC.shape[1]
         taken_B = self._whole(tail_B).clamp(max=recipe.chosen) * recipe.block
+        parts = Layout(torch.full_like(tail_B, recipe.sink), taken_B, tail_B)
         place_P = torch.arange(self.part.room, device=tail_B.device)
-        behind_BP = place_P - recipe.sink
-        block_BGP = block_BGC.gather(
-            2, (behind_BP // recipe.block).clamp(0, block_BGC.shape[2] - 1).expand(len(tail_B), heads, -1)
-        )
-        chosen_BGP = recipe.sink + block_BGP * recipe.block + behind_BP % recipe.block
-        tail_BP = tail_B[:, None] + behind_BP - taken_B[:, None]
-        source_BGP = torch.where((behind_BP < taken_B[:, None])[:, None], chosen_BGP, tail_BP[:, None])
-        source_BGP = torch.where(place_P < recipe.sink, place_P, source_BGP).clamp(max=self.full.room - 1)
-        index_BPGD = source_BGP.transpose(1, 2)[..., None].expand(-1, -1, -1, self.part.key[layer].shape[-1])
+        source_BPG = in_slots(place_P, parts, recipe.block, recipe.sink + block_BGC * recipe.block)
+        source_BPG = source_BPG.clamp(max=self.full.room - 1)
+        index_BPGD = source_BPG[..., None].expand(-1, -1, -1, self.part.key[layer].shape[-1])
         for part, whole in zip(self.part.layer(layer), self.full.layer(layer)):
             torch.gather(whole, 1, index_BPGD, out=part)

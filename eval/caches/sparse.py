@@ -17,7 +17,7 @@ from train.attention.visibility import Places
 from train.drafter.base import Drafter
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.views.layout import chunking, layout, reserve
+from train.views.layout import check, chunking, layout, reserve
 from train.views.recipe import View
 from train.views.scores import Observed, ranked, scores, votes
 
@@ -122,8 +122,10 @@ class SparseCache:
 
     def _due(self, anchor: int) -> bool:
         refresh = self._view.refresh
-        if self._chosen_at is None or refresh == "verify":
+        if self._chosen_at is None:
             return True
+        if refresh == "verify":
+            return anchor > self._chosen_at  # a request that is done waits for others with what it chose last
         return refresh != "never" and anchor - self._chosen_at >= refresh
 
     def _select(self, count: dict[str, int]) -> None:
@@ -187,12 +189,12 @@ class SparseCache:
         # 1. Which keys of each branch are read.
         taken: dict[str, Taken] = {}
         for branch, before in count.items():
-            tail_and_chunks = layout(view, *(torch.tensor(n) for n in (view.budget, before, before - age)))
-            tail, chunks = map(int, tail_and_chunks)
+            budget, count, since = (torch.tensor(n) for n in (view.budget, before, before - age))
+            parts = layout(view, budget, count, since)
+            check(parts, budget, count)
+            taken[branch] = Taken(*map(int, parts), before)
             if self._forgets:
-                self._forget(branch, tail)
-            # A tail from the first key on holds the sinks too.
-            taken[branch] = Taken(view.sink if tail else 0, chunks * view.chunk, tail, before)
+                self._forget(branch, taken[branch].tail)
         room = max(one.visible + self._first[branch] for branch, one in taken.items())
         in_cache = view.positions == "in_cache"
         # 2. They are joined, and moved where positions are those in the cache.

@@ -21,23 +21,32 @@ class Joined(NamedTuple):
 
     memory_BLGD: Tensor
     own_RGD: Tensor
+
+
+class Filled(NamedTuple):
+    """How much of a branch of a static memory its rows see, in the place of `Places`: the first `count_B` places of each request,
+    or (None) all that lie before its anchor. `first`: position of place 0."""
+
     first: int
+    count_B: Tensor | None = None
+
+    def count(self, anchor_B: Tensor) -> Tensor:
+        return anchor_B - self.first if self.count_B is None else self.count_B
 
 
 class Part(NamedTuple):
-    """One layer and branch of a static memory; `first`: position of place 0. Of several layers of the target's cache, whose heads
-    count as side by side, keys and values are tuples."""
+    """One layer and branch of a static memory. Of several layers of the target's cache, whose heads count as side by side, keys
+    and values are tuples."""
 
     key: Tensor | tuple[Tensor, ...]
     value: Tensor | tuple[Tensor, ...]
-    first: int
 
     def read_bytes(self, places: int) -> int:
         """Of the keys and values of `places` places of a request."""
-        return places * sum(t[0, 0].nbytes for t in (*_layers(self.key), *_layers(self.value)))
+        return places * sum(t[0, 0].nbytes for t in (*layers_of(self.key), *layers_of(self.value)))
 
     def __add__(self, own: KV) -> KV:
-        return KV(Joined(self.key, own.key, self.first), Joined(self.value, own.value, self.first))
+        return KV(Joined(self.key, own.key), Joined(self.value, own.value))
 
 
 class StaticMemory(Memory):
@@ -54,15 +63,15 @@ class StaticMemory(Memory):
         self.row_B1 = torch.arange(batch, device=device)[:, None]
         self.place: dict[str, Tensor] = {}
         # Pairs (x_{i+1}, f_i) begin at position 1.
-        self.first = {name: int(name == config.own_memory and config.reads_pairs) for name in config.branches}
+        places = {name: Filled(int(name == config.own_memory and config.reads_pairs)) for name in config.branches}
         layers: list[dict[str, Part]] = [{} for _ in range(config.depth)]
         for (layer, branch), kv in borrowed.items():
-            layers[layer][branch] = Part(*kv, 0)
-        super().__init__(layers, dict.fromkeys(config.branches))
+            layers[layer][branch] = Part(*kv)
+        super().__init__(layers, places)
 
     def announced(self, new: dict[str, Places]) -> "StaticMemory":
         for branch, places in new.items():
-            self.place[branch] = places.position.view(self.batch, -1) - self.first[branch]
+            self.place[branch] = places.position.view(self.batch, -1) - self.places[branch].first
         return self
 
     def keeps(self, layer: int, branch: str) -> bool:
@@ -71,7 +80,7 @@ class StaticMemory(Memory):
     def add(self, layer: int, branch: str, kv: KV) -> None:
         if branch not in self.layers[layer]:
             key, value = (t.new_zeros(self.batch, self.room, *t.shape[1:]) for t in kv)
-            self.layers[layer][branch] = Part(key, value, self.first[branch])
+            self.layers[layer][branch] = Part(key, value)
         # In place, at places that are a tensor: a CUDA graph replays the addresses that it was recorded with, and the places
         # differ from round to round. Keys of refused tokens stay there, and are overwritten before an anchor can see them.
         part = self.layers[layer][branch]
@@ -95,16 +104,16 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
     @backend(takes_parts=False)
     def attend(q_QHD: Tensor, key: Joined | Tensor | tuple, value: Joined | Tensor | tuple, visibility: Visibility) -> Tensor:
         joined = isinstance(key, Joined)  # else the rows have no keys of their own
-        first = key.first if joined else 0
-        memories, values = (_layers(held.memory_BLGD if joined else held) for held in (key, value))
+        memories, values = (layers_of(held.memory_BLGD if joined else held) for held in (key, value))
         batch = len(memories[0])
         q_BTHD = q_QHD.unflatten(0, (batch, -1))
         # All rows of a request have one anchor, so that their memory is a number of keys and needs no mask (while memory is
         # made, each row sees one key more than the row before it). The draft rows' own keys are few: they get a mask. The two
         # softmaxes are merged by their log-sum-exps.
-        count_B = visibility.queries.anchor.view(batch, -1)[:, 0] - first
+        filled: Filled = visibility.memory
+        count_B = filled.count(visibility.queries.anchor.view(batch, -1)[:, 0])
         reading = Reading(window=visibility.window)
-        place_BT = None if visibility.window is None else visibility.queries.position.view(batch, -1) - first
+        place_BT = None if visibility.window is None else visibility.queries.position.view(batch, -1) - filled.first
         parts = [
             over_cache(q, k, v, count_B, making_memory, reading, place_BT)
             for q, k, v in zip(q_BTHD.chunk(len(memories), dim=2), memories, values)
@@ -122,7 +131,7 @@ def static_attention(making_memory: bool = False, seen_QR: Tensor | None = None)
     return attend
 
 
-def _layers(held: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def layers_of(held: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return held if isinstance(held, tuple) else (held,)
 
 

@@ -1,9 +1,11 @@
 """Who drafts for a batch: the drafters of `eval/oracle/drafting.py` without the host. Every size is fixed.
 
-Shapes: B requests, T rows of each, J drafted tokens, V target vocabulary, D draft vocabulary, E hidden size, L places of a text.
+Shapes: B requests, T rows of each, J drafted tokens, V target vocabulary, D draft vocabulary, E hidden size, L places of a text,
+W tokens that a view observes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling, distribution, drawn
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
+from eval.caches.budgeted import BudgetedMemory
 from eval.caches.static import StaticMemory, static_attention
 from eval.engine.tree import Growing, Tree, TreeShape
 from train.attention.visibility import Places
@@ -21,6 +24,7 @@ from train.drafter.base import Drafter
 from train.drafter.heads import over_targets
 from train.drafter.layers import KV
 from train.schedules.schedule import Source, Start
+from train.views.recipe import View
 
 
 class Proposal(NamedTuple):
@@ -44,6 +48,13 @@ class StaticDrafting(Protocol):
         """The target has processed T more positions, from `base_B` on, of which those up to row `last_B` count (before any, -1):
         the anchor is the token behind that row."""
 
+    def due(self, anchors: list[int]) -> bool:
+        """Whether `select` is to be called before the next proposal, which is behind these anchors. The host asks once in every
+        round, so that rounds in which nothing is chosen do not pay for it."""
+
+    def select(self, text_BL: Tensor, anchor_B: Tensor) -> None:
+        """Choose anew what the proposals read, for those requests that are due."""
+
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         """Guess `length` tokens behind the anchor."""
 
@@ -61,6 +72,12 @@ class StaticNobody:
         pass
 
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
+        pass
+
+    def due(self, anchors: list[int]) -> bool:
+        return False
+
+    def select(self, text_BL: Tensor, anchor_B: Tensor) -> None:
         pass
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
@@ -98,15 +115,24 @@ class StaticTrained:
     Args:
         change: what it is shown instead of the target's states (the controls); gets states [B, T, ...] and positions [B, T].
         tree: drafts are trees of this shape (ttt only).
+        view: what of the memory it may read (of `budgeted.KINDS`); None: all of it.
     """
 
     graphs = True
 
-    def __init__(self, drafter: Drafter, head: FrozenHead, change: Callable | None = None, tree: TreeShape | None = None):
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: FrozenHead,
+        change: Callable | None = None,
+        tree: TreeShape | None = None,
+        view: View | None = None,
+    ):
         self.drafter = drafter.eval()
         self._head = head
         self._change = change
         self._tree = tree
+        self._view = view
         self.deepest = tree.depth if tree else None
         self._cache: StaticCache | None = None
         self._product = drafter.head.product(head)  # once: rows of a reduced vocabulary are copies
@@ -126,7 +152,15 @@ class StaticTrained:
         if self._cache is not cache:
             self._cache = cache
             self.memory = StaticMemory(config, cache.batch, cache.room + 1, self._head.head_VE.device, borrowed)
-            self.feature_BE = self._head.head_VE.new_zeros(cache.batch, config.feature_size, dtype=self.drafter.dtype)
+            # A budget as large as the cache hides nothing.
+            hides = self._view is not None and self._view.budget < cache.room
+            self._budgeted = BudgetedMemory(self.drafter, self._view, self.memory) if hides else None
+            # The features before the last tokens, the anchor's own being the last: as many as a view observes.
+            window = self._view.window if hides else 0
+            shape = (cache.batch, max(1, window), config.feature_size)
+            self.feature_BWE = torch.zeros(shape, dtype=self.drafter.dtype, device=self._head.head_VE.device)
+        if self._budgeted:
+            self._budgeted.begin()
         self._fresh = True
 
     def observe(self, states: States, base_B: Tensor, text_BL: Tensor, last_B: Tensor) -> None:
@@ -141,9 +175,11 @@ class StaticTrained:
         self._fresh = False
         feature_QE = self._remember(states.map(lambda t: t.flatten(0, 1)), position_BT, text_BL)
         if feature_QE is not None:
-            # Copied into a tensor that stays where it is, for the graph of the next proposal.
-            row_B = torch.arange(batch, device=base_B.device)
-            self.feature_BE.copy_(feature_QE.unflatten(0, (batch, rows))[row_B, last_B.clamp(min=0)])
+            # Copied into a tensor that stays where it is, for the graph of the next proposal. Behind the old ones stand those of
+            # the new rows; the last W up to row `last_B` stay.
+            every_BTE = torch.cat([self.feature_BWE, feature_QE.unflatten(0, (batch, rows))], dim=1)
+            last_BW = last_B[:, None] + 1 + torch.arange(self.feature_BWE.shape[1], device=base_B.device)
+            self.feature_BWE.copy_(every_BTE[self.memory.row_B1, last_BW])
 
     def _remember(self, states: States | None, position_BT: Tensor, text_BL: Tensor) -> Tensor | None:
         document = torch.arange(len(position_BT), device=position_BT.device).repeat_interleave(position_BT.shape[1])
@@ -151,12 +187,25 @@ class StaticTrained:
         places = Places(document, position_BT.flatten())
         known = Places(document, (position_BT + 1).flatten())
         attend = static_attention(making_memory=True)
-        return self.drafter.remember(states, places, token_RE, known, attend, self.memory).feature
+        feature_QE = self.drafter.remember(states, places, token_RE, known, attend, self.memory).feature
+        if self._budgeted:
+            self._budgeted.changed()
+        return feature_QE
+
+    def due(self, anchors: list[int]) -> bool:
+        return self._budgeted is not None and self._budgeted.due(anchors)
+
+    def select(self, text_BL: Tensor, anchor_B: Tensor) -> None:
+        self._budgeted.select(anchor_B, partial(self._queries, text_BL))
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         token_B = text_BL.gather(1, anchor_B[:, None])[:, 0]
         request_B = torch.arange(len(anchor_B), device=anchor_B.device)
-        start = Start(self.memory, request_B, anchor_B, self.feature_BE)
+        memory = self.memory
+        position_B = anchor_B
+        if self._budgeted:
+            memory, position_B = self._budgeted.taken(anchor_B)
+        start = Start(memory, request_B, position_B, self.feature_BWE[:, -1])
         schedule = self.drafter.config.schedule
         if self._tree:
             nodes = Growing(self._tree, token_B, self.embed, self._log_probabilities)
@@ -167,6 +216,14 @@ class StaticTrained:
         schedule.draft(self.drafter, start, drawn)
         return drawn.proposal()
 
+    def _queries(self, text_BL: Tensor, position_BW: Tensor) -> list[dict[str, Tensor]]:
+        """What known tokens ask of all memory before them."""
+        document = torch.arange(len(position_BW), device=position_BW.device).repeat_interleave(position_BW.shape[1])
+        token_RE = self.embed(text_BL.gather(1, position_BW).flatten())
+        rows = Places(document, position_BW.flatten())
+        attend = static_attention(making_memory=True)
+        return self.drafter.known_queries(token_RE, self.feature_BWE.flatten(0, 1), rows, self.memory, attend)
+
     def kv_bytes(self, longest: int) -> dict[str, int]:
         """Preallocated places that a request does not fill count for its `peak` alone."""
         read = 0
@@ -175,7 +232,11 @@ class StaticTrained:
                 window = self.drafter.config.shape(layer, branch).window or longest
                 read += part.read_bytes(min(longest, window))
         peak = self.memory.nbytes() // self.memory.batch
-        return {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
+        found = {"read": read, "searched": 0, "kept": peak // self.memory.room * longest, "peak": peak}
+        if self._budgeted:
+            more = self._budgeted.kv_bytes(longest)
+            found |= more | {what: found[what] + more[what] for what in ("kept", "peak")}
+        return found
 
     def draw(self, logits_BJD: Tensor, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         kept_D = self._kept_D

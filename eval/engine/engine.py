@@ -149,7 +149,8 @@ class Engine:
             active = [r for r in requests if not r.done]
             before = [(r.since, r.undone) for r in active]
             begun = time.perf_counter()
-            news = self._round(length, missing, watch)[: len(requests)]
+            due = rounds.drafting.due([r.anchor for r in requests])
+            news = self._round(length, due, missing, watch)[: len(requests)]
             seconds = time.perf_counter() - begun
             kept_of_active = [kept for (_, _, kept, *_), on in zip(news, going) if on]
             self.lengths.saw(length, kept_of_active, seconds)
@@ -188,10 +189,12 @@ class Engine:
         if needed > room:
             raise UserError(f"prompts of {longest} tokens need {needed} places of a cache of {room}")
 
-    def _round(self, length: int, missing: int | None, watch: Stopwatch) -> list[list[int]]:
+    def _round(self, length: int, due: bool, missing: int | None, watch: Stopwatch) -> list[list[int]]:
         """One round of the whole batch: what is new of each place (`Rounds.verify`)."""
         rounds = self._rounds
         with watch("draft"):
+            if due:
+                self._graph(rounds.select, 0)()
             proposal = self._graph(rounds.propose, length)()
         with watch("verify"):
             states, news_BU = self._graph(rounds.verify, length, missing)(proposal)
@@ -218,6 +221,8 @@ class Engine:
         rounds.begin([], 1, [])
         rounds.prefill([], self._chunk)
         kinds = [*self.intervals.choices, *([None] if self.verification.partial else [])]
+        if rounds.drafting.due([1] * rounds.cache.batch):  # nothing is chosen yet: it is, if it ever is
+            self._graph(rounds.select, 0)()
         for length in self.lengths.choices:
             proposal = self._graph(rounds.propose, length)()
             for missing in kinds:
@@ -229,7 +234,7 @@ class Engine:
         key = (step.__name__, length, missing)
         if key not in self._graphs:
             # A whole cache that lives on the host comes in copies that no graph can hold.
-            hosted = missing is not None and step.__name__ != "propose" and not self._rounds.cache.on_device
+            hosted = missing is not None and step.__name__ in ("verify", "observe") and not self._rounds.cache.on_device
             self._graphs[key] = Graphed(lambda *arguments: step(length, missing, *arguments), None if hosted else self._pool)
         return self._graphs[key]
 

@@ -16,7 +16,7 @@ from eval.oracle.drafting import Trained
 
 class OneByOne:
     """For the engine, the oracle's drafters side by side. They keep a memory of each request by itself and wait for the device
-    in every round, which is what a view needs.
+    in every round. Every view can be had so.
 
     Args:
         make: `Trained` for the request at a place of the batch.
@@ -42,6 +42,9 @@ class OneByOne:
                 known = text_BL[b, seen + (seen > 0) : count + 1].tolist()
                 self._drafting[b].observe(states.map(lambda t: t[b, seen - base : last + 1]), known)
                 self._seen[b] = count
+
+    def due(self, anchors: list[int]) -> bool:
+        return False  # each of them chooses in its own time
 
     def propose(self, text_BL: Tensor, anchor_B: Tensor, length: int, sampling: Sampling, u_BJ: Tensor) -> Proposal:
         drafts = []

@@ -53,6 +53,11 @@ class Request:
         self._ended = self._ends(1)  # as far as is known; an audit may find otherwise
         self.done = self._ended
 
+    @property
+    def anchor(self) -> int:
+        """Position of the newest token."""
+        return self._prompt + len(self.output) - 1
+
     def take(self, round: Round, emitted: list[int], full: bool) -> None:
         """One round's news: the tokens behind the position `round.anchor`."""
         if self.done:

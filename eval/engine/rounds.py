@@ -128,8 +128,12 @@ class Rounds:
             found = ends if found is None else _chosen(here_B, ends, found)
         return found
 
-    # The three steps of a round. `length` and `missing` name the graph that a step is recorded in: sizes within one are fixed.
-    # `missing`: rows before the anchor's that a full round has room for; None: the round is partial.
+    # The three steps of a round, and one that comes before them where a drafter under a budget chooses anew. `length` and
+    # `missing` name the graph that a step is recorded in: sizes within one are fixed. `missing`: rows before the anchor's that a
+    # full round has room for; None: the round is partial.
+
+    def select(self, length: int, missing: int | None) -> None:
+        self.drafting.select(self.text_BL, self.length_B)
 
     def propose(self, length: int, missing: int | None) -> Proposal:
         u_BJ = self.random_RBU[self.round][0, :, :length]

@@ -13,6 +13,7 @@ from data_prep.decoding.products import lay_out
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
+from eval.caches.budgeted import KINDS
 from eval.caches.offload import OffloadedCache
 from eval.caches.partial import PartialCache
 from eval.engine.drafting import StaticDrafting, StaticLookup, StaticNobody, StaticTrained
@@ -46,8 +47,8 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
     def make(who: Drafter, change=None) -> StaticDrafting:
         if head.product.is_laid_out:
             lay_out(who)
-        if view is None:
-            return StaticTrained(who, head, change, tree)
+        if view is None or view.kind in KINDS:
+            return StaticTrained(who, head, change, tree, view)
 
         def one(b: int) -> Trained:
             return Trained(who, head, attend, view, change.of(b) if change is other else change)

@@ -1,10 +1,13 @@
 """Rounds a second, and where a round's time goes; plain decoding against transformers' compiled `generate`; SpecPV's rounds
-against full verification's and plain decoding's.
+against full verification's and plain decoding's; drafting under a budget against drafting behind the shortest context.
 
     python -m tests.benchmarks.decode what=rounds shape=tiny
     python -m tests.benchmarks.decode what=products shape=smollm2
     python -m tests.benchmarks.decode what=rounds shape=qwen3_8b contexts=[2048,16384,32768]
     python -m tests.benchmarks.decode what=partial shape=qwen3_8b contexts=[8192,32768] batches=[1,8]
+    python -m tests.benchmarks.decode what=views contexts=[64,192] budget=96
+    python -m tests.benchmarks.decode what=views shape=smollm2 contexts=[256,4096,8192]
+    python -m tests.benchmarks.decode what=views shape=qwen3_8b contexts=[256,8192,32768]
 
 Drafters begin as the target's layers and are not trained: what a round costs does not depend on what it accepts.
 
@@ -16,7 +19,9 @@ from itertools import product
 from statistics import median
 
 import torch
+from omegaconf import OmegaConf
 
+from common.recipe import ROOT
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.sampling import Sampling
 from data_prep.target.target import Target
@@ -31,6 +36,7 @@ from tests.benchmarks import line, options, target_of, timed
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter
 from train.drafter.config import DrafterConfig
+from train.views.recipe import View
 
 
 def drafter_of(target: Target, objective: str, reuse: str, slots: int) -> Drafter:
@@ -64,6 +70,31 @@ def transformers_tokens_per_s(target: Target, prompt: list[int], new_tokens: int
     return (new_tokens - 8) / (seconds(new_tokens) - seconds(8))
 
 
+def view_of(kind: str, o) -> View | None:
+    """With the defaults of conf/view; full: None."""
+    if kind == "full":
+        return None
+    defaults = OmegaConf.load(ROOT / f"conf/view/{kind}.yaml")
+    return View(**{**defaults, "budget": o.budget, "refresh": o.refresh})
+
+
+def propose_ms(engine: Engine, length: int, repeats: int = 50) -> float:
+    """Of a proposal, and of the selection before it where every round has one; many in a row, so that no wait counts."""
+    rounds = engine._rounds
+    anchors = rounds.length_B.tolist()
+    rounds.drafting.due(anchors)
+    chooses = rounds.drafting.due(anchors)  # again, so that it is not for the first time
+
+    @torch.no_grad()
+    def proposals() -> None:
+        for _ in range(repeats):
+            if chooses:
+                engine._graph(rounds.select, 0)()
+            engine._graph(rounds.propose, length)()
+
+    return median(timed(proposals, rounds.target.device) for _ in range(5)) / repeats
+
+
 def compare_products(target: Target, context: int) -> None:
     """Forwards of a few rows behind `context` tokens on a CPU: weights as they stand, and laid out (`Target.compile`)."""
     base_B = torch.tensor([context])
@@ -94,7 +125,7 @@ def round_ms(engine: Engine, missing: int | None = 0) -> dict[str, float]:
     times = []
     for _ in range(23):
         watch = Stopwatch(device.type == "cuda")
-        total = timed(lambda: engine._round(engine.lengths.longest, missing, watch), device)
+        total = timed(lambda: engine._round(engine.lengths.longest, False, missing, watch), device)
         times.append((total, *(1e3 * watch.seconds(kind) for kind in ("draft", "verify"))))
     return dict(zip(("round_ms", "draft_ms", "verify_ms"), map(median, zip(*times[3:]))))
 
@@ -140,7 +171,8 @@ def compare_partial(target: Target, drafting: StaticTrained, context: int, batch
 def main() -> None:
     o = options(
         what="rounds,transformers", shape="tiny", contexts=[256], new=64, batch=1, length=4, breadth=4, nodes=16, compile=True,
-        eager=True, sampling=0.0, retrieval=4096, window=128, batches=[1], chunk=2048,
+        eager=True, sampling=0.0, retrieval=4096, window=128, batches=[1], chunk=2048, who=["ttt kv", "ttt hidden"],
+        views=["full", "sink_recent", "topk_chunk", "snapkv"], budget=256, refresh="verify",
     )  # fmt: skip
     target = target_of(o.shape, "sdpa")
     if o.what == "products":
@@ -152,9 +184,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     head = target.frozen_head
     drafters = {
-        "ttt kv": lambda: StaticTrained(drafter_of(target, "ttt", "kv", o.length), head),
-        "ttt hidden": lambda: StaticTrained(drafter_of(target, "ttt", "hidden", o.length), head),
-        "block hybrid": lambda: StaticTrained(drafter_of(target, "blockwise", "hybrid", o.length), head),
+        "ttt kv": lambda view=None: StaticTrained(drafter_of(target, "ttt", "kv", o.length), head, view=view),
+        "ttt hidden": lambda view=None: StaticTrained(drafter_of(target, "ttt", "hidden", o.length), head, view=view),
+        "block hybrid": lambda view=None: StaticTrained(drafter_of(target, "blockwise", "hybrid", o.length), head, view=view),
         "tree kv": lambda: StaticTrained(drafter_of(target, "ttt", "kv", o.length), head, tree=TreeShape(o.length, o.breadth)),
         "lookup": StaticLookup,
         "none": StaticNobody,
@@ -168,18 +200,20 @@ def main() -> None:
         target.compile()
     for context, batch in product(o.contexts, o.batches) if "partial" in o.what else []:
         compare_partial(target, drafters["ttt kv"](), context, batch, o)
-    for context, prompts in texts.items() if "rounds" in o.what else []:
+    short: dict[str, dict] = {}  # who drafts -> figures behind the first context, under no budget
+    for context, prompts in texts.items() if "rounds" in o.what or "views" in o.what else []:
         reference = references[context]
         room = room_for(context, o.new, max(o.length, o.nodes))
         cache = StaticCache.of(target, o.batch, room)
         plain = None
 
-        def run(who: str, graphs: bool) -> dict:
+        def run(who: str, graphs: bool, view: View | None = None) -> dict:
             length = {"none": 0, "tree kv": o.nodes}.get(who, o.length)
             verification = Verification(sampling)
             engine = Engine(
-                target, drafters[who](), cache, Lengths(length), verification, graphs=graphs, prefill_chunk=o.chunk
-            )
+                target, drafters[who](view) if view else drafters[who](), cache, Lengths(length), verification, graphs=graphs,
+                prefill_chunk=o.chunk,
+            )  # fmt: skip
             runs = [engine.generate(prompts, o.new, list(range(o.batch)), Stops()) for _ in range(4)][1:]
             ms = lambda kind: median(1e3 * o.batch * getattr(r[0], f"{kind}_s") / len(r[0].rounds) for r in runs)
             total, draft, verify = ms("decode"), ms("draft"), ms("verify")
@@ -192,14 +226,26 @@ def main() -> None:
                 "overhead_share": round(1 - (draft + verify) / total, 4), "tokens_per_s": round(rate, 2), "tau": round(tau, 3),
                 "prefill_s": round(median(o.batch * r[0].prefill_s for r in runs), 3),
             }  # fmt: skip
+            if "views" in o.what:
+                kv_mib = {f"{what}_mib": round(nbytes / 2**20, 3) for what, nbytes in runs[0][0].kv_bytes.items()}
+                figures |= {"propose_ms": round(propose_ms(engine, length), 3), **kv_mib}
             return figures
 
-        for graphs in [True] + [False] * (on_gpu and o.eager):
+        for graphs in ([True] + [False] * (on_gpu and o.eager)) if "rounds" in o.what else []:
             for who in reversed(drafters):
                 figures = run(who, graphs)
                 plain = plain or figures["tokens_per_s"]
                 of_transformers = round(figures["tokens_per_s"] / reference, 3) if reference else None
                 line("decode", **figures, of_plain=round(figures["tokens_per_s"] / plain, 3), of_transformers=of_transformers)
+        for who in o.who if "views" in o.what else []:
+            for kind in o.views:
+                view = view_of(kind, o)
+                figures = run(who, True, view=view)
+                reference = short.setdefault(who, figures)  # the first view behind the first context
+                ratio = lambda key: round(figures[key] / reference[key], 3)
+                of_short = {"draft_of_short": ratio("draft_ms"), "propose_of_short": ratio("propose_ms")}
+                said = {"budget": view.budget, "refresh": view.refresh} if view else {}
+                line("decode views", shape=o.shape, view=kind, **said, **figures, short=reference["context"], **of_short)
 
 
 if __name__ == "__main__":

@@ -411,7 +411,7 @@ def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_p
 def test_drafters_under_a_view_draft_the_same_in_a_batch_and_alone(targets, objective, reuse):
     """Ragged prompts, of which some end in an earlier chunk of the prefill than others."""
     target = targets["qwen3"]
-    view = View(kind="sink_recent", budget=12, sink=2)
+    view = View(kind="h2o", budget=12, sink=2)
     drafter = drafter_of(target, objective, reuse, layers=2)
     make = lambda b=0: Trained(drafter, target.frozen_head, REFERENCE, view)
     engine = engine_of(target, OneByOne(4, make), drafter.config.draft_length, prefill_chunk=8)

@@ -36,6 +36,7 @@ DRAFTERS = {
     "windowed": {"kv_shapes": [KVLayer(1, 8, [1.0], 1.0, window=8)]},
 }
 VIEW = ["view=topk_chunk", "view.budget=128"]
+H2O = ["view=h2o", "view.budget=128"]
 PARTIAL = ["verify=partial"]
 # The drafter, and what else the line says. {drafter}, {cache} and {prompt} are paths.
 LINES = {
@@ -56,8 +57,9 @@ LINES = {
     "texts beyond a table of positions": ("lm", ["suite.prompt_tokens=200"]),
     "length that is not drafted": ("ttt", ["draft.length=5"]),
     "trees of blocks": ("block", ["draft.breadth=2"]),
-    "trees under a view": ("ttt", [*VIEW, "draft.breadth=2"]),
-    "adaptive length of trees or under a view": ("ttt", ["draft.breadth=2", "draft.length=adaptive"]),
+    "trees under a view that goes one by one": ("ttt", [*H2O, "draft.breadth=2"]),
+    "adaptive length of trees": ("ttt", ["draft.breadth=2", "draft.length=adaptive"]),
+    "adaptive length under a view that goes one by one": ("ttt", [*H2O, "draft.length=adaptive"]),
     "fewer nodes than depths": ("ttt", ["draft.breadth=2", "draft.nodes=3"]),
     "breadth beyond the vocabulary": ("small vocabulary", ["draft.breadth=5"]),
     "empty stop": ("ttt", ["stop=['']"]),

@@ -21,6 +21,7 @@ from tests.support.decoding import generated
 from tests.support.engines import GREEDY, REFERENCE, engine_of, ragged
 from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
 from train.attention.visibility import DraftRows
+from train.views.recipe import View
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +49,12 @@ def candidates(chain, shape, count):
     return every, dict(sorted(found.items(), key=lambda item: -item[1])[:count])
 
 
-def chain_of(target, drafter, prompt, token):
+def chain_of(target, drafter, view, prompt, token):
     """path -> the drafter's log-probabilities behind it [V], its tokens forced, through the plain loop's memory."""
-    plain = Trained(drafter, target.frozen_head, REFERENCE)
-    anchor = torch.tensor([len(prompt)])
+    plain = Trained(drafter, target.frozen_head, REFERENCE, view)
     plain.observe(target.forward(torch.tensor([prompt])).map(lambda t: t[0]), [*prompt, token])
-    memory = plain.cache.visible(len(prompt))[0]
+    memory, position = plain.cache.visible(len(prompt))
+    anchor = torch.tensor([position])
     zero = torch.zeros_like(anchor)
 
     @torch.no_grad()
@@ -70,9 +71,9 @@ def chain_of(target, drafter, prompt, token):
     return chain
 
 
-def grown(target, drafter, prompts, shape, nodes):
+def grown(target, drafter, prompts, shape, nodes, view=None):
     """(a tree behind each prompt, log-probabilities [B, W, V] of each depth, the tokens behind the prompts)."""
-    drafting = StaticTrained(drafter, target.frozen_head, tree=shape)
+    drafting = StaticTrained(drafter, target.frozen_head, tree=shape, view=view)
     seen = []
     usual = drafting._log_probabilities
     drafting._log_probabilities = lambda output: seen.append(usual(output)) or seen[-1]
@@ -80,6 +81,8 @@ def grown(target, drafter, prompts, shape, nodes):
     first = [g.tokens[0] for g in engine.generate(prompts, 1, [0] * len(prompts), Stops())]
     rounds = engine._rounds
     with torch.no_grad():
+        if drafting.due(rounds.length_B.tolist()):
+            drafting.select(rounds.text_BL, rounds.length_B)
         tree = drafting.propose(rounds.text_BL, rounds.length_B, nodes, GREEDY, None).tree
     return tree, [t.unflatten(0, (4, -1)) for t in seen], first
 
@@ -95,11 +98,26 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, window, monkeyp
     K/V, where they have one."""
     shapes = {"kv_shapes": [replace(target.kv_shapes[layer], window=window) for layer in (1, 2)]} if window else {}
     drafter = drafter_of(target, "ttt", reuse, layers=layers, **shapes)
+    check_trees(target, drafter, monkeypatch)
+
+
+VIEWS = {
+    "chunks": View(kind="topk_chunk", budget=10, sink=2, recent=2, chunk=2),
+    "positions in cache": View(kind="snapkv", budget=7, recent=3, positions="in_cache"),
+}
+
+
+@pytest.mark.parametrize("reuse,view", zip(("kv", "hidden"), VIEWS))
+def test_a_tree_under_a_view_holds_the_likeliest_paths(target, reuse, view, monkeypatch):
+    check_trees(target, drafter_of(target, "ttt", reuse, layers=2), monkeypatch, VIEWS[view])
+
+
+def check_trees(target, drafter, monkeypatch, view=None):
     prompts = ragged()
     shape = TreeShape(4, 3)
     nodes = 11
-    tree, logps, first = grown(target, drafter, prompts, shape, nodes)
-    chains = [chain_of(target, drafter, *known) for known in zip(prompts, first)]
+    tree, logps, first = grown(target, drafter, prompts, shape, nodes, view)
+    chains = [chain_of(target, drafter, view, *known) for known in zip(prompts, first)]
     found = [candidates(chain, shape, nodes) for chain in chains]
 
     def error(logps):
@@ -122,7 +140,7 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, window, monkeyp
         assert row.tolist() == [[path[: len(other)] == other for other in paths] for path in paths]
     beside = lambda seen_QR: seen_QR.unflatten(0, (4, -1)).roll(1, 1).flatten(0, 1)
     monkeypatch.setattr(eval.engine.tree, "static_attention", lambda seen_QR: static_attention(seen_QR=seen_QR | beside(seen_QR)))
-    _, leaking, _ = grown(target, drafter, prompts, shape, nodes)
+    _, leaking, _ = grown(target, drafter, prompts, shape, nodes, view)
     if drafter.config.own_kv:
         assert error(leaking[:2]) > 1e-4  # the control: a row that sees its sibling scores differently
         return
@@ -130,7 +148,7 @@ def test_a_tree_holds_the_likeliest_paths(target, reuse, layers, window, monkeyp
     assert error(leaking) < 1e-10
     usual = Growing.drafted
     monkeypatch.setattr(Growing, "drafted", lambda *given: usual(*given).unflatten(0, (4, -1)).roll(1, 1).flatten(0, 1))
-    assert error(grown(target, drafter, prompts, shape, nodes)[1][:3]) > 1e-4
+    assert error(grown(target, drafter, prompts, shape, nodes, view)[1][:3]) > 1e-4
 
 
 def test_a_tree_of_breadth_one_is_the_chain_and_wider_ones_keep_more(target):

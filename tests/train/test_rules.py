@@ -40,6 +40,7 @@ LINES = {
     "no recent positions": [SPARSE, "view.recent=null"],
     "recent of sink_recent": [SPARSE, "view=sink_recent", "+view.recent=9"],
     "snapkv without a window": [SPARSE, "view=snapkv", "view.pool=4"],
+    "chunks of single positions": [SPARSE, "view=snapkv", "+view.chunk=4"],
     "budget below the least": [SPARSE, "view.budget=79"],
     "queries alone in blocks": [*QUERIES_ALONE, "objective=blockwise"],
     "constant positions of rows with keys": ["objective=ttt", "objective.positions=constant"],

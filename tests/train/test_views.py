@@ -17,6 +17,7 @@ from train.drafter.layers import KV, Rope
 from train.drafter.memory import Memory
 from train.views import scores
 from train.views.gather import gather
+from train.views.layout import check, layout
 from train.views.plan import plan
 from train.views.recipe import FULL, View
 
@@ -236,6 +237,16 @@ def test_masking_and_gathering_both_equal_attention_over_the_selection(scene, na
             if positions == "absolute":
                 found = BACKENDS["reference"](q, torch.cat([key, k]), torch.cat([value, v]), shown)
                 torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layout_beyond_its_budget_is_noticed():
+    count = torch.tensor([40, 5])
+    view = view_of("mean")
+    parts = layout(view, 20, count, count)
+    check(parts, torch.tensor(20), count)
+    for more in (parts._replace(picked=parts.picked + view.chunk), parts._replace(tail=parts.tail - 1)):
+        with pytest.raises(AssertionError, match="a view shows more than its budget"):
+            check(more, torch.tensor(20), count)
 
 
 # The masked backend on tiles

@@ -82,6 +82,7 @@ class Drafter(nn.Module):
         what views choose by.
 
         Args:
+            memory: all of it, without a selection: the queries are what the next selection is made by.
             feature_RE: with pairs, the feature of the position before each token.
         """
         raise NotImplementedError

@@ -60,7 +60,8 @@ class LayeredDrafter(Drafter):
         return self.norm.weight.dtype
 
     def inv_freq(self, layer: int, branch: str) -> Tensor:
-        return torch.tensor(self.config.shape(layer, branch).inv_freq)
+        shape = self.config.shape(layer, branch)
+        return self._angles_of((tuple(shape.inv_freq), shape.rope_scale), self.norm.weight.device)
 
     def use_fp8(self) -> None:
         """The products of the MLPs and of a frozen head in fp8, while training."""
@@ -146,9 +147,7 @@ class LayeredDrafter(Drafter):
     def known_queries(
         self, token_RE: Tensor, feature_RE: Tensor | None, rows: Places, memory: Memory, attend: AttentionBackend
     ) -> list[dict[str, Tensor]]:
-        x_RE = self._enter(token_RE, feature_RE)
-        # Without a view's selection: these queries are what the next selection is made by.
-        return self._read(replace(memory, selection=None), x_RE, token_RE, rows, attend, keep=False)
+        return self._read(memory, self._enter(token_RE, feature_RE), token_RE, rows, attend, keep=False)
 
     def _read(
         self, memory: Memory, x_RE: Tensor, token_RE: Tensor, places: Places, attend: AttentionBackend, keep: bool
@@ -173,13 +172,14 @@ class LayeredDrafter(Drafter):
         visibility = self.visibility(rows, memory, rows)
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_RE, token_RE)
-            own = layer.keys_values(inputs, ropes[index])
+            # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
+            last = index + 1 == len(self.layers)
+            own = {} if last and not keep else layer.keys_values(inputs, ropes[index])
             if keep:
                 memory.add(index, own_memory, own[own_memory])
             else:
                 queries.append(layer.queries(inputs, ropes[index]))
-            # Nobody reads what the last layer makes of the rows: its keys and queries come from its inputs.
-            if index + 1 < len(self.layers):
+            if not last:
                 keys = memory.layers[index] | {n: memory.layers[index][n] + own[n] for n in own}
                 x_RE = self._through(layer, x_RE, inputs, ropes[index], keys, visibility[index], attend)
         return queries

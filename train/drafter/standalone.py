@@ -9,7 +9,6 @@ Shapes: R rows, E the model's hidden size, H query heads, G key/value heads, D h
 import json
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -148,7 +147,7 @@ class Standalone(Drafter):
         self, token_RE: Tensor, feature_RE: None, rows: Places, memory: Memory, attend: AttentionBackend
     ) -> list[dict[str, Tensor]]:
         alone = known_rows(rows)
-        return self._run(token_RE, alone, alone, replace(memory, selection=None), None, attend)[2]
+        return self._run(token_RE, alone, alone, memory, None, attend)[2]
 
     def step(
         self,

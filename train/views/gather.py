@@ -12,7 +12,7 @@ from torch import Tensor
 from train.attention.visibility import Anchors, Places, Selection
 from train.drafter.layers import KV
 from train.drafter.memory import Memory
-from train.views.layout import chunking
+from train.views.layout import Layout, chunking, in_slots
 from train.views.plan import Plan
 
 
@@ -27,7 +27,7 @@ def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[..., 
     groups = torch.arange(len(anchors.index), device=anchors.index.device)
     grounds = {branch: chunking(places, 1) for branch, places in memory.places.items()}
     before_M = {branch: anchors.position - g.position_D[anchors.document] for branch, g in grounds.items()}
-    count_M = {branch: _visible(found[0][branch], before_M[branch]) for branch in grounds}  # alike for all layers
+    count_M = {branch: _parts(found[0][branch]).visible(before_M[branch]) for branch in grounds}  # alike for all layers
     end_M = torch.stack([count_M[branch] + g.position_D[anchors.document] for branch, g in grounds.items()]).amax(0)
     # 2. The keys themselves, each KV head's own.
     out = Memory([{} for _ in memory.layers], {}, memory.feature)
@@ -49,26 +49,15 @@ def gather(memory: Memory, found: Plan, anchors: Anchors, rotate: Callable[..., 
     return out, Anchors(anchors.index, groups, end_M)
 
 
-def _sizes(selection: Selection) -> tuple[Tensor, Tensor]:
-    """Of each group [M]: (its sinks, positions of its chosen chunks). A tail that begins at the first key holds the sinks."""
+def _parts(selection: Selection) -> Layout:
+    """Of each group [M]. A tail that begins at the first key holds the sinks."""
     sinks_M = torch.where(selection.tail_M > 0, selection.sink, 0)
     # Every KV head has chosen as many chunks as the first.
-    return sinks_M, selection.chunk * selection.chosen_MGC[:, 0].sum(-1)
-
-
-def _visible(selection: Selection, before_M: Tensor) -> Tensor:
-    """How many of the `before_M` keys before its anchor each group is shown, [M]."""
-    return sum(_sizes(selection)) + before_M - selection.tail_M
+    return Layout(sinks_M, selection.chunk * selection.chosen_MGC[:, 0].sum(-1), selection.tail_M)
 
 
 def _indices(selection: Selection, slot_K: Tensor) -> Tensor:
-    """Which key of its document stands in each slot, in order, [M, K, G]: sinks, chosen chunks, tail."""
-    lead_M, picked_M = _sizes(selection)
+    """Which key of its document stands in each slot, in order, [M, K, G]."""
     # Chunks that are chosen, in order of position, before all others: a stable sort keeps them so.
     order_MGC = selection.chosen_MGC.byte().argsort(dim=-1, descending=True, stable=True)
-    in_chunks_MK = slot_K - lead_M[:, None]
-    chunk_MKG = (in_chunks_MK // selection.chunk).clamp(0, order_MGC.shape[2] - 1)[..., None].expand(-1, -1, order_MGC.shape[1])
-    picked_MKG = order_MGC.transpose(1, 2).gather(1, chunk_MKG) * selection.chunk + (in_chunks_MK % selection.chunk)[..., None]
-    tail_MK = selection.tail_M[:, None] + in_chunks_MK - picked_M[:, None]
-    rest_MKG = torch.where((in_chunks_MK < picked_M[:, None])[..., None], picked_MKG, tail_MK[..., None])
-    return torch.where((slot_K < lead_M[:, None])[..., None], slot_K[:, None], rest_MKG)
+    return in_slots(slot_K, _parts(selection), selection.chunk, order_MGC * selection.chunk)

@@ -1,6 +1,7 @@
 """How a budget is divided between sinks, chosen chunks and tail, and where the chunks of a memory are.
 
-Shapes: D documents, P memory positions, C chunks of all documents. In `layout` all tensors are of one shape, whichever it is.
+Shapes: D documents, P memory positions, C chunks of all documents; M groups (an anchor under one view), K slots for the keys that
+one is shown, G key/value heads. In `layout` all tensors are of one shape, whichever it is.
 """
 
 from typing import NamedTuple
@@ -38,29 +39,64 @@ def chunking(places: Places, size: int) -> Chunking:
     return Chunking(first_D, places.position[first_D], index_P, before_D, document_C, start_C)
 
 
-def _tail(view: View, room, since):
-    """Index of the tail's first key at a selection among `since` keys: `recent` before it, at a chunk's edge."""
+class Layout(NamedTuple):
+    """How large the parts of a view are: its sinks, the positions of its chosen chunks, and the index of the tail's first key."""
+
+    sinks: Tensor
+    picked: Tensor
+    tail: Tensor
+
+    def visible(self, count: Tensor) -> Tensor:
+        """How many of the `count` keys before its anchor each is shown."""
+        return self.sinks + self.picked + count - self.tail
+
+
+def in_slots(slot_K: Tensor, parts: Layout, chunk: int, start_MGC: Tensor) -> Tensor:
+    """Which key stands in each slot, by its index, [M, K, G], where what is shown stands one behind the other: sinks, chosen
+    chunks, tail. What stands behind them means nothing.
+
+    Args:
+        start_MGC: index of the first key of each chosen chunk, in the order in which they are to stand.
+    """
+    sinks_M1, picked_M1, tail_M1 = (t[:, None] for t in parts)
+    behind_MK = slot_K - sinks_M1
+    chunk_MKG = (behind_MK // chunk).clamp(0, start_MGC.shape[2] - 1)[..., None].expand(-1, -1, start_MGC.shape[1])
+    picked_MKG = start_MGC.transpose(1, 2).gather(1, chunk_MKG) + (behind_MK % chunk)[..., None]
+    tail_MK = tail_M1 + behind_MK - picked_M1
+    rest_MKG = torch.where((behind_MK < picked_M1)[..., None], picked_MKG, tail_MK[..., None])
+    return torch.where((slot_K < sinks_M1)[..., None], slot_K[:, None], rest_MKG)
+
+
+def tail_at(view: View, budget, since):
+    """Index of the tail's first key at a selection among `since` keys, below 0 where there are few: `recent` before it, at a
+    chunk's edge."""
     # At an edge, because only whole chunks can be chosen: keys of a chunk that is cut in two would be in no part of the view.
-    return (since - view.tail_of(room)) // view.chunk * view.chunk
+    return (since - view.tail_of(budget - view.sink)) // view.chunk * view.chunk
 
 
-def layout(view: View, budget: Tensor, count: Tensor, since: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of the tail's first key, how many chunks are chosen), for anchors with `count` keys before them, `since` of which
-    were there at the selection. Sinks, tail and chunks are at most `budget`, or everything where that is enough."""
+def layout(view: View, budget, count: Tensor, since: Tensor) -> Layout:
+    """For anchors with `count` keys before them, `since` of which were there at the selection. Sinks, tail and chunks are at most
+    `budget`, or everything where that is enough: then all of it is the tail."""
     room = budget - view.sink
     # The tail reaches to the anchor. Where it has outgrown the budget, its begin moves on, and no chunk is left.
-    tail = torch.maximum(_tail(view, room, since), count - room)
-    chosen = (room - (count - tail)) // view.chunk
-    everything = count <= budget
-    tail = tail.masked_fill(everything, 0)
-    chosen = chosen.masked_fill(everything, 0)
-    visible = torch.where(everything, count, view.sink + view.chunk * chosen + count - tail)
-    assert bool((visible <= budget).all()), "a view shows more than its budget"
-    return tail, chosen
+    tail = torch.maximum(tail_at(view, budget, since), count - room)
+    picked = (room - (count - tail)) // view.chunk * view.chunk
+    hides = count > budget
+    return Layout(view.sink * hides, picked * hides, tail * hides)
+
+
+def check(found: Layout, budget, count: Tensor) -> None:
+    """That the budget holds. Waits for the device."""
+    assert bool((found.visible(count) <= torch.minimum(budget, count)).all()), "a view shows more than its budget"
+
+
+def most_chunks(view: View, budget: int) -> int:
+    """The most chunks that any anchor is shown: as many as there are at its selection."""
+    room = budget - view.sink
+    return (room - view.tail_of(room)) // view.chunk
 
 
 def reserve(view: View, budget: int, count: int) -> tuple[int, int]:
     """Of a selection among `count` keys: (index of the tail's first key, the most chunks that any anchor will be shown)."""
-    room = budget - view.sink
-    tail = max(0, _tail(view, room, count))
-    return tail, max(0, min(room - view.tail_of(room), tail - view.sink) // view.chunk)
+    tail = max(0, tail_at(view, budget, count))
+    return tail, max(0, min(most_chunks(view, budget), (tail - view.sink) // view.chunk))

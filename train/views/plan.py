@@ -15,7 +15,7 @@ from torch import Tensor
 
 from train.attention.visibility import Anchors, Places, Selection
 from train.drafter.memory import Memory
-from train.views.layout import Chunking, chunking, layout
+from train.views.layout import Chunking, check, chunking, layout
 from train.views.recipe import View
 from train.views.scores import Observed, ranked, scores
 
@@ -43,7 +43,10 @@ def plan(view: View, memory: Memory, anchors: Anchors, age_N: Tensor | None, bud
         chunks = chunking(places, view.chunk)
         longest = int(chunks.start_C.max()) // view.chunk + 1
         count_N = anchors.position - chunks.position_D[anchors.document]
-        tail_VN, number_VN = layout(view, budget_VN, count_N, count_N - age_N)
+        parts_VN = layout(view, budget_VN, count_N, count_N - age_N)
+        check(parts_VN, budget_VN, count_N)
+        tail_VN = parts_VN.tail
+        number_VN = parts_VN.picked // view.chunk
         some = (number_VN > 0).any(0).nonzero().squeeze(1)  # anchors that leave something to choose
         # 2. Which chunks: scored once for each anchor, then cut off at each view's number.
         for layer, kinds in enumerate(memory.layers):

@@ -1,7 +1,10 @@
 """How chunks of memory are scored by what the drafter asks, and their order.
 
+Decoding in batches scores by the same functions over keys that stand elsewhere (`eval/caches/budgeted.py`): `summary_scores`,
+`attention`, `pooled` and `best_first`.
+
 Shapes: N anchors, P memory positions, C chunks of all documents, G key/value heads, H query heads, D head size, W observed
-queries of an anchor, R observed rows.
+queries of an anchor, R observed rows, M memories (of one anchor each, or one for all of them), S query heads of a KV head.
 """
 
 from collections.abc import Iterator
@@ -44,7 +47,7 @@ def scores(
         yield from _summed_votes(key_PGD, chunks, document_N, since_N, observed)
 
 
-def _tiles(count: int, size: int) -> Iterator[slice]:
+def tiles(count: int, size: int) -> Iterator[slice]:
     """Slices of `count` items with `size` numbers each, as many items per slice as fit a tile of scores."""
     step = max(1, SCORES // max(1, size))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
@@ -59,65 +62,78 @@ def _summary_scores(view: View, key_PGD, chunks, document_N, since_N, observed):
     place_PGD = chunk_P[:, None, None].expand_as(key_PGD)
     empty_CGD = key_PGD.new_zeros(len(chunks.start_C), *key_PGD.shape[1:])
 
-    def summary(how: str) -> Tensor:
-        return empty_CGD.scatter_reduce(0, place_PGD, key_PGD, how, include_self=False)
-
-    if view.scorer in ("minmax", "quest"):
-        low_CGD = summary("amin")
-        high_CGD = summary("amax")
-    else:
-        low_CGD = high_CGD = summary("mean")
+    summaries = [empty_CGD.scatter_reduce(0, place_PGD, key_PGD, how, include_self=False)[None] for how in summarised(view)]
     # 2. The query that each anchor scores by.
     if view.scorer == "lastkey":
         query_NHD = key_PGD[chunks.first_D[document_N] + (since_N - 1).clamp(min=0)]
     else:
         query_NHD = observed.query_RHD.float()
 
-    def product(q: Tensor, k_CGD: Tensor) -> Tensor:
-        return torch.einsum("ngjd,cgd->ngjc", q, k_CGD)
+    # 3. Scores. Those of chunks of other documents mean nothing (see `ranked`).
+    for part in tiles(len(document_N), query_NHD.shape[1] * len(chunks.start_C)):
+        yield part, summary_scores(view, query_NHD[part].unflatten(1, (groups, -1)), *summaries)
 
-    # 3. Scores, averaged over the queries that share a KV head. Those of chunks of other documents mean nothing (see `ranked`).
-    for part in _tiles(len(document_N), query_NHD.shape[1] * len(chunks.start_C)):
-        q = query_NHD[part].unflatten(1, (groups, -1))
-        if view.scorer == "quest":
-            found = product(q.clamp(min=0), high_CGD) + product(q.clamp(max=0), low_CGD)
-        elif view.scorer == "minmax":
-            found = torch.maximum(product(q, high_CGD), product(q, low_CGD))
-        else:
-            found = product(q, high_CGD)
-        yield part, found.mean(2)
+
+def summarised(view: View) -> list[str]:
+    """What is kept of a chunk's keys, channel by channel, as PyTorch names it."""
+    return ["amin", "amax"] if view.scorer in ("minmax", "quest") else ["mean"]
+
+
+def summary_scores(view: View, query_NGSD: Tensor, low_MCGD: Tensor, high_MCGD: Tensor | None = None) -> Tensor:
+    """Of each chunk by its summaries (`summarised`), averaged over the queries that share a KV head, [N, G, C]."""
+
+    def product(query: Tensor, key: Tensor) -> Tensor:
+        return torch.einsum("ngsd,ncgd->ngsc", query, key)
+
+    if view.scorer == "quest":
+        found = product(query_NGSD.clamp(min=0), high_MCGD) + product(query_NGSD.clamp(max=0), low_MCGD)
+    elif view.scorer == "minmax":
+        found = torch.maximum(product(query_NGSD, high_MCGD), product(query_NGSD, low_MCGD))
+    else:
+        found = product(query_NGSD, low_MCGD)
+    return found.mean(2)
+
+
+def attention(query_MRHD: Tensor, key_MPGD: Tensor, readable_MRP: Tensor) -> Tensor:
+    """Softmax of rows over the keys that each could read, averaged over the queries of a KV head, [M, R, G, P], in float32; zero
+    for a row that could read none."""
+    query = query_MRHD.float().unflatten(2, (key_MPGD.shape[2], -1)) * key_MPGD.shape[3] ** -0.5
+    products = torch.einsum("mrgsd,mpgd->mrgsp", query, key_MPGD.float())
+    weights = products.masked_fill(~readable_MRP[:, :, None, None], -torch.inf).softmax(-1)
+    # The softmax of nothing is NaN.
+    return weights.masked_fill(~readable_MRP.any(2)[:, :, None, None, None], 0).mean(3)
 
 
 def _attention(observed: Observed, part: slice, key_PGD: Tensor, chunks: Chunking) -> Tensor:
-    """Softmax of rows `part` over the keys that each could read, averaged over the queries of a KV head, [r, G, P]; zero for a
-    row that could read none."""
-    query = observed.query_RHD[part].float().unflatten(1, (key_PGD.shape[1], -1)) * key_PGD.shape[2] ** -0.5
+    """That of rows `part`, [r, G, P]."""
     first_R = chunks.first_D[observed.document_R[part]][:, None]
     row_P = torch.arange(len(key_PGD), device=key_PGD.device)
     # A row reads what its document had when the row was made: an attention over later keys would know the future.
-    readable = (row_P >= first_R) & (row_P < first_R + observed.count_R[part, None])
-    products = torch.einsum("rgjd,pgd->rgjp", query, key_PGD)
-    weights = products.masked_fill(~readable[:, None, None], -torch.inf).softmax(-1)
-    # The softmax of nothing is NaN.
-    return weights.masked_fill(~readable.any(1)[:, None, None, None], 0).mean(2)
+    readable_RP = (row_P >= first_R) & (row_P < first_R + observed.count_R[part, None])
+    return attention(observed.query_RHD[part][None], key_PGD[None], readable_RP[None])[0]
 
 
 def votes(observed: Observed, key_PGD: Tensor, chunks: Chunking) -> Tensor:
     """Attention that each key gets from all rows, [G, P]."""
-    parts = _tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD))
+    parts = tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD))
     return sum(_attention(observed, part, key_PGD, chunks).sum(0) for part in parts)
 
 
 def _window_scores(view: View, key_PGD, chunks, document_N, since_N, observed):
     """Attention of the last queries, their own positions left out, pooled over neighbours."""
     window = view.recent
-    for part in _tiles(len(document_N), window * observed.query_RHD.shape[1] * len(key_PGD)):
+    for part in tiles(len(document_N), window * observed.query_RHD.shape[1] * len(key_PGD)):
         rows = slice(part.start * window, part.stop * window)
-        votes = _attention(observed, rows, key_PGD, chunks).unflatten(0, (-1, window)).sum(1)
-        # The observed rows' own positions are in the tail, which is visible in any case.
-        votes = votes.masked_fill((chunks.index_P >= (since_N[part] - window)[:, None])[:, None], 0)
-        # Neighbours share all but their outermost votes, which float32 would lose beside a large one.
-        yield part, F.avg_pool1d(votes.double(), view.pool, stride=1, padding=view.pool // 2)
+        votes_NGP = _attention(observed, rows, key_PGD, chunks).unflatten(0, (-1, window)).sum(1)
+        yield part, pooled(view, votes_NGP, chunks.index_P, since_N[part])
+
+
+def pooled(view: View, votes_NGP: Tensor, index_P: Tensor, since_N: Tensor) -> Tensor:
+    """The mean of each key's votes and its neighbours', in float64."""
+    # The observed rows' own positions are in the tail, which is visible in any case.
+    votes_NGP = votes_NGP.masked_fill((index_P >= (since_N - view.recent)[:, None])[:, None], 0)
+    # Neighbours share all but their outermost votes, which float32 would lose beside a large one.
+    return F.avg_pool1d(votes_NGP.double(), view.pool, stride=1, padding=view.pool // 2)
 
 
 def _summed_votes(key_PGD, chunks, document_N, since_N, observed):
@@ -125,7 +141,7 @@ def _summed_votes(key_PGD, chunks, document_N, since_N, observed):
     total_GP = key_PGD.new_zeros(key_PGD.shape[1], len(key_PGD))
     done = torch.zeros_like(document_N, dtype=torch.bool)
     # Anchor n has seen the rows of its document that could read no more than what was there at the selection.
-    for rows in _tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD)):
+    for rows in tiles(len(observed.document_R), observed.query_RHD.shape[1] * len(key_PGD)):
         weights = _attention(observed, rows, key_PGD, chunks)
         document_R = observed.document_R[rows]
         count_R = observed.count_R[rows]
@@ -134,7 +150,7 @@ def _summed_votes(key_PGD, chunks, document_N, since_N, observed):
         # Anchors whose selection lies in this tile of rows: they get the sum up to here, and of this tile the rows that they saw.
         here = ~done & ((document_N < last) | ((document_N == last) & (since_N <= count)))
         at = here.nonzero().squeeze(1)
-        for some in _tiles(len(at), total_GP.numel()):
+        for some in tiles(len(at), total_GP.numel()):
             part = at[some]
             seen = (document_R == document_N[part, None]) & (count_R <= since_N[part, None])
             yield part, total_GP + torch.einsum("nr,rgp->ngp", seen.float(), weights)
@@ -145,9 +161,14 @@ def _summed_votes(key_PGD, chunks, document_N, since_N, observed):
 def ranked(scores_NGC: Tensor, chunks: Chunking, document_N: Tensor, view: View, tail_N: Tensor, most: int) -> Tensor:
     """The `most` best whole chunks of each anchor's document between sinks and tail, counted in the document, best first,
     [N, G, most]. Where there are fewer, what follows them means nothing."""
-    inside = (chunks.document_C == document_N[:, None]) & (chunks.start_C >= view.sink)
-    inside &= chunks.start_C + view.chunk <= tail_N[:, None]
+    own_NC = chunks.document_C == document_N[:, None]
+    order_NGC = best_first(scores_NGC.masked_fill(~own_NC[:, None], -torch.inf), chunks.start_C, view, tail_N)
+    return order_NGC[..., :most] - chunks.before_D[document_N][:, None, None]
+
+
+def best_first(scores_NGC: Tensor, start_C: Tensor, view: View, tail_N: Tensor) -> Tensor:
+    """The order of chunks that begin at `start_C`: those that lie whole between sinks and tail, best first, then the others."""
+    outside_NC = (start_C < view.sink) | (start_C + view.chunk > tail_N[:, None])
     # Pooled scores tie: neighbours may share all votes that they got. A stable order breaks ties alike in training, where chunks
     # of many documents are listed, and in decoding.
-    order = scores_NGC.masked_fill(~inside[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :most]
-    return order - chunks.before_D[document_N][:, None, None]
+    return scores_NGC.masked_fill(outside_NC[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
