@@ -15,7 +15,7 @@ GPU = {
     "train.save_every": 200,
     "train.lr": 6e-4,
 }
-# On two cores, embedded target, objective=blockwise reuse=hybrid: docs/research/results.md.
+# On two cores, embedded target, objective=blockwise reuse=hybrid: docs/research/speed.md.
 CPU = {
     "data.max_tokens": 300_000,
     "train.max_steps": 600,
