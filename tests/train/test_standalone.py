@@ -109,6 +109,13 @@ def test_bf16_leaves_frequencies_alone_and_training_drops_nothing_out(target, tm
     assert noisy.training and same_as_decoded(measure(target, noisy))
 
 
+def test_its_own_code_is_left_uncompiled(target, tmp_path):
+    """Every drafter is told to compile on a GPU. A language model has no parts of ours, and drafts as before."""
+    drafter = drafter_of(target, saved(tmp_path, "llama"))
+    drafter.compile_parts()
+    assert same_as_decoded(measure(target, drafter))
+
+
 def test_a_random_start_is_a_function_of_the_seed(target, tmp_path):
     path = saved(tmp_path, "llama")
     one, same, own = (drafter_of(target, path, start) for start in ("random", "random", "target"))

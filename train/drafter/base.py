@@ -53,6 +53,9 @@ class Drafter(nn.Module):
         """The gated deltas of a hybrid drafter."""
         return [layer.fuse for layer in self.layers if layer.fuse is not None]
 
+    def compile_parts(self) -> None:
+        """Compile what stands between the products of its layers; of a language model, whose code is its own, nothing."""
+
     def embed(self, ids: Tensor, head: FrozenHead) -> Tensor:
         """What the drafter reads of tokens, [..., E of its layers]."""
         return head.embed(ids)
