@@ -128,7 +128,8 @@ def _temperatures(every: dict[str, list[dict]]) -> list[str]:
 
 def _interval(statistic, *arms: np.ndarray, sign: str = "") -> str:
     value, low, high = interval(statistic, *arms)
-    return f"{'' if sign else '**'}{value:{sign}.2f}{'' if sign else '**'} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    said = f"{value:{sign}.2f}" if sign else f"**{value:.2f}**"
+    return said if np.isnan(low) else f"{said} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def _taus(every: dict[str, list[dict]], controls: dict[str, str | None]) -> list[list[str]]:
@@ -146,7 +147,7 @@ def _taus(every: dict[str, list[dict]], controls: dict[str, str | None]) -> list
         control = controls[arm]
         if (control, t) in found:
             _, low, high = interval(gain, found[arm, t], found[control, t])
-            verdict = "beats it" if low > 0 else "WORSE" if high < 0 else "no difference shown"
+            verdict = "beats it" if low > 0 else "WORSE" if high < 0 else "one seed" if np.isnan(low) else "no difference shown"
             cells += [control, _interval(gain, found[arm, t], found[control, t], sign="+"), verdict]
         else:
             cells += ["", "", ""]
