@@ -107,7 +107,7 @@ def each(jobs: int, work: list[tuple[str, list[str], Path, Path | None]]) -> Non
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
         return code
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
         if any(list(pool.map(one, work))):
             sys.exit("error: some of the runs failed; say the same command again once their logs are understood")
 
@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--what", type=lambda text: text.split(","), default=list(REPORTS))
     parser.add_argument("overrides", nargs="*")
     o = parser.parse_intermixed_args()
+    if o.decay is not None and not 0 < o.decay <= 1:
+        parser.error(f"--decay {o.decay:g}: slots weigh decay^(j-1), above 0 and up to 1")
     if unknown := sorted(set(o.arms) - set(ARMS)):
         parser.error(f"no arm is called {', '.join(unknown)}; there are {', '.join(ARMS)}")
     if unknown := sorted(set(o.what) - set(REPORTS)):

@@ -142,8 +142,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     o = parser.parse_intermixed_args()
     o.runs = o.runs.absolute()
-    if o.stage == "judge" and not o.drafters:
-        parser.error("judge needs --drafters NAME=FOLDER,...")
+    if o.stage == "judge" and not (o.drafters and o.contexts):
+        parser.error("judge needs --drafters NAME=FOLDER,... and --contexts of one number at least")
     {"judge": judge, "table": table}[o.stage](o)
 
 

@@ -141,6 +141,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("overrides", nargs="*")
     o = parser.parse_intermixed_args()
+    if not (o.contexts and o.batches and o.retrieval):
+        parser.error("--contexts, --batches and --retrieval name one number at least")
+    if o.at and len(o.at) != 2:
+        parser.error("--at is CONTEXT,BATCH")
     o.at = o.at or [max(o.contexts), o.batches[len(o.batches) // 2]]
     o.runs = o.runs.absolute()
     {"judge": judge, "table": table}[o.stage](o)

@@ -127,6 +127,7 @@ class Engine:
         # 2. Rounds, until every request is done.
         watch = Stopwatch(self._cuda)
         intervals = self.intervals
+        intervals.begin()
         allowed = []  # by each full round
         full = True
         going = None

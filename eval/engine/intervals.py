@@ -20,6 +20,9 @@ class Intervals:
         self.choices: Sequence[int] = [interval]
         self.allowed = interval
 
+    def begin(self) -> None:
+        """New requests. The ones before may have been left in the middle of a cycle."""
+
     def turn(self) -> int:
         """A full round comes. Says what follows it (`allowed`), and returns the rows that it has room for before the anchor's.
         0: nothing is missing, and no part has to be taken."""
@@ -67,6 +70,9 @@ class AdaptiveIntervals(Intervals):
         self._faults, self._judged = 1.0, 64.0  # of audited tokens, until something is seen
         self._tokens: float | None = None  # that a round emits of a request
         self._pace: float | None = None  # the same of a cycle's fastest request
+        self.begin()
+
+    def begin(self) -> None:
         self._rounds = 0  # partial ones of this cycle
 
     def turn(self) -> int:

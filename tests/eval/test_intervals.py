@@ -124,3 +124,17 @@ def test_adaptive_intervals_change_no_token(target, name, monkeypatch):
                 for key_BLGD, low, high in zip(part.full.key, part._low, part._high):
                     keys = key_BLGD[b, start : start + recipe.block]
                     assert torch.equal(low[b, number], keys.amin(0)) and torch.equal(high[b, number], keys.amax(0))
+
+
+@pytest.mark.parametrize("rounds", [6, 7, 8])
+def test_a_batch_that_is_left_says_nothing_of_the_next_ones_pace(target, rounds):
+    """Left after partial rounds (here the seventh): the next batch begins with a full round that audits nothing."""
+    prompts = ragged([6, 31, 58, 20], seed=4)
+    drafting, length = DRAFTING["chains"](target)
+    engine = engine_of(target, drafting, length, len(prompts), 60, 20, recipe=TIGHT, audited=True)
+    left = engine.stream(prompts, 20, [0] * 4, Stops())
+    for _ in range(rounds):
+        next(left)
+    left.close()
+    found = engine.generate(prompts, 20, [0] * 4, Stops())
+    assert [g.tokens for g in found] == [generated(target, p, 20) for p in prompts]

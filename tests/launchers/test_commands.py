@@ -336,7 +336,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     assert (tmp_path / "why/diagnostics.png").stat().st_size > 10_000
     for words, message in (
         (["draft.length=4"], "draft.length=4: .* drafts 1 to 3 tokens"),
-        (["draft.breadth=2"], "trees are for drafters that draft token by token .*; objective=blockwise fills a block"),
+        (["draft.breadth=2"], "trees are for drafters that draft token by token; objective=blockwise fills a block"),
         (["draft.nodes=4"], "draft.nodes=4 is for trees"),
         (["stop=['']"], "an empty string ends nothing"),
         (["verify.offload=true"], "verify.offload=true is for verify=partial"),

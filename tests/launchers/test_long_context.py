@@ -64,6 +64,8 @@ def test_a_table_of_nothing_and_a_judgement_of_nobody_are_refused(tmp_path):
     assert done.returncode == 1 and "has no report; say `judge` first" in done.stderr
     done = command(LAUNCHER, "judge", tmp_path)
     assert done.returncode == 2 and "judge needs --drafters NAME=FOLDER" in done.stderr and not list(tmp_path.iterdir())
+    done = command(LAUNCHER, "judge", tmp_path, "--drafters", "a=b", "--contexts=")
+    assert done.returncode == 2 and "--contexts of one number" in done.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -27,6 +27,9 @@ def test_the_table_says_where_it_pays(tmp_path):
     }
     missing = command(PARTIAL, "table", tmp_path)
     assert missing.returncode == 1 and "has no report; say `judge` first" in missing.stderr
+    for odd, said in (("--batches=", "one number at least"), ("--at=4096", "--at is CONTEXT,BATCH")):
+        refused = command(PARTIAL, "judge", tmp_path, odd)
+        assert refused.returncode == 2 and said in refused.stderr and not list(tmp_path.iterdir())
     for folder, one in made.items():
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "report.json").write_text(json.dumps(one))

@@ -70,7 +70,8 @@ def test_ttt_with_eagle31_norms_equals_speculators(target, text, layers, norms):
     mine = ours(target, drafter, text)
     theirs = eagle3_logits(target, drafter, text, 4)
     assert mine.shape == theirs.shape == (len(ANCHORS), 4, 11) and mine.std() > 0.5
-    torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
+    # Their norms and rotary angles are float32 inside, and how its sums are ordered depends on the processor.
+    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
     for name, first_step_differs in (("fc_norm", True), ("norm_output", False)):
         changed = drafter_of(target, "ttt", "hidden", layers=layers, **(dict.fromkeys(norms, True) | {name: name not in norms}))
         random_weights(changed, seed=3)
