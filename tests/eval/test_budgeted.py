@@ -155,7 +155,7 @@ def test_a_batch_is_shown_and_drafts_what_each_request_would_alone(target, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(REUSES)), ids=lambda number: name_of(REUSES[number]))
 def test_every_view_shows_a_batch_what_each_request_would_see_alone(target, tmp_path, shown, number):
-    """Every kind of reuse under every second kind of view, and of these under each of the ways to number and to refresh in turn."""
+    """Every kind of reuse under every second kind of view, and of these under each way to number and to refresh in turn."""
     drafter = drafter_of_cell(target, REUSES[number], tmp_path)
     for turn, kind in list(enumerate(KINDS, number))[number % 2 :: 2]:
         shown[0].clear()
