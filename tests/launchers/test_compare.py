@@ -123,7 +123,7 @@ def test_an_unknown_arm_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison_launcher_trains_judges_and_prints_its_table(tmp_path):
-    arms = "dflash,aligned_random"
+    arms = "dflash,blockwise_hybrid,aligned_random"
     options = ["--seeds", "2", "--jobs", "2", "--tokens", "30000", "--slots", "6", "--arms", arms]
     small = [
         "train.max_steps=4",
