@@ -224,7 +224,7 @@ def _contrasts(arms: list[str], t: str, found: Counts) -> list[list[str]]:
 
 def draw(found: dict[str, tuple[float, float, float]], temperature: str, path: Path) -> None:
     """tau of each arm with its interval."""
-    figure, (axis,) = _figure(1, (8, 0.35 * len(found) + 1.2))
+    figure, (axis,) = panels(1, (8, 0.35 * len(found) + 1.2))
     middle, low, high = np.array(list(found.values())).T
     axis.errorbar(middle, range(len(found)), xerr=[middle - low, high - middle], fmt="o", capsize=3)
     axis.set_yticks(range(len(found)), list(found))
@@ -237,7 +237,7 @@ def draw(found: dict[str, tuple[float, float, float]], temperature: str, path: P
 def draw_decay(every: dict[str, list[dict]], path: Path) -> None:
     """Acceptance of slot j given the slots before: a panel for each temperature, a line for each arm, the mean over seeds."""
     temperatures = _temperatures(every)
-    figure, axes = _figure(len(temperatures), (5 * len(temperatures) + 3, max(4, 0.22 * len(every) + 1)))
+    figure, axes = panels(len(temperatures), (5 * len(temperatures) + 3, max(4, 0.22 * len(every) + 1)))
     for axis, t in zip(axes, temperatures):
         for number, (arm, each_seed) in enumerate(every.items()):
             accepted = by_slot(each_seed, t)
@@ -249,11 +249,12 @@ def draw_decay(every: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _figure(panels: int, size: tuple[float, float]):
+def panels(count: int, size: tuple[float, float], **options):
+    """(a figure, its `count` panels side by side)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False, **options)
     return figure, axes[0]

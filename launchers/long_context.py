@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from compare import ROOT, each  # noqa: E402
+from compared import panels  # noqa: E402
 
 from eval.reports import page  # noqa: E402
 
@@ -107,15 +108,10 @@ def _cells(one: dict | None) -> list[str]:
 
 def draw(rows: list[Row], temperatures: list[str], path: Path) -> None:
     """A panel for each temperature, a line for each contender: speed against context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     contexts = sorted({row.context for row in rows})
     size = (4.5 * len(temperatures) + 3, 4)
-    figure, axes = plt.subplots(1, len(temperatures), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axis, t in zip(axes[0], temperatures):
+    figure, axes = panels(len(temperatures), size, sharey=True)
+    for axis, t in zip(axes, temperatures):
         for who in dict.fromkeys(row.who for row in rows):
             points = [(contexts.index(row.context), row.at[t]["speed"]) for row in rows if row.who == who and t in row.at]
             if points:
@@ -125,7 +121,7 @@ def draw(rows: list[Row], temperatures: list[str], path: Path) -> None:
         axis.set(title=f"T = {t}", xlabel="tokens of context", ylabel="speed, plain decoding = 1")
         axis.grid(alpha=0.3)
     # T = 0 has everyone.
-    axes[0][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 

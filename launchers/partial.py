@@ -20,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compare import ROOT, each  # noqa: E402
+from compared import panels  # noqa: E402
 
 SHARED = "temperatures=[0] transformers=false controls=false suite.new_tokens=256 suite.warmup_tokens=64".split()
 KINDS = ["partial", "partial_audited", "partial_adaptive"]  # choices of verify=
@@ -101,15 +102,10 @@ def table(o) -> None:
 
 def draw(grid: list[dict], path: Path) -> None:
     """A panel for each kind of verification: contexts by batches, blue where it is faster than full verification."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     kinds, contexts, batches = (sorted({one[key] for one in grid}) for key in ("verify", "context", "batch"))
     size = (1.7 * len(batches) * len(kinds) + 2.5, 0.9 * len(contexts) + 1.6)
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axis, kind in zip(axes[0], kinds):
+    figure, axes = panels(len(kinds), size, sharey=True)
+    for axis, kind in zip(axes, kinds):
         log_YX = np.full((len(contexts), len(batches)), np.nan)
         for one in (one for one in grid if one["verify"] == kind):
             y, x = contexts.index(one["context"]), batches.index(one["batch"])
@@ -121,7 +117,7 @@ def draw(grid: list[dict], path: Path) -> None:
         axis.set_xticks(range(len(batches)), batches)
         axis.set_yticks(range(len(contexts)), contexts)
         axis.set(title=kind, xlabel="batch")
-    axes[0, 0].set_ylabel("context")
+    axes[0].set_ylabel("context")
     bar = figure.colorbar(drawn, ax=axes, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["half", "as fast", "twice"])
     bar.set_label("tokens/s against full verification")
