@@ -48,6 +48,8 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    # DeepSpeed builds an operation with the first `ninja` of the path. Another than last time builds it anew, for a minute.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     from train.run.loop import train
 
     try:

@@ -1,6 +1,7 @@
 """What a user types: every configuration composes, a mistake is one line and exit code 2 before anything is written."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -389,6 +390,18 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     save_file(weights, broken / "model.safetensors")
     refused = command(ROOT / "eval/main.py", "drafter=broken", "out=no", cwd=tmp_path)
     assert refused.returncode == 2 and "do not fit its config.json" in refused.stderr
+
+
+def test_deepspeed_builds_with_the_ninja_of_this_environment(cache, tmp_path):
+    """Else two shells, with and without .venv/bin on their paths, build its operation in turns."""
+    other = tmp_path / "bin/ninja"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    path = {"PATH": f"{other.parent}:{os.environ['PATH']}"}
+    words = [f"cache.dir={cache}", "run.dir=run", "train.batch=1", "train.max_steps=1", *SMALL]
+    done = command(ROOT / "train/main.py", *words, cwd=tmp_path, env=path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
