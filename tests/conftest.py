@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import ranks
+
+ranks.wait_without_spinning()  # whoever imports a command sets this: now it never changes while tests run
+
 # Helpers' assertions say what they compared, as those of tests do. Before anybody imports them.
 pytest.register_assert_rewrite("tests.support")
 

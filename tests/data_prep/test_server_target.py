@@ -20,7 +20,7 @@ from data_prep.recipe import DataPrepRecipe
 from data_prep.target.extraction import flags, interpreter_of_vllm, layer_ids
 from data_prep.target.parts import TargetParts
 from data_prep.target.target import Target
-from tests.support.commands import ROOT, SMALL, command, deepspeed, without_vllm
+from tests.support.commands import ROOT, SMALL, command, without_vllm
 from tests.support.families import miniature
 
 TINY = str(ROOT / "data_prep/targets/tiny")
@@ -96,9 +96,9 @@ def running(tmp_path_factory):
         yield f"{url}/v1", folder / "states"
 
 
-def told(running, out: Path, *words, launcher=()):
+def told(running, out: Path, *words, ranks=1):
     """What a capture through the server said, at its end."""
-    done = command(MAIN, *WORDS, f"target.server={running[0]}", f"cache.dir={out}", *words, launcher=launcher, cwd=out.parent)
+    done = command(MAIN, *WORDS, f"target.server={running[0]}", f"cache.dir={out}", *words, ranks=ranks, cwd=out.parent)
     assert done.returncode in (0, 2), done.stderr
     return done.stderr if done.returncode else ""
 
@@ -123,7 +123,7 @@ def test_states_of_a_server_are_those_of_this_process(running, here, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_a_server(running, here, tmp_path):
-    assert told(running, tmp_path / "cache", launcher=deepspeed(2, free_port())) == ""
+    assert told(running, tmp_path / "cache", ranks=2) == ""
     assert furthest(here, CacheReader(tmp_path / "cache")) < 1e-4
 
 

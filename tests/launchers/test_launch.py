@@ -54,7 +54,7 @@ def test_two_ranks_equal_one_process_and_go_on_as_one_and_as_two(cache, alone, t
             f"deepspeed={zero}",
             *COMMON,
             *words,
-            launcher=deepspeed(ranks, free_port()) if ranks > 1 else [],
+            ranks=ranks,
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -101,7 +101,7 @@ def test_p_eagle_under_zero3_equals_one_process_and_goes_on(cache, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     done = command(TRAIN, *words, "deepspeed=zero0", f"run.dir={one}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = command(TRAIN, *words, "deepspeed=zero3", f"run.dir={two}", launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    done = command(TRAIN, *words, "deepspeed=zero3", f"run.dir={two}", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) == 12
     mine, theirs = (load_file(run / "checkpoints/last/model.safetensors") for run in (one, two))
@@ -130,7 +130,7 @@ def test_queries_alone_on_two_ranks_equal_one_process_and_go_on(queries_alone, t
     words, one = queries_alone
     two = tmp_path / "two"
     changed = [f"deepspeed={zero}", "train.recompute=true", f"run.dir={two}"]
-    done = command(TRAIN, *words, *changed, launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    done = command(TRAIN, *words, *changed, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) == 12
     mine, theirs = (load_file(run / "checkpoints/last/model.safetensors") for run in (one, two))

@@ -269,7 +269,7 @@ def test_two_ranks_whose_budgets_differ_equal_one_process(cache, alone, tmp_path
     """Every rank runs the same forwards and collectives, whatever its documents' budgets are; else this would hang or differ."""
     done = command(
         ROOT / "train/main.py", *SPARSE, f"cache.dir={cache}", f"run.dir={tmp_path / 'run'}", f"deepspeed={zero}", *STEPS,
-        launcher=deepspeed(2, free_port()), cwd=tmp_path,
+        ranks=2, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4) and len(losses(alone)) == 8
@@ -300,7 +300,7 @@ def test_two_ranks_train_a_drafter_per_budget_in_one_launch(cache, tmp_path):
         config = json.loads((tmp_path / f"sweep/view.budget={budget}/checkpoints/best/config.json").read_text())
         assert config["budgets"] == budget and config["view"]["kind"] == "topk_chunk"
     words = ["experiment=budgetdraft", "drafter.lm=lm", *shared, "run.dir=lm_run", "deepspeed=zero3", "train.pack_tokens=128"]
-    done = command(ROOT / "train/main.py", *words, launcher=deepspeed(2, free_port()), cwd=tmp_path)
+    done = command(ROOT / "train/main.py", *words, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     words = ["drafter=lm_run/checkpoints/best", "view.budget=96"]
     words += ["suite.prompt_tokens=100", "suite.count=2", "suite.new_tokens=8"]

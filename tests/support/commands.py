@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from common.ranks import free_port
+from tests.support import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "train/main.py"
 # Options of training with which a run takes seconds.
@@ -41,17 +44,28 @@ def fetch_smollm2() -> Path:
     return ROOT / "data_prep/targets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def command(*words, launcher=(), env=None, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the entry points, as a user would, from another folder than the repository."""
+def command(*words, launcher=(), ranks=1, env=None, **kwargs) -> subprocess.CompletedProcess:
+    """Run one of the entry points, as a user would, from another folder than the repository.
+
+    `launcher`: what starts it. Where the launcher is not what a test is about, `ranks` starts as many processes without one.
+    """
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
+    words = [*map(str, words)]
+    if not launcher and words[0].endswith(".py") and set(kwargs) <= {"cwd"} and warm.fits(environment):
+        return warm.run(words, _environments(environment, ranks), **kwargs)
+    assert ranks == 1, "several ranks without a launcher are started warm"
     return subprocess.run(
-        [*(launcher or [sys.executable]), *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        **kwargs,
+        [*(launcher or [sys.executable]), *words], env=environment, capture_output=True, text=True, timeout=600, **kwargs
     )
+
+
+def _environments(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank."""
+    if ranks == 1:
+        return [environment]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    places = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [environment | {name: str(value) for name, value in place.items()} for place in places]
 
 
 def deepspeed(ranks: int, port: int) -> list[str]:

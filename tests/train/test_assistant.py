@@ -25,7 +25,7 @@ from eval.oracle.decode import decode
 from eval.oracle.drafting import Nobody, Trained
 from tests.support.alignment import compared, decoded
 from tests.support.assistants import assistant_config, assistant_of, read_layers, sharing_modes, taught, transformers_assistant
-from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed
+from tests.support.commands import ROOT, SMALL, TRAIN, command
 from tests.support.engines import engine_of, ragged, triples
 from tests.support.families import add_tokenizer, miniature
 from tests.support.packs import REFERENCE, cached
@@ -411,9 +411,8 @@ def test_an_assistant_trains(tmp_path, name, ranks, precision):
     manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
     kv = {"gemma4_text_shared": [0, 1], "gemma4_text_k_eq_v": [2, 3]}[name]
     assert (manifest["hidden_layers"], manifest["kv_layers"]) == ([3], kv)
-    launcher = deepspeed(ranks, 29617) if ranks > 1 else ()
     line = [*source, *training(tmp_path), "deepspeed=zero2", f"train.precision={precision}"]
-    done = command(TRAIN, *line, launcher=launcher, cwd=tmp_path)
+    done = command(TRAIN, *line, ranks=ranks, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = losses(tmp_path / "run")
     assert len(found) == 8 and found[-1] < 0.8 * found[0]
