@@ -27,7 +27,7 @@ from train.views.recipe import FULL, View
 
 VOCABULARY = 11
 PROMPT_TOKENS = 23
-NEW_TOKENS = 120
+NEW_TOKENS = 80
 MOST_ROUNDS = 60
 # Documents that stand before and behind the decoded text in its pack.
 NEIGHBOUR_LENGTHS = (17, 31)

@@ -23,14 +23,16 @@ What is measured, and how, is in tests/support/alignment.py. The tests below say
 Shapes: P positions of a pack, N anchors, V views.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from data_prep.target.states import States
-from tests.support.alignment import VIEWS, Alignment, measure
-from tests.support.models import drafter_of, small_target
+from tests.support.alignment import VIEWS, Alignment, compared, decoded, measure
+from tests.support.models import HIDDEN_LAYERS, drafter_of, small_target
+from tests.support.packs import KV_LAYERS
 from train.attention.choose import BACKENDS
 from train.views.recipe import FULL
 
@@ -73,6 +75,21 @@ def target():
     return small_target()
 
 
+@pytest.fixture(scope="module")
+def once(target):
+    """The decode loop of each drafter runs once. The tests of one drafter lay different training forwards beside it.
+
+    once(objective, reuse, layers, temperature, view's name): (the text's tokens, the rounds).
+    """
+
+    @functools.cache
+    def decode(objective, reuse, layers=1, temperature=0.0, view=None):
+        target.capture(HIDDEN_LAYERS, KV_LAYERS)
+        return decoded(target, drafter_of(target, objective, reuse, layers), temperature, VIEWS.get(view))
+
+    return decode
+
+
 def assert_same_function(found: Alignment, sampled: bool = False) -> None:
     """The same logits and, unless drafts were drawn at random, the same tokens and the same number of kept drafts."""
     assert not found.other_vocabulary
@@ -84,8 +101,8 @@ def assert_same_function(found: Alignment, sampled: bool = False) -> None:
 
 @pytest.mark.parametrize("objective,reuse", EVERY)
 @pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
-def test_training_forward_is_decode_loop(target, objective, reuse, packing):
-    found = measure(target, drafter_of(target, objective, reuse), packing)
+def test_training_forward_is_decode_loop(target, once, objective, reuse, packing):
+    found = compared(target, drafter_of(target, objective, reuse), *once(objective, reuse), packing)
     assert_same_function(found)
     assert found.kept >= 5 and found.refused >= 5, found
 
@@ -97,23 +114,31 @@ def test_training_forward_is_decode_loop_with_two_layers_and_sampling(target, ob
     assert found.kept >= 3 and found.refused >= 5, found
 
 
+# Every objective and every kind of reuse once: what rows see comes from the one, what memory holds from the other. A kernel is
+# compiled for each.
+COMPILED = [
+    ("ttt", "none"),
+    ("ttt", "hybrid"),
+    ("blockwise_shifted", "kv"),
+    ("blockwise_causal", "hidden"),
+    ("blockwise_pairs", "hidden"),
+]
+
+
 @pytest.mark.parametrize(
-    "objective,reuse",
-    [
-        ("blockwise", "hybrid"),
-        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS if cell != ("blockwise", "hybrid")),
-        pytest.param("blockwise_pairs", "hidden", marks=pytest.mark.slow),
-    ],
+    "objective,reuse", [("blockwise", "hybrid"), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in COMPILED)]
 )
-def test_flex_forward_is_decode_loop(target, objective, reuse):
+def test_flex_forward_is_decode_loop(target, once, objective, reuse):
     torch._dynamo.reset()  # else the shapes of other cells use up the limit of compilations, and no kernel is tested
-    assert_same_function(measure(target, drafter_of(target, objective, reuse), attend=BACKENDS["flex"]))
+    drafter = drafter_of(target, objective, reuse)
+    assert_same_function(compared(target, drafter, *once(objective, reuse), attend=BACKENDS["flex"]))
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["alone", "packed"])
 @pytest.mark.parametrize("reuse", sorted({reuse for objective, reuse in EVERY if objective == "ttt"}))
-def test_flash_forward_is_decode_loop(target, reuse, packing):
-    assert_same_function(measure(target, drafter_of(target, "ttt", reuse), packing, BACKENDS["flash"]))
+def test_flash_forward_is_decode_loop(target, once, reuse, packing):
+    drafter = drafter_of(target, "ttt", reuse)
+    assert_same_function(compared(target, drafter, *once("ttt", reuse), packing, BACKENDS["flash"]))
 
 
 # One drafter of each kind of memory. The others are slow only because there are many.
@@ -172,8 +197,8 @@ FAULTS = [shifted_states, leaking_anchor, leaking_neighbour, shifted_text]
 
 @pytest.mark.parametrize("objective,reuse", EVERY)
 @pytest.mark.parametrize("tamper", FAULTS, ids=lambda f: f.__name__)
-def test_a_fault_put_in_on_purpose_is_noticed(target, objective, reuse, tamper):
-    found = measure(target, drafter_of(target, objective, reuse), tamper=tamper)
+def test_a_fault_put_in_on_purpose_is_noticed(target, once, objective, reuse, tamper):
+    found = compared(target, drafter_of(target, objective, reuse), *once(objective, reuse), tamper=tamper)
     assert not found.other_vocabulary
     if (reuse, tamper) == ("none", shifted_states):
         assert found.worst < SAME  # it reads no state
@@ -181,8 +206,8 @@ def test_a_fault_put_in_on_purpose_is_noticed(target, objective, reuse, tamper):
         assert found.worst > ANOTHER
 
 
-# Faults of rows that have queries alone: where they sit, and which of the target's keys they see. Each changes the drafter, which
-# has decoded by then.
+# Faults of rows that have queries alone: where they sit, and which of the target's keys they see. Each changes the drafter of the
+# training side.
 
 
 def at_other_positions(drafter):
@@ -215,14 +240,14 @@ QUERY_FAULTS = {
 
 @pytest.mark.parametrize("reuse", ["queries", "queries+constant", pytest.param("queries+head_concat", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", QUERY_FAULTS)
-def test_a_fault_of_queries_alone_is_noticed(target, reuse, fault):
+def test_a_fault_of_queries_alone_is_noticed(target, once, reuse, fault):
     drafter = drafter_of(target, "ttt", reuse)
 
     def tamper(pack):
         QUERY_FAULTS[fault](drafter)
         return pack
 
-    found = measure(target, drafter, tamper=tamper)
+    found = compared(target, drafter, *once("ttt", reuse), tamper=tamper)
     assert found.kept >= 5 and found.worst > ANOTHER
 
 
@@ -247,7 +272,8 @@ def no_view(pack):
 @pytest.mark.parametrize("objective,reuse", [("ttt", "none"), ("ttt", "hybrid"), ("blockwise", "kv")])
 @pytest.mark.parametrize("view", ["mean", "mean in cache"])
 @pytest.mark.parametrize("tamper", [another_budget, older_selection, no_view], ids=lambda f: f.__name__)
-def test_a_fault_in_a_view_is_noticed(target, objective, reuse, view, tamper):
-    found = measure(target, drafter_of(target, objective, reuse, layers=2), tamper=tamper, view=VIEWS[view])
+def test_a_fault_in_a_view_is_noticed(target, once, objective, reuse, view, tamper):
+    rounds = once(objective, reuse, layers=2, view=view)
+    found = compared(target, drafter_of(target, objective, reuse, layers=2), *rounds, tamper=tamper, view=VIEWS[view])
     assert not found.other_vocabulary
     assert found.worst > ANOTHER
