@@ -137,7 +137,7 @@ SETTINGS = [  # seed, dtype, objective, reuse, batch, options
     (5, torch.bfloat16, "adaptive", "hybrid", 4, {}),
     (6, torch.float32, "ttt", "hidden", 4, {}),
 ]
-MANY = [(seed, *SETTINGS[seed % 6][1:]) for seed in range(7, 67)]
+MANY = [(seed, *SETTINGS[seed % 6][1:]) for seed in range(7, 31)]
 
 
 def check_honest(seed, dtype, objective, reuse, batch, options) -> int:
@@ -158,7 +158,7 @@ def test_correct_runs_are_never_reported_as_faulty():
 
 @pytest.mark.slow
 def test_correct_runs_of_many_seeds_are_never_reported_as_faulty():
-    assert sum(check_honest(*one) for one in MANY) > 50
+    assert sum(check_honest(*one) for one in MANY) > 20
 
 
 def test_replayed_rows_give_the_runs_own_tokens(target):
