@@ -6,7 +6,7 @@ RUNS := runs/quickstart
 DRAFTER := smollm2-block
 export DS_ACCELERATOR ?= cpu
 # Two tests at a time: most of them wait for one process that starts up.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 # Reads exports in tests/train/test_export.py. It caps transformers and datasets below ours, hence --no-deps and what it imports.
 READER := speculators hs-connectors loguru pydantic-settings
 # vLLM for CPUs, in an environment of its own: it pins transformers below ours. tests/eval/test_serving.py runs exports in it.
@@ -22,10 +22,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(PYTHON) -m ruff check .
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/installed serving
-	$(PYTEST) -m slow
+	# A file's tests stay together: what they share, such as a server, takes minutes to make.
+	$(PYTEST) --dist loadfile -m slow
 
 # Where it cannot be installed, the tests that need it are skipped with what `why` says.
 serving:

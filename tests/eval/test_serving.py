@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.target.loading import load_tokenizer
 from data_prep.target.target import Target
 from eval.oracle.decode import decode
-from eval.oracle.drafting import Trained
+from eval.oracle.drafting import Nobody, Trained
 from tests.support.assistants import SERVED_SIZES, assistant_of, served_target
 from tests.support.commands import ROOT, without_vllm
 from tests.support.packs import cached
@@ -93,8 +93,8 @@ def taught(target, drafter, prompts):
     documents = []
     target.capture(config.hidden_layers, config.kv_layers)
     for prompt in prompts:
-        nobody = decode(target, Trained(drafter, target.frozen_head, BACKENDS["reference"], None), prompt, NEW, 0, 0)
-        documents.append(cached(target, prompt + nobody.tokens, capture=False))
+        continued = decode(target, Nobody(), prompt, NEW, 0, 0)
+        documents.append(cached(target, prompt + continued.tokens, capture=False))
         names.append(str(len(names)))
     weight_J = 0.8 ** torch.arange(config.draft_length)
     supervision = Supervision(LossRecipe(kl=1), weight_J, chunk_rows=4096)
