@@ -1,6 +1,7 @@
 """Real commands on a small real cache of the embedded target, shared by the tests of one session."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ pytest.register_assert_rewrite("tests.support")
 
 from tests.support.commands import ROOT, command
 
+# Programs of tests that use DeepSpeed build its operation with one ninja, as train/main.py does.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on a CPU
