@@ -79,13 +79,13 @@ def target():
 def once(target):
     """The decode loop of each drafter runs once. The tests of one drafter lay different training forwards beside it.
 
-    once(objective, reuse, layers, temperature, view's name): (the text's tokens, the rounds).
+    once(objective, reuse, layers, view's name): (the text's tokens, the rounds).
     """
 
     @functools.cache
-    def decode(objective, reuse, layers=1, temperature=0.0, view=None):
+    def decode(objective, reuse, layers=1, view=None):
         target.capture(HIDDEN_LAYERS, KV_LAYERS)
-        return decoded(target, drafter_of(target, objective, reuse, layers), temperature, VIEWS.get(view))
+        return decoded(target, drafter_of(target, objective, reuse, layers), temperature=0.0, view=VIEWS.get(view))
 
     return decode
 
