@@ -20,7 +20,7 @@ from tests.support.commands import ROOT, command, deepspeed
 
 pytestmark = pytest.mark.slow
 PROGRAM = str(ROOT / "data_prep/main.py")
-WORDS = ["cache=fp32", "data.max_tokens=60000", "data.max_length=256", "capture.batch_tokens=512", "cache.shard_bytes=1000000"]
+WORDS = ["cache=fp32", "data.max_tokens=40000", "data.max_length=256", "capture.batch_tokens=512", "cache.shard_bytes=1000000"]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 

@@ -125,7 +125,7 @@ def test_greedy_output_is_generate_s_and_rounds_are_the_plain_loop_s(targets, fa
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_greedy_batches_equal_the_plain_loop_for_every_drafter(targets, objective, family):
     for number, cell in enumerate(c for c in ALL if c[0] == objective):
-        if family == "qwen3" or number % 4 == 1:
+        if (family, number % 4) in (("qwen3", 0), ("qwen3", 2), ("llama", 1)):
             check_cell(targets[family], cell, 25)
 
 
@@ -342,20 +342,20 @@ def test_queries_that_cannot_have_the_target_s_cache_decode_the_same_and_say_wha
 
 
 @pytest.mark.slow
-def test_two_thousand_generations_do_not_grow_memory(target):
+def test_a_thousand_generations_do_not_grow_memory(target):
     drafting = trained(target, "ttt", "hybrid")
     engine = engine_of(target, drafting, 4, 20, 8, 6)
     process = psutil.Process()
     seen = {}
     tracemalloc.start()
-    for batch in range(100):
+    for batch in range(50):
         prompts = ragged([4 + n % 5 for n in range(20)], seed=batch)
         engine.generate(prompts, 6, list(range(20)), Stops())
-        if batch in (10, 99):
+        if batch in (10, 49):
             gc.collect()
             seen[batch] = (process.memory_info().rss, len(gc.get_objects()), tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    (rss, objects, traced), after = seen[10], seen[99]
+    (rss, objects, traced), after = seen[10], seen[49]
     assert after[0] - rss < 10 * 2**20 and after[1] - objects < 200 and after[2] - traced < 2**18
 
 

@@ -43,7 +43,7 @@ def alone(cache, tmp_path_factory):
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_two_ranks_equal_one_process_and_go_on_as_one_and_as_two(cache, alone, tmp_path, zero):
-    """A run of two ranks; stopped after four steps it goes on as one process, and stopped after eight with two ranks again."""
+    """A run of two ranks; stopped after four steps it goes on as one process, and stopped after eight with one or two again."""
 
     def run(name, ranks, zero, *words):
         done = command(
@@ -82,12 +82,16 @@ def test_two_ranks_equal_one_process_and_go_on_as_one_and_as_two(cache, alone, t
 
     stopped_after(4, tmp_path / "run", tmp_path / "one")
     assert "after step 4" in run("one", 1, zero, quiet)
-    stopped_after(8, tmp_path / "one", tmp_path / "again")
-    assert "after step 8" in run("again", 1, zero, quiet)
-    assert_same_run(tmp_path / "one", tmp_path / "again")
-    stopped_after(8, tmp_path / "one", tmp_path / "two")
-    assert "after step 8" in run("two", 2, "zero2" if zero == "zero3_offload" else zero, quiet)  # what ZeRO does may change too
-    for name in ("one", "two"):
+    if zero in ("zero0", "zero3"):
+        stopped_after(8, tmp_path / "one", tmp_path / "again")
+        assert "after step 8" in run("again", 1, zero, quiet)
+        assert_same_run(tmp_path / "one", tmp_path / "again")
+    names = ["one"]
+    if zero in ("zero2", "zero3_offload"):  # ZeRO-2 goes on as it was, and ZeRO-3 as ZeRO-2
+        stopped_after(8, tmp_path / "one", tmp_path / "two")
+        assert "after step 8" in run("two", 2, "zero2", quiet)
+        names.append("two")
+    for name in names:
         assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=1e-4)
         assert losses(tmp_path / name, "lr") == losses(alone, "lr")
         # What held-out documents say is no function of the number of ranks either.
@@ -124,7 +128,7 @@ def queries_alone(cache, tmp_path_factory):
     return words, folder / "run"
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_queries_alone_on_two_ranks_equal_one_process_and_go_on(queries_alone, tmp_path, zero):
     """Layers without keys are gathered and checkpointed as others are, and their gradients looked at."""
     words, one = queries_alone
@@ -141,9 +145,8 @@ def test_queries_alone_on_two_ranks_equal_one_process_and_go_on(queries_alone, t
     assert gradients and all({"layer0.kv.rank_q", "layer1.kv.rank_q"} < set(g) for g in gradients)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_queries_alone_resume_as_they_were(queries_alone, tmp_path, precision):
-    words = [*queries_alone[0], f"train.precision={precision}", "deepspeed=zero2"]
+def test_queries_alone_resume_as_they_were(queries_alone, tmp_path):
+    words = [*queries_alone[0], "train.precision=bf16", "deepspeed=zero2"]
     run = tmp_path / "run"
     done = command(TRAIN, *words, f"run.dir={run}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -154,7 +157,7 @@ def test_queries_alone_resume_as_they_were(queries_alone, tmp_path, precision):
     assert_same_run(run, again)
 
 
-@pytest.mark.parametrize("zero,tolerance", [("zero0", 0.3), ("zero1", 0.05), ("zero2", 0.05), ("zero3", 0.05)])
+@pytest.mark.parametrize("zero,tolerance", [("zero0", 0.3), ("zero2", 0.05), ("zero3", 0.05)])
 def test_bf16_follows_float32_and_resumes_as_it_was(cache, alone, tmp_path, zero, tolerance):
     """bf16 has 8 bits of mantissa: a few per mille of a loss of about 6. ZeRO-0 also adds up four packs' gradients in it."""
     run = tmp_path / "run"
@@ -173,13 +176,12 @@ def test_bf16_follows_float32_and_resumes_as_it_was(cache, alone, tmp_path, zero
     assert_same_run(run, again)
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero3"])
-def test_sweep_runs_every_point_in_one_launch(cache, tmp_path, zero):
+def test_sweep_runs_every_point_in_one_launch(cache, tmp_path):
     done = command(
         TRAIN,
         "-m",
         "reuse=hidden,kv",
-        f"deepspeed={zero}",
+        "deepspeed=zero3",
         f"cache.dir={cache}",
         "run.dir=sweep",
         "tracking=wandb",
