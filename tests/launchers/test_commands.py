@@ -84,6 +84,7 @@ def test_recipes_say_what_they_follow():
         (["train.max_steps=0"], "train.max_steps.*greater than or equal to 1"),
         (["reuse=everything"], "Could not find 'reuse/everything'"),
         (["loss=mse"], "Could not find 'loss/mse'"),
+        (["experiment=eagl3"], "Could not find 'experiment/eagl3'"),
         (["loss.kl=0"], "no term has a weight"),
         (["loss.tv=-1"], "loss.tv.*greater than or equal to 0"),
         (["objective.slots=1"], "a block needs at least 2 slots"),
