@@ -9,32 +9,33 @@ Hydra still does everything that its users know: `-m` and its sweepers and launc
 """
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from common import hydra_private
 from common.errors import UserError
-from common.hashing import stable_hash
+from common.overrides import CONF, addressed, nearest, one_line, options_of, parsed, points, search_word, sweep_words
 from common.ranks import rank
-from common.recipe import ROOT
+from common.recipe import ROOT, keys_at
 from common.renamed import refuse_renamed
 
-CONF = str(ROOT / "conf")
 sys.path.append(str(ROOT / "launchers"))  # Hydra looks for hydra_plugins on the path
 
 
@@ -51,14 +52,27 @@ def compose(config_name: str, recipe: type[BaseModel], overrides: list[str]) -> 
     """
     words = parsed(overrides)
     refuse_renamed(config_name, ((word.key_or_group, word.value()) for word in words))
-    try:
-        with hydra.initialize_config_dir(CONF, version_base="1.3"):
-            checked = validated(recipe, hydra.compose(config_name, overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        try:
+            config = hydra.compose(config_name, addressed(config_name, words), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AssertionError) as error:
+            raise UserError(one_line(error)) from error  # the last three: Hydra's words for a defaults list that is none
+        _refuse_unfound(config_name, config, [word.input_line for word in words if word.key_or_group == "hydra.searchpath"])
+    with open_dict(config):
+        del config["hydra"]
+    checked = validated(recipe, config)
     if "named" in recipe.model_fields:
         checked = checked.model_copy(update={"named": tuple(word.key_or_group for word in words)})
     return checked
+
+
+def _refuse_unfound(config_name: str, config: DictConfig, search_path: list[str]) -> None:
+    """Raises UserError for a group's choice that a defaults list calls optional and that does not exist: Hydra leaves it out."""
+    for group, choice in config.hydra.runtime.choices.items():
+        for name in [choice] if isinstance(choice, str) else []:
+            options = [] if group.startswith("hydra/") else options_of(group.split("@")[0], config_name, search_path)
+            if options and name not in options:
+                raise UserError(f"{group}={name}: there are {', '.join(options)}{nearest(name, options)}")
 
 
 def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
@@ -66,17 +80,22 @@ def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:
     try:
         return recipe.model_validate(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
-        raise UserError("; ".join(map(_wrong, error.errors()))) from error
+        raise UserError("; ".join(_wrong(recipe, one) for one in error.errors())) from error
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
 
 
-def _wrong(one: dict) -> str:
+def _wrong(recipe: type[BaseModel], one: dict) -> str:
     """What pydantic says of one key, or of a whole section (whose content would fill the line)."""
     where = ".".join(map(str, one["loc"]))
     got = one["input"]
+    if one["type"] == "extra_forbidden":
+        *section, key = one["loc"]
+        return f"{where}: there is no such key{nearest(str(key), keys_at(recipe, section))}"
     message = one["msg"].removeprefix("Value error, ")
     if where:
         message = f"{where}: {message}"
-    return message if isinstance(got, dict) else f"{message} (got {got!r})"
+    return message if isinstance(got, dict) else f"{message} (got {repr(got)[:200]})"
 
 
 def git_revision() -> str | None:
@@ -98,67 +117,56 @@ def refuse_file(key: str, path: str) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Hydra's own flags and the overrides. Raises UserError for a flag that Hydra does not have."""
+    """Hydra's own flags and the overrides of this process's command line, which is changed to what Hydra is to read.
+
+    Raises:
+        UserError: a flag that Hydra does not have, or that would take another configuration than the program's.
+    """
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; overrides are written key=value, see --help")
 
-    return hydra_private.read_arguments(refuse)
+    sys.argv[1:] = without_local_rank(sys.argv[1:])
+    found = hydra_private.read_arguments(refuse)
+    if found.config_name or found.config_path:
+        raise UserError("--config-name and --config-path: a program has one configuration; name an experiment, or a --config-dir")
+    if found.config_dir:
+        if any(word.startswith("hydra.searchpath=") for word in found.overrides):
+            raise UserError("--config-dir and hydra.searchpath say the same; give all folders to hydra.searchpath=[file://A,file://B]")
+        found.overrides.append(search_word(found.config_dir))
+    words = parsed(found.overrides, found.multirun)
+    found.overrides = [word.input_line for word in words]
+    return found
 
 
-def parsed(overrides: list[str]) -> list[Override]:
-    """Raises UserError for a word that is no override."""
-    try:
-        with hydra.initialize_config_dir(CONF, version_base="1.3"):
-            return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
-    except HydraException as error:
-        several = [word for word in overrides if word.count("=") > 1 and "'" not in word]
-        advice = f"; a value with '=' in it is quoted twice: \"{several[0].replace('=', '=' + chr(39), 1)}'\"" if several else ""
-        raise UserError(_one_line(error) + advice) from error
-
-
-def jobs_of(overrides: list[str], multirun: bool) -> list[list[str]]:
-    """The overrides of each job: one, or under `-m` every point of the sweep."""
-    if not multirun:
-        return [overrides]
-    return hydra_private.points_of(parsed(overrides))
-
-
-def quoted(text: str) -> str:
-    """A value as Hydra's override grammar takes it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def folder_name(text: str) -> str:
-    """`text` as the name of one folder: no slashes, and within a file name's limit."""
-    name = text.replace("/", "_")
-    return name if len(name.encode()) <= 200 else f"{name[:150]}-{stable_hash(name):016x}"
-
-
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-
-
-def sweep_words(key: str, folder: str, overrides: list[str], unnamed: Iterable[str]) -> list[str]:
-    """What makes Hydra put every point of a sweep into a folder of `folder`, named after the keys that are swept.
-
-    Raises:
-        UserError: the folder itself is swept, `key`.
-    """
-    words = parsed(overrides)
-    swept = {word.key_or_group for word in words if word.is_sweep_override()}
-    if key in swept:
-        raise UserError(f"{key} is the folder of the whole sweep; every point gets one in it, named after what is swept")
-    hidden = {word.key_or_group for word in words} | set(unnamed)
-    return [
-        f"hydra.sweep.dir={quoted(folder)}",
-        "hydra.sweep.subdir='${folder_name:${hydra.job.override_dirname}}'",
-        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(hidden - swept))}]",
-    ]
+def for_hydra(config_name: str, found: argparse.Namespace) -> None:
+    """Leave Hydra, which reads `sys.argv`, the words that were checked."""
+    words = parsed(found.overrides, found.multirun)
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        sys.argv[1:] = [*hydra_private.flags_of(sys.argv[1:]), *addressed(config_name, words)]
 
 
 def in_sweep() -> bool:
     """Whether the job that runs is a point of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+@contextmanager
+def name_of_a_path() -> Iterator[None]:
+    """What the file system says of a path that a user named is the user's to mend: UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise UserError(f"{str(error.filename)[:200]}: {error.strerror}") from error
+
+
+def internal(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of `sys.excepthook`: an error that is not the user's keeps its traceback, and is called what it is."""
+    traceback.print_exception(kind, error, trace)
+    if not issubclass(kind, KeyboardInterrupt):
+        print("internal error: this is a fault of Understudy's; please report the lines above", file=sys.stderr, flush=True)
 
 
 def fail(error: UserError, code: int = 2) -> None:
@@ -178,25 +186,26 @@ def main(
 
     `gather`: where a recipe has a folder `out`, every point of a sweep gets one in it, and `gather`(folder) looks at them all.
     """
-    # 1. The words of the command line. Hydra reads `sys.argv` too, so that they are changed there.
-    sys.argv[1:] = without_local_rank(sys.argv[1:])
+    sys.excepthook = internal
 
-    # 2. Every job's recipe, checked.
+    # 1. The words of the command line, and every job's recipe, checked.
     recipes: list[BaseModel] = []
     swept = False
     try:
         words = arguments()
         recipes = _checked_recipes(config_name, recipe, check, words)
+        for_hydra(config_name, words)
         swept = bool(gather and words.multirun and recipes)
         if swept:
             sys.argv += sweep_words("out", recipes[0].out, words.overrides, ("out", "tracking", "cache.dir"))
     except UserError as error:
         fail(error)
 
-    # 3. Hydra runs the jobs: here, one after the other, or where its launcher starts them.
+    # 2. Hydra runs the jobs: here, one after the other, or where its launcher starts them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # an internal error leaves Hydra whole
     hydra.main(config_path=CONF, config_name=config_name, version_base="1.3")(_job(recipe, task, has_out=bool(gather)))()
 
-    # 4. What the points of a sweep say together.
+    # 3. What the points of a sweep say together.
     if swept:
         gather(Path(recipes[0].out))
 
@@ -207,9 +216,10 @@ def _checked_recipes(
     """The recipe of each job. None where Hydra is only asked to show something: help, or a configuration, even a wrong one."""
     if words.help or words.hydra_help or words.cfg or words.info:
         return []
-    recipes = [compose(config_name, recipe, overrides) for overrides in jobs_of(words.overrides, words.multirun)]
-    for one in recipes:
-        check(one)
+    recipes = [compose(config_name, recipe, overrides) for overrides in points(words.overrides, words.multirun)]
+    with name_of_a_path():
+        for one in recipes:
+            check(one)
     return recipes
 
 

@@ -26,6 +26,13 @@ def read_arguments(refuse: Callable[[str], None]) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def flags_of(words: list[str]) -> list[str]:
+    """Hydra's own flags among the words of a command line, and their values, without the folder of configurations."""
+    found = get_args_parser().parse_args(words)
+    said = {name: value for name, value in vars(found).items() if value and name not in ("overrides", "config_dir")}
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in said.items()]
+
+
 def points_of(overrides: list[Override]) -> list[list[str]]:
     """The overrides of every point of a sweep."""
     batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)

@@ -12,16 +12,26 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from common.errors import UserError
+
 Said = TypeVar("Said")
 PR_SET_PDEATHSIG = 1
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    """Raises UserError where a launcher's environment variable holds no number."""
+    value = os.environ.get(variable, str(default))
+    if not value.isdigit():
+        raise UserError(f"environment variable {variable}={value}: it must be a number, or unset")
+    return int(value)
 
 
 def wait_without_spinning() -> None:

@@ -38,9 +38,11 @@ HEAD = """# Configuration
 
 Every key of the three commands. `python docs/reference/generate.py` writes this page from the typed recipes; edit those.
 
-A key is set on the command line as `section.key=value`. A group, such as `data` or `reuse`, is a folder of `conf/` with one file
-per choice: `data=jsonl` takes `conf/data/jsonl.yaml`, whose values may differ from the defaults below. `+section.key=value` sets
-a key that the file does not list. Defaults are those of the command without any argument. *required* means that there is none;
+A key is set on the command line as `section.key=value`, whether a file of `conf/` lists it or not. A group, such as `data` or
+`reuse`, is a folder of `conf/` with one file per choice: `data=jsonl` takes `conf/data/jsonl.yaml`, whose values may differ from
+the defaults below. `--config-dir=FOLDER` (or `hydra.searchpath=[file://FOLDER]`) adds choices of your own, such as
+`FOLDER/experiment/mine.yaml`. A path may be written as it is; only under `-m` must one with a comma be quoted.
+Defaults are those of the command without any argument. *required* means that there is none;
 *unset* means that the chosen file does not list the key and the recipe's own default holds. `eval` warns of a key on the command
 line that its mode does not read.
 """

@@ -5,8 +5,11 @@ import shlex
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from common import cli
+from common.overrides import parsed, points
+from common.recipe import keys_at
 from data_prep.recipe import DataPrepRecipe
 from eval.recipe import EvalRecipe
 from tests.support.commands import ROOT
@@ -42,8 +45,52 @@ def test_every_command_of_the_guides_composes(line):
     # Launchers of sweeps and W&B are extras that need not be installed here.
     overrides = [word for word in after if word not in FLAGS and not word.startswith(("hydra", "tracking=wandb"))]
     overrides = ["target=tiny" if word == "target=TARGET" else word for word in overrides]
-    for job in cli.jobs_of(overrides, multirun):
+    for job in points(overrides, multirun):
         cli.compose(config, recipe, job)
+
+
+def said() -> dict[str, set[str]]:
+    """Override -> the files that say it: pages, comments of YAML files, and messages of the programs."""
+    files = [page for page in PAGES if not {"research", "extend"} & set(page.parts)] + sorted((ROOT / "conf").rglob("*.yaml"))
+    for room in ("common", "data_prep", "train", "eval", "launchers"):
+        files += sorted((ROOT / room).rglob("*.py"))
+    words = {}
+    for path in files:
+        for word in re.findall(r"(?<![\w./{])[a-z_]+(?:\.[a-z_]+)*=(?!=)(?:\{[^}`]*\}|\[[^]`]*\]|[\w./@-]*)", path.read_text()):
+            if path.name != "renamed.py":  # what is gone
+                words.setdefault(word.rstrip("."), set()).add(str(path.relative_to(ROOT)))
+    return words
+
+
+def test_every_override_that_is_written_anywhere_is_one():
+    """A key exists in the recipe of a program and takes the value; a choice exists in its group."""
+    recipes = [recipe for _, recipe in PROGRAMS.values()]
+    sections = {name for recipe in recipes for name in keys_at(recipe, []) if keys_at(recipe, [name])}
+    seen = 0
+    for word, files in said().items():
+        key, value = word.split("=", 1)
+        *section, name = key.split(".")
+        group = ROOT / "conf" / key
+        in_text = any(not file.endswith(".py") for file in files)  # in code it may be an argument
+        if in_text and group.is_dir() and re.fullmatch(r"[a-z][a-z0-9_]+", value):
+            assert (group / f"{value}.yaml").exists(), f"there is no {word}: {sorted(files)}"
+        if not section or section[0] not in sections:
+            continue
+        fields = [field for recipe in recipes if (field := keys_at(recipe, section).get(name))]
+        assert fields, f"there is no {key}: {sorted(files)}"
+        if value and re.fullmatch(r"[a-z0-9.]+|\{[a-z_]+: [a-z0-9]+\}|\[[a-z0-9_,]+\]", value) and "..." not in value:
+            (override,) = parsed([word])
+            assert any(takes(field, override.value()) for field in fields), f"{word}: {sorted(files)}"
+            seen += 1
+    assert seen > 100
+
+
+def takes(field, value) -> bool:
+    try:
+        TypeAdapter(field.annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def test_every_guide_has_commands():

@@ -10,6 +10,7 @@ import yaml
 
 from common import cli
 from common.errors import UserError
+from common.overrides import parsed
 from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from tests.support.commands import ROOT, SMALL, command, deepspeed
@@ -24,7 +25,7 @@ SHORT = ["deepspeed=zero2", "train.batch=2", "train.max_steps=3", "train.diagnos
 
 
 def launcher():
-    cli.parsed([])  # Hydra finds its plugins
+    parsed([])  # Hydra finds its plugins
     from hydra_plugins import deepspeed_launcher
 
     return deepspeed_launcher

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import cli
+from common import cli, overrides
 from common.errors import UserError
 from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
@@ -195,13 +195,14 @@ def test_settings_that_cannot_be_swept_or_diagnosed_are_one_line_errors(cache, d
             check_evaluation(cli.compose("eval", EvalRecipe, [*words, f"mode={mode}", "view.budget=24"]))
     with pytest.raises(UserError, match="/none: no report of a drafter is there"):
         sweep.gather([tmp_path / "none"], tmp_path)
-    with pytest.raises(UserError, match="""'=' in it is quoted twice: "drafter='a/view.budget=2/best'\""""):
-        cli.parsed(["drafter=a/view.budget=2/best"])
+    assert overrides.parsed(["drafter=a/view.budget=2/best"])[0].value() == "a/view.budget=2/best"  # a folder of a sweep
+    with pytest.raises(UserError, match="""quote what belongs together: "drafter='a/view=x,y=2/best'\""""):
+        overrides.parsed(["drafter=a/view=x,y=2/best"], multirun=True)
     with pytest.raises(UserError, match="/dev/null is a file; it must be a folder"):
         check_evaluation(cli.compose("eval", EvalRecipe, [*words, "out=/dev/null/x"]))
-    swept = cli.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "seed=64"], ("out", "cache.dir"))
+    swept = overrides.sweep_words("out", "o", ["drafter=a/b,c", "cache.dir=x,y", "seed=64"], ("out", "cache.dir"))
     assert swept[2].endswith("exclude_keys=[out,seed]")  # what is swept stands in the folder's name
-    assert cli.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(cli.folder_name("x" * 999)) < 200
+    assert overrides.folder_name("drafter=a/b/c") == "drafter=a_b_c" and len(overrides.folder_name("x" * 999)) < 200
 
 
 def test_a_context_longer_than_the_cached_documents_is_a_one_line_error(cache, drafter, tmp_path):

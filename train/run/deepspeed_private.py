@@ -21,6 +21,10 @@ Of its optimizers:
 - `fp32_partitioned_groups_flat` (ZeRO-3): the float32 tensors that AdamW steps, whose own groups are empty between steps. Without
   it moments cannot be put back.
 
+Of its configuration:
+- `runtime.zero.config.DeepSpeedZeroConfig`: what it checks a `zero_optimization` with. Without it a wrong key is a traceback,
+  once the target is loaded.
+
 Of ZeRO-3's parameters:
 - `ds_numel`: how many numbers a parameter has. `numel()` is 0 while the parameter is sharded.
 - `ds_tensor`: this rank's part. Its size says where the part begins.
@@ -45,12 +49,26 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from common.errors import UserError
+
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def refuse_unknown(zero_optimization: dict) -> None:
+    """Raises UserError for a key of `deepspeed.zero_optimization` that DeepSpeed does not have, or a value it does not take."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero_optimization)
+    except ValidationError as error:
+        said = [f"deepspeed.zero_optimization.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise UserError(f"DeepSpeed refuses {'; '.join(said)}") from error
 
 
 def adam_of(engine) -> Optimizer:

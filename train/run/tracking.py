@@ -6,6 +6,7 @@ import secrets
 import sys
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import write_text
 from data_prep.cache.manifest import flatten
 from train.recipe import TrackingRecipe
@@ -93,6 +94,9 @@ def _wandb_run(recipe: TrackingRecipe, folder: Path, group: str | None, config: 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     try:
         return start(mode)
+    except (wandb.errors.UsageError, ValueError) as error:  # the second: pydantic's, of a setting such as WANDB_MODE
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"W&B refuses tracking.project, tracking.entity or a WANDB_* variable: {said}") from error
     except wandb.errors.Error as error:
         print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline to {folder}", file=sys.stderr)
         wandb.teardown()  # its service still holds the id of the run that could not start
