@@ -3,7 +3,8 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.cli import in_sweep, refuse_file
+from common.cli import in_sweep
+from common.files import refuse_unwritable
 from common.rules import refuse
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture, shortest_window, target_config, target_sizes
@@ -34,7 +35,8 @@ def _refuse(recipe: EvalRecipe) -> None:
     # 1. What needs the command alone.
     refuse(rules.TEMPERATURES, recipe)
     refuse(rules.TARGET, recipe)
-    refuse_file("out", recipe.out)
+    if recipe.mode != "chat":
+        refuse_unwritable("out", recipe.out)
     if recipe.mode == "compare":
         compare.load(recipe.runs)
         return

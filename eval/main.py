@@ -19,6 +19,7 @@ ranks.wait_without_spinning()
 import torch  # noqa: E402
 
 from common import cli  # noqa: E402
+from common.files import said_in_one_line  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target.architecture import target_sizes  # noqa: E402
 from data_prep.target.described import Described  # noqa: E402
@@ -114,6 +115,11 @@ def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
 
 
 def run(recipe: EvalRecipe) -> None:
+    with said_in_one_line(recipe.out):
+        _run(recipe)
+
+
+def _run(recipe: EvalRecipe) -> None:
     # Modes that load the target themselves, when they have room for it, or not at all.
     if recipe.mode == "compare":
         return _compare(recipe)
