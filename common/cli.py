@@ -196,7 +196,10 @@ def main(
 
     # 4. What the points of a sweep say together.
     if swept:
-        gather(Path(recipes[0].out))
+        try:
+            gather(Path(recipes[0].out))
+        except UserError as error:
+            fail(error)
 
 
 def _checked_recipes(

@@ -1,14 +1,20 @@
 """Files that are whole or absent, whenever the process ends, and places that are proved writable before the work begins."""
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from common.errors import UserError
 
 PROBE = 64 * 1024  # bytes: what a full disk does not take
+# What a disk says of itself. Any other error of the system, such as a file that is not there, may be a fault of the code.
+OF_DISKS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENODEV", "ENXIO", "ENAMETOOLONG")
 
 
 def refuse_unwritable(key: str, path: str, is_file: bool = False) -> None:
@@ -52,8 +58,18 @@ def said_in_one_line(place: str) -> Iterator[None]:
     """An error of the disk, wherever it happens, becomes a UserError with the file's name, or `place`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{error.filename or place}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        if (said := disk_says(error)) is None:
+            raise
+        raise UserError(f"{getattr(error, 'filename', None) or place}: {said}") from error
+
+
+def disk_says(error: Exception) -> str | None:
+    """What is wrong with the disk; None: the error is of another kind."""
+    number = getattr(error, "errno", None)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors says it in words alone
+        number = int(found[1])
+    return os.strerror(number) if errno.errorcode.get(number) in OF_DISKS else None
 
 
 def publish(temporary: Path, final: Path) -> None:

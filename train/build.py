@@ -200,7 +200,8 @@ def check_training(recipe: TrainRecipe) -> None:
     that do nothing."""
     # 1. What needs neither the cache nor the target.
     refuse(machine_rules.RANKS, recipe, world_size())
-    refuse_unwritable("run.dir", recipe.run.dir or "runs")  # the folder of runs without a name
+    if recipe.run.dir:
+        refuse_unwritable("run.dir", recipe.run.dir)
     device = pick_device(recipe.target.device)
     # 2. The machine.
     manifest = manifest_of(recipe)
