@@ -191,14 +191,14 @@ DECODING = (
     Rule(
         "breadth beyond the nodes",
         lambda r, c: r.tree(c.config) and r.draft.breadth > r.longest(c.config),
-        "draft.breadth={r.draft.breadth}: a tree keeps its likeliest nodes, draft.nodes, four times its depth unless it is set. A "
+        "draft.breadth={r.draft.breadth}: a tree keeps its draft.nodes likeliest nodes (null: four times its depth), and a "
         "breadth beyond their number makes the same trees, later: say a smaller one, or draft.nodes={r.draft.breadth}",
     ),
     Rule(
         "trees beyond memory",
         _beyond_memory,
-        "draft.breadth={r.draft.breadth}, draft.nodes={r.draft.nodes}, batch={r.batch}: trees take {needed:,.0f} GiB or more, and "
-        "the {device} has {there:,.0f} GiB",
+        "draft.breadth={r.draft.breadth}, draft.nodes={r.draft.nodes}, batch={r.batch}: trees take {needed:,.0f} GiB or more, "
+        "and the {device} has {there:,.0f} GiB",
     ),
     Rule(
         "drafts that no server makes",

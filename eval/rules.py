@@ -91,6 +91,7 @@ RUNNING = (
     ),
 )
 
+
 class Held(NamedTuple):
     """A report that stands in `out` already, and the drafter that it judges."""
 

@@ -1,12 +1,12 @@
-"""`answers.jsonl`: what `mode=decode` hears, written as it comes. What ends the command late, a kill or a full disk, loses nothing.
+"""`answers.jsonl`: what `mode=decode` hears, written as it comes, so that a late end (a kill, a full disk) loses nothing.
 
 The first line says what is judged, as the report does. Each other line is one request at one temperature:
 
     {"temperature": 0.0, "id": "81", "prompt_tokens": 64, "answers": {"trained": {"tokens": [...], "kept": [2, 0, ...],
      "prefill_s": 0.1, "draft_s": 0.2, "verify_s": 0.3, "decode_s": 0.6}, "baseline": {...}, ...}}
 
-`kept` has a number for each round: the drafted tokens that were accepted (-1: a later round took back even the token behind them).
-A round emits one token more than that, so that tau is the sum of `kept` + 1 over all rounds by their number.
+`kept` has a number for each round: the drafted tokens that were accepted (-1: a later round took back even the token behind
+them). A round emits one token more than that, so that tau is the sum of `kept` + 1 over all rounds by their number.
 """
 
 import json
