@@ -99,21 +99,19 @@ def _wrong(recipe: type[BaseModel], one: dict) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit of this checkout, None outside one."""
+    """The commit of this checkout. None where the code's folder is not the top of a repository that tracks it, as where it was
+    copied or installed into another project's."""
+    tracked = _git("ls-files", "--error-unmatch", "common/cli.py") is not None
+    return _git("rev-parse", "HEAD") if tracked and _git("rev-parse", "--show-prefix") == "" else None
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the code's folder; None: it refuses, or is not here."""
     try:
-        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+        found = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     except OSError:
         return None
-    return found.stdout.strip() or None
-
-
-def refuse_file(key: str, path: str) -> None:
-    """Raises UserError when `path`, which is to be a folder, is a file or lies in one."""
-    for place in (Path(path), *Path(path).parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"{key}={path}: {place} is a file; it must be a folder")
-            return
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def arguments() -> argparse.Namespace:
@@ -207,7 +205,10 @@ def main(
 
     # 3. What the points of a sweep say together.
     if swept:
-        gather(Path(recipes[0].out))
+        try:
+            gather(Path(recipes[0].out))
+        except UserError as error:
+            fail(error)
 
 
 def _checked_recipes(

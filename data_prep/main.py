@@ -16,11 +16,11 @@ ranks.die_with_parent()
 import torch  # noqa: E402
 
 from common import cli  # noqa: E402
-from common.errors import UserError  # noqa: E402
+from common.files import refuse_unwritable, said_in_one_line  # noqa: E402
 from common.rules import refuse  # noqa: E402
 from data_prep import rules  # noqa: E402
 from data_prep.cache.reader import CacheReader  # noqa: E402
-from data_prep.cache.tools import inspect, merge, verify  # noqa: E402
+from data_prep.cache.tools import check_picture, inspect, merge, verify  # noqa: E402
 from data_prep.capture import build  # noqa: E402
 from data_prep.capture.estimate import estimate  # noqa: E402
 from data_prep.capture.plan import check_capture  # noqa: E402
@@ -44,10 +44,14 @@ def check_data_prep(recipe: DataPrepRecipe) -> None:
         case "synthesize":
             refuse(rules.MODES, recipe)
             check_synthesis(recipe)
-        case "verify" | "inspect":
+        case "verify":
             CacheReader(recipe.cache.dir)
+        case "inspect":
+            CacheReader(recipe.cache.dir)
+            check_picture(recipe.inspect.out)
         case "merge":
             refuse(rules.MODES, recipe)
+            refuse_unwritable("cache.dir", recipe.cache.dir)
             for folder in recipe.merge.sources:
                 CacheReader(folder)
 
@@ -56,7 +60,7 @@ def run(recipe: DataPrepRecipe) -> None:
     """Do what `mode` says, in every process of the launcher."""
     if ranks.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    try:
+    with said_in_one_line(recipe.cache.dir):
         match recipe.mode:
             case "capture":
                 build.build(recipe, ranks.barrier())
@@ -69,8 +73,6 @@ def run(recipe: DataPrepRecipe) -> None:
                 estimate(recipe)
             case _ if ranks.rank() == 0:
                 ALONE[recipe.mode](recipe)
-    except OSError as error:  # a disk that is full, read-only or gone, wherever it happens
-        raise UserError(f"{error.filename or recipe.cache.dir}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

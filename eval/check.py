@@ -1,9 +1,13 @@
 """Whether an evaluation can run. What its rules need to know is read here, stage by stage, without loading the target."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.cli import in_sweep, refuse_file
+from common.cli import in_sweep
+from common.files import refuse_unwritable
 from common.rules import refuse
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture, shortest_window, target_config, target_sizes
@@ -13,7 +17,7 @@ from eval import drafter_rules, rules
 from eval.prompts.asking import check_asking
 from eval.read_by import unread
 from eval.recipe import EvalRecipe, known_positions, prompts_of, prompts_within, room_of, view_of
-from eval.reports import compare
+from eval.reports import answers, compare
 from eval.serving.find import find_server
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
@@ -34,7 +38,9 @@ def _refuse(recipe: EvalRecipe) -> None:
     # 1. What needs the command alone.
     refuse(rules.TEMPERATURES, recipe)
     refuse(rules.TARGET, recipe)
-    refuse_file("out", recipe.out)
+    if recipe.mode != "chat":
+        refuse_unwritable("out", recipe.out)
+    check_folder(recipe)
     if recipe.mode == "compare":
         compare.load(recipe.runs)
         return
@@ -72,6 +78,21 @@ def _refuse(recipe: EvalRecipe) -> None:
         check_export(config, recipe.format)
     if recipe.mode in ("score", "diagnose"):
         _check_cache(recipe, config)
+
+
+def check_folder(recipe: EvalRecipe) -> None:
+    """Raises UserError where `out` holds the report of another drafter, which a new one would replace or lie beside. In a sweep
+    each point has such a folder, which is known when it runs."""
+    if recipe.mode in ("compare", "chat", "export"):
+        return
+    for name in ("report.json", answers.NAME, "score.json", "diagnostics.json", "served.json", "demo.json"):
+        try:
+            text = (Path(recipe.out) / name).read_text()
+            drafter = json.loads(text.partition("\n")[0] if name == answers.NAME else text)["drafter"]
+            path = drafter["path"] if isinstance(drafter, dict) else drafter
+        except (OSError, ValueError, LookupError, TypeError):  # none, or none that can be read
+            continue
+        refuse(rules.HELD, recipe, rules.Held(name, path))
 
 
 def _check_server(recipe: EvalRecipe) -> None:

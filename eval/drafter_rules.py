@@ -5,7 +5,11 @@ r: the recipe (EvalRecipe). c: the context, which each table names.
 
 from typing import NamedTuple
 
+import psutil
+import torch
+
 from common.rules import Rule
+from data_prep.target.loading import pick_device
 from eval.caches.budgeted import KINDS
 from train.drafter.config import DrafterConfig
 from train.views.recipe import View
@@ -121,6 +125,18 @@ def _too_broad(r, c: Judged) -> bool:
     return tree is not None and tree.breadth > (c.config.draft_vocab or c.config.architecture.vocab_size)
 
 
+def _beyond_memory(r, c: Judged) -> dict | None:
+    tree = r.tree(c.config)
+    if not tree:
+        return None
+    vocabulary = c.config.architecture.vocab_size
+    needed = r.batch * tree.nbytes(r.longest(c.config), c.config.draft_vocab or vocabulary, vocabulary)
+    device = pick_device(r.target.device)
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().available
+    return {"needed": needed / 2**30, "there": there / 2**30, "device": device.type} if needed > there else None
+
+
 def _no_partial_round(r, c: Judged) -> dict | None:
     tree = r.tree(c.config)
     deepest = tree.depth if tree else r.longest(c.config)
@@ -171,6 +187,18 @@ DECODING = (
         "breadth beyond the vocabulary",
         _too_broad,
         "draft.breadth={r.draft.breadth} exceeds what the drafter can say",
+    ),
+    Rule(
+        "breadth beyond the nodes",
+        lambda r, c: r.tree(c.config) and r.draft.breadth > r.longest(c.config),
+        "draft.breadth={r.draft.breadth}: a tree keeps its draft.nodes likeliest nodes (null: four times its depth), and a "
+        "breadth beyond their number makes the same trees, later: say a smaller one, or draft.nodes={r.draft.breadth}",
+    ),
+    Rule(
+        "trees beyond memory",
+        _beyond_memory,
+        "draft.breadth={r.draft.breadth}, draft.nodes={r.draft.nodes}, batch={r.batch}: trees take {needed:,.0f} GiB or more, "
+        "and the {device} has {there:,.0f} GiB",
     ),
     Rule(
         "drafts that no server makes",

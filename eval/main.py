@@ -19,12 +19,13 @@ ranks.wait_without_spinning()
 import torch  # noqa: E402
 
 from common import cli  # noqa: E402
+from common.files import said_in_one_line  # noqa: E402
 from data_prep.cache.manifest import software_versions  # noqa: E402
 from data_prep.target.architecture import target_sizes  # noqa: E402
 from data_prep.target.described import Described  # noqa: E402
 from data_prep.target.loading import load_parts, load_target, pick_device  # noqa: E402
 from data_prep.target.target import Target  # noqa: E402
-from eval.check import check_evaluation, check_target  # noqa: E402
+from eval.check import check_evaluation, check_folder, check_target  # noqa: E402
 from eval.judging import measure
 from eval.judging.judge import judge  # noqa: E402
 from eval.judging.score import diagnose, score  # noqa: E402
@@ -32,6 +33,7 @@ from eval.live.chat import chat  # noqa: E402
 from eval.live.demo import PICTURE, demo  # noqa: E402
 from eval.recipe import EvalRecipe, named_view, view_of  # noqa: E402
 from eval.reports import compare, page, report, sweep
+from eval.reports.answers import Answers
 from eval.serving import served, side_by_side  # noqa: E402
 from train.drafter.base import Drafter  # noqa: E402
 from train.drafter.build import load_drafter
@@ -114,6 +116,12 @@ def publish(recipe: EvalRecipe, name: str, found: dict) -> None:
 
 
 def run(recipe: EvalRecipe) -> None:
+    with said_in_one_line(recipe.out):
+        _run(recipe)
+
+
+def _run(recipe: EvalRecipe) -> None:
+    check_folder(recipe)
     # Modes that load the target themselves, when they have room for it, or not at all.
     if recipe.mode == "compare":
         return _compare(recipe)
@@ -143,7 +151,9 @@ def _served(recipe: EvalRecipe) -> None:
 
 def _decode(recipe: EvalRecipe, target: Target, drafter: Drafter) -> None:
     out = Path(recipe.out)
-    result = described(recipe, target, drafter) | judge(recipe, target, drafter)
+    judged = described(recipe, target, drafter)
+    with Answers(out, judged) as answers:
+        result = judged | judge(recipe, target, drafter, answers)
     publish(recipe, "report.json", result)
     report.print_table(result)
     print(f"report: {out / 'report.json'}, {out / 'report.png'}, {out / 'report.html'}")
@@ -194,8 +204,9 @@ RUNS = {"decode": _decode, "score": _score, "diagnose": _diagnose, "chat": chat,
 
 def gather(folder: Path) -> None:
     """What a sweep's points say together. Points of other modes than decode and score say nothing together."""
-    if any(path for name in ("report.json", "score.json") for path in folder.rglob(name)):
-        sweep.gather([folder], folder)
+    with said_in_one_line(str(folder)):
+        if any(path for name in ("report.json", "score.json") for path in folder.rglob(name)):
+            sweep.gather([folder], folder)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,27 @@ RUNNING = (
     ),
 )
 
+
+class Held(NamedTuple):
+    """A report that stands in `out` already, and the drafter that it judges."""
+
+    name: str
+    drafter: str | None
+
+
+def _of_another(r, c: Held) -> bool:
+    return c.drafter != r.drafter and (None in (c.drafter, r.drafter) or Path(c.drafter).resolve() != Path(r.drafter).resolve())
+
+
+# Of modes that write reports. c: Held.
+HELD = (
+    Rule(
+        "report of another drafter",
+        _of_another,
+        "out={r.out} holds the {c.name} of another drafter, {c.drafter}: say another out, or remove that folder",
+    ),
+)
+
 DRAFTER = (
     Rule(
         "no drafter",
@@ -269,6 +290,6 @@ LOADED = (
 )
 
 TABLES = (
-    *(TEMPERATURES, TARGET, RUNS, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
+    *(TEMPERATURES, TARGET, RUNS, HELD, SERVER, STARTED, RUNNING, DRAFTER, WEIGHTS, DECODED, PERSON, PROMPTS, EXPORT),
     *(CACHE, DOCUMENTS, LOADED),
 )

@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from common.cli import refuse_file
 from common.errors import UserError
+from common.files import refuse_unwritable
 from common.ranks import rank, world_size
 from common.rules import refuse
 from data_prep.cache.manifest import Manifest
@@ -201,7 +201,7 @@ def check_training(recipe: TrainRecipe) -> None:
     # 1. What needs neither the cache nor the target.
     refuse(machine_rules.RANKS, recipe, world_size())
     if recipe.run.dir:
-        refuse_file("run.dir", recipe.run.dir)
+        refuse_unwritable("run.dir", recipe.run.dir)
     device = pick_device(recipe.target.device)
     # 2. The machine.
     manifest = manifest_of(recipe)

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
 from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
+from common.files import refuse_unwritable  # noqa: E402
 from common.overrides import CONF, folder_name, parsed, points, quoted, sweep_words  # noqa: E402
 from data_prep.target.loading import pick_device  # noqa: E402
 from train.build import check_training  # noqa: E402
@@ -84,6 +85,8 @@ def main() -> None:
             with cli.name_of_a_path():
                 if not arguments.multirun:
                     recipes = [recipes[0].going_on(begun(Path(run_dir)))]
+                if not recipes[0].run.dir:
+                    refuse_unwritable("run.dir", run_dir)
                 for recipe in recipes:
                     check_training(recipe)
     except UserError as error:

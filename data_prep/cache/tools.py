@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import refuse_unwritable, write_text
 from data_prep.cache.codec import decode, paired
 from data_prep.cache.manifest import MANIFEST
 from data_prep.cache.reader import CacheReader
@@ -58,6 +58,23 @@ def _against_target(reader: CacheReader, recipe: TargetRecipe) -> list[str]:
     ]
 
 
+def picture_of(out: str) -> Path:
+    """The file that `inspect.out` names: without a suffix it is a .png."""
+    return Path(out) if Path(out).suffix else Path(f"{out}.png")
+
+
+def check_picture(out: str) -> None:
+    """Raises UserError for a picture that cannot be drawn or written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    path = picture_of(out)
+    if path.suffix[1:].lower() not in formats:
+        known = ", ".join(sorted(formats))
+        raise UserError(f"inspect.out={out}: '{path.suffix[1:]}' is no format of pictures; these are: {known}")
+    refuse_unwritable("inspect.out", str(path), is_file=True)
+
+
 def inspect(recipe: DataPrepRecipe) -> None:
     """Print a table and a few examples with the supervised tokens marked; draw lengths, supervised share and norms."""
     reader = CacheReader(recipe.cache.dir)
@@ -86,7 +103,8 @@ def inspect(recipe: DataPrepRecipe) -> None:
     for name, value in rows.items():
         table.add_row(escape(name), escape(value))
     console.print(table)
-    _draw(Path(recipe.inspect.out), reader.lengths, share, norms)
+    picture = picture_of(recipe.inspect.out)
+    _draw(picture, reader.lengths, share, norms)
     tokenizer = None
     if recipe.inspect.examples:
         target = manifest.target
@@ -97,7 +115,7 @@ def inspect(recipe: DataPrepRecipe) -> None:
             f"\n[bold]{escape(reader.id(index))}[/bold] ({reader.lengths[index]} tokens; supervised text between » and «)"
         )
         console.print(_marked(tensors["input_ids"].tolist(), tensors["loss_mask"].tolist(), tokenizer))
-    print(f"picture: {recipe.inspect.out}")
+    print(f"picture: {picture}")
 
 
 def _norms(reader: CacheReader, chosen: np.ndarray) -> dict[str, np.ndarray]:

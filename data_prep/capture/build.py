@@ -160,11 +160,13 @@ def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Do
         print(f"WARNING: {error}", flush=True)
 
 
-def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
-    """Print about how long the forwards of a capture will take, before the first of them: two operations a weight and token, at
-    the rate of one product of the target's own sizes, timed for a moment. Attention, copies and the disk come on top."""
-    weights = active_weights(target.model)
+def say_how_long(target: Target, tokens: int, batch_tokens: int, context: float = 0) -> None:
+    """Print about how long the target's forwards will take, before the first of them: two operations a weight and token, and two
+    products with each of the `context` positions that a token sees on average, at the rate of one product of the target's own
+    sizes, timed for a moment. Copies and the disk come on top."""
     shape = target.architecture
+    attention = 4 * shape.num_layers * shape.heads * shape.head_dim * context
+    needed = tokens * (2 * active_weights(target.model) + attention)
     a = torch.ones(min(batch_tokens, 2048), shape.hidden_size, dtype=target.dtype, device=target.device)
     b = torch.ones(shape.hidden_size, shape.intermediate_size, dtype=target.dtype, device=target.device)
     # A multiplication and an addition for each pair of numbers.
@@ -177,7 +179,7 @@ def say_how_long(target: Target, tokens: int, batch_tokens: int) -> None:
         float((a @ b)[0, 0])  # waits for the device
         spent += time.perf_counter() - began
         count += 1
-    seconds = 2 * weights * tokens / (operations * count / spent) / world_size()
+    seconds = needed / (operations * count / spent) / world_size()
     print(f"the target's forwards will take about {_rounded(seconds)} or more on {target.device.type}", flush=True)
 
 

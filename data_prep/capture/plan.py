@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from common import cli
 from common.errors import UserError
+from common.files import refuse_unwritable
 from common.ranks import world_size
 from common.rules import refuse
 from data_prep import rules
-from data_prep.cache.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
+from data_prep.cache.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, software_versions
 from data_prep.cache.writer import another_cache
 from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
@@ -67,7 +67,8 @@ def chosen_layers(recipe: CaptureSections) -> Layers:
 
 def check_capture(recipe: CaptureSections) -> None:
     """Raises UserError for everything that can be known before a document is read or a GPU is touched."""
-    cli.refuse_file("cache.dir", recipe.cache.dir)
+    if recipe.cache.on_missing != "live" and not (Path(recipe.cache.dir) / FILES).exists():  # of a finished one nothing changes
+        refuse_unwritable("cache.dir", recipe.cache.dir)
     sources.check_source(recipe.data)
     refuse(rules.INSTALLED, recipe)
     refuse(rules.SERVED, recipe)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import refuse_unwritable
 from common.hashing import stable_hash
 from common.progress import Progress
 from common.ranks import rank, world_size
@@ -44,8 +45,7 @@ def check_regeneration(recipe: DataPrepRecipe) -> None:
     check_spread(recipe)
     if recipe.data.path and Path(recipe.data.path).resolve() == Path(recipe.regenerate.out).resolve():
         raise UserError(f"regenerate.out={recipe.regenerate.out} is the source itself; it must name another file")
-    if Path(recipe.regenerate.out).is_dir():
-        raise UserError(f"regenerate.out={recipe.regenerate.out} is a folder; it must name a file")
+    refuse_unwritable("regenerate.out", recipe.regenerate.out, is_file=True)
     if not recipe.regenerate.base_url:
         check_decodable(recipe.target.path, target_config(recipe.target))
     if not recipe.regenerate.base_url and not target_tokenizer(recipe.target).chat_template:

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from common.errors import UserError
+from common.files import refuse_unwritable
 from common.progress import Progress
 from common.ranks import rank, world_size
 from common.rules import refuse
@@ -45,8 +46,7 @@ def check_synthesis(recipe: DataPrepRecipe) -> None:
     ask = recipe.synthesize
     if not ask.out:
         raise UserError("mode=synthesize needs synthesize.out=FILE.jsonl, the file to write")
-    if Path(ask.out).is_dir():
-        raise UserError(f"synthesize.out={ask.out} is a folder; it must name a file")
+    refuse_unwritable("synthesize.out", ask.out, is_file=True)
     if (ask.count is None) == (ask.tokens is None):
         raise UserError("mode=synthesize needs either synthesize.count=CONVERSATIONS or synthesize.tokens=TOKENS")
     if not sum(ask.turn_shares.values()):

@@ -25,6 +25,13 @@ class TreeShape(NamedTuple):
         """How many nodes there are to choose from."""
         return self.breadth + (self.depth - 1) * self.breadth**2
 
+    def nbytes(self, nodes: int, drafted: int, vocabulary: int) -> int:
+        """Of one request, at the least: all candidates (20 bytes each, 20 more when joined, 12 when sorted), the logits of a
+        depth's rows over the tokens that are `drafted` and of the tree's rows over the target's `vocabulary`, and which rows each
+        row sees."""
+        rows = nodes + 1
+        return 52 * self.most + 8 * self.breadth * drafted + 4 * rows * vocabulary + rows**2
+
 
 class Tree(NamedTuple):
     """Row 0 is the anchor, row r > 0 a drafted token, `depth_BT` tokens behind it; its parent's row comes before it. A row sees

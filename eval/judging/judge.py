@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from common.errors import UserError
+from data_prep.capture.build import say_how_long
 from data_prep.decoding.attention import has_flash
 from data_prep.decoding.cache import StaticCache
 from data_prep.decoding.products import lay_out
@@ -30,6 +31,7 @@ from eval.oracle.drafting import Trained
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, known_positions, prompts_of, view_of
 from eval.reports import report
+from eval.reports.answers import Answers
 from train.attention.choose import attention_backend
 from train.drafter.base import Drafter
 from train.drafter.build import new_drafter
@@ -72,8 +74,8 @@ def contenders(recipe: EvalRecipe, target: Target, drafter: Drafter, other: Othe
     return found
 
 
-def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
-    """The figures of report.json."""
+def judge(recipe: EvalRecipe, target: Target, drafter: Drafter, answers: Answers) -> dict:
+    """The figures of report.json. Every answer is written down in `answers` as it comes."""
     # 1. What is asked, who answers, and in which caches.
     tokenizer = load_tokenizer(target.path, target.revision, target.trust_remote_code)
     prompts, asked = prompts_of(recipe, drafter.config, tokenizer)
@@ -84,6 +86,7 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     if recipe.compile:
         target.compile()
     everyone = contenders(recipe, target, drafter, other)
+    _say_how_long(recipe, target, prompts, asked, len(everyone))
     result = _described(recipe, target, caches, everyone["trained"].graphs and target.graphs) | {
         "prompts": asked | {"seed": recipe.seed},
         "temperatures": {},
@@ -102,8 +105,14 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
                 engines[name].reserve(asked["max_new_tokens"])
             session = Session(recipe, target, engines, sampling, stops, other)
             session.warm_up(prompts, asked)
-            session.ask(prompts, asked["max_new_tokens"], lambda count, tau: progress.update(task, advance=count, tau=tau))
             runs = session.runs
+
+            def told(count: int, tau: float, session=session, temperature=temperature) -> None:
+                last = {name: generations[-count:] for name, generations in session.runs.items()}
+                answers.write(temperature, session.requests[-count:], last)
+                progress.update(task, advance=count, tau=tau)
+
+            session.ask(prompts, asked["max_new_tokens"], told)
             texts = [p.tokens for p in session.requests]
             ids = [p.id for p in session.requests]  # its conversation's
             batches = lossless.Batches(session.groups, caches.cache, PREFILL_CHUNK)
@@ -118,6 +127,14 @@ def judge(recipe: EvalRecipe, target: Target, drafter: Drafter) -> dict:
     result["drafter_kv"] = measure.kv_mib(runs["trained"])
     result["peak_gib"] = _peak_gib(target)
     return result
+
+
+def _say_how_long(recipe: EvalRecipe, target: Target, prompts: list[Prompt], asked: dict, contenders: int) -> None:
+    """Long prompts take hours on a CPU, and nothing else would be heard of them before the first is done."""
+    lengths = [len(p.tokens) for p in prompts]
+    tokens = sum(lengths) + asked["warmup"] * sum(lengths[: recipe.batch])
+    tokens += asked.get("conversation_turns", len(prompts)) * asked["max_new_tokens"]
+    say_how_long(target, len(recipe.temperatures) * contenders * tokens, PREFILL_CHUNK, context=mean(lengths) / 2)
 
 
 class _Caches(NamedTuple):

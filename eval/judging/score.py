@@ -97,6 +97,8 @@ def score(recipe: EvalRecipe, target: Described, drafter: Drafter) -> Score:
                 valid = outcome.valid & here_N[:, None]
                 parts[name]["anchors"] += int(valid.any(1).sum())
                 parts[name]["counts"] += acceptance.counts(outcome._replace(valid=valid))[0].cpu()
+    if not slots:
+        raise UserError(f"{recipe.cache.dir}: no drafted token of its held-out documents counts; they are too short")
     return Score(acceptance.summarise(total), loss / slots, copying.summarise(copied), _apart(known, parts))
 
 

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.recipe import ROOT
 from data_prep.cache.manifest import FILES, MANIFEST
 from data_prep.cache.reader import CacheReader
-from data_prep.cache.tools import inspect, merge, verify
+from data_prep.cache.tools import check_picture, inspect, merge, verify
 from data_prep.capture import build
 from data_prep.capture.estimate import estimate
 from data_prep.capture.live import LiveReader, manifest_of, open_cache
@@ -76,7 +76,7 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
         "data=chat",
         f"data.path={path}",
         f"cache.dir={tmp_path / 'cache'}",
-        f"inspect.out={tmp_path / 'p/i.png'}",
+        f"inspect.out={tmp_path / 'p/i'}",
         "cache=fp8",
         "cache.kinds=[hidden,kv,query]",
     ]
@@ -89,7 +89,10 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
     assert re.search(rf"tokens.*{reader.lengths.sum()}, of which {reader.supervised.sum()} supervised", shown)
     assert "left out: it has no" in shown and "norm of key.5" in shown and "norm of query.5" in shown and "fp8" in shown
     assert re.findall("»(.*?)«", shown.split("and «)")[1]) == ["an answer<|im_end|>", "so be it<|im_end|>"]
-    assert (tmp_path / "p/i.png").stat().st_size > 10_000
+    assert (tmp_path / "p/i.png").stat().st_size > 10_000 and f"picture: {tmp_path / 'p/i.png'}" in shown
+    check_picture(recipe.inspect.out)
+    with pytest.raises(UserError, match="inspect.out=i.foo: 'foo' is no format of pictures; these are: eps, .*png"):
+        check_picture("i.foo")
     assert not list(reader.problems())  # nothing was added to the cache
 
 

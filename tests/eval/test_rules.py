@@ -12,7 +12,8 @@ from common.rules import first_broken
 from data_prep.cache.reader import CacheReader
 from data_prep.target.architecture import Architecture, KVLayer
 from eval import drafter_rules, rules
-from eval.check import check_evaluation, check_target
+from eval.check import check_evaluation, check_folder, check_target
+from eval.main import run
 from eval.read_by import READ_BY, unread
 from eval.recipe import EvalRecipe
 from tests.support.families import configuration
@@ -61,6 +62,8 @@ LINES = {
     "adaptive length of trees": ("ttt", ["draft.breadth=2", "draft.length=adaptive"]),
     "adaptive length under a view that goes one by one": ("ttt", [*H2O, "draft.length=adaptive"]),
     "fewer nodes than depths": ("ttt", ["draft.breadth=2", "draft.nodes=3"]),
+    "breadth beyond the nodes": ("ttt", ["draft.breadth=17"]),
+    "trees beyond memory": ("ttt", ["draft.breadth=8192", "draft.nodes=8192", "batch=64"]),
     "breadth beyond the vocabulary": ("small vocabulary", ["draft.breadth=5"]),
     "empty stop": ("ttt", ["stop=['']"]),
     "nodes without trees": ("ttt", ["draft.nodes=4"]),
@@ -131,6 +134,23 @@ def test_a_drafter_without_weights_or_of_another_target_is_refused(cache, ttt, t
     assert said("mode=score") == f"{cache} is a cache of another target than the drafter's"
 
 
+def test_a_folder_keeps_the_reports_of_one_drafter(cache, ttt, tmp_path):
+    """In a sweep, whose points get their folders when they run, `run` says it; before a target is looked for."""
+    written(tmp_path, ttt)
+    (tmp_path / "out").mkdir()
+    recipe = composed(f"drafter={tmp_path}", f"cache.dir={cache}", f"out={tmp_path / 'out'}", "mode=score", "target.path=nowhere")
+    for name, about in (("report.json", {"path": "other"}), ("diagnostics.json", "other"), ("answers.jsonl", {"path": None})):
+        path = tmp_path / "out" / name
+        path.write_text(json.dumps({"drafter": about}) + "\n")
+        for refuses in (check_evaluation, run):
+            with pytest.raises(UserError, match=pattern(RULES["report of another drafter"])):
+                refuses(recipe)
+        # Its own by another path, one that cannot be read, and one that does not say.
+        for text in (json.dumps({"drafter": {"path": f"{tmp_path}/../{tmp_path.name}"}}), "", "{", "{}", '{"drafter": {}}', "[]"):
+            path.write_text(text)
+            check_folder(recipe)
+
+
 @pytest.mark.parametrize("mode", ["decode", "chat", "demo", "score"])
 def test_a_target_that_our_engine_does_not_decode_is_refused_where_it_would(cache, ttt, tmp_path, mode):
     """By its configuration: there are no weights. A drafter is judged over its cache all the same, as far as this goes."""
@@ -190,6 +210,7 @@ def test_drafts_that_no_server_makes_are_refused(ttt):
 
 def test_every_rule_has_a_case():
     elsewhere = {"no weights", "target of another tokenizer", "cache of another target", "drafts that no server makes"}
+    elsewhere |= {"report of another drafter"}
     elsewhere |= {rule.name for rule in rules.LOADED}
     assert {*LINES, *CONTEXTS, *elsewhere} == set(RULES)
 

@@ -17,9 +17,11 @@ from common.errors import UserError
 from data_prep.recipe import TargetRecipe
 from data_prep.target.loading import load_target, load_tokenizer, tokenizer_hashes
 from eval.check import check_evaluation
+from eval.oracle.decode import Generation, Round
 from eval.prompts.load import load_prompts
-from eval.prompts.suites import SuiteRecipe, cut
+from eval.prompts.suites import Prompt, SuiteRecipe, cut
 from eval.recipe import EvalRecipe
+from eval.reports.answers import Answers
 from eval.reports.sweep import gather
 from tests.support.commands import ROOT
 from train.drafter.build import load_config, new_drafter
@@ -353,6 +355,14 @@ def test_learned_positions_refuse_longer_prompts_and_rotary_ones_accept_them(dra
             check_evaluation(recipe)
 
 
+def test_an_answer_is_in_the_file_before_the_next_is_asked_for(tmp_path):
+    with Answers(tmp_path / "out", {"drafter": {}}) as answers:
+        for count in (1, 2):
+            answers.write(1.0, [Prompt("a", [1, 2])], {"trained": [Generation([5, 6, 7], [Round(1, 4, 1)])]})
+            lines = (tmp_path / "out/answers.jsonl").read_text().splitlines()
+            assert len(lines) == 1 + count and json.loads(lines[-1])["answers"]["trained"]["kept"] == [1]
+
+
 def test_decode_judges_each_turn_of_a_suite_of_conversations(drafter, tmp_path, capsys):
     """The whole of mode=decode: a request a turn, each against plain decoding, and the report says what was asked and how."""
     from eval.main import run
@@ -361,8 +371,26 @@ def test_decode_judges_each_turn_of_a_suite_of_conversations(drafter, tmp_path, 
     words = [f"drafter={drafter}", "suite=spec_bench", f"suite.path={path}", "suite.new_tokens=6", f"out={tmp_path / 'out'}"]
     recipe = cli.compose("eval", EvalRecipe, [*words, "suite.warmup=1", "temperatures=[0]", "seed=3"])
     check_evaluation(recipe)
+    answers = lambda: [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+    # An error behind the last answer: a folder stands where the report is to be. What was heard is there.
+    (tmp_path / "out/report.json").mkdir(parents=True)
+    few = ["temperatures=[0]", "suite.warmup=0", "controls=false", "transformers=false"]
+    with pytest.raises(IsADirectoryError):
+        run(cli.compose("eval", EvalRecipe, [*words, *few]))
+    _, *late = answers()
+    (tmp_path / "out/report.json").rmdir()
     run(recipe)
     report = json.loads((tmp_path / "out/report.json").read_text())
+    # The same line begins it anew, and it says what the report says.
+    judged, *lines = answers()
+    rows = report["temperatures"]["0"]["controls"] | {"trained": report["temperatures"]["0"]}
+    assert judged["drafter"] == report["drafter"] and {"baseline", "transformers", *rows} == lines[0]["answers"].keys()
+    assert [line["id"] for line in late] == [line["id"] for line in lines] == rows["trained"]["per_prompt_id"]
+    for name, row, heard in [("trained", rows["trained"], late), *((name, row, lines) for name, row in rows.items())]:
+        kept = [line["answers"][name]["kept"] for line in heard]
+        assert sum(sum(one) + len(one) for one in kept) / sum(map(len, kept)) == pytest.approx(row["tau_micro"])
+        assert [len(line["answers"][name]["tokens"]) - 1 for line in heard] == [count for count, _ in row["per_prompt_s"]]
+    assert lines[0]["temperature"] == 0 and lines[0]["answers"]["trained"]["decode_s"] > 0
     assert report["prompts"]["seed"] == 3 and report["prompts"]["conversation_turns"] == 3 and report["context"] is None
     figures = report["temperatures"]["0"]
     assert figures["lossless_by"].startswith("3 of 3 outputs equal") and len(figures["per_prompt"]) == 3

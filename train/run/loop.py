@@ -1,6 +1,5 @@
 """The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
 
-import errno
 import math
 import os
 import time
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
 from common.errors import UserError
+from common.files import disk_says
 from common.progress import Heartbeat
 from common.ranks import barrier, rank, world_size
 from data_prep.capture.live import LiveReader, open_cache
@@ -57,10 +57,10 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
     try:
         _build_and_train(recipe, run_dir, device)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (said := disk_says(error)) is None:
             raise
         raise UserError(
-            f"{run_dir} cannot be written ({error.strerror}); its checkpoints are intact. Make room, then run the same command "
+            f"{run_dir} cannot be written ({said}); its checkpoints are intact. Make room, then run the same command "
             "again"
         ) from error
     dist.destroy_process_group()  # only after success: with a rank gone it can wait for ever
