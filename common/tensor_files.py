@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 import torch
 import xxhash
@@ -66,3 +68,34 @@ def stream_safetensors(
             while part:  # one call writes at most 2 GiB
                 part = part[file.write(part) :]
     return digest.hexdigest()
+
+
+def offsets_of(file: IO[bytes], shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, int]:
+    """Where in an open file each tensor of `shapes` (dtype, shape of a row) begins, in bytes.
+
+    Read, where the library would map the file into memory: a look behind the end of a mapped file that was cut kills the process.
+
+    Raises:
+        ValueError: the file is shorter than its header says, or one of the tensors is not there or is something else.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError("it ends within its header")
+    header = json.loads(file.read(length))
+    found = {}
+    for name, (dtype, row) in shapes.items():
+        try:
+            entry = header[name]
+            start, stop = entry["data_offsets"]
+            rows, *others = entry["shape"]
+            fits = (entry["dtype"], tuple(others)) == (SAFETENSORS[dtype], row)
+            fits = fits and stop - start == rows * math.prod(row) * dtype.itemsize and 0 <= start <= stop
+        except (LookupError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"it lacks {name}, or has another one")
+        if 8 + length + stop > size:
+            raise ValueError(f"it ends within {name}")
+        found[name] = 8 + length + start
+    return found

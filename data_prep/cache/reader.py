@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
 from common.hashing import file_hash
+from common.tensor_files import offsets_of
 from data_prep.cache.codec import SCALE
 from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, is_teacher, read_manifest
-from data_prep.cache.writer import document_hash
+from data_prep.cache.writer import document_hash, tensor_hash
 from data_prep.sources.documents import Digest
 from data_prep.sources.tokens import TokenDocument
 
@@ -62,6 +63,15 @@ class CacheReader:
         self._shard_names = shards.dictionary.to_pylist()
         self._shard = shards.indices.to_numpy()
         self._rows = self.manifest.tensors()  # name -> (dtype, shape of a row)
+        # [documents, tensors in the order of their names]: each one's checksum, and whether it need not be looked at (again).
+        self._place = {name: place for place, name in enumerate(sorted(self._rows))}
+        self._sums = np.zeros((len(self), len(self._rows)), np.uint64)
+        self._checked = np.ones(self._sums.shape, bool)
+        if "sums" in table.column_names and len(table):  # else it is a cache of an earlier release
+            sums = table["sums"].combine_chunks()
+            known = sums.is_valid().to_numpy(zero_copy_only=False)
+            self._sums[known] = sums.flatten().to_numpy().reshape(-1, len(self._rows))
+            self._checked[known] = False
         self._shards = [self._open(name) for name in self._shard_names]
 
     def __len__(self) -> int:
@@ -77,9 +87,10 @@ class CacheReader:
         `span`: of positions [start, stop) alone, with the rows of teachers that still teach a token: its first token is
         predicted from what lies before it, so that it is not supervised.
 
+        A tensor is held against its checksum the first time that this process reads it whole; of a crop none is known.
+
         Raises:
-            UserError: the shard is not as it was when the cache was opened. (It is read, not mapped into memory: a look behind a
-                mapped file's end kills the process.)
+            UserError: the shard is not as it was when the cache was opened, or what is read is not what was written.
         """
         offset = int(self._offset[index])
         length = int(self.lengths[index])
@@ -90,18 +101,23 @@ class CacheReader:
         tensors = {}
         with self._file(index) as rows:
             # The whole mask is read, also for a crop: the supervised tokens before the crop say where its first teacher lies.
-            # That their count is the index's is a cheap look at whether these are the document's bytes.
-            mask = rows("loss_mask", offset, length).bool()
+            # In a cache without sums, that their count is the index's is a cheap look at whether these are the document's bytes.
+            mask = rows("loss_mask", offset, length)
+            self._check(index, "loss_mask", mask)
+            mask = mask.bool()
             if int(mask.sum()) != supervised:
-                raise UserError(f"{self._shards[self._shard[index]].path} is damaged; run mode=verify, then data_prep again")
+                raise self._damaged(index, "loss_mask")
             first, last = _taught(mask, start, stop)
             for name in names:
-                if not is_teacher(name):
-                    tensors[name] = rows(name, offset + start, stop - start)
-                elif self.manifest.last_hidden == "all":
-                    tensors[name] = _picked(rows(name, offset + start, stop - start - 1), mask[start + 1 : stop])
-                else:
+                taught = is_teacher(name)
+                if taught and self.manifest.last_hidden != "all":
                     tensors[name] = rows(name, teacher + first, last - first)
+                else:
+                    tensors[name] = rows(name, offset + start, stop - start)
+                if (start, stop) == (0, length):
+                    self._check(index, name, tensors[name])
+                if taught and self.manifest.last_hidden == "all":
+                    tensors[name] = _picked(tensors[name][:-1], mask[start + 1 : stop])
         if span and "loss_mask" in tensors:
             tensors["loss_mask"][0] = 0
         return tensors
@@ -140,6 +156,21 @@ class CacheReader:
         source = self.manifest.source
         if "hash" in source and (digest.hex(), len(self)) != (source["hash"], source["documents"]):
             yield f"{INDEX}: {len(self)} documents are not the {source['documents']} of the manifest's source (a gap or a change)"
+
+    def _check(self, index: int, name: str, stored: Tensor) -> None:
+        """Hold all that is stored of a tensor of a document against its checksum, once. Raises UserError when it differs."""
+        place = index, self._place[name]
+        if not self._checked[place]:
+            if self._sums[place] != tensor_hash(stored):
+                raise self._damaged(index, name)
+            self._checked[place] = True
+
+    def _damaged(self, index: int, name: str) -> UserError:
+        path = self._shards[self._shard[index]].path
+        return UserError(
+            f"{path}: {name} of document {self.id(index)} is damaged; run the same data_prep command again, which captures that "
+            "shard anew (mode=verify looks at every document)"
+        )
 
     def _stored(self, index: int) -> dict[str, Tensor]:
         """All that is stored of a document, and where the index says so."""
@@ -208,14 +239,9 @@ class CacheReader:
     def _open(self, name: str) -> Shard:
         path = self.folder / f"{name}.safetensors"
         try:
-            with safe_open(path, framework="pt") as shard, open(path, "rb") as file:  # the library looks for the file's end
-                if missing := self._rows.keys() - set(shard.keys()):
-                    raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run data_prep again, which captures it anew")
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                # Offsets of the header count from its own end, which is where the file stands now.
-                offsets = {key: file.tell() + header[key]["data_offsets"][0] for key in self._rows}
-                return Shard(path, offsets, _state(file))
-        except (OSError, SafetensorError) as error:
+            with open(path, "rb") as file:
+                return Shard(path, offsets_of(file, self._rows), _state(file))
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} is missing or truncated ({error}); run data_prep again, which captures that shard anew"
             ) from error

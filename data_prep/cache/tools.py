@@ -17,7 +17,7 @@ from common.files import refuse_unwritable, write_text
 from data_prep.cache.codec import decode, paired
 from data_prep.cache.manifest import MANIFEST
 from data_prep.cache.reader import CacheReader
-from data_prep.cache.writer import read_seal, seal, write_seal
+from data_prep.cache.writer import SCHEMA, read_seal, seal, write_seal
 from data_prep.recipe import DataPrepRecipe, TargetRecipe, location
 from data_prep.sources.documents import Digest
 from data_prep.target.loading import load_tokenizer, target_tokenizer, tokenizer_hashes, weights_hash
@@ -195,7 +195,7 @@ def merge(recipe: DataPrepRecipe) -> None:
         name = f"shard-{number:05d}"
         rows = read_seal(path)
         _link(path.with_suffix(".safetensors"), building / f"{name}.safetensors")
-        columns = [tuple(row.values()) for row in rows.to_pylist()]
+        columns = [tuple(row.get(name) for name in SCHEMA.names) for row in rows.to_pylist()]
         write_seal(building / f"{name}.parquet", columns, rows.schema.metadata[b"xxh3"].decode())
     # First, because `seal` records the manifest's checksum too.
     write_text(building / MANIFEST, manifest.model_dump_json(indent=1))

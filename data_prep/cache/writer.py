@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("teacher_offset", pa.int64()),
         ("supervised", pa.int64()),
         ("xxh3", pa.string()),
+        ("sums", pa.list_(pa.uint64())),
     ]
 )
 
@@ -39,6 +40,11 @@ def document_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(raw(tensors[name]))
     return digest.hexdigest()
+
+
+def tensor_hash(tensor: Tensor) -> int:
+    """xxh3 of the bytes of one tensor of a document: what a reader can check that reads only some of them."""
+    return xxhash.xxh3_64_intdigest(raw(tensor))
 
 
 class CacheWriter:
@@ -106,7 +112,8 @@ class CacheWriter:
         for id, length, (place, teacher, supervised, one) in zip(ids, lengths, documents):
             offsets = self._tokens + place, self._teachers + teacher
             # The hash is taken while the bytes are in memory. `mode=verify` compares it with what is on the disk later.
-            self._rows.append((id, offsets[0], length, offsets[1], supervised, document_hash(one)))
+            sums = [tensor_hash(one[name]) for name in sorted(one)]
+            self._rows.append((id, offsets[0], length, offsets[1], supervised, document_hash(one), sums))
         self._tokens += len(tensors["input_ids"])
         self._teachers += len(tensors["last_hidden"])
         for name, tensor in tensors.items():
@@ -267,7 +274,8 @@ def seal(folder: Path, manifest: Manifest) -> None:
     parts = sorted(folder.glob("shard-*.parquet"))
     tables = {path: read_seal(path) for path in parts}
     index = pa.concat_tables(
-        t.append_column("shard", pa.array([p.stem] * t.num_rows)).replace_schema_metadata() for p, t in tables.items()
+        [t.append_column("shard", pa.array([p.stem] * t.num_rows)).replace_schema_metadata() for p, t in tables.items()],
+        promote_options="default",  # shards of an earlier release have no `sums`
     ).sort_by("id")
     expected = manifest.source.get("documents", index.num_rows)
     unique = pc.count_distinct(index["id"]).as_py()

@@ -9,17 +9,20 @@ from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from common.tensor_files import offsets_of
 from data_prep.cache.codec import Scaled, decode, encode, paired
-from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, read_manifest
+from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, canonical, read_manifest
 from data_prep.cache.reader import CacheReader, crop
-from data_prep.cache.writer import CacheWriter, claim, read_seal
+from data_prep.cache.writer import CacheWriter, claim, read_seal, seal
 from data_prep.capture.capture import Batch, batches, capture
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
@@ -77,6 +80,42 @@ def test_a_shard_removed_or_replaced_after_it_was_opened_is_reported_by_the_next
     assert all(torch.equal(before[name], expected[name]) for name in names)
     with pytest.raises(UserError, match=r"shard-0000\d.safetensors was removed, cut or replaced since it was opened; run data_"):
         reader.read(0, names)
+
+
+def test_a_changed_state_is_noticed_where_it_is_read_and_named(finished, tmp_path):
+    """By the read that a training does, whichever tensor it is in. Without sums nothing would be seen."""
+    folder = tmp_path / "cache"
+    shutil.copytree(finished, folder)
+    (path, *_) = sorted(folder.glob("shard-*.safetensors"))
+    whole = path.read_bytes()
+    reader = CacheReader(folder)
+    with open(path, "rb") as file:
+        begins = offsets_of(file, reader.manifest.tensors())
+    names = ["input_ids", "loss_mask", *reader.manifest.states]
+    index = next(i for i in range(len(reader)) if reader._offset[i] == 0 and reader._shards[reader._shard[i]].path == path)
+    for name in names:
+        path.write_bytes(whole[: begins[name]] + bytes([whole[begins[name]] ^ 1]) + whole[begins[name] + 1 :])
+        with pytest.raises(UserError, match=rf"{path.name}: {name} of document {reader.id(index)} is damaged; run"):
+            CacheReader(folder).read(index, names)
+    older = CacheReader(folder)  # the last state is the damaged one
+    older._checked[:] = True
+    older.read(index, names)
+    path.write_bytes(whole)
+    CacheReader(folder).read(index, names)
+
+
+def test_shards_of_an_earlier_release_have_no_sums_and_are_completed_and_read(finished, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(finished, folder)
+    (path, *_) = sorted(folder.glob("shard-*.parquet"))
+    table = read_seal(path).drop_columns("sums")
+    own = xxhash.xxh3_128_hexdigest(canonical(table.to_pylist()).encode())
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"rows": own.encode()}), path)
+    seal(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    assert_holds(folder, manifest, {id: document(manifest, *content) for id, content in FINISHED.items()})
+    reader = CacheReader(folder)
+    assert reader._checked.all(1).sum() == len(table) and not reader._checked.all()
 
 
 def test_a_shard_that_cannot_be_read_says_why(finished):
