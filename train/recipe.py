@@ -187,6 +187,8 @@ class TrainSection(Section):
     """Rows whose logits exist at a time."""
     log_every: int = Field(ge=1)
     """Optimizer steps between lines of metrics.jsonl."""
+    acceptance_every: int = Field(1, ge=0)
+    """Of how many steps one counts acceptance for the log; the others leave out what their loss does not read. 0: none."""
     save_every: int = Field(ge=1)
     """Optimizer steps between checkpoints, each judged on validation documents; auto: 200 on a GPU, 300 on a CPU."""
     keep_last: int = Field(ge=1)
@@ -299,6 +301,7 @@ class TrainRecipe(CaptureSections):
             free = {("run",), ("tracking",), ("deepspeed",)}
             free |= {("cache",), ("data",), ("capture",)}  # the manifest's hash speaks for the cache
             free |= {("train", "log_every"), ("train", "keep_last"), ("train", "workers"), ("train", "diagnose")}
+            free |= {("train", "acceptance_every")}
             free |= {("train", "timeout_s"), ("train", "compile"), ("train", "recompute"), ("train", "chunk_rows")}
             return {
                 (s, k): v

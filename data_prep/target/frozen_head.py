@@ -44,10 +44,10 @@ class FrozenHead:
         """`embed` of every token."""
         return self.embedding_VE if self.embed_scale == 1 else self.embedding_VE * self.embed_scale
 
-    def finish(self, product: Tensor) -> Tensor:
-        """The target's logits, from the products of its last hidden states with the head."""
+    def finish(self, product: Tensor, kept_D: Tensor | None = None) -> Tensor:
+        """The target's logits, from the products of its last hidden states with the head, or with its rows `kept_D`."""
         if self.bias_V is not None:
-            product = product + self.bias_V
+            product = product + (self.bias_V if kept_D is None else self.bias_V[kept_D])
         return self.capped(product)
 
     def capped(self, logits: Tensor) -> Tensor:

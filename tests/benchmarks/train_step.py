@@ -17,6 +17,7 @@ Shapes: N anchors, J steps or slots, P positions of a pack.
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -67,7 +68,7 @@ def drafter_config(o, a: Architecture) -> DrafterConfig:
         hidden_layers=layers[: o.hidden] if o.reuse in ("hidden", "hybrid") else [], slots=o.slots, shifted=o.shifted,
         causal=False, seed=0, start="random", source=o.source if kv else "native",
         source_layers=layers[: o.hidden] if kv and o.source != "native" else [], draft_vocab=o.vocabulary or None,
-        own_head=o.own_head, mask_token_id=2, architecture=a, target={},
+        own_head=o.own_head, own_kv=o.own_kv, mask_token_id=2, architecture=a, target={},
     )  # fmt: skip
 
 
@@ -155,10 +156,11 @@ def main() -> None:
     o = options(
         shape="tiny", objective="ttt", reuse="hidden", source="native", attention="auto", packs=["1x2048"], loss="kl",
         vocabulary=0, own_head=False, layers=0, slots=0, anchors=-1, hidden=0, shifted=False, view="topk_chunk", draws=1,
-        chunk=4096, compile=True, recompute=False, fp8=False, repeats=7, deepspeed=-1,
+        chunk=4096, compile=True, recompute=False, fp8=False, repeats=7, deepspeed=-1, own_kv=True, acceptance=True, profile="",
     )  # fmt: skip
     for key, value in DEFAULTS[o.objective].items():
         o[key] = value if o[key] == (-1 if key == "anchors" else 0) else o[key]
+    torch.manual_seed(0)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if pick_device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -194,17 +196,29 @@ def main() -> None:
             documents, length = map(int, str(shape).split("x"))
             pack = pack_of(o, a, config, documents, length, dtype).to(device)
 
+            asked = {} if o.acceptance else {"acceptance": False}  # as in steps between `train.acceptance_every`
+            losses = []
+
             def step() -> None:
+                outcome = (engine or objective)(pack, objective.weight_sums(pack), **asked)
+                losses.append(outcome.share.detach())
                 if engine is not None:
-                    engine.backward(engine(pack, objective.weight_sums(pack)).share)
+                    engine.backward(outcome.share)
                     engine.step()
                     return
-                objective(pack, objective.weight_sums(pack)).share.backward()
+                outcome.share.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
             for _ in range(3 if on_gpu else 1):  # compilers run in the first ones
                 step()
+            if o.profile:
+                with torch.profiler.profile() as profiled:
+                    timed(step, device)
+                by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+                rows = profiled.key_averages().table(sort_by=by, row_limit=60)
+                Path(o.profile).write_text(rows)
+                profiled.export_chrome_trace(f"{o.profile}.json")
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             step_ms = median(timed(step, device) for _ in range(o.repeats))
@@ -222,6 +236,9 @@ def main() -> None:
                 pack=str(shape),
                 **{key: o[key] for key in ("shape", "objective", "reuse", "attention", "loss", "layers", "slots", "anchors")},
                 **{key: o[key] for key in ("vocabulary", "own_head", "compile", "recompute", "fp8", "chunk")},
+                own_kv=o.own_kv,
+                acceptance=o.acceptance,
+                losses=[round(float(losses[i]), 5) for i in (0, -1)],  # of the first step and the last
                 step_ms=round(step_ms, 1),
                 tokens_per_s=round(1e3 * world * tokens / step_ms),
                 floor_ms=round(floor_ms, 1),

@@ -352,7 +352,7 @@ def test_a_gpu_trains_a_term_without_a_kernel_by_the_reference_and_says_so(fused
 
 def test_the_table_and_the_kernel_name_the_same_terms(fused):
     kernel = importlib.import_module("train.losses.fused")._loss_kernel
-    others = {"OVERLAP", "LEARNS", "BLOCK"}
+    others = {"OVERLAP", "TEACHER", "LEARNS", "BLOCK"}
     assert {name for name in kernel.arg_names if name.isupper()} == {name.upper() for name in terms.in_kernel()} | others
 
 
@@ -382,6 +382,26 @@ def test_fused_kernels_equal_the_reference(fused, loss, kept):
         for mine, expected in zip(*reversed(found)):
             torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
         assert found[0][1].std() > 0.01 or loss == {}  # rows differ
+
+
+@pytest.mark.parametrize("loss", [{"kl": 1.0}, {"ce_greedy": 1.0}, {"ce": 1.0}], ids=str)
+def test_a_loss_needs_no_more_of_the_teachers_than_it_reads(fused, loss):
+    """The same loss and gradients from the draft vocabulary's part of the target's head, or from none."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draft, teacher, label, weight, mix, head = (t.detach().to(device) for t in rows())
+    draft.requires_grad_()
+    kept_D = KEPT.to(device)
+    own = head[kept_D].clone().requires_grad_()
+    inputs = row_inputs(draft, teacher, in_vocabulary(label.cpu(), KEPT).to(device), mix)
+    inputs = inputs._replace(index_R=inputs.index_R.to(device), teacher_R=inputs.teacher_R.to(device))
+    part = None if terms.reads(loss) == "nothing" else head[kept_D]
+    for kernel in (reference.reference_loss, fused):
+        found = []
+        for heads in (Heads(own, head, kept_D), Heads(own, part)):
+            total, statistics = chunked_loss(inputs, heads, loss, weight, 8, None, kernel)
+            found.append([total.detach(), statistics.loss, *torch.autograd.grad(total, (draft, own))])
+        for mine, expected in zip(*reversed(found)):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_kernels_have_a_gradient_where_the_overlap_underflows(fused):

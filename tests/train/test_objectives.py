@@ -270,6 +270,25 @@ def test_recomputing_and_compiling_change_nothing(target, cell, request):
             torch.testing.assert_close(one, other)
 
 
+def test_what_rows_share_is_made_once_and_changes_nothing(target):
+    """float64. The tokens' half of ttt's products is made once for all steps, a block's undrafted slots are projected once in
+    training, and an acceptance that nobody asks for is not counted: loss and gradients stay."""
+    for cell in (("ttt", "hidden"), ("ttt", "hybrid"), ("blockwise", "hybrid"), ("blockwise_pairs", "hidden")):
+        drafter = drafter_of(target, *cell, layers=2)
+        supervision = Supervision(LossRecipe(kl=1), torch.ones(drafter.config.draft_length, dtype=torch.float64), chunk_rows=7)
+        every = np.arange(1, 22)
+        pack = make_pack([PackDocument("a", document(target, 23, 4), every), PackDocument("b", document(target, 23, 5), every)])
+        found = []
+        for shared in (False, True):
+            trained = Objective(drafter.train(shared), target.frozen_head, REFERENCE, supervision)
+            trained.shares_tokens = shared
+            outcome = trained(pack, acceptance=not shared)
+            assert (outcome.overlap is None) == (outcome.match is None) == shared
+            found.append([outcome.share, *torch.autograd.grad(outcome.share, list(drafter.parameters()), allow_unused=True)])
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("objective,reuse", [("blockwise", "hybrid"), ("ttt", "queries")])
 def test_fp8_products_stay_near_the_others(objective, reuse):
     """Loss and gradients of a whole drafter, MLPs and the frozen head in fp8: off by a little, in the same direction."""

@@ -63,6 +63,23 @@ class _Memory(torch.autograd.Function):
         return _at(dq_PHD, place_Q), dk_PGD, dv_PGD, None, None
 
 
+class Taken(torch.autograd.Function):
+    """Rows [Q, ...] of t [P, ...] at places of which none comes twice. A place behind the last gives the last's, and teaches it
+    nothing."""
+
+    @staticmethod
+    def forward(ctx, t_P, place_Q):
+        ctx.places = len(t_P)
+        ctx.save_for_backward(place_Q)
+        return t_P[place_Q.clamp(max=len(t_P) - 1)]
+
+    @staticmethod
+    def backward(ctx, grad_Q):
+        # PyTorch's own gradient of an index sorts, since rows may be the same.
+        (place_Q,) = ctx.saved_tensors
+        return drafts(grad_Q.is_cuda).put(place_Q.clamp(max=ctx.places), ctx.places, grad_Q)[0], None
+
+
 def _at(t_PHD: Tensor, place_Q: Tensor) -> Tensor:
     """What stands at the rows' places; zero for rows without one."""
     return torch.cat([t_PHD, torch.zeros_like(t_PHD[:1])])[place_Q]

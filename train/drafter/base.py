@@ -17,7 +17,7 @@ from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, Visibility
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
-from train.drafter.layers import DraftLayer, GatedDelta, Rope, Steps
+from train.drafter.layers import DraftLayer, GatedDelta, Rope, Steps, TokenHalves
 from train.drafter.memory import Memory
 
 Past = list[dict[str, Steps]]  # the draft rows' own keys of earlier ttt steps, for each layer and branch
@@ -90,9 +90,14 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
+    def halves(self, token_PE: Tensor) -> TokenHalves | None:
+        """What ttt's rows will read of these tokens, where steps can share it: `step` takes a selection of it instead of
+        embeddings. None: they cannot."""
+        return None
+
     def step(
         self,
-        token_NE: Tensor,
+        token_NE: Tensor | TokenHalves,
         feature_NE: Tensor | None,
         rows: DraftRows,
         earlier: DraftRows | None,

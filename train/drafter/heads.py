@@ -4,6 +4,7 @@ Shapes: N anchors, J drafted slots, R rows, V target vocabulary, D draft vocabul
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,20 @@ class DraftHead(nn.Module):
         """A frozen head's products in fp8, while it trains. One that learns is not changed."""
         self._uses_fp8 = self.weight is None
 
-    def heads(self, head: FrozenHead) -> Heads:
+    def heads(self, head: FrozenHead, reads: str = "whole") -> Heads:
+        """`reads`: what of the target's distribution is asked for (`losses.terms.Term`)."""
         draft_DE = self._rows(head) if self.weight is None else self.weight[: len(head.head_VE)]
         if self._uses_fp8 and self._narrow is None:
             # Not in `use_fp8`: a checkpoint that is loaded after it may bring another draft vocabulary.
             self._narrow = fp8.Frozen(draft_DE)
-        return Heads(draft_DE, head.head_VE, self.kept_D, self._narrow if self.training else None, head.finish)
+        narrow = self._narrow if self.training else None
+        if reads == "nothing":
+            return Heads(draft_DE, None, narrow=narrow)
+        kept_D = self.kept_D
+        if reads == "whole" or kept_D is None:
+            return Heads(draft_DE, head.head_VE, kept_D, narrow, head.finish)
+        # A target of the draft vocabulary's tokens alone: its softmax is p renormalised over them.
+        return Heads(draft_DE, self._rows(head), None, narrow, partial(head.finish, kept_D=kept_D))
 
     def product(self, head: FrozenHead) -> Callable[[Tensor], Tensor]:
         """For decoding: what gives its logits, over a weight that is laid out if the target's is."""
@@ -93,11 +102,12 @@ class DraftHead(nn.Module):
         weight_R: Tensor,
         chunk: int,
         overlap_weight_R: Tensor | None = None,
+        reads: str = "whole",
     ) -> tuple[Tensor, RowStatistics]:
-        """`chunked_loss` with this head; `rows.label_R` are target tokens."""
+        """`chunked_loss` with this head; `rows.label_R` are target tokens. `reads`: as in `heads`."""
         # This is the module's forward because ZeRO-3 gathers a module's weights by hooks around its forward.
         rows = rows._replace(label_R=self.labels(rows.label_R, len(head.head_VE)))
-        return chunked_loss(rows, self.heads(head), loss, weight_R, chunk, overlap_weight_R)
+        return chunked_loss(rows, self.heads(head, reads), loss, weight_R, chunk, overlap_weight_R)
 
     def logits(self, output_RE: Tensor, head: FrozenHead, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """float32 (or float64) logits over the target's vocabulary, [R, V]: -inf for what the drafter cannot say. `product`: this

@@ -19,7 +19,7 @@ from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
 from train.drafter.config import DrafterConfig
 from train.drafter.heads import DraftHead, SequentialHead
-from train.drafter.layers import KV, Attention, DraftLayer, Rope, Steps
+from train.drafter.layers import KV, Attention, Blocks, DraftLayer, Rope, Steps, TokenHalves, gathered_late
 from train.drafter.memory import Memory, TargetKV
 
 Rotation = tuple[tuple[float, ...], float]  # angles per position, and the scale
@@ -206,23 +206,37 @@ class LayeredDrafter(Drafter):
             what the LM head reads of the slots that propose x_{a+1} .. x_{a+J}, [N, J, E].
         """
         count, known, _ = token_NTE.shape
+        slots = self.config.slots
         zero = torch.zeros(1, dtype=torch.long, device=token_NTE.device)
         mask = self.mask(zero)
-        masks = mask.expand(count, self.config.slots - known, -1)
+        if self.training and prefix_N is None:
+            # All undrafted slots begin alike, and there are many anchors: the first layer projects one for all.
+            token = torch.cat([token_NTE[:, 0], mask])
+            x = torch.cat([feature_NE, self._feature(self.mask_hidden(zero))]) if self.config.reads_pairs else token
+            x, _ = self._run(x, token, rows, rows, memory, None, attend, alike=slots)
+            return self._block_output(x)
+        masks = mask.expand(count, slots - known, -1)
         if prefix_N is not None:
             in_prefix = torch.arange(known, device=token_NTE.device) < prefix_N[:, None]
             token_NTE = torch.where(in_prefix[..., None], token_NTE, mask)
         token = torch.cat([token_NTE, masks], dim=1).flatten(0, 1)
         x = token
         if self.config.reads_pairs:
-            undrafted = self._feature(self.mask_hidden(zero)).expand(count, self.config.slots - 1, -1)
+            undrafted = self._feature(self.mask_hidden(zero)).expand(count, slots - 1, -1)
             x = torch.cat([feature_NE[:, None], undrafted], dim=1).flatten(0, 1)
         x, _ = self._run(x, token, rows, rows, memory, None, attend)
+        return self._block_output(x)
+
+    def _block_output(self, x: Tensor) -> Tensor:
         return self.to_target(self.norm(x.unflatten(0, (-1, self.config.slots))[:, self.config.first_slot :]))
+
+    def halves(self, token_PE: Tensor) -> TokenHalves | None:
+        layer = self.layers[0]
+        return layer.halves(token_PE) if layer.pairs and not gathered_late(layer.down.weight) else None
 
     def step(
         self,
-        token_NE: Tensor,
+        token_NE: Tensor | TokenHalves,
         feature_NE: Tensor | None,
         rows: DraftRows,
         earlier: DraftRows | None,
@@ -252,6 +266,7 @@ class LayeredDrafter(Drafter):
         memory: Memory,
         past: Past | None,
         attend: AttentionBackend,
+        alike: int = 0,
     ) -> tuple[Tensor, Past]:
         """Run draft rows through all layers: each row attends memory and the draft rows that it may see.
 
@@ -261,6 +276,8 @@ class LayeredDrafter(Drafter):
             rows: the rows of this pass, Q of them.
             drafts: all draft rows whose keys there are: those of earlier ttt steps, then these.
             past: keys and values of the earlier steps' rows; None: there are none.
+            alike: `x_QE` and `token_QE` have a row for each anchor, and one for all other slots of so many (`Blocks`). 0: each
+                row has its own.
 
         Returns:
             The residual stream behind the last layer, before the final norm [Q, E]; `past` with this pass's keys and values.
@@ -270,6 +287,9 @@ class LayeredDrafter(Drafter):
         kept: Past = []
         for index, layer in enumerate(self.layers):
             inputs = layer.inputs(x_QE, token_QE)
+            if alike and index == 0:
+                inputs = {name: Blocks(rows_CI, alike) for name, rows_CI in inputs.items()}
+                x_QE = Blocks(x_QE, alike).spread(x_QE)
             own = layer.keys_values(inputs, ropes[index])
             kept.append({name: Steps((*(past[index][name] if past else ()), own[name])) for name in own})
             keys = dict(memory.layers[index])

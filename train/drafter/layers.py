@@ -75,6 +75,54 @@ class Rope:
         return x * self.cos + torch.cat([-right, left], dim=-1) * self.sin
 
 
+class Blocks(NamedTuple):
+    """What blocks read whose undrafted slots are all alike: [N + 1, I], the N anchors' rows and one for all others."""
+
+    x_CI: Tensor
+    slots: int
+
+    def product(self, linear: nn.Linear, name: str) -> Tensor:
+        return self.spread(linear(self.x_CI))
+
+    def spread(self, t_CI: Tensor) -> Tensor:
+        """[N + 1, I] -> [N x S, I]."""
+        anchors = len(t_CI) - 1
+        return torch.cat([t_CI[:-1, None], t_CI[-1:, None].expand(anchors, self.slots - 1, -1)], dim=1).flatten(0, 1)
+
+
+class Pairs(NamedTuple):
+    """What rows of pairs read whose token's half of each product is there already. `made`: by the projection's name, that half
+    [Q, O] and the other half's weight [O, E]."""
+
+    x_QE: Tensor
+    made: dict[str, tuple[Tensor, Tensor]]
+
+    def product(self, linear: nn.Linear, name: str) -> Tensor:
+        half_QO, weight_OE = self.made[name]
+        return torch.addmm(half_QO, self.x_QE, weight_OE.T)
+
+
+Inputs = Tensor | Blocks | Pairs
+TokenHalves = dict[str, dict[str, tuple[Tensor, Tensor]]]  # `Pairs.made` of each branch
+
+
+def product(linear: nn.Linear, x: Inputs, name: str) -> Tensor:
+    """What a projection gives of the rows [Q, O], without making twice what many rows share."""
+    return linear(x) if isinstance(x, Tensor) else x.product(linear, name)
+
+
+def gathered_late(weight: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has it in parts, and gathers it around its module's forward alone: then no other code may use it."""
+    return hasattr(weight, "ds_id")
+
+
+def _normed_half(x: Inputs, size: int) -> Tensor:
+    """The normed stream [Q, E] of what pairs read: [token; normed feature] side by side, or that half alone."""
+    if isinstance(x, Pairs):
+        return x.x_QE
+    return x[..., size:] if isinstance(x, Tensor) else x.spread(x.x_CI[..., size:])
+
+
 class Attention(nn.Module):
     """Projections of one branch; the backend that joins them is chosen at run time.
 
@@ -100,14 +148,25 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed else nn.Identity()
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=a.norm_eps) if config.normed and config.own_kv else nn.Identity()
 
-    def keys_values(self, x_PI: Tensor, rope: Rope) -> KV:
-        return KV(rope(self.k_norm(self.k(x_PI).unflatten(-1, self.heads))), self.v(x_PI).unflatten(-1, self.heads))
+    def keys_values(self, x_PI: Inputs, rope: Rope) -> KV:
+        k_PGD, v_PGD = (product(linear, x_PI, name).unflatten(-1, self.heads) for linear, name in ((self.k, "k"), (self.v, "v")))
+        return KV(rope(self.k_norm(k_PGD)), v_PGD)
 
-    def queries(self, x_QI: Tensor, rope: Rope) -> Tensor:
+    def queries(self, x_QI: Inputs, rope: Rope) -> Tensor:
         """Rotated, [Q, H, D]."""
-        return rope(self.q_norm(self.q(x_QI).unflatten(-1, self.heads)))
+        return rope(self.q_norm(product(self.q, x_QI, "q").unflatten(-1, self.heads)))
 
-    def forward(self, x_QI: Tensor, rope: Rope, keys: KV, visibility: Visibility, *, attend: AttentionBackend) -> Tensor:
+    def halves(self, token_PE: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of pairs, the tokens' half of each product, and the weight of the other half (`Pairs.made`)."""
+        found = {}
+        for name in ("q", "k", "v"):
+            linear = getattr(self, name)
+            if linear is not None:
+                token_OE, other_OE = linear.weight.chunk(2, dim=1)
+                found[name] = F.linear(token_PE, token_OE, linear.bias), other_OE
+        return found
+
+    def forward(self, x_QI: Inputs, rope: Rope, keys: KV, visibility: Visibility, *, attend: AttentionBackend) -> Tensor:
         """[Q, E]: the rows' queries over `keys` (memory, then draft rows)."""
         return self.o(attend(self.queries(x_QI, rope), keys.key, keys.value, visibility).flatten(1))
 
@@ -130,7 +189,13 @@ class GatedDelta(nn.Module):
 
     def openness(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
         """g, [Q, E]."""
-        g = self.floor + (1 - self.floor) * torch.sigmoid(self.gate(torch.cat([n_QE, o_QE, o_QE - n_QE], dim=-1)))
+        if gathered_late(self.gate.weight):
+            opened = self.gate(torch.cat([n_QE, o_QE, o_QE - n_QE], dim=-1))
+        else:
+            # W_g [n; o; o - n] = (W_n - W_d) n + (W_o + W_d) o: a product of two thirds.
+            n_EE, o_EE, d_EE = self.gate.weight.chunk(3, dim=1)
+            opened = torch.addmm(F.linear(n_QE, n_EE - d_EE, self.gate.bias), o_QE, (o_EE + d_EE).T)
+        g = self.floor + (1 - self.floor) * torch.sigmoid(opened)
         return torch.where(self.held, max(0.5, self.floor), g)
 
     def forward(self, n_QE: Tensor, o_QE: Tensor) -> Tensor:
@@ -163,24 +228,33 @@ class DraftLayer(nn.Module):
         self.up = nn.Linear(a.hidden_size, a.intermediate_size, bias=False)
         self.down = nn.Linear(a.intermediate_size, a.hidden_size, bias=False)
 
-    def inputs(self, x_QE: Tensor, token_QE: Tensor) -> Tensor:
-        """What the attention reads, [Q, I]: the normed stream; for EAGLE-3's pairs the token's embedding before it."""
-        normed = self.input_norm(x_QE)
-        return torch.cat([self.token_norm(token_QE), normed], dim=-1) if self.pairs else normed
+    def halves(self, token_PE: Tensor) -> TokenHalves:
+        """What of the pairs' products depends on the tokens alone."""
+        normed_PE = self.token_norm(token_PE)
+        return {name: branch.halves(normed_PE) for name, branch in self.branches.items()}
 
-    def keys_values(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, KV]:
+    def inputs(self, x_QE: Tensor, token: Tensor | TokenHalves) -> dict[str, Inputs]:
+        """What the attention of each branch reads, [Q, I]: the normed stream; for EAGLE-3's pairs the token's embedding before
+        it, or what was made of that already."""
+        normed = self.input_norm(x_QE)
+        if self.pairs and isinstance(token, dict):
+            return {name: Pairs(normed, made) for name, made in token.items()}
+        normed = torch.cat([self.token_norm(token), normed], dim=-1) if self.pairs else normed
+        return dict.fromkeys(self.branches, normed)
+
+    def keys_values(self, inputs: dict[str, Inputs], ropes: dict[str, Rope]) -> dict[str, KV]:
         """The rows' own keys and values, for each branch whose rows have any."""
         having = {name: branch for name, branch in self.branches.items() if branch.k is not None}
-        return {name: branch.keys_values(inputs_QI, ropes[name]) for name, branch in having.items()}
+        return {name: branch.keys_values(inputs[name], ropes[name]) for name, branch in having.items()}
 
-    def queries(self, inputs_QI: Tensor, ropes: dict[str, Rope]) -> dict[str, Tensor]:
+    def queries(self, inputs: dict[str, Inputs], ropes: dict[str, Rope]) -> dict[str, Tensor]:
         """Rotated, [Q, H, D] of each branch."""
-        return {name: branch.queries(inputs_QI, ropes[name]) for name, branch in self.branches.items()}
+        return {name: branch.queries(inputs[name], ropes[name]) for name, branch in self.branches.items()}
 
     def forward(
         self,
         x_QE: Tensor,
-        inputs_QI: Tensor,
+        inputs: dict[str, Inputs],
         ropes: dict[str, Rope],
         keys: dict[str, KV],
         visibility: dict[str, Visibility],
@@ -188,10 +262,10 @@ class DraftLayer(nn.Module):
     ) -> Tensor:
         """The residual stream after the layer, [Q, E]."""
         if self.normed_residual:
-            # The inputs are [token; normed feature] side by side: the second half is the normed stream.
-            x_QE = inputs_QI[..., x_QE.shape[-1] :]
+            x_QE = _normed_half(next(iter(inputs.values())), x_QE.shape[-1])
         out = [
-            branch(inputs_QI, ropes[name], keys[name], visibility[name], attend=attend) for name, branch in self.branches.items()
+            branch(inputs[name], ropes[name], keys[name], visibility[name], attend=attend)
+            for name, branch in self.branches.items()
         ]
         return self.after(x_QE, self.fuse(*out) if self.fuse else out[0])
 

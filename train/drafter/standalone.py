@@ -241,7 +241,7 @@ class Standalone(Drafter):
         zero = torch.zeros_like(ids)
         token = self.embed(ids, head)
         anchor = torch.tensor([6])
-        text = Text(lambda i: self.embed(i, head), ids, anchor, reference, length=6)
+        text = Text(lambda index_N: self.embed(ids[index_N], head), anchor, reference, length=6)
         try:
             lm.eval().set_attn_implementation("eager")
             expected = lm(input_ids=ids[None], position_ids=self._position(position)[None]).logits[0, 6:]

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.losses.choose import loss_kernel
-from train.losses.types import Chunk, HeadInput, Heads, LossKernel, RowStatistics
+from train.losses.types import Chunk, HeadInput, Heads, LossKernel, RowStatistics, Teachers
+
+
+def by_teacher(teacher_R: Tensor, chunk: int) -> Teachers:
+    """The order in which rows meet the head. The host has to know between which teachers each chunk lies, and waits for it:
+    whoever calls this before the drafter runs lets the GPU run on."""
+    order_R = teacher_R.argsort(stable=True)
+    used_L, teacher_R = teacher_R[order_R].unique_consecutive(return_inverse=True)
+    ends = [(part[0], part[-1] + 1) for part in teacher_R.split(chunk)] if len(teacher_R) else []
+    bounds = torch.tensor([]) if not ends else torch.stack([torch.stack(pair) for pair in ends]).cpu()
+    return Teachers(order_R, used_L, teacher_R, [tuple(pair) for pair in bounds.tolist()])
 
 
 def chunked_loss(
@@ -60,18 +70,18 @@ class _ChunkedLoss(torch.autograd.Function):
         gradient_ME = torch.zeros_like(draft_ME) if learns_rows else None
         gradient_DE = torch.zeros_like(head_DE, dtype=wide) if learns_head else None  # many chunks add up
         found_R4 = torch.empty(count, 4, dtype=wide, device=draft_ME.device)
-        # 2. Rows in the order of their teachers, and between which teachers each chunk lies. The host has to know: it waits once.
-        order_R = rows.teacher_R.argsort(stable=True)
-        used_L, teacher_R = rows.teacher_R[order_R].unique_consecutive(return_inverse=True)
-        bounds = [[int(t[0]), int(t[-1]) + 1] for t in teacher_R.cpu().split(chunk)]
-        # 3. A chunk at a time: logits, loss, gradient. The logits are gone when the next chunk's come.
+        # 2. A chunk at a time: logits, loss, gradient. The logits are gone when the next chunk's come.
+        order_R, used_L, teacher_R, bounds = rows.teachers or by_teacher(rows.teacher_R, chunk)
         for part, teacher_C, (low, high) in zip(order_R.split(chunk), teacher_R.split(chunk), bounds):
             row = rows.index_R[part]
             draft_CE = draft_ME[row]
-            target_TV = F.linear(rows.teacher_LE[used_L[low:high]].to(draft_ME.dtype), heads.target_VE)
+            target_TV = None
+            if heads.target_VE is not None:
+                target_TV = F.linear(rows.teacher_LE[used_L[low:high]].to(draft_ME.dtype), heads.target_VE)
+                target_TV = target_TV if heads.finish is None else heads.finish(target_TV)
             logits = Chunk(
                 F.linear(draft_CE, head_DE) if heads.narrow is None else heads.narrow.linear(draft_CE),
-                target_TV if heads.finish is None else heads.finish(target_TV),
+                target_TV,
                 teacher_C - low,
                 heads.kept_D,
                 rows.label_R[part],

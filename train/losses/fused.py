@@ -74,7 +74,8 @@ def _loss_kernel(
     found, best, size,
     # The weight of each term, and what is asked for. Constants: code of terms without a weight is not compiled.
     KL: tl.constexpr, REVERSE_KL: tl.constexpr, CE: tl.constexpr, CE_GREEDY: tl.constexpr, TV: tl.constexpr,
-    LK_ALPHA: tl.constexpr, LK_LAMBDA: tl.constexpr, OVERLAP: tl.constexpr, LEARNS: tl.constexpr, BLOCK: tl.constexpr,
+    LK_ALPHA: tl.constexpr, LK_LAMBDA: tl.constexpr, OVERLAP: tl.constexpr, TEACHER: tl.constexpr, LEARNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """found [3, C]: loss, overlap, q(label); best [C]: the drafter's most likely token. `draft` becomes the gradient.
 
@@ -84,13 +85,16 @@ def _loss_kernel(
     SUMS: tl.constexpr = REVERSE_KL + TV + LK_ALPHA + LK_LAMBDA > 0 or OVERLAP
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    served_by = tl.load(teacher + row).to(tl.int64)
     mine = draft + row * size
-    theirs = target + served_by * size
-    # p is normalised over the target's vocabulary, r over the draft vocabulary: KL alone reads r.
-    lse_p = tl.load(lse_whole + served_by)
-    lse_r = tl.load(lse_kept + served_by)
-    greedy = tl.load(best_kept + served_by)
+    lse_p = 0.0
+    greedy = 0
+    if TEACHER:
+        served_by = tl.load(teacher + row).to(tl.int64)
+        theirs = target + served_by * size
+        # p is normalised over the target's vocabulary, r over the draft vocabulary: KL alone reads r.
+        lse_p = tl.load(lse_whole + served_by)
+        lse_r = tl.load(lse_kept + served_by)
+        greedy = tl.load(best_kept + served_by)
     token = tl.load(label + row)
     mix_here = tl.load(mix + row).to(tl.float32)
     weight_here = tl.load(weight + row).to(tl.float32)
@@ -113,13 +117,14 @@ def _loss_kernel(
         at = start + lane
         inside = at < size
         log_q = tl.load(mine + at, mask=inside, other=float("-inf")).to(tl.float32) - lse_q
-        p_logit = tl.load(theirs + at, mask=inside, other=float("-inf")).to(tl.float32)
-        log_p = p_logit - lse_p
-        log_r = p_logit - lse_r
         q = tl.exp(log_q)
-        least = tl.minimum(log_q, log_p)
-        # Behind the row's end logits are minus infinity: exp makes them zero. Where infinities would meet, a mask does.
-        alpha_B += tl.exp(least)
+        if TEACHER:
+            p_logit = tl.load(theirs + at, mask=inside, other=float("-inf")).to(tl.float32)
+            log_p = p_logit - lse_p
+            log_r = p_logit - lse_r
+            least = tl.minimum(log_q, log_p)
+            # Behind the row's end logits are minus infinity: exp makes them zero. Where infinities would meet, a mask does.
+            alpha_B += tl.exp(least)
         if KL + LK_LAMBDA > 0:
             kl_B += tl.where(inside, tl.exp(log_r) * (log_r - log_q), 0.0)
         if REVERSE_KL > 0:
@@ -148,7 +153,7 @@ def _loss_kernel(
     alpha = tl.sum(alpha_B, 0)
     below = tl.sum(below_B, 0)
     nan_q = lse_q - lse_q  # zero, or NaN
-    nan_p = lse_p - lse_p
+    nan_p = lse_p - lse_p  # likewise; zero without a teacher
     alpha += nan_q + nan_p
     loss = nan_q + kl_here * kl + REVERSE_KL * reverse
     if KL + REVERSE_KL + TV + LK_ALPHA + LK_LAMBDA > 0:  # what reads p; minima pass over NaN too
@@ -201,25 +206,31 @@ def fused(loss: dict[str, float], chunk: Chunk, learns: bool) -> tuple[RowStatis
     """
     if missing := terms.without_kernel(loss):
         raise UserError(f"loss.{missing[0]} is no part of the fused kernel (train/losses/fused.py); docs/extend/loss.md")
-    lse_whole_T, best_whole_T = _softmax(chunk.target_TV)
-    target = chunk.target_TV
-    lse_kept_T = lse_whole_T
-    best_kept_T = best_whole_T
-    if chunk.kept_D is not None:
-        target = chunk.target_TV[:, chunk.kept_D]
-        lse_kept_T, best_kept_T = _softmax(target)
     count, size = chunk.draft_CD.shape
-    found_3C = torch.empty(3, count, dtype=torch.float32, device=target.device)
-    best_C = torch.empty(count, dtype=torch.int32, device=target.device)
-    # A kernel takes a pointer in any case: another one, which OVERLAP=False never reads.
+    device = chunk.draft_CD.device
+    found_3C = torch.empty(3, count, dtype=torch.float32, device=device)
+    best_C = torch.empty(count, dtype=torch.int32, device=device)
+    # A kernel takes a pointer in any case: another one, which TEACHER=False and OVERLAP=False never read.
+    target = chunk.draft_CD
+    lse_whole_T = lse_kept_T = chunk.weight_C
+    best_whole_T = best_kept_T = best_C
+    if chunk.target_TV is not None:
+        target = chunk.target_TV
+        lse_kept_T, best_kept_T = lse_whole_T, best_whole_T = _softmax(target)
+        if chunk.kept_D is not None:
+            target = target[:, chunk.kept_D]
+            lse_kept_T, best_kept_T = _softmax(target)
     overlap_weight_C = chunk.weight_C if chunk.overlap_weight_C is None else chunk.overlap_weight_C
     _loss_kernel[(count,)](
         chunk.draft_CD, target, chunk.teacher_C, lse_whole_T, lse_kept_T, best_kept_T, chunk.label_C, chunk.mix_C, chunk.weight_C,
         overlap_weight_C, found_3C, best_C, size, **{name.upper(): float(loss.get(name, 0)) for name in terms.in_kernel()},
-        OVERLAP=chunk.overlap_weight_C is not None, LEARNS=learns, BLOCK=BLOCK, num_warps=WARPS,
+        OVERLAP=chunk.overlap_weight_C is not None, TEACHER=chunk.target_TV is not None, LEARNS=learns, BLOCK=BLOCK,
+        num_warps=WARPS,
     )  # fmt: skip
-    best_q_C = best_C.long() if chunk.kept_D is None else chunk.kept_D[best_C]
-    match_C = (best_whole_T[chunk.teacher_C] == best_q_C).float()
+    match_C = torch.zeros_like(found_3C[0])
+    if chunk.target_TV is not None:
+        best_q_C = best_C.long() if chunk.kept_D is None else chunk.kept_D[best_C]
+        match_C = (best_whole_T[chunk.teacher_C] == best_q_C).float()
     return RowStatistics(found_3C[0], found_3C[1], match_C, found_3C[2]), chunk.draft_CD if learns else None
 
 

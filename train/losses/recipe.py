@@ -6,7 +6,7 @@ from pydantic import Field, create_model, model_validator
 
 from common.recipe import Section
 from common.rules import obeying
-from train.losses.terms import TERMS, per_slot
+from train.losses.terms import TERMS, per_slot, reads
 from train.rules import LOSS
 
 Weight = Annotated[float, Field(ge=0)]
@@ -22,6 +22,11 @@ class _Loss(Section):
     def per_slot(self) -> dict[str, float]:
         """The weight of each per-slot term that has one."""
         return {name: getattr(self, name) for name in per_slot() if getattr(self, name)}
+
+    @property
+    def reads(self) -> str:
+        """The most that a term reads of the target's distribution (`Term.reads`)."""
+        return reads({name: getattr(self, name) for name in TERMS})
 
     @model_validator(mode="after")
     def _something_to_learn(self):

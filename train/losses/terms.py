@@ -3,7 +3,7 @@ is asked for, and what the objective divides by. `docs/extend/loss.md` says how 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -20,22 +20,26 @@ class Term(NamedTuple):
         per_slot: its rows are summed under the slot weights, with those of all per-slot terms. Otherwise it is averaged by
             itself, with a divisor of its own.
         in_kernel: the Triton kernel (`train/losses/fused.py`) has it. Only of per-slot terms: no other passes through the kernel.
+        reads: of the target's distribution "nothing", what it says of the "draft" vocabulary's tokens among themselves, or
+            the "whole" of it.
     """
 
     meaning: str
     definition: Callable[..., Tensor]
     per_slot: bool = True
     in_kernel: bool = False
+    reads: Literal["nothing", "draft", "whole"] = "whole"
 
 
 TERMS: dict[str, Term] = {
-    "kl": Term("the forward KL(p || q), p the target's distribution (EAGLE-3)", divergences.kl, in_kernel=True),
+    "kl": Term("the forward KL(p || q), p the target's distribution (EAGLE-3)", divergences.kl, in_kernel=True, reads="draft"),
     "reverse_kl": Term("KL(q || p)", divergences.reverse_kl, in_kernel=True),
-    "ce": Term("the cross entropy with the text's own token (DFlash)", divergences.ce, in_kernel=True),
+    "ce": Term("the cross entropy with the text's own token (DFlash)", divergences.ce, in_kernel=True, reads="nothing"),
     "ce_greedy": Term(
         "the cross entropy with the target's most likely token (BudgetDraft)",
         divergences.ce_greedy,
         in_kernel=True,
+        reads="draft",
     ),
     "tv": Term("the total variation, half of the L1 distance", divergences.tv, in_kernel=True),
     "lk_alpha": Term(
@@ -54,12 +58,16 @@ TERMS: dict[str, Term] = {
         per_slot=False,
     ),
     "kv_align": Term(
-        "the distance of the drafter's own K/V from the target's at the same position", divergences.relative_error, per_slot=False
+        "the distance of the drafter's own K/V from the target's at the same position",
+        divergences.relative_error,
+        per_slot=False,
+        reads="nothing",
     ),
     "query_align": Term(
         "the distance of the drafter's queries from the target's; needs cache.kinds=[...,query]",
         divergences.relative_error,
         per_slot=False,
+        reads="nothing",
     ),
 }
 
@@ -76,6 +84,12 @@ def per_slot() -> tuple[str, ...]:
 def in_kernel() -> tuple[str, ...]:
     """The terms that the Triton kernel has."""
     return tuple(name for name, term in TERMS.items() if term.in_kernel)
+
+
+def reads(loss: dict[str, float]) -> str:
+    """The most that a term with a weight reads of the target's distribution."""
+    order = ("nothing", "draft", "whole")
+    return order[max(order.index(TERMS[name].reads) for name, weight in loss.items() if weight)]
 
 
 def without_kernel(loss: dict[str, float]) -> list[str]:

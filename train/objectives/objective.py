@@ -4,7 +4,7 @@ Shapes: N anchors, V views of each, M = V x N groups, J drafted slots, R slots t
 T terms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from data_prep.target.frozen_head import FrozenHead
 from train.attention.backend import AttentionBackend
+from train.attention.flash import Taken
 from train.attention.visibility import Anchors, Places
 from train.data.pack import Pack
 from train.drafter.base import Drafter
+from train.drafter.layers import TokenHalves
 from train.drafter.memory import Memory
 from train.losses import divergences, terms, weights
+from train.losses.chunked import by_teacher
 from train.losses.recipe import LossRecipe
 from train.losses.types import HeadInput, RowStatistics
 from train.objectives import align
@@ -37,15 +40,16 @@ class Outcome(NamedTuple):
     `share`: what the pack adds to the step's loss; differentiable.
     `terms_T`: its parts in the order of `TERMS`, before they were divided.
     `loss`, `overlap`, `match` [V, N, J]: each slot's loss, its overlap with the teacher, and whether the likeliest tokens agree.
-    Zero where a slot does not count; overlap and match are one where the token was given to the drafter (`objective.prefix`).
+    Zero where a slot does not count; overlap and match are one where the token was given to the drafter (`objective.prefix`),
+    and None where nobody asked for them and the loss does not read the whole of the teachers' distributions.
     `valid` [N, J]: which slots count.
     """
 
     share: Tensor
     terms_T: Tensor
     loss: Tensor
-    overlap: Tensor
-    match: Tensor
+    overlap: Tensor | None
+    match: Tensor | None
     valid: Tensor
 
 
@@ -81,6 +85,7 @@ class Objective(nn.Module):
     def __init__(self, drafter: Drafter, head: FrozenHead, attend: AttentionBackend, supervision: Supervision):
         super().__init__()
         self.drafter = drafter
+        self.shares_tokens = True
         self.slots = drafter.config.draft_length
         self._head = head
         self._attend = attend
@@ -98,41 +103,49 @@ class Objective(nn.Module):
         draft_rows = pack.row_index(self.drafter.config.slots)[1].sum()
         return torch.stack([t.double() for t in (weighted, slots, draft_rows, slots)])
 
-    def forward(self, pack: Pack, weight_sum_T: Tensor | None = None, memory: Memory | None = None) -> Outcome:
+    def forward(
+        self, pack: Pack, weight_sum_T: Tensor | None = None, memory: Memory | None = None, acceptance: bool = True
+    ) -> Outcome:
         """`weight_sum_T`: `weight_sums` of all packs of the step, on all ranks; None: nothing is divided. `memory`: what
-        `remember` has already made of the pack."""
+        `remember` has already made of the pack. `acceptance`: whether overlap and match are wanted. Without them the teachers say
+        no more than the loss reads of them."""
         loss = self._supervision.loss
         # 1. Which rows count. Only they meet the LM head, whose product is the largest of the step. `nonzero` makes the host wait
-        # for the GPU. It stands here because little is queued yet; behind the drafter, the GPU would run dry at every step.
+        # for the GPU, and so does the order of teachers. Both stand here because little is queued yet. Behind the drafter, the
+        # GPU would run dry at every step.
         valid = pack.valid(self.slots)
         valid_MJ = valid.repeat(pack.views, 1)
         row, slot = valid_MJ.nonzero(as_tuple=True)
         view = row // len(valid)
         anchor = row % len(valid)
+        # The teacher of slot j = slot + 1 is at a + j − 1.
+        position = pack.anchor_N[anchor] + slot
+        teacher_R = pack.teacher_P[position]
+        teachers = by_teacher(teacher_R, self._supervision.chunk_rows)
         # 2. The drafter runs. Supervised keys and queries are taken from its attention calls while it does.
         if memory is None:
             memory = self.remember(pack)
         watching = loss.kv_align or loss.query_align
         with align.Watch(self.drafter) if watching else nullcontext() as watch:
             output = self.draft(pack, memory)
-        # 3. What the LM head and the loss are given. The teacher of slot j = slot + 1 is at a + j − 1; the label is the token
-        # after it, which the last position of a pack lacks.
-        position = pack.anchor_N[anchor] + slot
+        # 3. What the LM head and the loss are given. The label is the token after the teacher's: a pack's last position lacks it.
         label = pack.ids_P[(position + 1).clamp(max=len(pack.ids_P) - 1)]
         mix_VJ = torch.exp(-loss.eta * self._of_views(self.alpha_VJ, pack).to(slot.device))
         rows = HeadInput(
             draft_ME=output.reshape(-1, output.shape[-1]),
             index_R=row * self.slots + slot,
             teacher_LE=pack.last_hidden_RE,
-            teacher_R=pack.teacher_P[position],
+            teacher_R=teacher_R,
             label_R=label,
             mix_R=mix_VJ[view, slot].float(),
+            teachers=teachers,
         )
         # 4. The loss. Its divisors are sums over all packs of the step, on all ranks, and known before the forward: so a pack's
         # share is final when its backward begins, and the shares of all packs and ranks just add up.
         scale_T = torch.ones(len(TERMS)) if weight_sum_T is None else 1 / weight_sum_T.clamp(min=1e-9)
         scale_T = scale_T.to(slot.device, torch.float32)
-        share, slots_sum, missed, statistics = self._head_loss(rows, pack, valid_MJ, scale_T)
+        reads = "whole" if acceptance else loss.reads
+        share, slots_sum, missed, statistics = self._head_loss(rows, pack, valid_MJ, scale_T, reads)
         aligned = [torch.zeros_like(share), torch.zeros_like(share)]
         if loss.kv_align:
             aligned[0] = loss.kv_align * align.kv_error(watch, self.drafter.config, memory, pack)
@@ -144,7 +157,8 @@ class Objective(nn.Module):
         slot_loss, overlap, match = (grid(values, valid_MJ).unflatten(0, (pack.views, -1)) for values in statistics[:3])
         in_prefix = pack.in_prefix(self.slots)
         terms_T = torch.stack([slots_sum, missed, *aligned]).detach()
-        return Outcome(share, terms_T, slot_loss, overlap.masked_fill(in_prefix, 1), match.masked_fill(in_prefix, 1), valid)
+        accepted = [t.masked_fill(in_prefix, 1) if reads == "whole" else None for t in (overlap, match)]
+        return Outcome(share, terms_T, slot_loss, *accepted, valid)
 
     def draft_rows(self, pack: Pack) -> Tensor:
         """How many draft rows, and so how many of their own keys and values, belong to anchors that count."""
@@ -188,10 +202,21 @@ class Objective(nn.Module):
         repeats = len(anchors.index) // len(pack.anchor_N)
         prefix_M = None if pack.prefix_N is None else pack.prefix_N.repeat(repeats)
         feature_ME = None if memory.feature is None else memory.feature[(anchors.index - 1).clamp(min=0)]
-        text = Text(self._embed, pack.ids_P, anchors.index, self._attend, self.slots, prefix_M)
+        text = Text(self._reading(pack, len(anchors.index)), anchors.index, self._attend, self.slots, prefix_M)
         start = Start(memory, anchors.document, anchors.position, feature_ME)
         self.drafter.config.schedule.draft(self.drafter, start, text)
         return text.output_NJE
+
+    def _reading(self, pack: Pack, anchors: int) -> Callable:
+        """Places in the pack, of as many anchors -> what the drafter reads of their tokens."""
+        last = len(pack.ids_P) - 1
+        # Every step of ttt reads most of the pack's tokens once more. Where they are read often, and no place is read twice in a
+        # step, what depends on the token alone is made once.
+        schedule = self.drafter.config.schedule
+        if self.shares_tokens and schedule.token_by_token and last < anchors * (self.slots - 1) and anchors == len(pack.anchor_N):
+            if (halves := self.drafter.halves(self._embed(pack.ids_P))) is not None:
+                return partial(_taken, halves)
+        return lambda index_N: self._embed(pack.ids_P[index_N.clamp(max=last)])
 
     def logits(self, pack: Pack) -> Tensor:
         """The same over the target's vocabulary, [(V,) N, J, V]: for tests, all at once."""
@@ -223,7 +248,7 @@ class Objective(nn.Module):
         return queries, places
 
     def _head_loss(
-        self, rows: HeadInput, pack: Pack, valid_MJ: Tensor, scale_T: Tensor
+        self, rows: HeadInput, pack: Pack, valid_MJ: Tensor, scale_T: Tensor, reads: str
     ) -> tuple[Tensor, Tensor, Tensor, RowStatistics]:
         """(the head's share of the loss, its undivided per-slot and expected-length terms, statistics)."""
         loss = self._supervision.loss
@@ -231,7 +256,7 @@ class Objective(nn.Module):
         view_weight_V = self._of_views(self._view_weight_V, pack).to(valid_MJ.device)
         view_weight_M1 = view_weight_V.repeat_interleave(len(pack.anchor_N))[:, None]
         # Every rank applies the head as often as the others, also to no rows: under ZeRO-3 that gathers its weight.
-        apply = partial(self.drafter.head, rows, self._head, loss.per_slot, chunk=self._supervision.chunk_rows)
+        apply = partial(self.drafter.head, rows, self._head, loss.per_slot, chunk=self._supervision.chunk_rows, reads=reads)
         # 1. Look. With D-PACE and expected length, what a slot counts depends on what the drafter says of its whole block. But
         # rows pass the head chunk by chunk, and a chunk takes its gradient at once (its logits are not kept), so that weights
         # have to be known before. So all rows pass twice: first to be looked at, then to be learned from.
@@ -279,6 +304,13 @@ class Objective(nn.Module):
         """What is known of each view of a pack, [V, ...]. Where views are judged, which are others than those of training, each
         counts as the first."""
         return values if self.training else values[:1].expand(pack.views, *values.shape[1:])
+
+
+def _taken(halves: TokenHalves, index_N: Tensor) -> TokenHalves:
+    return {
+        branch: {name: (Taken.apply(half_PO, index_N), weight_OE) for name, (half_PO, weight_OE) in made.items()}
+        for branch, made in halves.items()
+    }
 
 
 def grid(values: Tensor, valid_NJ: Tensor) -> Tensor:

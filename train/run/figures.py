@@ -28,12 +28,14 @@ class Sums(NamedTuple):
     terms_T: Tensor  # each term of the loss, not yet divided
     weight_T: Tensor  # what each term is divided by
     overlap_VJ: Tensor  # each view's overlap with the teacher, over the anchors whose slot j counts
-    valid_J: Tensor  # how many anchors that are
+    valid_J: Tensor  # how many anchors that are; none where acceptance was not counted
     counts_V4J: Tensor  # of acceptance
 
     @staticmethod
     def of(outcome: Outcome, pack: Pack) -> "Sums":
         """Of one pack. `weight_T` is left at zero: it is known for the whole step only."""
+        counted = outcome.overlap is not None
+        nothing_VJ = outcome.loss.new_zeros(outcome.loss.shape[::2], dtype=torch.float64)
         share = outcome.share.detach().double()
         terms_T = outcome.terms_T.double()
         return Sums(
@@ -41,9 +43,9 @@ class Sums(NamedTuple):
             tokens=share.new_tensor(len(pack.ids_P)),
             terms_T=terms_T,
             weight_T=torch.zeros_like(terms_T),
-            overlap_VJ=(outcome.overlap.double() * outcome.valid).sum(1),
-            valid_J=outcome.valid.double().sum(0),
-            counts_V4J=acceptance.counts(outcome),
+            overlap_VJ=(outcome.overlap.double() * outcome.valid).sum(1) if counted else nothing_VJ,
+            valid_J=outcome.valid.double().sum(0) * counted,
+            counts_V4J=acceptance.counts(outcome) if counted else torch.stack([nothing_VJ] * 4, dim=1),
         )
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -88,7 +90,8 @@ def window_figures(total: Sums, measured: Measured, recipe: TrainRecipe) -> dict
     parts = (total.terms_T / total.weight_T.clamp(min=1e-9)).tolist()
     several = sum(part != 0 for part in parts) > 1
     counts_V4J = total.counts_V4J.cpu()
-    found = acceptance.summarise(counts_V4J[0])
+    counted = bool(total.valid_J.sum() > 0)  # whether acceptance was, in some step
+    found = acceptance.summarise(counts_V4J[0]) if counted else {}
     return {
         "loss": sum(parts),
         **({"terms": dict(zip(TERMS, parts))} if several else {}),
@@ -98,7 +101,7 @@ def window_figures(total: Sums, measured: Measured, recipe: TrainRecipe) -> dict
         "data_wait_share": measured.waited / measured.seconds,
         "peak_gib": measured.peak_gib,
         **{kind: vars(one) for kind, one in found.items()},
-        **_sparse(counts_V4J, recipe),
+        **(_sparse(counts_V4J, recipe) if counted else {}),
     }
 
 

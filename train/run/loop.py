@@ -187,11 +187,13 @@ class Trainer:
 
         # `engine.step` is called after every pack. DeepSpeed counts these calls: only the last of `accumulation` changes weights.
         # Between its backward and that call the gradients of the whole step are there to be looked at.
+        every = self.recipe.train.acceptance_every
+        counts = bool(every) and step % every == 0
         parts: list[Sums] = []
         for pack in packs[:-1]:
-            parts.append(self._learn(pack, weight_T))
+            parts.append(self._learn(pack, weight_T, counts))
             self.model.engine.step()
-        parts.append(self._learn(packs[-1], weight_T))
+        parts.append(self._learn(packs[-1], weight_T, counts))
         total = self._reduce(step, packs, parts)
         if saves and self.recipe.train.diagnose:
             self._look_at_gradients(packs)
@@ -209,9 +211,9 @@ class Trainer:
             )
         return total._replace(weight_T=weight_T)
 
-    def _learn(self, pack: Pack, weight_T: torch.Tensor) -> Sums:
-        """Forward and backward of one pack."""
-        outcome = self.model.engine(pack, weight_T)
+    def _learn(self, pack: Pack, weight_T: torch.Tensor, counts: bool) -> Sums:
+        """Forward and backward of one pack. `counts`: whether acceptance is."""
+        outcome = self.model.engine(pack, weight_T, acceptance=counts)
         # The shares of all packs add up to the loss, so their gradients are to be added. DeepSpeed makes means of them: it
         # divides by the accumulation and by the number of ranks, which is undone here.
         self.model.engine.backward(outcome.share * (self.world * self.accumulation))
@@ -296,8 +298,9 @@ class Trainer:
         figures = window_figures(window.total(), measured, self.recipe)
         self.tracker.log(step, figures)
         left = (self.recipe.train.max_steps - step) * seconds / len(window.steps)
+        tau = f"tau {figures['sampled']['tau']:.3f}  " if "sampled" in figures else ""
         self.voice.say(
-            f"step {step}/{self.recipe.train.max_steps}  loss {figures['loss']:.3f}  tau {figures['sampled']['tau']:.3f}  "
+            f"step {step}/{self.recipe.train.max_steps}  loss {figures['loss']:.3f}  {tau}"
             f"{figures['tokens_per_s']:,.0f} tokens/s  {left / 60:.1f} min left"
         )
 

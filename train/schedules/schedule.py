@@ -64,15 +64,13 @@ class Text(Source):
     """The tokens of a text that is known to its end: training.
 
     Args:
-        embed: ids -> what the drafter reads of them.
+        read: places in the text -> what the drafter reads of their tokens. Places past the text's end are asked for too: their
+            slots never count.
         index_N: each anchor's place in the text.
     """
 
-    def __init__(
-        self, embed: Callable, ids_P: Tensor, index_N: Tensor, attend: Callable, length: int, prefix_N: Tensor | None = None
-    ):
-        self._embed = embed
-        self._ids_P = ids_P
+    def __init__(self, read: Callable, index_N: Tensor, attend: Callable, length: int, prefix_N: Tensor | None = None):
+        self._read = read
         self._index_N = index_N
         self.attend = attend
         self.length = length
@@ -82,7 +80,7 @@ class Text(Source):
 
     def token(self, slot: int) -> Tensor:
         # Past a document's end the token is another document's. Such slots never count (Pack.valid).
-        return self._embed(self._ids_P[(self._index_N + slot).clamp(max=len(self._ids_P) - 1)])
+        return self._read(self._index_N + slot)
 
     def drafted(self, output_NE: Tensor) -> None:
         self._outputs.append(output_NE)
