@@ -21,7 +21,7 @@ from data_prep.decoding.dialogues import Ask, Dialogue
 from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe
 from data_prep.sources import records as sources
-from data_prep.sources.tokens import LeftOut, messages_of
+from data_prep.sources.messages import LeftOut, messages_of
 from data_prep.synthesis.conversation import Conversation, Write
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.server import Server

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UserError
 from data_prep.recipe import DataRecipe
 from data_prep.sources.records import records
-from data_prep.sources.tokens import LeftOut, encode, joined
+from data_prep.sources.tokens import LeftOut, Part, encode, joined
 from eval.prompts.records import numbered_rows
 from eval.prompts.suites import Prompt, Style, SuiteRecipe
 
@@ -178,20 +178,22 @@ def heldout_prompts(data: DataRecipe, suite: SuiteRecipe, tokenizer: PreTrainedT
     def encoded():
         for record in records(data, heldout=True):
             try:
-                yield record, encode(record, tokenizer, data)
-            except LeftOut:
-                continue
+                yield Part(record.id, *encode(record, tokenizer, data))
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
 
+    left_out: Counter[str] = Counter()
     every = encoded()
     found = []
     if data.long == "join":
         every = joined(every, suite.prompt_tokens, tokenizer.eos_token_id)
-    for record, (ids, _) in every:
-        if len(ids) >= suite.prompt_tokens:
-            found.append(Prompt(record.id, ids[: suite.prompt_tokens]))
+    for part in every:
+        if len(part.ids) >= suite.prompt_tokens:
+            found.append(Prompt(part.id, part.ids[: suite.prompt_tokens]))
         if len(found) == suite.count:
             return found
     raise UserError(
         f"data={data.source} has {len(found)} held-out documents of {suite.prompt_tokens} tokens, fewer than "
         f"suite.count={suite.count}; data.long=join joins shorter ones"
+        + "".join(f"; {n} x {reason}" for reason, n in left_out.most_common(3))
     )
