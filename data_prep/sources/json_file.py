@@ -4,8 +4,9 @@ and whether or not a byte order mark stands before it."""
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 
@@ -21,6 +22,7 @@ NOT_LINES = {
     b"PAR1": ("Parquet", None),
 }
 BETWEEN = re.compile(r"[\s,]*")
+DECODER = json.JSONDecoder()
 
 
 def json_objects(path: Path) -> Iterator[tuple[str, int, dict]]:
@@ -39,7 +41,9 @@ def json_objects(path: Path) -> Iterator[tuple[str, int, dict]]:
         for number, line in enumerate(file, start=1):
             if line.removeprefix(MARK).strip():
                 where = f"{path}, line {number}"
-                yield where, place, _object(where, lambda: json.loads(line))
+                with _named(where):
+                    value = json.loads(line)
+                yield where, place, _object(where, value)
             place += len(line)
 
 
@@ -59,31 +63,28 @@ def _elements(path: Path) -> Iterator[tuple[str, int, dict]]:
         if text[begin : begin + 1] == "]":
             break
         number += 1
-        end = begin
-
-        def element():
-            nonlocal end
-            value, end = DECODER.raw_decode(text, begin)
-            return value
-
         where = f"{path}, record {number}"
-        yield where, place, _object(where, element)
+        with _named(where):
+            value, end = DECODER.raw_decode(text, begin)
+        yield where, place, _object(where, value)
         place += len(text[begin:end].encode())
         at = end
     if text[begin + 1 :].strip():
         raise UserError(f"{path}: more than one JSON array, or text behind it")
 
 
-DECODER = json.JSONDecoder()
-
-
-def _object(where: str, parse) -> dict:
+@contextmanager
+def _named(where: str) -> Iterator[None]:
     try:
-        if isinstance(value := parse(), dict):
-            return value
+        yield
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON object in valid Unicode") from error
-    raise UserError(f"{where}: not a JSON object")
+
+
+def _object(where: str, value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return value
 
 
 def object_at(file: BinaryIO, place: int, behind: int | None) -> dict:

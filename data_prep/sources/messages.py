@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 MARKS = ("weight", "loss_mask", "train", "training", "loss")  # of OpenAI, LlamaFactory, axolotl (two) and ms-swift: 0 or 1
-MARK_LIKE = re.compile("train|loss|weight|mask|label")  # in names that may say what is not to be learned
+MARK_LIKE = re.compile("(?<![a-z])(train|loss|weight|mask|label)")  # in names that may say what is not to be learned
 CALLS = ("tool_calls", "function_call")
 
 
@@ -22,8 +23,8 @@ class LeftOut(Exception):
 
 
 def listed(value: Any) -> Any:
-    """An array as the list that it stands for."""
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    """What an array or a number of numpy's stands for."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def messages_of(fields: dict, template: str = "") -> list[dict]:
@@ -35,7 +36,7 @@ def messages_of(fields: dict, template: str = "") -> list[dict]:
         role = SPEAKERS.get(role, role) if isinstance(role, str) else None
         if role not in ROLES:
             raise LeftOut(f"an unknown role '{role}'" if role else "an unknown role, or none")
-        if calls := _parsed(listed(turn.get("tool_calls"))):
+        if calls := _parsed(turn.get("tool_calls")):
             turn = turn | {"tool_calls": _calls(calls)}
         rest = {}
         for key, value in turn.items():
@@ -68,19 +69,29 @@ def trained(fields: dict, remarks: set[str]) -> list[bool]:
     for turn in _turns(fields):
         if any(turn.get(name) for name in ("train_detail", "training_detail")):
             raise LeftOut("'train_detail' of a message marks parts of it, which is not understood")
-        found.append(not marked_out(turn, "a message"))
-        unknown = [key for key in turn if MARK_LIKE.search(key) and key not in MARKS and turn[key]]
+        marks = {name: turn[name] for name in MARKS if turn.get(name) is not None}
+        for name, value in marks.items():
+            if not is_mark(value):
+                raise LeftOut(f"'{name}' of a message is neither 0 nor 1, which is not understood")
+        found.append(all(marks.values()))
+        unknown = [key for key in turn if MARK_LIKE.search(key) and key not in MARKS and turn[key] is not None]
         remarks.update(f"kept, but '{name}' of a message is not understood" for name in unknown)
     return found
 
 
-def marked_out(fields: dict, what: str) -> bool:
-    """Whether a mark of `fields` says that it is not to be trained. Raises LeftOut for a mark that is neither 0 nor 1."""
-    marks = {name: fields[name] for name in MARKS if fields.get(name) is not None}
-    for name, value in marks.items():
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise LeftOut(f"'{name}' of {what} is neither 0 nor 1, which is not understood")
+def marked_out(fields: dict, remarks: set[str], known: Collection[str] = ()) -> bool:
+    """Whether a mark beside the content of a record says that all of it is not to be trained. Fields that look like marks and say
+    nothing of the kind (a column of losses, say) are no reason to lose a record: they are added to `remarks`, but for `known`
+    ones, which are read elsewhere."""
+    looks = [name for name, value in fields.items() if MARK_LIKE.search(name) and name not in known and value is not None]
+    marks = {name: listed(fields[name]) for name in looks if name in MARKS}
+    marks = {name: value for name, value in marks.items() if is_mark(value)}
+    remarks.update(f"kept, but '{name}' of a record is not understood" for name in looks if name not in marks)
     return not all(marks.values())
+
+
+def is_mark(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def no_json(value: Any) -> str | None:
@@ -95,7 +106,7 @@ def no_json(value: Any) -> str | None:
 
 
 def _turns(fields: dict) -> list[dict]:
-    turns = _parsed(listed(fields.get("messages") or fields.get("conversations")))
+    turns = _parsed(listed(fields.get("messages")) or listed(fields.get("conversations")))
     # As `datasets` gives a sequence of structs: by key, each a list of one length.
     if isinstance(turns, dict) and turns and all(isinstance(listed(v), list) for v in turns.values()):
         columns = {key: listed(values) for key, values in turns.items()}
@@ -105,7 +116,7 @@ def _turns(fields: dict) -> list[dict]:
         raise LeftOut("it has no 'messages' or 'conversations'")
     if not all(isinstance(turn, dict) for turn in turns):
         raise LeftOut("a message of it is not an object")
-    return turns
+    return [{key: listed(value) for key, value in turn.items()} for turn in turns]
 
 
 def _parsed(value: Any) -> Any:
@@ -133,7 +144,7 @@ def _calls(calls: Any) -> list[dict]:
 
 def _content(turn: dict) -> str | None:
     """The text of a message; OpenAI's parts are joined when they are text. None only beside a call of tools."""
-    content = listed(turn.get("content", turn.get("value")))
+    content = turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return "".join(part["text"] for part in content)
     if isinstance(content, str) or (content is None and any(turn.get(name) for name in CALLS)):

@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from data_prep.recipe import DataRecipe
-from data_prep.sources.messages import CALLS, MARK_LIKE, LeftOut, listed, marked_out, messages_of, tools_of, trained
+from data_prep.sources.messages import CALLS, LeftOut, is_mark, listed, marked_out, messages_of, tools_of, trained
 from data_prep.sources.records import Record
 from data_prep.sources.sides import VALIDATION, is_validation
 
 # Masks beside stored tokens, 1 where a token is supervised: ours, and what TRL calls them.
 MASKS = ("loss_mask", "assistant_masks", "assistant_mask", "completion_mask")
+TOKEN_MARKS = (*MASKS, "labels", "attention_mask", "special_tokens_mask")
 IGNORED = -100  # of labels
+PASSED_OVER = "kept, but marks not to train are passed over by data.loss_mask=none"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 DATE = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")
 TODAY = date(2026, 1, 1)  # for templates that write the date: a capture must go on tomorrow
@@ -56,19 +58,21 @@ def encode(
         UserError: the tokenizer has no chat template.
     """
     remarks = set() if remarks is None else remarks
-    match _format(record.fields, data):
-        case "tokens":
-            return _stored_tokens(record.fields, len(tokenizer), remarks)
-        case "chat":
-            ids, mask = _chat(record.fields, tokenizer, data, remarks)
-            if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
-                last = len(mask) - 1 - mask[::-1].index(1)
-                mask[last] = int(ids[last] not in tokenizer.all_special_ids)
-            return ids, mask
+    format = _format(record.fields, data)
+    if marked_out(record.fields, remarks, known=TOKEN_MARKS if format == "tokens" else ()):
+        if data.loss_mask != "none":
+            raise LeftOut("marked not to be trained")
+        remarks.add(PASSED_OVER)
+    if format == "tokens":
+        return _stored_tokens(record.fields, len(tokenizer))
+    if format == "chat":
+        ids, mask = _chat(record.fields, tokenizer, data, remarks)
+        if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
+            last = len(mask) - 1 - mask[::-1].index(1)
+            mask[last] = int(ids[last] not in tokenizer.all_special_ids)
+        return ids, mask
     if not isinstance(record.fields.get("text"), str):
         raise LeftOut("it has no 'text'" if record.fields.get("text") is None else "its 'text' is not text")
-    if data.loss_mask != "none" and marked_out(record.fields, "a record"):
-        raise LeftOut("marked not to be trained")
     try:
         record.fields["text"].encode()
     except UnicodeEncodeError:
@@ -112,6 +116,9 @@ def joined(parts: Iterable[Part], length: int, end: int | None) -> Iterator[Part
     so that no text stands on both sides (`VALIDATION`)."""
     begun: dict[bool, Part] = {}
     for part in parts:
+        if not part.ids and end is None:  # nothing of it can be joined
+            yield part
+            continue
         # Decided for each record, before joining: a piece that held both sides could be on neither.
         judged = is_validation(part.id)
         prefix = VALIDATION * judged
@@ -151,10 +158,10 @@ def _format(fields: dict, data: DataRecipe) -> str:
         return data.format
     if fields.get("input_ids") is not None:
         return "tokens"
-    return "chat" if fields.get("messages") or fields.get("conversations") else "text"
+    return "chat" if any(listed(fields.get(name)) for name in ("messages", "conversations")) else "text"
 
 
-def _stored_tokens(fields: dict, vocabulary: int, remarks: set[str]) -> tuple[list[int], list[int]]:
+def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]:
     """A token is supervised when each mask beside it says so: `MASKS` by 1, `labels` by the token itself instead of -100."""
     ids = listed(fields.get("input_ids"))
     if not isinstance(ids, list):
@@ -164,7 +171,7 @@ def _stored_tokens(fields: dict, vocabulary: int, remarks: set[str]) -> tuple[li
     for name, values in beside.items():
         if not isinstance(values, list) or len(values) != len(ids):
             raise LeftOut(f"'input_ids' and '{name}' are not lists of one length")
-        if name != "labels" and not all(isinstance(v, bool | int | float) and v in (0, 1) for v in values):
+        if name != "labels" and not all(map(is_mark, values)):
             raise LeftOut(f"'{name}' is not of 0 and 1")
     if not all(type(i) is int and 0 <= i < vocabulary for i in ids):
         raise LeftOut("a token id outside the vocabulary")
@@ -175,9 +182,6 @@ def _stored_tokens(fields: dict, vocabulary: int, remarks: set[str]) -> tuple[li
     kept = slice(there.index(1), len(there) - there[::-1].index(1)) if 1 in there else slice(0)
     if not all(there[kept]):
         raise LeftOut("'attention_mask' hides tokens between others")
-    known = {*MASKS, "attention_mask", "special_tokens_mask", "labels"}
-    unknown = [name for name in fields if MARK_LIKE.search(name) and name not in known and fields[name] is not None]
-    remarks.update(f"kept, but '{name}' beside its input_ids is not understood" for name in unknown)
     mask = [int(label != IGNORED and all(column)) for label, *column in zip(labels, *beside.values())]
     return ids[kept], mask[kept]
 
@@ -202,17 +206,14 @@ def _chat(fields: dict, tokenizer: PreTrainedTokenizerBase, data: DataRecipe, re
     remarks.update(
         f"kept, but the chat template does not write '{name}'"
         for name in REASONING
-        if name not in template and any(name in message for message in messages)
+        if not re.search(rf"\b{name}\b", template) and any(name in message for message in messages)
     )
     wanted = trained(fields, remarks)
-    whole = not marked_out({name: mark for name, mark in fields.items() if name != "loss_mask"}, "a record")
     if data.loss_mask == "none":
-        if not (whole and all(wanted)):
-            remarks.add("kept, but marks not to train are passed over by data.loss_mask=none")
+        if not all(wanted):
+            remarks.add(PASSED_OVER)
         ids = render(messages)
         return ids, [1] * len(ids)
-    if not whole:
-        raise LeftOut("marked not to be trained")
     turns = [k for k, message in enumerate(messages) if k and message["role"] == "assistant"]  # the first answers nobody
     if not turns:
         raise LeftOut("no reply of the assistant")

@@ -15,11 +15,11 @@ from common.errors import UserError
 from common.hashing import stable_hash
 from common.recipe import ROOT
 from data_prep.recipe import DataRecipe
-from data_prep.sources.counts import Counts
+from data_prep.sources.counts import CAPTURED, Counts
 from data_prep.sources.documents import Digest, Documents, tokenized, write_documents
 from data_prep.sources.records import Record, records
 from data_prep.sources.sides import is_validation
-from data_prep.sources.tokens import LeftOut, TokenDocument, encode
+from data_prep.sources.tokens import LeftOut, Part, TokenDocument, encode, joined, pieces
 from data_prep.target.loading import load_tokenizer
 from tests.support.conversations import conversation, write_lines
 
@@ -198,6 +198,8 @@ def test_what_is_too_long_is_split_cut_or_dropped_and_counted(tokenizer, long, l
         ({"input_ids": [1, 2, 3], "loss_mask": [1, 1, 0]}, "behind the second"),
         ({"input_ids": [1, 2, 3], "labels": [1, 3, 3]}, "neither the input_ids beside them nor -100"),
         ({"messages": [{"role": "user", "content": "x", "weight": 0.5}]}, "neither 0 nor 1"),
+        ({"input_ids": [1, 2, 3], "train": False}, "marked not to be trained"),
+        ({"text": "a b c d", "weight": np.float32(0)}, "marked not to be trained"),
         ({"input_ids": [1]}, "fewer than three tokens"),
         ({"txt": "a b"}, "no 'text'"),
         ({"text": "half a character \ud800"}, "not valid Unicode"),
@@ -380,6 +382,39 @@ def test_masks_beside_stored_tokens_say_what_is_supervised(tokenizer):
     assert encode(Record("a", fields), tokenizer, data()) == ([5, 6, 7, 8, 9], [0, 0, 1, 0, 1])
     padded = {"input_ids": [0, 6, 7, 8, 0], "attention_mask": [0, 1, 1, 1, 0]}
     assert encode(Record("a", padded), tokenizer, data()) == ([6, 7, 8], [1, 1, 1])
+
+
+def test_arrays_are_the_lists_that_they_stand_for(tokenizer):
+    messages = conversation(["q", "not this", "q", "this"])
+    messages[1]["weight"] = np.int64(0)
+    of_arrays = messages[:3] + [messages[3] | {"content": np.array([{"type": "text", "text": "this"}])}]
+    plain = encode(Record("a", {"messages": messages}), tokenizer, data())
+    assert encode(Record("a", {"messages": np.array(of_arrays), "tools": np.array([])}), tokenizer, data()) == plain
+    columns = {"role": np.array([m["role"] for m in messages]), "content": np.array([m["content"] for m in messages])}
+    columns["weight"] = np.array([m.get("weight", 1) for m in messages])
+    assert encode(Record("a", {"conversations": columns}), tokenizer, data()) == plain
+    stored = {"input_ids": np.arange(5), "loss_mask": np.array([0, 0, 1, 1, 0], dtype=bool)}
+    assert encode(Record("a", stored), tokenizer, data()) == ([0, 1, 2, 3, 4], [0, 0, 1, 1, 0])
+
+
+def test_what_looks_like_a_mark_and_is_not_understood_is_counted(tokenizer):
+    source = [Record("a", {"text": "import os, sys", "loss": 1.7, "constraint": "x", "label": 3})]
+    source += [Record("b", {"messages": [m | {"mask": 0, "train": None} for m in conversation(["q", "a b c"])]})]
+    source += [Record("c", {"input_ids": [1, 2, 3], "weights": [0, 1, 1]})]
+    documents, said = everything(source, tokenizer, data())
+    named = {f"kept, but '{name}' of a {what} is not understood" for name, what in
+             (("loss", "record"), ("label", "record"), ("mask", "message"), ("weights", "record"))}  # fmt: skip
+    assert len(documents) == 3 and said == dict.fromkeys(named, 1)
+
+
+def test_an_empty_record_is_counted_where_joining_puts_no_end_token(tokenizer):
+    source = [Record("a", {"text": ""}), Record("b", {"text": "a longer text, so that it is kept"})]
+    counts = Counts()
+    parts = [Part(record.id, *encode(record, tokenizer, data()), [counts.read()]) for record in source]
+    for part in joined(parts, 64, None):
+        for document in pieces(part, data()):
+            counts.end(part.records, document if isinstance(document, str) else CAPTURED)
+    assert counts.said()["left_out"] == {"fewer than three tokens": 1}
 
 
 def test_calls_that_the_template_does_not_write_are_refused_by_name(tokenizer):
