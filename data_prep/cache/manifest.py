@@ -16,6 +16,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 FILES = "files.json"
+UNHASHED = ("recipe", "records", "kept")  # of the source: no part of a manifest's identity
 DOCUMENTS = "documents.arrow"  # the tokenised source, in the cache's folder while it is being captured
 
 
@@ -36,7 +37,7 @@ class Manifest(BaseModel):
     codec: str  # fp8, bf16 or fp32
     last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
     max_length: int
-    source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised, what was left out and why
+    source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised; records, left_out, kept: sources.counts
     # Not part of the identity: another release of PyTorch may go on with a capture.
     software: dict
 
@@ -90,13 +91,13 @@ class Manifest(BaseModel):
 
     def identity(self) -> dict:
         """What two captures of the same thing share: not by which software and server they were made, nor how the data were
-        named."""
+        named or which of them were not captured."""
         fields = self.model_dump(exclude={"software"})
         fields["target"] = {key: value for key, value in self.target.items() if key != "server"}
         # Caches of GGUF files were captured before a manifest named quantisations; their weights' hash tells them apart.
         if self.target.get("quantisation", {}).get("method") == "gguf":
             del fields["target"]["quantisation"]
-        return fields | {"source": {key: value for key, value in self.source.items() if key != "recipe"}}
+        return fields | {"source": {key: value for key, value in self.source.items() if key not in UNHASHED}}
 
 
 def is_teacher(name: str) -> bool:

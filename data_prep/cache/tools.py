@@ -97,6 +97,8 @@ def inspect(recipe: DataPrepRecipe) -> None:
         "tokens": f"{reader.lengths.sum():,}, of which {reader.supervised.sum():,} supervised ({share.mean():.0%} of a document)",
         "length": "min {:.0f}, median {:.0f}, 95% {:.0f}, max {:.0f}".format(*np.quantile(reader.lengths, [0, 0.5, 0.95, 1])),
         "size": f"{size / 2**30:.3f} GiB, {size / reader.lengths.sum():,.0f} bytes a token",
+        **{f"records {how}": f"{n:,}" for how, n in manifest.source.get("records", {}).items()},
+        **{reason: f"{n:,}" for reason, n in manifest.source.get("kept", {}).items()},
         **{f"left out: {reason}": f"{n:,}" for reason, n in manifest.source.get("left_out", {}).items()},
         **{f"norm of {name}": "median {:.3g}, 99% {:.3g}".format(*np.quantile(n, [0.5, 0.99])) for name, n in norms.items()},
     }
@@ -174,8 +176,10 @@ def merge(recipe: DataPrepRecipe) -> None:
         "name": "+".join(sorted({s["name"] for s in sources})),
         "hash": Digest.joined([s["hash"] for s in sources]),
         **{key: sum(s[key] for s in sources) for key in ("documents", "tokens", "supervised")},
-        "left_out": dict(sum((Counter(s["left_out"]) for s in sources), Counter())),
+        **{key: dict(sum((Counter(s.get(key, {})) for s in sources), Counter())) for key in ("left_out", "kept")},
     }
+    if all("records" in s for s in sources):  # older manifests do not say
+        source["records"] = {key: sum(s["records"][key] for s in sources) for key in sources[0]["records"]}
     seen: set[str] = set()
     for reader in readers:
         ids = reader.ids.to_pylist()

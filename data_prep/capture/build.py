@@ -20,6 +20,7 @@ from data_prep.capture.capture import capture
 from data_prep.capture.plan import chosen_layers, completed, plan
 from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
+from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, tokenized, write_documents
 from data_prep.sources.sides import refuse_one_side
 from data_prep.target.architecture import target_sizes
@@ -34,14 +35,18 @@ def tokenise(recipe: CaptureSections, path: Path, processes: int = 1) -> dict:
     """Write the tokenised source to `path`, as one of `processes` that do so at once; returns the manifest's word on it and
     says what was left out."""
     tokenizer = target_tokenizer(recipe.target)
-    left_out: Counter = Counter()
+    counts = Counts()
     workers = recipe.capture.workers or max(1, (os.cpu_count() or 1) // processes)
-    documents = tokenized(sources.records(recipe.data, heldout=False), tokenizer, recipe.data, left_out, workers)
+    records = sources.records(recipe.data, heldout=None, whole=recipe.data.max_tokens is None)
+    documents = tokenized(records, tokenizer, recipe.data, counts, workers)
     if rank() == 0:
         documents = counted(documents, lambda number: f"tokenise: {number:,} documents")
-    source = write_documents(path, documents, left_out)
+    source = write_documents(path, documents, counts)
     if rank() == 0:
-        say(left_out)
+        read = source["records"]
+        heldout = f"{read['held_out']:,} held out for evaluation"
+        print(f"{read['read']:,} records: {read['captured']:,} captured, {heldout}", flush=True)
+        say(Counter(source["left_out"]) + Counter(source["kept"]))
     return source
 
 

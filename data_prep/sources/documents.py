@@ -20,35 +20,58 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UserError
 from common.ranks import PR_SET_PDEATHSIG
 from data_prep.recipe import DataRecipe
+from data_prep.sources.counts import CAPTURED, HELD_OUT, Counts
 from data_prep.sources.records import Record
-from data_prep.sources.tokens import LeftOut, TokenDocument, encode, joined, pieces
+from data_prep.sources.tokens import LeftOut, Part, TokenDocument, encode, joined, pieces, unusable
 
 CHUNK = 64  # records that a worker takes at a time
 SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))])
 
 
 def tokenized(
-    source: Iterable[Record], tokenizer: PreTrainedTokenizerBase, data: DataRecipe, left_out: Counter, workers: int = 1
+    source: Iterable[Record], tokenizer: PreTrainedTokenizerBase, data: DataRecipe, counts: Counts, workers: int = 1
 ) -> Iterator[TokenDocument]:
-    """Every document of `source`, in its order, until there are `data.max_tokens` tokens (the last one is cut there). What
-    is left out is counted by reason in `left_out`."""
+    """Every document of `source`, in its order, until there are `data.max_tokens` tokens (the last one is cut there). Records of
+    the held-out side give none. What becomes of each record is counted in `counts`."""
     left = float("inf") if data.max_tokens is None else data.max_tokens
-    every = _encoded(iter(source), tokenizer, data, workers)
+    parts = _parts(iter(source), tokenizer, data, counts, workers)
     if data.long == "join":
-        every = joined(every, data.max_length, tokenizer.eos_token_id)
-    for record, encoded in every:
-        if isinstance(encoded, str):
-            left_out[encoded] += 1
-            continue
-        for document in pieces(record, *encoded, data, left_out):
-            if len(document.input_ids) > left:
-                document = TokenDocument(document.id, *(part[: int(left)] for part in document[1:]))
-                if document.loss_mask.any():
-                    left_out["kept, but cut at data.max_tokens"] += 1
-                    yield document
-                return
+        parts = joined(parts, data.max_length, tokenizer.eos_token_id)
+    for part in parts:
+        wrong = []
+        captured = False
+        for document in pieces(part, data):
+            if isinstance(document, str):
+                wrong.append(document)
+                continue
+            if cut := len(document.input_ids) > left:
+                document = TokenDocument(document.id, *(tokens[: int(left)] for tokens in document[1:]))
+                if unusable(document):
+                    return
+                counts.kept["kept, but cut at data.max_tokens"] += 1
             left -= len(document.input_ids)
+            captured = True
+            counts.end(part.records, CAPTURED)
             yield document
+            if cut:
+                return
+        for reason in wrong:
+            if captured:
+                counts.kept[f"kept, but {reason if reason.startswith('cut') else f'a piece of it has {reason}'}"] += 1
+            else:
+                counts.end(part.records, reason)
+
+
+def _parts(source: Iterator[Record], tokenizer, data, counts: Counts, workers: int) -> Iterator[Part]:
+    for record, encoded in _encoded(source, tokenizer, data, workers):
+        # Counted here and not where it is read: workers read ahead of what data.max_tokens lets through.
+        number = counts.read()
+        if isinstance(encoded, str):
+            counts.end([number], encoded)
+            continue
+        ids, mask, remarks = encoded
+        counts.kept.update(remarks)
+        yield Part(record.id, ids, mask, [number])
 
 
 def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
@@ -91,12 +114,15 @@ def _result(window: deque, started: set):
                 raise BrokenProcessPool("a process is gone") from None
 
 
-def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int]] | str]:
-    """(ids, mask), or why there are none."""
+def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int], set[str]] | str]:
+    """(ids, mask, remarks), or why there are none."""
 
     def one(record: Record):
+        if record.heldout:
+            return HELD_OUT
+        remarks: set[str] = set()
         try:
-            return encode(record, tokenizer, data)
+            return *encode(record, tokenizer, data, remarks), remarks
         except LeftOut as reason:
             return str(reason)
 
@@ -143,29 +169,31 @@ class Digest:
         return f"{sum(int(d, 16) for d in digests) % 2**128:032x}"
 
 
-def write_documents(path: Path, documents: Iterable[TokenDocument], left_out: Counter) -> dict:
-    """Write the Arrow file at `path`. Returns what a manifest says of its source: hash, counts, what was left out.
+def write_documents(path: Path, documents: Iterable[TokenDocument], counts: Counts) -> dict:
+    """Write the Arrow file at `path`. Returns what a manifest says of its source: hash, sizes, what became of the records.
 
     Raises:
         UserError: not one document is left.
     """
     documents = iter(documents)
     digest = Digest()
-    counts = Counter(documents=0, tokens=0, supervised=0)
+    sizes = Counter(documents=0, tokens=0, supervised=0)
     temporary = path.with_name(path.name + ".tmp")
     with pa.ipc.new_file(temporary, SCHEMA) as file:
         while some := list(islice(documents, 1024)):
             for document in some:
                 digest.add(document)
-                counts.update(documents=1, tokens=len(document.input_ids), supervised=int(np.count_nonzero(document.loss_mask)))
+                sizes.update(documents=1, tokens=len(document.input_ids), supervised=int(np.count_nonzero(document.loss_mask)))
             file.write_batch(pa.record_batch([pa.array(list(c), t) for c, t in zip(zip(*some), SCHEMA.types)], schema=SCHEMA))
-    if not counts["documents"]:
+    if not sizes["documents"]:
         temporary.unlink()
-        why = "; ".join(f"{n} x {reason}" for reason, n in left_out.most_common()) or "the source is empty"
+        said = counts.said()
+        lost = Counter({"held out for evaluation": said["records"]["held_out"]} | said["left_out"])
+        why = "; ".join(f"{n} x {reason}" for reason, n in lost.most_common() if n) or "the source is empty"
         raise UserError(f"the data source gives no document to capture: {why}")
     # Not synced: every capture tokenises anew.
     os.replace(temporary, path)
-    return {"hash": digest.hex(), **counts, "left_out": dict(left_out)}
+    return {"hash": digest.hex(), **sizes, **counts.said()}
 
 
 class Documents:

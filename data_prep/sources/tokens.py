@@ -4,9 +4,7 @@ A chat's mask comes from the chat template itself: from its generation marks whe
 differences of token ids. A template that breaks its own prefixes is noticed, never masked wrongly or to zero in silence.
 """
 
-import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import date
 from typing import NamedTuple
@@ -17,19 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from data_prep.recipe import DataRecipe
+from data_prep.sources.messages import CALLS, LeftOut, is_mark, listed, marked_out, messages_of, tools_of, trained
 from data_prep.sources.records import Record
 from data_prep.sources.sides import VALIDATION, is_validation
 
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # ShareGPT's names
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+# Masks beside stored tokens, 1 where a token is supervised: ours, and what TRL calls them.
+MASKS = ("loss_mask", "assistant_masks", "assistant_mask", "completion_mask")
+TOKEN_MARKS = (*MASKS, "labels", "attention_mask", "special_tokens_mask")
+IGNORED = -100  # of labels
+PASSED_OVER = "kept, but marks not to train are passed over by data.loss_mask=none"
+REASONING = ("reasoning_content", "reasoning", "thinking")
 DATE = re.compile(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""")
 TODAY = date(2026, 1, 1)  # for templates that write the date: a capture must go on tomorrow
 HALF = re.compile("\ufffd{1,3}$")  # an end of a text that may still become a character
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class LeftOut(Exception):
-    """An example that cannot be used. Its text is the reason; examples are counted by reason and reported."""
 
 
 class TokenDocument(NamedTuple):
@@ -40,24 +39,40 @@ class TokenDocument(NamedTuple):
     loss_mask: np.ndarray
 
 
-def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask of one record, uncut.
+class Part(NamedTuple):
+    """Tokens and mask of a record, or of several joined; `records`: which ones in `counts.Counts`."""
+
+    id: str
+    ids: list[int]
+    mask: list[int]
+    records: list[int] = []
+
+
+def encode(
+    record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe, remarks: set[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of one record, uncut. What of it is not understood or not written is added to `remarks`.
 
     Raises:
         LeftOut: the record is malformed, or the chat template cannot say what the assistant wrote.
         UserError: the tokenizer has no chat template.
     """
-    match _format(record.fields, data):
-        case "tokens":
-            return _stored_tokens(record.fields, len(tokenizer))
-        case "chat":
-            ids, mask = _chat(messages_of(record.fields), record.fields.get("tools"), tokenizer, data)
-            if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
-                last = len(mask) - 1 - mask[::-1].index(1)
-                mask[last] = int(ids[last] not in tokenizer.all_special_ids)
-            return ids, mask
+    remarks = set() if remarks is None else remarks
+    format = _format(record.fields, data)
+    if marked_out(record.fields, remarks, known=TOKEN_MARKS if format == "tokens" else ()):
+        if data.loss_mask != "none":
+            raise LeftOut("marked not to be trained")
+        remarks.add(PASSED_OVER)
+    if format == "tokens":
+        return _stored_tokens(record.fields, len(tokenizer))
+    if format == "chat":
+        ids, mask = _chat(record.fields, tokenizer, data, remarks)
+        if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
+            last = len(mask) - 1 - mask[::-1].index(1)
+            mask[last] = int(ids[last] not in tokenizer.all_special_ids)
+        return ids, mask
     if not isinstance(record.fields.get("text"), str):
-        raise LeftOut("it has no 'text'")
+        raise LeftOut("it has no 'text'" if record.fields.get("text") is None else "its 'text' is not text")
     try:
         record.fields["text"].encode()
     except UnicodeEncodeError:
@@ -66,14 +81,15 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe)
     return ids, [1] * len(ids)
 
 
-def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, left_out: Counter) -> Iterator[TokenDocument]:
-    """The documents `id#k` that a record becomes; what cannot be used is counted in `left_out`."""
+def pieces(part: Part, data: DataRecipe) -> Iterator[TokenDocument | str]:
+    """The documents `id#k` that a part becomes, and what is wrong with those that cannot be used."""
     length = data.max_length
+    _, ids, mask, _ = part
     if len(ids) > length and data.long == "drop":
-        left_out[f"longer than data.max_length={length} tokens"] += 1
+        yield f"longer than data.max_length={length} tokens"
         return
     if len(ids) > length and data.long == "cut":
-        left_out[f"kept, but cut to data.max_length={length} tokens"] += 1
+        yield f"cut to data.max_length={length} tokens"
         ids = ids[:length]
         mask = mask[:length]
     for k, start in enumerate(range(0, max(len(ids), 1), length)):
@@ -81,41 +97,47 @@ def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, le
         supervised = np.asarray(mask[start : start + length], dtype=np.uint8)
         # Also where a long text was cut: what came before is not in the document.
         supervised[:1] = 0  # the first token is predicted from nothing
-        if not supervised.any():
-            left_out["no supervised token" if len(piece) > 1 else "fewer than two tokens"] += 1
-        else:
-            yield TokenDocument(f"{record.id}#{k}", piece, supervised)
+        document = TokenDocument(f"{part.id}#{k}", piece, supervised)
+        yield unusable(document) or document
 
 
-def joined(
-    encoded: Iterable[tuple[Record, tuple[list[int], list[int]] | str]], length: int, end: int | None
-) -> Iterator[tuple[Record, tuple[list[int], list[int]] | str]]:
+def unusable(document: TokenDocument) -> str | None:
+    """Why no slot of a document could count; None: one can. The first anchor is token 1, so that the first slot is token 2."""
+    if len(document.input_ids) < 3:
+        return "fewer than three tokens"
+    if not document.loss_mask.any():
+        return "no supervised token"
+    return None if document.loss_mask[2:].any() else "no supervised token behind the second, where the first draft begins"
+
+
+def joined(parts: Iterable[Part], length: int, end: int | None) -> Iterator[Part]:
     """data.long=join: records end to end, the tokenizer's end token between them, cut every `length` tokens. A piece is named
     after the record in which it begins, and the place there. Records that training is to be judged on are joined by themselves,
     so that no text stands on both sides (`VALIDATION`)."""
-    begun: dict[bool, tuple[str, list[int], list[int]]] = {}
-    for record, one in encoded:
-        if isinstance(one, str):
-            yield record, one
+    begun: dict[bool, Part] = {}
+    for part in parts:
+        if not part.ids and end is None:  # nothing of it can be joined
+            yield part
             continue
         # Decided for each record, before joining: a piece that held both sides could be on neither.
-        judged = is_validation(record.id)
+        judged = is_validation(part.id)
         prefix = VALIDATION * judged
-        name, ids, mask = begun.pop(judged, (prefix + record.id, [], []))
+        name, ids, mask, records = begun.pop(judged, Part(prefix + part.id, [], []))
         started = len(ids)
         # The end token between two texts is the only sign that the next one does not follow from the last.
-        ids = ids + one[0] + [end] * (end is not None)
-        mask = mask + one[1] + [1] * (end is not None)
+        ids = ids + part.ids + [end] * (end is not None)
+        mask = mask + part.mask + [1] * (end is not None)
+        records = records + part.records
         while len(ids) >= length:
-            yield Record(name, {}), (ids[:length], mask[:length])
+            yield Part(name, ids[:length], mask[:length], records)
             ids = ids[length:]
             mask = mask[length:]
+            records = part.records  # what is left is of the last one alone
             started = started - length
-            name = f"{prefix}{record.id}@{-started}"
+            name = f"{prefix}{part.id}@{-started}"
         if ids:
-            begun[judged] = name, ids, mask
-    for name, ids, mask in begun.values():
-        yield Record(name, {}), (ids, mask)
+            begun[judged] = Part(name, ids, mask, records)
+    yield from begun.values()
 
 
 def dateless(template: str) -> str:
@@ -127,90 +149,94 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options
     """`apply_chat_template`, ids and all. Raises LeftOut when the template refuses the conversation."""
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise LeftOut(f"the chat template refuses it ({' '.join(str(error).split())[:80]})") from error
-
-
-def messages_of(fields: dict) -> list[dict]:
-    """The conversation as [{"role", "content", ...}]; ShareGPT's {"from", "value"} is translated. Raises LeftOut."""
-    turns = fields.get("messages") or fields.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise LeftOut("it has no 'messages' or 'conversations'")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise LeftOut("a message of it is not an object")
-        role = turn.get("role") or turn.get("from")
-        role = SPEAKERS.get(role, role) if isinstance(role, str) else None
-        if role not in ROLES:
-            raise LeftOut(f"an unknown role '{role}'")
-        rest = {k: v for k, v in turn.items() if k not in ("role", "from", "value", "content") and v is not None}
-        messages.append({"role": role, "content": _content(turn), **rest})
-    try:
-        json.dumps(messages, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise LeftOut("its text is not valid Unicode") from None
-    return messages
-
-
-def _content(turn: dict) -> str | None:
-    """The text of a message; OpenAI's parts are joined when they are text. None only beside a call of tools."""
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    if isinstance(content, str) or (content is None and turn.get("tool_calls")):
-        return content
-    raise LeftOut("a message of it is not text")
 
 
 def _format(fields: dict, data: DataRecipe) -> str:
     if data.format != "auto":
         return data.format
-    if "input_ids" in fields:
+    if fields.get("input_ids") is not None:
         return "tokens"
-    return "chat" if fields.get("messages") or fields.get("conversations") else "text"
+    return "chat" if any(listed(fields.get(name)) for name in ("messages", "conversations")) else "text"
 
 
 def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]:
-    ids = fields.get("input_ids")
-    mask = fields.get("loss_mask")
-    mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
-    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
-        raise LeftOut("'input_ids' and 'loss_mask' are not lists of one length")
-    if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or not all(m in (0, 1) for m in mask):
-        raise LeftOut("a token id outside the vocabulary, or a loss mask that is not of 0 and 1")
-    return ids, [int(m) for m in mask]
+    """A token is supervised when each mask beside it says so: `MASKS` by 1, `labels` by the token itself instead of -100."""
+    ids = listed(fields.get("input_ids"))
+    if not isinstance(ids, list):
+        raise LeftOut("'input_ids' is not a list")
+    beside = {name: listed(fields.get(name)) for name in (*MASKS, "labels", "attention_mask")}
+    beside = {name: values for name, values in beside.items() if values is not None}
+    for name, values in beside.items():
+        if not isinstance(values, list) or len(values) != len(ids):
+            raise LeftOut(f"'input_ids' and '{name}' are not lists of one length")
+        if name != "labels" and not all(map(is_mark, values)):
+            raise LeftOut(f"'{name}' is not of 0 and 1")
+    if not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        raise LeftOut("a token id outside the vocabulary")
+    labels = beside.pop("labels", ids)
+    if not all(type(label) is int and label in (IGNORED, id) for label, id in zip(labels, ids)):
+        raise LeftOut(f"'labels' are neither the input_ids beside them nor {IGNORED}")
+    there = beside.pop("attention_mask", [1] * len(ids))
+    kept = slice(there.index(1), len(there) - there[::-1].index(1)) if 1 in there else slice(0)
+    if not all(there[kept]):
+        raise LeftOut("'attention_mask' hides tokens between others")
+    mask = [int(label != IGNORED and all(column)) for label, *column in zip(labels, *beside.values())]
+    return ids[kept], mask[kept]
 
 
-def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
+def _chat(fields: dict, tokenizer: PreTrainedTokenizerBase, data: DataRecipe, remarks: set[str]) -> tuple[list[int], list[int]]:
     if not tokenizer.chat_template:
         raise UserError("the target's tokenizer has no chat template, which data=chat needs")
+    tools = tools_of(fields)
 
     # A template that writes today's date would make another cache tomorrow.
-    template = dateless(tokenizer.get_chat_template(tools=tools or None))
+    template = dateless(tokenizer.get_chat_template(tools=tools))
+    messages = messages_of(fields, template)
 
     def render(some: list[dict], prompt: bool = False, mask: bool = False):
-        options = {"tools": tools or None, "chat_template": template, "add_generation_prompt": prompt}
+        options = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt}
         out = rendered(tokenizer, some, return_assistant_tokens_mask=mask, **options, **data.template)
         return (out["input_ids"], out["assistant_masks"]) if mask else out["input_ids"]
 
+    _refuse_unwritten(messages, template, render)
+    if tools and "tools" not in template:
+        remarks.add("kept, but the chat template does not write its 'tools'")
+    remarks.update(
+        f"kept, but the chat template does not write '{name}'"
+        for name in REASONING
+        if not re.search(rf"\b{name}\b", template) and any(name in message for message in messages)
+    )
+    wanted = trained(fields, remarks)
     if data.loss_mask == "none":
+        if not all(wanted):
+            remarks.add(PASSED_OVER)
         ids = render(messages)
         return ids, [1] * len(ids)
     turns = [k for k, message in enumerate(messages) if k and message["role"] == "assistant"]  # the first answers nobody
     if not turns:
         raise LeftOut("no reply of the assistant")
     turns = turns[-1:] if data.loss_mask == "last_turn" else turns
+    unwanted = [k for k in turns if not wanted[k]]
+    if len(unwanted) == len(turns):
+        raise LeftOut("every reply is marked not to be trained")
     if GENERATION_MARK.search(template):
         ids, mask = render(messages, mask=True)
         if data.loss_mask == "last_turn":
             before = len(_prefix(render(messages[: turns[0]], prompt=True), ids, data))
             mask = [0] * before + mask[before:]
+        for k in unwanted:
+            after = len(_prefix(render(messages[: k + 1]), ids, data))
+            before = len(_prefix(render(messages[:k], prompt=True), ids, data))
+            mask[before:after] = [0] * (after - before)
         return ids, mask
     ids = render(messages)
     mask = [0] * len(ids)
     special = set(tokenizer.all_special_ids)
     for k in turns:
+        if k in unwanted:
+            continue
         after = _prefix(render(messages[: k + 1]), ids, data)
         start = len(_prefix(render(messages[:k], prompt=True), after, data))
         end = len(after)
@@ -219,6 +245,26 @@ def _chat(messages: list[dict], tools, tokenizer: PreTrainedTokenizerBase, data:
             end = ends[-1] + 1  # white space behind the end-of-turn token is the template's, not the model's
         mask[start:end] = [1] * (end - start)
     return ids, mask
+
+
+def _refuse_unwritten(messages: list[dict], template: str, render) -> None:
+    """Raises LeftOut for calls of tools, and what came of them, that the template passes over: it would leave an empty reply."""
+    for name in CALLS:
+        if any(name in message for message in messages):
+            if name not in template or _same(render, messages, [{**m, name: None} if name in m else m for m in messages]):
+                raise LeftOut(f"the chat template does not write '{name}'")
+    results = ("tool", "function")
+    if any(m["role"] in results and m["content"] for m in messages):
+        if _same(render, messages, [m | {"content": ""} if m["role"] in results else m for m in messages]):
+            raise LeftOut("the chat template does not write what tools return")
+
+
+def _same(render, messages: list[dict], changed: list[dict]) -> bool:
+    whole = render(messages)
+    try:
+        return render([{k: v for k, v in m.items() if k == "content" or v is not None} for m in changed]) == whole
+    except LeftOut:  # it looks at what is missing now
+        return False
 
 
 def _prefix(part: list[int], whole: list[int], data: DataRecipe) -> list[int]:

@@ -8,10 +8,11 @@ from common.hashing import stable_hash
 
 
 class Conversation(NamedTuple):
-    """What stands before each reply: system and user messages, once a reply."""
+    """What stands before each reply: system and user messages, once a reply. `number`: which record of the source it is."""
 
     id: str
     prompts: list[list[dict]]
+    number: int = 0
 
     @property
     def hash(self) -> str:

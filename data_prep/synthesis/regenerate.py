@@ -22,7 +22,8 @@ from data_prep.decoding.dialogues import Ask, Dialogue
 from data_prep.decoding.generate import BatchGenerator
 from data_prep.recipe import DataPrepRecipe
 from data_prep.sources import records as sources
-from data_prep.sources.tokens import LeftOut, messages_of
+from data_prep.sources.counts import CAPTURED, Counts
+from data_prep.sources.messages import LeftOut, messages_of
 from data_prep.synthesis.conversation import Conversation, Write
 from data_prep.synthesis.journal import Journal
 from data_prep.synthesis.server import Server
@@ -79,44 +80,49 @@ def regenerate(recipe: DataPrepRecipe, barrier: Callable[[], None]) -> None:
         # All have read the same file before one of them appends to it.
         barrier()
         try:
-            left_out = _answer(recipe, settings, done, journal)
+            counts = _answer(recipe, settings, done, journal)
         finally:
             journal.flush()
         barrier()
-        say(left_out)
+        said = counts.said()
+        if rank() == 0 or recipe.capture.spread != "tp":
+            share = f" of process {rank()}" * (recipe.capture.spread != "tp" and world_size() > 1)
+            print(f"{said['records']['read']:,} records{share}: {said['records']['captured']:,} answered", flush=True)
+            say(Counter(said["left_out"]) + counts.kept)
         if rank() == 0:
             # Read again: other processes have appended to it.
             if not (done := _done(journal, out, settings)):
-                raise UserError(f"not one conversation could be answered: {'; '.join(left_out) or 'the source is empty'}")
+                raise UserError(f"not one conversation could be answered: {'; '.join(said['left_out']) or 'the source is empty'}")
             print(f"{out}: {len(done):,} conversations; use them with data=chat data.path={out}", flush=True)
     finally:
         journal.close()
 
 
-def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journal: Journal) -> Counter:
-    """Answer what is not `done`; returns what could not be answered, by reason."""
-    left_out: Counter = Counter()
+def _answer(recipe: DataPrepRecipe, settings: dict, done: dict[int, str], journal: Journal) -> Counts:
+    """Answer what is not `done`; returns how each record ended: captured means answered, now or before."""
+    counts = Counts()
     with Progress("conversations", silent=rank() != 0) as progress:
         task = progress.add_task("regenerate", total=None)
 
         def write(asked: Conversation, messages: list[dict], finish: str) -> None:
             if recipe.capture.spread == "tp" and rank() != 0:
                 return
+            counts.end([asked.number], CAPTURED)
             answered = {"id": asked.id, "messages": messages, "finish": finish}
             journal.append({**answered, "prompts": asked.hash, "regenerated": settings})
             if finish == "length":
-                left_out["kept, but its last reply was cut at regenerate.max_tokens"] += 1
+                counts.kept["kept, but its last reply was cut at regenerate.max_tokens"] += 1
             progress.advance(task)
 
-        todo = _conversations(recipe, done, left_out)
+        todo = _conversations(recipe, done, counts)
         if recipe.regenerate.base_url:
-            asyncio.run(Server(recipe.regenerate, settings, write, left_out).answer(todo))
+            asyncio.run(Server(recipe.regenerate, settings, write, counts).answer(todo))
         else:
-            _answer_here(recipe, todo, write, left_out)
-    return left_out
+            _answer_here(recipe, todo, write, counts)
+    return counts
 
 
-def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Counter) -> Iterator[Conversation]:
+def _conversations(recipe: DataPrepRecipe, done: dict[int, str], counts: Counts) -> Iterator[Conversation]:
     """This process's share of what is to be answered, or all of it where processes share the target. Raises UserError when an
     answer that is there had other prompts."""
     for record in sources.records(recipe.data, heldout=None):
@@ -124,12 +130,13 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
         key = stable_hash(record.id)
         if recipe.capture.spread != "tp" and key % world_size() != rank():
             continue
+        number = counts.read()
         try:
             messages = messages_of(record.fields)
             if any(m["role"] in ("tool", "function") for m in messages):
                 raise LeftOut("it holds results of tools, which the target may not call")
         except LeftOut as reason:
-            left_out[str(reason)] += 1
+            counts.end([number], str(reason))
             continue
         # The source's replies are dropped: the target's own take their place. Messages between two replies are one prompt.
         prompts: list[list[dict]] = [[]]
@@ -139,18 +146,20 @@ def _conversations(recipe: DataPrepRecipe, done: dict[int, str], left_out: Count
             elif prompts[-1]:
                 prompts.append([])
         prompts = [p for p in prompts if any(m["role"] == "user" for m in p)]
-        conversation = Conversation(record.id, prompts)
+        conversation = Conversation(record.id, prompts, number)
         if not prompts:
-            left_out["no message of a user"] += 1
+            counts.end([number], "no message of a user")
         elif key not in done:
             yield conversation
         elif done[key] != conversation.hash:
             raise UserError(
                 f"{recipe.regenerate.out} holds an answer to other prompts of conversation '{record.id}'; choose another file"
             )
+        else:
+            counts.end([number], CAPTURED)
 
 
-def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Write, left_out: Counter) -> None:
+def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Write, counts: Counts) -> None:
     """The target in this process, `batch` conversations at a time, each turn by turn."""
     ask = recipe.regenerate
     target = load_target(recipe.target, recipe.capture)
@@ -180,7 +189,7 @@ def _answer_here(recipe: DataPrepRecipe, todo: Iterator[Conversation], write: Wr
                     finish = "length"
                     break
         except LeftOut as reason:
-            left_out[str(reason)] += 1
+            counts.end([conversation.number], str(reason))
             return
         write(conversation, history, finish)
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import httpx
 
 from common.errors import UserError
 from data_prep.recipe import RegenerateRecipe
+from data_prep.sources.counts import Counts
 from data_prep.sources.tokens import LeftOut
 from data_prep.synthesis.conversation import Conversation, Write
 
@@ -26,14 +26,14 @@ class Reply(NamedTuple):
 class Server:
     """An OpenAI-compatible server (vLLM, SGLang) that answers conversations, at most `concurrency` of them at a time.
 
-    `write`(conversation, messages, finish) keeps what was answered; what cannot be is counted in `left_out` by reason.
+    `write`(conversation, messages, finish) keeps what was answered; what cannot be is counted in `counts` by reason.
     """
 
-    def __init__(self, ask: RegenerateRecipe, settings: dict, write: Write, left_out: Counter):
+    def __init__(self, ask: RegenerateRecipe, settings: dict, write: Write, counts: Counts):
         self._ask = ask
         self._settings = settings
         self._write = write
-        self._left_out = left_out
+        self._counts = counts
 
     async def answer(self, todo: Iterator[Conversation]) -> None:
         """Raises UserError when the server cannot be reached, or says something that concerns every conversation."""
@@ -70,7 +70,7 @@ class Server:
                     break
             self._write(conversation, history, finish)
         except LeftOut as reason:
-            self._left_out[str(reason)] += 1
+            self._counts.end([conversation.number], str(reason))
 
     async def _reply(self, client: httpx.AsyncClient, history: list[dict]) -> Reply:
         """Raises LeftOut for what concerns this conversation alone, UserError for what concerns all."""

@@ -3,23 +3,45 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
+from numbers import Number
 from string import Formatter
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from data_prep.recipe import DataRecipe
+from data_prep.sources.messages import LeftOut, listed, messages_of
 from data_prep.sources.records import records
-from data_prep.sources.tokens import LeftOut, encode, joined
+from data_prep.sources.tokens import Part, encode, joined
 from eval.prompts.records import numbered_rows
 from eval.prompts.suites import Prompt, Style, SuiteRecipe
 
 
-def _turns(place: str, fields: dict, suite: SuiteRecipe) -> list[str]:
-    """The user's turns. Raises UserError for a record without the fields that they are made of."""
+class Asked(NamedTuple):
+    """A record of a suite: the user's turns, and the system message if it has one of its own."""
+
+    id: str
+    category: str | None
+    turns: list[str]
+    system: str | None
+
+
+class _Filler(Formatter):
+    """`str.format` for text and numbers: what Python writes for anything else is no prompt."""
+
+    def get_field(self, name, args, kwargs):
+        value, first = super().get_field(name, args, kwargs)
+        if isinstance(value, bool) or not isinstance(value, str | Number) or value != value:
+            raise TypeError(f"'{name}' is neither text nor a number")
+        return value, first
+
+
+def _turns(place: str, fields: dict, suite: SuiteRecipe) -> tuple[list[str], str | None]:
+    """The user's turns and the record's own system message. A field that is all of the template may list turns or messages, as
+    the field `suite.turns` does. Raises UserError for a record without the fields that they are made of."""
     if suite.turns is None:
         named = [name for _, name, _, _ in Formatter().parse(suite.template) if name is not None]
     else:
@@ -28,17 +50,38 @@ def _turns(place: str, fields: dict, suite: SuiteRecipe) -> list[str]:
         root = re.split(r"[.\[]", name)[0]
         if fields.get(root) is None:
             raise UserError(f"{place}: no field '{root}', which suite={suite.kind} needs; it has {', '.join(fields) or 'none'}")
-    try:
-        turns = fields[suite.turns] if suite.turns else [suite.template.format_map(fields)]
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: suite.template cannot be filled ({type(error).__name__}: {error})") from error
+    alone = re.fullmatch(r"\{(\w+)\}", suite.template or "")
+    listing = alone[1] if alone else suite.turns
+    turns = listed(fields.get(listing))
+    system = None
+    if isinstance(turns, dict) or (isinstance(turns, list) and not all(isinstance(turn, str) for turn in turns)):
+        turns, system = _of_messages(f"{place}: '{listing}'", turns)
+    elif suite.template and not isinstance(turns, list):
+        try:
+            turns = [_Filler().vformat(suite.template, (), fields)]
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{place}: suite.template cannot be filled ({type(error).__name__}: {error})") from error
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise UserError(f"{place}: '{suite.turns or suite.template}' is not a list of the user's turns, none of them empty")
     try:
-        "".join(turns).encode()
+        "".join([*turns, system or ""]).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: its text is not valid Unicode") from error
-    return turns
+    return turns, system
+
+
+def _of_messages(place: str, turns: list | dict) -> tuple[list[str], str | None]:
+    """The user's turns and the system message of a conversation in any shape that data=chat reads. Its replies are left out:
+    the target's own stand in their place."""
+    try:
+        messages = messages_of({"messages": turns})
+    except LeftOut as reason:
+        raise UserError(f"{place} is neither a list of the user's turns nor of messages ({reason})") from reason
+    system = messages.pop(0)["content"] if messages[0]["role"] in ("system", "developer") else None
+    roles = [message["role"] for message in messages]
+    if roles != [("user", "assistant")[k % 2] for k in range(len(roles))]:
+        raise UserError(f"{place} has messages of {', '.join(roles)}: a suite asks a user's turns, with a reply between two")
+    return [message["content"] for message in messages[::2]], system
 
 
 def load_prompts(
@@ -81,11 +124,11 @@ def _of_suite(suite: SuiteRecipe, tokenizer: PreTrainedTokenizerBase, room: int)
     truncated = 0
     short = 0
     positions = 0
-    for id, category, turns in _drawn(suite):
-        prompt, was_cut = _prompt(id, category, turns, style)
+    for asked in _drawn(suite):
+        prompt, was_cut = _prompt(asked, style)
         if prompt.takes > room:
             raise UserError(
-                f"{source}: the conversation '{id}' of {len(turns)} turns may take {prompt.takes} positions with "
+                f"{source}: the conversation '{asked.id}' of {len(asked.turns)} turns may take {prompt.takes} positions with "
                 f"suite.new_tokens={suite.new_tokens}, the target has {room} for a request"
             )
         if suite.short == "drop" and len(prompt.tokens) < style.limit and not was_cut:
@@ -112,8 +155,8 @@ def _of_suite(suite: SuiteRecipe, tokenizer: PreTrainedTokenizerBase, room: int)
     return found, said
 
 
-def _drawn(suite: SuiteRecipe) -> Iterator[tuple[str, str | None, list[str]]]:
-    """Id, category and turns of every record, in the order in which they are taken. Raises UserError for any that is wrong."""
+def _drawn(suite: SuiteRecipe) -> list[Asked]:
+    """Every record, in the order in which they are taken. Raises UserError for any that is wrong."""
     if suite.path is None and suite.name is None:
         raise UserError(f"suite={suite.kind} needs suite.path=FILE; the head of conf/suite/{suite.kind}.yaml says of what")
     rows = numbered_rows(suite.path, suite.name, suite.config, suite.split)
@@ -127,26 +170,28 @@ def _drawn(suite: SuiteRecipe) -> Iterator[tuple[str, str | None, list[str]]]:
         if id in seen:
             raise UserError(f"{place}: the id '{id}' stands twice ({seen[id]}); suite.id=null numbers the records")
         seen[id] = place
-        found.append((id, None if category is None else str(category), _turns(place, fields, suite)))
+        found.append(Asked(id, None if category is None else str(category), *_turns(place, fields, suite)))
     if suite.count is not None and suite.count < len(found) and suite.shuffle is not None:
         random.Random(suite.shuffle).shuffle(found)  # as DFlash draws: the same seed, the same records
-    return iter(_in_turn(found, suite) if suite.balanced else found)
+    return _in_turn(found, suite) if suite.balanced else found
 
 
-def _in_turn(records: list[tuple[str, str | None, list[str]]], suite: SuiteRecipe) -> list[tuple[str, str | None, list[str]]]:
+def _in_turn(records: list[Asked], suite: SuiteRecipe) -> list[Asked]:
     """One of each kind, then another one of each, until all are there."""
     waiting: dict[str, list] = {}
     for one in records:
-        waiting.setdefault(suite.kind_of(one[1]), []).append(one)
+        waiting.setdefault(suite.kind_of(one.category), []).append(one)
     # Kinds end at different times; those that are left go on.
     rounds = zip_longest(*waiting.values())
     return [one for taken in rounds for one in taken if one is not None]
 
 
-def _prompt(id: str, category: str | None, turns: list[str], style: Style) -> tuple[Prompt, bool]:
+def _prompt(asked: Asked, style: Style) -> tuple[Prompt, bool]:
     """A conversation's first request, and whether it was cut. Only a single turn is cut: what a conversation's later turns speak
     of must stay."""
-    opening = ({"role": "system", "content": style.suite.system},) if style.suite.system else ()
+    id, category, turns, own = asked
+    system = own or style.suite.system
+    opening = ({"role": "system", "content": system},) if system else ()
     messages = (*opening, {"role": "user", "content": turns[0]})
     new = style.suite.new_tokens
     if len(turns) == 1:
@@ -178,20 +223,22 @@ def heldout_prompts(data: DataRecipe, suite: SuiteRecipe, tokenizer: PreTrainedT
     def encoded():
         for record in records(data, heldout=True):
             try:
-                yield record, encode(record, tokenizer, data)
-            except LeftOut:
-                continue
+                yield Part(record.id, *encode(record, tokenizer, data))
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
 
+    left_out: Counter[str] = Counter()
     every = encoded()
     found = []
     if data.long == "join":
         every = joined(every, suite.prompt_tokens, tokenizer.eos_token_id)
-    for record, (ids, _) in every:
-        if len(ids) >= suite.prompt_tokens:
-            found.append(Prompt(record.id, ids[: suite.prompt_tokens]))
+    for part in every:
+        if len(part.ids) >= suite.prompt_tokens:
+            found.append(Prompt(part.id, part.ids[: suite.prompt_tokens]))
         if len(found) == suite.count:
             return found
     raise UserError(
         f"data={data.source} has {len(found)} held-out documents of {suite.prompt_tokens} tokens, fewer than "
         f"suite.count={suite.count}; data.long=join joins shorter ones"
+        + "".join(f"; {n} x {reason}" for reason, n in left_out.most_common(3))
     )

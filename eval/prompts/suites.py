@@ -39,9 +39,9 @@ class SuiteRecipe(Section):
     kinds: dict[str, list[str]] | None = None
     """{kind: [categories]}: categories that are shown as one."""
     turns: str | None = None
-    """Field that lists the user's turns; or set `template`."""
+    """Field that lists the user's turns, or messages (their replies are left out); or set `template`."""
     template: str | None = None
-    """Text of the only turn, with {fields} of the record; or set `turns`."""
+    """Text of the only turn, with {fields} of the record ({FIELD} alone may be such a list too); or set `turns`."""
     system: str | None = None
     """System message."""
     chat: bool = False

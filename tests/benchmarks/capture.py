@@ -10,7 +10,6 @@ to the host, checksums, shards, fsync, index.
 
 import shutil
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from data_prep.cache.manifest import FORMAT_VERSION, Manifest
 from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import Batch, batches, capture
 from data_prep.capture.plan import auto_layers
+from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
 from tests.benchmarks import line, options, target_of
@@ -62,7 +62,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = target.architecture.vocab_size
     documents = random_documents(o.tokens, LONGEST[o.shape], vocabulary, o.supervised)
-    source = write_documents(folder / "documents.arrow", documents, Counter())
+    source = write_documents(folder / "documents.arrow", documents, Counts())
     documents = Documents(folder / "documents.arrow")
     layers = auto_layers(len(target.layers))
     manifest = Manifest(

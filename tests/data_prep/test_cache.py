@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import threading
-from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -24,6 +23,7 @@ from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, canonical, read_
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.cache.writer import CacheWriter, claim, read_seal, seal
 from data_prep.capture.capture import Batch, batches, capture
+from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
 from tests.support.caches import SIZES, assert_holds, document, manifest_of, write
@@ -338,7 +338,7 @@ def test_batched_and_padded_captures_store_what_single_ones_store(tmp_path, last
     for length in (40, 3, 29, 17, 2):
         mask = np.array([0, 1, *random.integers(0, 2, length - 2)], dtype=np.uint8)
         pieces.append(TokenDocument(str(length), random.integers(0, 11, length, dtype=np.int32), mask))
-    source = write_documents(tmp_path / "documents.arrow", pieces, Counter())
+    source = write_documents(tmp_path / "documents.arrow", pieces, Counts())
     sizes = asdict(target.architecture)
     manifest = manifest_of(architecture=sizes, source=source, last_hidden=last_hidden, query_layers=[0, 2])
     documents = Documents(tmp_path / "documents.arrow")

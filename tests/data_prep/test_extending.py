@@ -1,7 +1,5 @@
 """A source and a codec that the project does not have, added as docs/extend/{source,codec}.md say."""
 
-from collections import Counter
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,17 +13,16 @@ from data_prep.cache.codec import Codec, Scaled, decode, encode, paired
 from data_prep.cache.reader import CacheReader
 from data_prep.recipe import DataRecipe
 from data_prep.sources import records as sources
+from data_prep.sources.counts import Counts
 from data_prep.sources.documents import tokenized
 from data_prep.sources.records import Record, Source, check_source, records
-from data_prep.sources.sides import is_heldout
 from data_prep.target.loading import load_tokenizer
 from tests.support.caches import assert_holds, document, manifest_of, write
 
 
-def poems(data, heldout):
+def poems(data, whole):
     for number in sorted(range(300), key=lambda n: stable_hash(str(n))):
-        if heldout in (None, is_heldout(str(number))):
-            yield Record(str(number), {"text": f"Rose number {number} is a rose."})
+        yield Record(str(number), {"text": f"Rose number {number} is a rose."})
 
 
 def check_poems(data):
@@ -43,10 +40,10 @@ def test_a_new_source_is_an_entry_of_the_table(monkeypatch):
         check_source(recipe.model_copy(update={"name": None}))
     sides = {heldout: {record.id for record in records(recipe, heldout)} for heldout in (True, False, None)}
     assert sides[True] and sides[None] == sides[True] | sides[False] and len(sides[None]) == 300
-    left_out = Counter()
+    counts = Counts()
     tokenizer = load_tokenizer(str(ROOT / "data_prep/targets/tiny"))
-    documents = list(tokenized(records(recipe, False), tokenizer, recipe, left_out))
-    assert {document.id.split("#")[0] for document in documents} == sides[False] and not left_out
+    documents = list(tokenized(records(recipe, False), tokenizer, recipe, counts))
+    assert {document.id.split("#")[0] for document in documents} == sides[False] and not counts.said()["left_out"]
     assert all(f"number {document.id.split('#')[0]} is" in tokenizer.decode(document.input_ids) for document in documents)
 
 

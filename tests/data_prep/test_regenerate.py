@@ -80,15 +80,17 @@ def test_greedy_replies_are_the_targets_own(tmp_path):
             history.append(message)
 
 
-def test_a_second_run_answers_only_missing_ids_and_replaces_a_truncated_line(tmp_path):
+def test_a_second_run_answers_only_missing_ids_and_replaces_a_truncated_line(tmp_path, capsys):
     given = conversations(tmp_path / "in.jsonl")
     recipe = recipe_of(tmp_path)
     out = tmp_path / "out.jsonl"
     run(recipe)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:2]) + lines[2][:-9])
+    capsys.readouterr()
     answered = run(recipe)
     assert_answers(given, answered)
+    assert "6 records: 6 answered" in capsys.readouterr().out
     assert [json.dumps(r, ensure_ascii=False) + "\n" for r in answered[:2]] == lines[:2]  # what was whole stays
     before = out.read_bytes()
     run(recipe)
@@ -123,7 +125,8 @@ def test_what_the_template_refuses_is_counted_not_fatal(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     answered = run(recipe_of(tmp_path, f"target.path={target}"))
     assert sorted(r["id"] for r in answered) == ["c0", "c1", "c3", "c4", "c5"]
-    assert "left out: 1 x the chat template refuses it (not this)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 records: 5 answered" in said and "left out: 1 x the chat template refuses it (not this)" in said
 
 
 def test_another_seed_gives_other_replies_and_the_output_can_be_captured(tmp_path):

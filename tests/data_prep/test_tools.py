@@ -94,6 +94,15 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
     with pytest.raises(UserError, match="inspect.out=i.foo: 'foo' is no format of pictures; these are: eps, .*png"):
         check_picture("i.foo")
     assert not list(reader.problems())  # nothing was added to the cache
+    assert "records read" in shown and "records captured" in shown
+    # As caches were before a manifest counted records.
+    manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
+    older = {key: value for key, value in manifest["source"].items() if key not in ("records", "kept")}
+    rewrite(tmp_path / "cache", manifest | {"source": older})
+    old = CacheReader(tmp_path / "cache")
+    assert old.manifest.hash() == reader.manifest.hash() and not list(old.problems())
+    inspect(recipe)
+    assert "records read" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kinds", ["hidden,kv", "query", "hidden,kv,query"])

@@ -8,7 +8,6 @@ import itertools
 import random
 import time
 import tracemalloc
-from collections import Counter
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ import train.data.stream
 from data_prep.cache.writer import CacheWriter
 from data_prep.capture.capture import capture
 from data_prep.recipe import DataRecipe, TargetRecipe
+from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.sides import VALIDATION
 from data_prep.sources.tokens import TokenDocument
@@ -387,7 +387,7 @@ def test_greedy_tau_of_mode_score_equals_the_decoded_one(objective, reuse, tmp_p
         mask = np.array([0] * len(prompt) + [1] * new, dtype=np.uint8)
         pieces.append(TokenDocument(f"{VALIDATION}{number}#0", np.array(text, dtype=np.int32), mask))
         rounds[pieces[-1].id] = [r for r in one.rounds if r.anchor + r.drafted < len(text)]
-    source = write_documents(tmp_path / "documents.arrow", pieces, Counter())
+    source = write_documents(tmp_path / "documents.arrow", pieces, Counts())
     changed = dict(architecture=asdict(target.architecture), source=source, hidden_layers=[0, 1, 2], kv_layers=[1, 2])
     writer = CacheWriter(tmp_path / "cache", manifest_of(**changed, max_length=100), 4000)
     capture(target, Documents(tmp_path / "documents.arrow"), writer, batch_tokens=200)

@@ -243,9 +243,28 @@ def test_json_parquet_and_text_files_are_read_as_prompts(tokenizer, tmp_path, su
             path.write_text("one\n\ntwo\n")
     prompts, _ = load(composed("jsonl", f"suite.path={path}"), tokenizer)
     assert [tokenizer.decode(p.tokens) for p in prompts] == [chat("one"), chat("two")]
+    if suffix != ".parquet":
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no part of the first prompt
+        assert load(composed("jsonl", f"suite.path={path}", "suite.split=marked"), tokenizer)[0] == prompts
     path.write_bytes(b"\xff{")
-    with pytest.raises(UserError, match=f"prompts{suffix}: not "):
+    with pytest.raises(UserError, match=f"prompts{suffix}(, line 1)?: not "):
         load(composed("jsonl", f"suite.path={path}", "suite.split=again"), tokenizer)
+
+
+def test_a_conversation_may_be_a_list_of_messages(tokenizer, tmp_path):
+    """In the prompt's own field: its system message and its user's turns are asked, its replies are not."""
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, ["Why?", "So.", "How?"])]
+    sharegpt = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}, {"from": "human", "value": "How?"}]
+    columns = {key: [message[key] for message in messages] for key in messages[0]}
+    asked = [["Why?", "How?"], messages, sharegpt, columns, [{"role": "system", "content": "Be brief."}, *messages]]
+    path = written(tmp_path, *({"prompt": one} for one in asked))
+    (*alike, brief), _ = load(composed("jsonl", f"suite.path={path}"), tokenizer)
+    assert all(tokenizer.decode(p.tokens) == chat("Why?") and p.waiting == ("How?",) for p in alike)
+    assert tokenizer.decode(brief.tokens) == "<|im_start|>system\nBe brief.<|im_end|>\n" + chat("Why?")
+    assert brief.waiting == ("How?",)
+    (one,), _ = load(composed("jsonl", f"suite.path={written(tmp_path, {'prompt': 'x', 'n': 2.5}, name='n.jsonl')}",
+                              "suite.template='{prompt} {n}'"), tokenizer)  # fmt: skip
+    assert tokenizer.decode(one.tokens) == chat("x 2.5")
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +287,12 @@ ONE, TWO = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}\n'
         ('{"prompt": "a"}\n{"promt": "b", "id": 2}\n', [], r"suite.jsonl, line 2: no field 'prompt', .*; it has promt, id"),
         ('{"prompt": "a"}\n\n{"prompt": null}\n', [], r"suite.jsonl, line 3: no field 'prompt'"),
         ('{"prompt": "a"}\nnot json\n', [], r"suite.jsonl, line 2: not a JSON object"),
-        ('["prompt"]\n', [], r"suite.jsonl, line 1: not a JSON object"),
+        ('["prompt"]\n', [], r"suite.jsonl, record 1: not a JSON object"),
+        ('{"prompt": ["a", 1]}\n', [], r"line 1: 'prompt' is neither a list of the user's turns nor of messages"),
+        ('{"prompt": [{"role": "tool", "content": "a"}]}\n', [], "line 1: 'prompt' has messages of tool: a suite asks"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}\n', [], "a message of it is not text"),
+        ('{"prompt": ["a"]}\n', ["suite.template='Say {prompt}'"], "filled .*'prompt' is neither text nor a number"),
+        ('{"prompt": true}\n', [], "'prompt' is neither text nor a number"),
         ("\n", [], r"suite.jsonl: no record is in it"),
         ('{"prompt": "\\ud800"}\n', [], r"suite.jsonl, line 1: its text is not valid Unicode"),
         ('{"prompt": " "}\n', [], r"line 1: '\{prompt\}' is not a list of the user's turns, none of them empty"),
