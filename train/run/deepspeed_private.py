@@ -62,13 +62,14 @@ def stepped_tensors(engine) -> list[Tensor]:
     return [parameter for group in adam_of(engine).param_groups for parameter in group["params"]]
 
 
-def finite(engine) -> bool:
-    """Whether all float32 weights and moments are, of all ranks. Each looks at the part that it steps."""
-    states = [tensor for state in adam_of(engine).state.values() for name, tensor in state.items() if name != "step"]
-    bad = [(~tensor.isfinite().all()).to(engine.device) for tensor in [*stepped_tensors(engine), *states]]
-    found = torch.stack(bad).sum()
-    torch.distributed.all_reduce(found)
-    return not found
+def finite(engine) -> tuple[bool, bool]:
+    """Whether all float32 weights are, and all moments, of all ranks. Each looks at the part that it steps."""
+    moments = [tensor for state in adam_of(engine).state.values() for name, tensor in state.items() if name != "step"]
+    bad = [sum(int(not tensor.isfinite().all()) for tensor in tensors) for tensors in (stepped_tensors(engine), moments)]
+    bad_2 = torch.tensor(bad, device=engine.device)
+    torch.distributed.all_reduce(bad_2)
+    weights, moments = (bad_2 == 0).tolist()
+    return weights, moments
 
 
 def float32_twins(engine) -> dict[Parameter, Tensor]:

@@ -23,12 +23,12 @@ from train.data.pack import Pack
 from train.gate import hold_gates
 from train.measure import diagnostics, pictures
 from train.recipe import TrainRecipe
-from train.run import deepspeed_private
+from train.run import deepspeed_private, not_finite
 from train.run.figures import Measured, Sums, Window, peak_gib, window_figures
 from train.run.folder import lock_run, refuse_another_run, write_recipe
 from train.run.parts import Parts, RunContext, build_parts
-from train.run.rates import Rates
 from train.run.ranks import connect
+from train.run.rates import Rates
 from train.run.tracking import Tracker
 from train.run.validate import diagnose, validate
 
@@ -208,10 +208,7 @@ class Trainer:
         if self.recipe.deepspeed.stage > 0:
             self.grad_norm = float(self.model.engine.get_global_grad_norm())
         if not math.isfinite(self.grad_norm):
-            raise UserError(
-                f"the gradient of step {step} is not finite though its loss is; {_kept(step)}"
-                f"{_lower_the_rate(step)}the weights of loss.* and objective.*"
-            )
+            not_finite.refuse_gradient(step)
         return total._replace(weight_T=weight_T)
 
     def _learn(self, pack: Pack, weight_T: torch.Tensor) -> Sums:
@@ -232,7 +229,7 @@ class Trainer:
         # all stop.
         if not total.share.isfinite():
             bad = [pack for pack, part in zip(packs, parts) if not part.share.isfinite()]
-            self._stop_on_nan(step, bad[0] if bad else None)
+            not_finite.refuse_loss(step, self.model.engine, bad[0] if bad else None)
         # What lk_lambda follows in the next step. A slot that never counted keeps what was known of it.
         mean_VJ = total.overlap_VJ / total.valid_J.clamp(min=1)
         objective = self.model.objective
@@ -244,40 +241,11 @@ class Trainer:
         dist.all_reduce(rows)
         self.gradients = diagnostics.gradients(self.model.drafter, int(rows))
 
-    def _stop_on_nan(self, step: int, culprit: Pack | None) -> None:
-        """Raise on every rank; each has to call this, since they tell one another whose packs it was, and what of the weights
-        and of the cache is not finite: the advice names what can be the cause."""
-        weights = deepspeed_private.finite(self.model.engine)
-        culprits: list = [None] * self.world
-        dist.all_gather_object(culprits, culprit and (culprit.names, culprit.finite()))
-        who, (names, states) = next((r, one) for r, one in enumerate(culprits) if one)
-        if not states:
-            advice = "the cache's states are not: look at it with data_prep/main.py mode=verify"
-        elif not weights:
-            advice = "the drafter's weights no longer are: lower train.lr" if step > 1 else "the first weights are not"
-        else:
-            advice = f"{_lower_the_rate(step)}the weights of loss.* and objective.*"
-        raise UserError(
-            f"the loss of step {step} is not finite, in rank {who}'s pack of {', '.join(names[:4])}"
-            f"{' and more' if len(names) > 4 else ''}; {_kept(step)}{advice}"
-        )
-
-    def _refuse_to_keep(self, step: int, found: list[dict]) -> None:
-        """Raises UserError on all ranks for weights, moments or held-out figures that are not finite. Every rank holds a part of
-        the first two, and all of the figures."""
-        if not deepspeed_private.finite(self.model.engine):
-            what = "the drafter's weights or their moments are not finite"
-        elif not all(math.isfinite(x) for view in found for x in (view["loss"], view["sampled"].tau, view["greedy"].tau)):
-            what = "the loss on held-out documents is not finite"
-        else:
-            return
-        raise UserError(f"{what} after step {step}; {_kept(step)}{_lower_the_rate(2)}the weights of loss.* and objective.*")
-
     def _save(self, step: int) -> None:
         """Judge the drafter, then write the checkpoint: its state says whether it is the best."""
         self.voice.doing = f"step {step}: judging on held-out documents and saving"
         found = validate(self.model, self.data, self.device)
-        self._refuse_to_keep(step, found)
+        not_finite.refuse_to_keep(step, self.model.engine, found, self.data.validation, self.device)
         taus = [one["sampled"].tau for one in found]
         tau = sum(taus) / len(taus)
         best = tau > self.best
@@ -331,12 +299,3 @@ class Trainer:
             return whole
         left = (self.recipe.train.max_steps - step) * seconds / taken
         return f"{whole}  {seconds / taken:.2g} s a step  {left / 60:.1f} min left"
-
-
-def _kept(step: int) -> str:
-    return "the last checkpoint is intact. " if step > 1 else ""
-
-
-def _lower_the_rate(step: int) -> str:
-    """The beginning of an advice. Before the first step no rate has been used."""
-    return "Lower train.lr, or " if step > 1 else "Lower "
