@@ -208,7 +208,7 @@ def test_a_cache_of_one_document_is_refused():
 
 @pytest.mark.parametrize(
     "mask,pack_tokens,counts",
-    [([0, 1], 9, False), ([0, 1, 0, 1], 9, False), ([0, 1, 1], 9, True), ([0, 1, 1, 1], 3, True), ([0, 1, 1, 0], 2, False)],
+    [([0, 1], 9, False), ([0, 1, 0, 1], 9, False), ([0, 1, 1], 9, True), ([0, 1, 1, 1], 3, True), ([0, *[1] * 9], 2, False)],
 )
 def test_a_side_of_which_nothing_counts_is_refused(tmp_path, mask, pack_tokens, counts):
     """Two supervised tokens in a row, behind another of the same crop; what packs then hold says the same."""
