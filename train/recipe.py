@@ -110,7 +110,7 @@ class DrafterRecipe(Section):
     """Attention backend; auto: the reference on a CPU, flash or flex on a GPU."""
     qk_norm: bool | None = None
     """Norm queries and keys; null: as the target does."""
-    vocabulary: int | None = Field(None, ge=1)
+    vocabulary: int | None = Field(None, ge=2)
     """Keep this many of the most frequent tokens; null: all."""
     own_head: bool = False
     """Train an LM head; false: share the target's, frozen."""
@@ -157,16 +157,16 @@ class TrainSection(Section):
     """Optimizer steps; auto: 2000 on a GPU, 600 on a CPU."""
     batch: int = Field(ge=1)
     """Packs per optimizer step, over all ranks; auto: 8 on a GPU, on a CPU 2 or the next multiple of the ranks."""
-    pack_tokens: int = Field(ge=2)
+    pack_tokens: int = Field(ge=3)
     """Tokens of a pack; auto: 4096 on a GPU, 1024 on a CPU."""
     workers: int = Field(ge=0)
     """Threads that read packs ahead; 0: none."""
     lr: float = Field(gt=0)
     """Peak learning rate; auto: 6e-4 on a GPU, 2e-3 on a CPU."""
     min_lr_ratio: float = Field(ge=0, le=1)
-    """Learning rate at the end, as a share of train.lr."""
+    """Learning rate of the last step, as a share of train.lr."""
     warmup_ratio: float = Field(ge=0, lt=1)
-    """Share of max_steps in which the learning rate rises."""
+    """Share of max_steps in which the learning rate rises; 0: the first step has the peak."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     """AdamW's betas."""
     weight_decay: float = Field(ge=0)

@@ -4,6 +4,8 @@ Shapes: P positions of a pack, N anchors, R supervised positions, E hidden size.
 """
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,7 @@ from data_prep.cache.reader import CacheReader
 from data_prep.capture.build import build
 from data_prep.capture.live import LiveReader
 from data_prep.target.loading import load_target
+from tests.support.caches import document, manifest_of, write
 from tests.support.models import drafter_of, small_target
 from tests.support.packs import cached
 from train.attention.choose import BACKENDS
@@ -29,6 +32,7 @@ from train.losses.recipe import LossRecipe
 from train.measure import acceptance
 from train.objectives.objective import Objective, Outcome, Supervision
 from train.recipe import TrainRecipe
+from train.run.parts import DataParts, refuse_nothing_to_learn
 
 ON_GPU = torch.cuda.is_available()
 CELLS = [(o, r) for o in ("ttt", "blockwise") for r in ("hidden", "kv", "hybrid")]
@@ -200,6 +204,25 @@ def test_a_cache_of_one_document_is_refused():
 
     with pytest.raises(UserError, match="1 source document"):
         split(OneDocument, 4)
+
+
+@pytest.mark.parametrize(
+    "mask,pack_tokens,counts",
+    [([0, 1], 9, False), ([0, 1, 0, 1], 9, False), ([0, 1, 1], 9, True), ([0, 1, 1, 1], 3, True), ([0, *[1] * 9], 2, False)],
+)
+def test_a_side_of_which_nothing_counts_is_refused(tmp_path, mask, pack_tokens, counts):
+    """Two supervised tokens in a row, behind another of the same crop; what packs then hold says the same."""
+    manifest = manifest_of()
+    write(tmp_path / "c", manifest, {"a": document(manifest, [0, 1, 1]), "b": document(manifest, mask)}, 10**6)
+    settings = StreamSettings(pack_tokens, anchors=4, seed=3)
+    reader, names = CacheReader(tmp_path / "c"), ["input_ids", "loss_mask", *manifest.states]
+    sound = PackStream(reader, [0], names, replace(settings, pack_tokens=9))
+    asked = PackStream(reader, [1], names, settings)
+    assert counts == bool(asked[0].valid(4).any())
+    recipe = cli.compose("train", TrainRecipe, [f"cache.dir={tmp_path / 'c'}"])
+    for training, validation, side in ((asked, sound, "training"), (sound, asked, "validation")):
+        with nullcontext() if counts else pytest.raises(UserError, match=f"none of the 1 {side} documents of .* has two"):
+            refuse_nothing_to_learn(DataParts(training, validation, [0]), recipe)
 
 
 def test_acceptance_counts_by_hand():

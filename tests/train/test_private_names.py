@@ -13,7 +13,7 @@ from train.run import deepspeed_private
 
 # Small engines in one process of their own: DeepSpeed leaks what it makes, and a process group belongs to its process.
 SCRIPT = '''
-import json, sys
+import json, math, sys
 from common.ranks import single_process_defaults
 single_process_defaults()
 import deepspeed, torch
@@ -39,7 +39,6 @@ def engine_of(stage, bf16):
         "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
     }
     if bf16 and stage:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -79,8 +78,16 @@ for stage, bf16 in ((0, False), (0, True), (1, True), (2, True), (3, True)):
             flat.data.fill_(0.25)
         private.weights_were_set(engine)
         one["followed"] = all((p == 0.25).all().item() for p in parameters)
-    private.set_counters(engine, one["counters"] | {"global_steps": 7, "lr_scheduler": {"last_batch_iteration": 5}})
-    one["set"] = [engine.global_steps, engine.micro_steps, engine.lr_scheduler.last_batch_iteration]
+    private.set_counters(engine, one["counters"] | {"global_steps": 7})
+    one["set"] = [engine.global_steps, engine.micro_steps]
+    # One number that is not finite, in the last of the tensors.
+    one["finite"] = [private.finite(engine)]
+    state = list(private.adam_of(engine).state.values())[-1]
+    for tensor in (private.stepped_tensors(engine)[-1], state["exp_avg_sq"]):
+        with torch.no_grad():
+            kept, tensor.view(-1)[0] = tensor.view(-1)[0].item(), math.inf
+            one["finite"].append(private.finite(engine))
+            tensor.view(-1)[0] = kept
     found[f"{stage}{'-bf16' * bf16}"] = one
 print("FOUND" + json.dumps(found))
 '''
@@ -108,7 +115,7 @@ class TestDeepSpeed:
         assert not set(OPTIMIZER.get(stage, [])) - set(one["optimizer"])
         assert one["parameter"] == (["ds_numel", "ds_tensor"] if stage == "3-bf16" else [])
         assert one["adam"] == "AdamW" and one["counters"]["global_steps"] == 2
-        assert one["set"] == [7, 7, 5]
+        assert one["set"] == [7, 7]
 
     def test_they_give_what_a_checkpoint_needs(self, deepspeed_found):
         size = 5 * 3 + 3 + 3 + 1
@@ -121,6 +128,11 @@ class TestDeepSpeed:
         for stage in ("1-bf16", "2-bf16", "3-bf16"):
             assert deepspeed_found[stage]["moments"]
         assert deepspeed_found["1-bf16"]["followed"] and deepspeed_found["2-bf16"]["followed"]
+
+    @pytest.mark.parametrize("stage", ["0", "0-bf16", "1-bf16", "2-bf16", "3-bf16"])
+    def test_one_number_that_is_not_finite_is_found(self, deepspeed_found, stage):
+        """(weights, moments): of a sound engine, with a bad weight, with a bad moment."""
+        assert deepspeed_found[stage]["finite"] == [[True, True], [False, True], [True, False]]
 
     def test_groups_give_up_and_the_store_is_found(self, deepspeed_found):
         assert deepspeed_found["timeouts"] == [1234, 1234] and deepspeed_found["store"]

@@ -116,6 +116,13 @@ class PackStream:
             ]
         )
 
+    def has_anchor(self, index: int) -> bool:
+        """Whether the first pass can draw an anchor in this document, whose first slot then counts."""
+        start, stop = self._crop(self.reader.id(index), int(self.reader.lengths[index]), 0)
+        mask = self.reader.text(index)[1].numpy()[start:stop].astype(bool)
+        mask[0] = False  # as where a crop is read: nothing lies before it
+        return len(sample_anchors("", mask, None, 0, 0)) > 0
+
     def _draw(self, id: str, tensors: dict[str, Tensor], start: int, pass_number: int, step: int) -> PackDocument:
         settings = self.settings
         mask = tensors["loss_mask"].numpy().astype(bool)

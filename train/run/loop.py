@@ -1,4 +1,4 @@
-"""The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
+"""The training loop: DeepSpeed does ZeRO, precision, accumulation and clipping; this file feeds it."""
 
 import math
 import os
@@ -23,11 +23,12 @@ from train.data.pack import Pack
 from train.gate import hold_gates
 from train.measure import diagnostics, pictures
 from train.recipe import TrainRecipe
-from train.run import deepspeed_private
+from train.run import deepspeed_private, not_finite
 from train.run.figures import Measured, Sums, Window, peak_gib, window_figures
 from train.run.folder import lock_run, refuse_another_run, write_recipe
 from train.run.parts import Parts, RunContext, build_parts
 from train.run.ranks import connect
+from train.run.rates import Rates
 from train.run.tracking import Tracker
 from train.run.validate import diagnose, validate
 
@@ -102,6 +103,8 @@ class Trainer:
         self.tracker: Tracker | None = None  # of rank 0
         self.packs: Iterator[Pack] = iter(())
         self.window = Window()
+        self.rates = Rates(deepspeed_private.adam_of(self.model.engine), self.recipe.train)
+        self.lr = math.nan  # of the last step
         self.grad_norm = math.nan  # of the last step, before clipping
         self.gradients: dict = {}  # diagnostics of the last step's gradients, if it was one that is saved
 
@@ -184,6 +187,7 @@ class Trainer:
         weight_T = torch.stack([self.model.objective.weight_sums(pack) for pack in packs]).sum(0)
         dist.all_reduce(weight_T)
         hold_gates(self.model.drafter, self.recipe, step)
+        self.lr = self.rates.set(step)
 
         # `engine.step` is called after every pack. DeepSpeed counts these calls: only the last of `accumulation` changes weights.
         # Between its backward and that call the gradients of the whole step are there to be looked at.
@@ -206,9 +210,7 @@ class Trainer:
         if self.recipe.deepspeed.stage > 0:
             self.grad_norm = float(self.model.engine.get_global_grad_norm())
         if not math.isfinite(self.grad_norm):
-            raise UserError(
-                f"the gradient of step {step} is not finite though its loss is; the last checkpoint is intact. Lower train.lr"
-            )
+            not_finite.refuse_gradient(step)
         return total._replace(weight_T=weight_T)
 
     def _learn(self, pack: Pack, weight_T: torch.Tensor, counts: bool) -> Sums:
@@ -228,8 +230,8 @@ class Trainer:
         # Looked at once a step, so that the host need not wait for every pack. All ranks see the same sum: all go on, or
         # all stop.
         if not total.share.isfinite():
-            bad = [pack.names for pack, part in zip(packs, parts) if not part.share.isfinite()]
-            self._stop_on_nan(step, bad[0] if bad else None)
+            bad = [pack for pack, part in zip(packs, parts) if not part.share.isfinite()]
+            not_finite.refuse_loss(step, self.model.engine, bad[0] if bad else None)
         # What lk_lambda follows in the next step. A slot that never counted keeps what was known of it.
         mean_VJ = total.overlap_VJ / total.valid_J.clamp(min=1)
         objective = self.model.objective
@@ -241,21 +243,11 @@ class Trainer:
         dist.all_reduce(rows)
         self.gradients = diagnostics.gradients(self.model.drafter, int(rows))
 
-    def _stop_on_nan(self, step: int, culprit: list[str] | None) -> None:
-        """Raise on every rank; each has to call this, since they tell one another whose packs it was."""
-        culprits: list = [None] * self.world
-        dist.all_gather_object(culprits, culprit)
-        who, names = next((r, names) for r, names in enumerate(culprits) if names)
-        raise UserError(
-            f"the loss of step {step} is not finite, in rank {who}'s pack of {', '.join(names[:4])}"
-            f"{' and more' if len(names) > 4 else ''}; the last checkpoint is intact. Lower train.lr, or look at "
-            "the cache with data_prep/main.py mode=verify"
-        )
-
     def _save(self, step: int) -> None:
         """Judge the drafter, then write the checkpoint: its state says whether it is the best."""
         self.voice.doing = f"step {step}: judging on held-out documents and saving"
         found = validate(self.model, self.data, self.device)
+        not_finite.refuse_to_keep(step, self.model.engine, found, self.data.validation, self.device)
         taus = [one["sampled"].tau for one in found]
         tau = sum(taus) / len(taus)
         best = tau > self.best
@@ -293,8 +285,7 @@ class Trainer:
             return
         window = self.window
         seconds = window.seconds
-        lr = self.model.engine.get_lr()[0]
-        measured = Measured(seconds, window.waited, lr, self.grad_norm, peak_gib(self.device))
+        measured = Measured(seconds, window.waited, self.lr, self.grad_norm, peak_gib(self.device))
         figures = window_figures(window.total(), measured, self.recipe)
         self.tracker.log(step, figures)
         left = (self.recipe.train.max_steps - step) * seconds / len(window.steps)

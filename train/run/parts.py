@@ -79,9 +79,11 @@ def build_parts(context: RunContext) -> Parts:
     recipe = context.recipe
     config = drafter_config(recipe, context.reader.manifest)
 
-    # 1. The target, and which documents train.
-    target = _read_target(context)
+    # 1. Which documents train, and the target.
     training, validation = split(context.reader, recipe.train.validation_documents)
+    data = _make_data(context, config, training, validation)
+    refuse_nothing_to_learn(data, recipe)
+    target = _read_target(context)
 
     # 2. The drafter, and where its weights start.
     drafter = _make_drafter(context, config, target, training)
@@ -92,10 +94,19 @@ def build_parts(context: RunContext) -> Parts:
     objective = _make_objective(context, drafter, head)
     engine = _make_engine(context, objective)
 
-    # 4. Data and checkpoints.
-    data = _make_data(context, config, training, validation)
+    # 4. Checkpoints.
     checkpoints = Checkpoints(checkpoints_of(context.run_dir), engine, drafter, rank(), recipe.train.keep_last)
     return Parts(ModelParts(objective, engine), data, checkpoints)
+
+
+def refuse_nothing_to_learn(data: DataParts, recipe: TrainRecipe) -> None:
+    """Raises UserError where no slot of a whole side counts: its loss would be 0, and its acceptance 1."""
+    for side, stream in (("training", data.training), ("validation", data.validation)):
+        if not any(map(stream.has_anchor, stream.documents)):
+            raise UserError(
+                f"none of the {len(stream.documents):,} {side} documents of {recipe.cache.dir} has two supervised tokens in a "
+                f"row within train.pack_tokens={recipe.train.pack_tokens}, so that no drafted token counts"
+            )
 
 
 def _read_target(context: RunContext) -> TargetParts:
@@ -169,8 +180,8 @@ def _make_objective(context: RunContext, drafter: Drafter, head: FrozenHead) -> 
 
 
 def _make_engine(context: RunContext, objective: Objective) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed moves the objective to the device, to bf16 where that is asked for, and shards what its stage shards. The
-    schedule in its configuration makes it drive the optimizer's rates; the `lr` here is the top of it."""
+    """DeepSpeed moves the objective to the device, to bf16 where that is asked for, and shards what its stage shards. The `lr`
+    here is the peak: `train/run/rates.py` sets each step's."""
     recipe = context.recipe
     optimizer = torch.optim.AdamW(
         parameter_groups(objective.drafter, recipe),
