@@ -73,6 +73,7 @@ def check_capture(recipe: CaptureSections) -> None:
     refuse(rules.SERVED, recipe)
     check_checkpoint(recipe.target, recipe.capture.spread)
     sizes = target_sizes(recipe.target)
+    target_tokenizer(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)

@@ -44,12 +44,21 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe)
     """Token ids and loss mask of one record, uncut.
 
     Raises:
-        LeftOut: the record is malformed, or the chat template cannot say what the assistant wrote.
+        LeftOut: the record is malformed, has tokens that the model has not, or the chat template cannot say what the assistant
+            wrote.
         UserError: the tokenizer has no chat template.
     """
+    ids, mask = _encoded(record, tokenizer, data)
+    # A model may have more tokens than its tokenizer knows, or lack some (of pictures).
+    if ids and max(ids) >= getattr(tokenizer, "model_vocab_size", len(tokenizer)):
+        raise LeftOut("a token id outside the vocabulary")
+    return ids, mask
+
+
+def _encoded(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> tuple[list[int], list[int]]:
     match _format(record.fields, data):
         case "tokens":
-            return _stored_tokens(record.fields, len(tokenizer))
+            return _stored_tokens(record.fields)
         case "chat":
             ids, mask = _chat(messages_of(record.fields), record.fields.get("tools"), tokenizer, data)
             if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
@@ -171,14 +180,14 @@ def _format(fields: dict, data: DataRecipe) -> str:
     return "chat" if fields.get("messages") or fields.get("conversations") else "text"
 
 
-def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]:
+def _stored_tokens(fields: dict) -> tuple[list[int], list[int]]:
     ids = fields.get("input_ids")
     mask = fields.get("loss_mask")
     mask = [1] * len(ids) if mask is None and isinstance(ids, list) else mask
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise LeftOut("'input_ids' and 'loss_mask' are not lists of one length")
-    if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or not all(m in (0, 1) for m in mask):
-        raise LeftOut("a token id outside the vocabulary, or a loss mask that is not of 0 and 1")
+    if not all(type(i) is int and i >= 0 for i in ids) or not all(m in (0, 1) for m in mask):
+        raise LeftOut("a token id that is no number of a token, or a loss mask that is not of 0 and 1")
     return ids, [int(m) for m in mask]
 
 
