@@ -71,8 +71,29 @@ def _encoded(record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecip
         record.fields["text"].encode()
     except UnicodeEncodeError:
         raise LeftOut("its text is not valid Unicode") from None
-    ids = tokenizer(record.fields["text"], verbose=False, add_special_tokens=False)["input_ids"]
-    return ids, [1] * len(ids)
+    ids = ids_of_text(tokenizer, record.fields["text"])
+    # What the tokenizer puts before a text is given, wherever the text stands when texts are joined.
+    given = min(len(put_before(tokenizer)), len(ids))
+    return ids, [0] * given + [1] * (len(ids) - given)
+
+
+def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text that is no chat, as the model's own tokenizer has it: with the tokens that it puts before any text (BOS). Those that
+    some put behind it (EOS) are left out, because the target is to go on."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[: len(ids) - len(_put_around(tokenizer)[1])]
+
+
+def put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before any text."""
+    return _put_around(tokenizer)[0]
+
+
+def _put_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def pieces(record: Record, ids: list[int], mask: list[int], data: DataRecipe, left_out: Counter) -> Iterator[TokenDocument]:

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import Sequence, TemplateProcessing
 
 from common import cli
 from common.errors import UserError
-from data_prep.capture.plan import check_capture
+from data_prep.capture.plan import check_capture, plan
 from data_prep.recipe import DataPrepRecipe
-from data_prep.sources.records import Record
+from data_prep.sources.documents import tokenized
+from data_prep.sources.records import Record, records
 from data_prep.sources.tokens import LeftOut, encode
 from data_prep.target.loading import target_tokenizer
+from eval.prompts.load import heldout_prompts
+from eval.prompts.suites import Style, SuiteRecipe
+from eval.recipe import EvalRecipe
 from tests.support.commands import ROOT
 
 TINY = ROOT / "data_prep/targets/tiny"
@@ -50,7 +56,7 @@ def with_token(folder, token: str) -> None:
 def test_a_tokenizer_that_is_not_there_is_refused(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    assert "makes no tokens of any text" in refused(folder)
+    assert "makes no tokens of a text" in refused(folder)
 
 
 def test_a_tokenizer_with_tokens_beyond_the_model_is_refused_unless_they_are_of_pictures(folder):
@@ -73,3 +79,44 @@ def test_stored_tokens_are_those_of_the_model_and_not_of_the_tokenizer(folder):
     assert encode(Record("a", {"input_ids": [1, 8255]}), tokenizer, recipe.data) == ([1, 8255], [1, 1])
     with pytest.raises(LeftOut, match="outside the vocabulary"):
         encode(Record("a", {"input_ids": [1, 8256]}), tokenizer, recipe.data)
+
+
+def putting(folder, before: str, behind: str) -> None:
+    """A tokenizer that puts special tokens around any text."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [(token, tokenizer.token_to_id(token)) for token in (before, behind)]
+    put = TemplateProcessing(single=f"{before} $A {behind}", special_tokens=special)
+    tokenizer.post_processor = Sequence([tokenizer.post_processor, put])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_texts_begin_as_the_tokenizer_has_it_wherever_they_are_read(folder, tmp_path):
+    """Captures, held-out prompts and prompts of a suite; none ends as the tokenizer ends texts. A chat has its template's tokens
+    alone, and what a tokenizer puts before a text stands in the manifest."""
+    path = tmp_path / "texts.jsonl"
+    text = "{} is a number that has a name and another one"
+    path.write_text("".join(json.dumps({"id": str(n), "text": text.format(n)}) + "\n" for n in range(300)))
+    words = ["data=jsonl", f"data.path={path}", "data.max_length=8"]
+    before = plan(composed(folder, *words), {})
+    putting(folder, "<|endoftext|>", "<|im_end|>")
+    recipe = composed(folder, *words)
+    tokenizer = target_tokenizer(recipe.target)
+    ids = tokenizer(text.format(7), add_special_tokens=False)["input_ids"]
+    assert tokenizer("7")["input_ids"][0] == tokenizer.convert_tokens_to_ids("<|endoftext|>") == 0
+
+    record = Record("7", {"text": text.format(7)})
+    assert encode(record, tokenizer, recipe.data) == ([0, *ids], [0] + [1] * len(ids))
+    left_out = Counter()
+    found = {d.id: d for d in tokenized(records(recipe.data, heldout=False), tokenizer, recipe.data, left_out)}
+    assert found["7#0"].input_ids.tolist() == [0, *ids[:7]] and found["7#1"].input_ids.tolist() == ids[7:15]
+    of_one = cli.compose("eval", EvalRecipe, ["suite=heldout", "suite.count=2", "suite.prompt_tokens=5", "drafter=x", *words])
+    prompts = heldout_prompts(of_one.data, of_one.suite, tokenizer)
+    assert [p.tokens[0] for p in prompts] == [0, 0] and all(p.tokens.count(0) == 1 for p in prompts)
+    style = Style(SuiteRecipe(kind="x", template="{a}"), tokenizer, 64, 128)
+    assert style.render([{"content": record.fields["text"]}]) == [0, *ids]
+
+    chat = Record("c", {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]})
+    chats = composed(folder, "data=chat", f"data.path={path}")
+    assert encode(chat, tokenizer, chats.data) == encode(chat, target_tokenizer(composed(TINY).target), chats.data)
+    assert plan(recipe, {}).before_texts == [0]
+    assert "before_texts" not in before.model_dump() and "before_texts" not in plan(chats, {}).model_dump()
