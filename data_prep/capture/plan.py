@@ -17,9 +17,10 @@ from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.tokens import put_before
 from data_prep.target.architecture import last_layers_with_kv, layers_with_kv, other_kv_sizes, target_config, target_sizes
+from data_prep.target.checkpoint import check_checkpoint
 from data_prep.target.families import check_kv
 from data_prep.target.loading import target_tokenizer, tokenizer_hashes
-from data_prep.target.quantised import check_checkpoint, quantisation_of
+from data_prep.target.quantised import quantisation_of
 from data_prep.target.served import check_server
 
 

@@ -11,9 +11,9 @@ from common.errors import UserError, first_line
 from common.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
 from data_prep.target.architecture import needs_trust, target_sizes, untrusted
+from data_prep.target.checkpoint import check_checkpoint
 from data_prep.target.from_gguf import plain
 from data_prep.target.parts import TargetParts
-from data_prep.target.quantised import check_checkpoint
 from data_prep.target.target import Target
 
 # Tokens that a model of text alone may lack, though it shares a tokenizer with others (Gemma 3 1B).

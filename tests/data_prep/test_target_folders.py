@@ -5,6 +5,8 @@ import shutil
 from collections import Counter
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import Sequence, TemplateProcessing
 
@@ -15,7 +17,8 @@ from data_prep.recipe import DataPrepRecipe
 from data_prep.sources.documents import tokenized
 from data_prep.sources.records import Record, records
 from data_prep.sources.tokens import LeftOut, encode
-from data_prep.target.loading import target_tokenizer
+from data_prep.target.loading import load_parts, target_tokenizer
+from data_prep.target.target import Target
 from eval.prompts.load import heldout_prompts
 from eval.prompts.suites import Style, SuiteRecipe
 from eval.recipe import EvalRecipe
@@ -120,3 +123,94 @@ def test_texts_begin_as_the_tokenizer_has_it_wherever_they_are_read(folder, tmp_
     assert encode(chat, tokenizer, chats.data) == encode(chat, target_tokenizer(composed(TINY).target), chats.data)
     assert plan(recipe, {}).before_texts == [0]
     assert "before_texts" not in before.model_dump() and "before_texts" not in plan(chats, {}).model_dump()
+
+
+LAYER = "model.layers.2.mlp.up_proj.weight"
+
+
+def rewrite(folder, change_of) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change_of(tensors), folder / "model.safetensors", {"format": "pt"})
+
+
+def eighth(tensors):
+    return tensors | {LAYER: tensors[LAYER].to(torch.float8_e4m3fn)}
+
+
+# What becomes of the tensors, fields of the configuration, and what is said.
+WRONG = {
+    "unused": (
+        lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(256)},
+        {},
+        "has no place for model.layers.0.self_attn.q_proj.bias of its files",
+    ),
+    "missing": (lambda t: {k: v for k, v in t.items() if k != LAYER}, {}, f"the checkpoint lacks {LAYER}"),
+    "misshapen": (None, {"num_key_value_heads": 1}, "k_proj.weight is [64, 256] in the model of config.json, and"),
+    "unscaled": (eighth, {}, f"{LAYER} is stored as F8_E4M3, and nothing says by which scales"),
+    "a scale missing": (
+        lambda t: eighth(t) | {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(6, 2)},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        f"{LAYER} is stored as F8_E4M3, and no tensor holds its scales ({LAYER}_scale_inv)",
+    ),
+    "blocks that do not divide": (
+        lambda t: eighth(t) | {f"{LAYER}_scale_inv": torch.ones(6, 2)},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        f"{LAYER} is [704, 256], which [6, 2] blocks of scales do not divide evenly",
+    ),
+    "quantised in words alone": (
+        None,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "says that it is quantised by bitsandbytes, and its files hold no scales",
+    ),
+    "tied to another": (
+        lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] * 2},
+        {},
+        "ties lm_head.weight and model.embed_tokens.weight, and the files hold two that differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_tensors_that_are_not_those_of_the_configuration_are_refused(name, folder):
+    change_of, fields, said = WRONG[name]
+    change(folder / "config.json", **fields)
+    if change_of:
+        rewrite(folder, change_of)
+    assert said in refused(folder)
+    with pytest.raises(UserError) as error:
+        load_parts(composed(folder).target)
+    assert said in str(error.value)
+
+
+def test_a_head_that_is_stored_beside_its_equal_and_a_folder_in_shards_are_whole(folder):
+    rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    check_capture(composed(folder))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_capture(composed(folder))
+    save_file({names[1]: tensors[names[1]]}, folder / "b.safetensors", {"format": "pt"})
+    assert f"b.safetensors does not hold {names[3]}, as the index says" in refused(folder)
+    (folder / "b.safetensors").unlink()
+    assert "its index names b.safetensors, which is not there" in refused(folder)
+
+
+def test_an_error_of_loading_says_what_the_report_of_transformers_says(folder):
+    change(folder / "config.json", num_key_value_heads=1)
+    with pytest.raises(UserError, match=r"k_proj.weight is \[128, 256\] in the files and \[64, 256\] in the model; .* more"):
+        Target(str(folder))
+
+
+def test_weights_that_are_not_finite_are_not_taken_from_files(folder):
+    def ill(tensors):
+        tensors[LAYER][0, 0] = float("nan")
+        return tensors
+
+    rewrite(folder, ill)
+    with pytest.raises(UserError, match=f"{LAYER} of its files has numbers that are not finite"):
+        load_parts(composed(folder).target).weights_hash()
