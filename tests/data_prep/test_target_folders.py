@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,11 +13,13 @@ from tokenizers.processors import Sequence, TemplateProcessing
 
 from common import cli
 from common.errors import UserError
+from data_prep.capture.capture import Batch
+from data_prep.capture.first_batch import check_first_batch
 from data_prep.capture.plan import check_capture, plan
 from data_prep.recipe import DataPrepRecipe
 from data_prep.sources.documents import tokenized
 from data_prep.sources.records import Record, records
-from data_prep.sources.tokens import LeftOut, encode
+from data_prep.sources.tokens import LeftOut, TokenDocument, encode
 from data_prep.target.loading import load_parts, target_tokenizer
 from data_prep.target.target import Target
 from eval.prompts.load import heldout_prompts
@@ -214,3 +217,20 @@ def test_weights_that_are_not_finite_are_not_taken_from_files(folder):
     rewrite(folder, ill)
     with pytest.raises(UserError, match=f"{LAYER} of its files has numbers that are not finite"):
         load_parts(composed(folder).target).weights_hash()
+
+
+@torch.no_grad()
+def test_the_first_batch_tells_of_weights_that_predict_nothing_or_are_ill(capsys):
+    target = Target(str(TINY))
+    target.capture([0], [])
+    ids = target_tokenizer(composed(TINY).target)((ROOT / "common/errors.py").read_text())["input_ids"]
+    batch = Batch([TokenDocument(str(n), np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.uint8)) for n in range(2)])
+    check_first_batch(target, batch, batch.forward(target))
+    assert capsys.readouterr().out == ""
+    layer = target.layers[0].mlp.down_proj.weight
+    layer.mul_(1000)  # as weights without their scales
+    check_first_batch(target, batch, batch.forward(target))
+    assert "WARNING: the target's own loss on" in capsys.readouterr().out
+    layer[0, 0] = float("nan")
+    with pytest.raises(UserError, match="model.layers.0.mlp.down_proj.weight has numbers that are not finite"):
+        check_first_batch(target, batch, batch.forward(target))
