@@ -96,7 +96,9 @@ SPREAD = (
     ),
 )
 
-# Of a target before it is loaded. c: target.quantised.Checkpoint.
+# Methods whose checkpoints have scales in any case.
+SCALED = ("awq", "bitsandbytes", "fbgemm_fp8", "fp8", "gptq", "mxfp8")
+# Of a target before it is loaded. c: target.checkpoint.Checkpoint.
 CHECKPOINT = (
     Rule(
         "adapter instead of a model",
@@ -132,6 +134,17 @@ CHECKPOINT = (
         "quantised weights outside of safetensors",
         lambda r, c: c.method is not None and not c.safetensors,
         "target.path={c.path} is quantised and has no model.safetensors: quantised weights are read from safetensors alone",
+    ),
+    Rule(
+        "a file of the index that is not there",
+        lambda r, c: c.absent,
+        "target.path={c.path}: its index names {c.absent}, which is not there; fetch it again",
+    ),
+    Rule(
+        "quantisation of nothing",
+        lambda r, c: c.method in SCALED and c.safetensors and not c.scale,
+        "target.path={c.path}: config.json says that it is quantised by {c.method}, and its files hold no scales; take "
+        "quantization_config out of config.json if the weights are as they were trained",
     ),
     Rule(
         "quantised weights under tp",

@@ -37,14 +37,16 @@ class Manifest(BaseModel):
     codec: str  # fp8, bf16 or fp32
     last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
     max_length: int
+    before_texts: list[int] = []  # what the tokenizer puts before each text that is no chat (BOS)
     source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised; records, left_out, kept: sources.counts
     # Not part of the identity: another release of PyTorch may go on with a capture.
     software: dict
 
     @model_serializer(mode="wrap")
-    def _without_queries(self, dump) -> dict:
-        """A cache without queries is written and hashed as it was before there were any."""
-        return {name: value for name, value in dump(self).items() if name != "query_layers" or value}
+    def _without_empty(self, dump) -> dict:
+        """A cache without queries, or of a tokenizer that puts nothing before a text, is written and hashed as it was before
+        there were any."""
+        return {name: value for name, value in dump(self).items() if name not in ("query_layers", "before_texts") or value}
 
     @property
     def states(self) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.hashing import file_hash
 from common.tensor_files import offsets_of
-from data_prep.cache.codec import SCALE
+from data_prep.cache.codec import SCALE, finite
 from data_prep.cache.manifest import FILES, INDEX, MANIFEST, canonical, is_teacher, read_manifest
 from data_prep.cache.writer import document_hash, tensor_hash
 from data_prep.sources.documents import Digest
@@ -150,7 +150,7 @@ class CacheReader:
             mask = tensors["loss_mask"]
             if int(mask.sum()) != self.supervised[index] or mask[0] or self.lengths[index] > self.manifest.max_length:
                 yield f"{where}: its length or loss mask is not what the index and the manifest say"
-            if bad := [name for name, t in tensors.items() if not _finite(t)]:
+            if bad := [name for name, t in tensors.items() if not finite(t)]:
                 yield f"{where}: NaN or Inf in {', '.join(bad)}"
             digest.add(TokenDocument(id, tensors["input_ids"].numpy(), mask.numpy()))
         source = self.manifest.source
@@ -272,9 +272,3 @@ def crop(tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]
     out["loss_mask"] = out["loss_mask"].clone()
     out["loss_mask"][:1] = 0
     return out
-
-
-def _finite(tensor: Tensor) -> bool:
-    if tensor.dtype in (torch.int32, torch.uint8):
-        return True
-    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import publish, write_text
 from common.hashing import file_hash
 from common.tensor_files import raw, write_safetensors
+from data_prep.cache.codec import SCALE, finite
 from data_prep.cache.manifest import DOCUMENTS, FILES, INDEX, MANIFEST, Manifest, canonical, each_document, read_manifest
 
 SCHEMA = pa.schema(
@@ -107,7 +108,18 @@ class CacheWriter:
         self.add_batch([id], [len(tensors["input_ids"])], tensors)
 
     def add_batch(self, ids: Sequence[str], lengths: Sequence[int], tensors: dict[str, Tensor]) -> None:
-        """Documents back to back, not copied. Nothing may change the tensors afterwards."""
+        """Documents back to back, not copied. Nothing may change the tensors afterwards. Raises UserError for a number that is
+        not finite: no shard is sealed with one."""
+        # A row of fp8 is as its scale is.
+        looked_at = {name: t for name, t in tensors.items() if name + SCALE not in tensors}
+        if not all(map(finite, looked_at.values())):
+            documents = each_document({"loss_mask": tensors["loss_mask"]} | looked_at, lengths, self.manifest.last_hidden)
+            for id, (*_, one) in zip(ids, documents):
+                if bad := [name.removesuffix(SCALE) for name, t in one.items() if not finite(t)]:
+                    raise UserError(
+                        f"{self.folder}: the target's states of document {id} are not finite ({', '.join(bad)}); "
+                        "target.dtype=float32 tells whether bf16 or float16 cannot hold them, or data leave it out"
+                    )
         documents = each_document(tensors, lengths, self.manifest.last_hidden)
         for id, length, (place, teacher, supervised, one) in zip(ids, lengths, documents):
             offsets = self._tokens + place, self._teachers + teacher

@@ -16,6 +16,7 @@ from common.progress import Progress
 from data_prep.cache.codec import encode
 from data_prep.cache.manifest import Manifest, is_teacher
 from data_prep.cache.writer import CacheWriter
+from data_prep.capture.first_batch import check_first_batch
 from data_prep.sources.documents import Documents
 from data_prep.sources.tokens import TokenDocument
 from data_prep.target.served import ServedTarget
@@ -167,7 +168,11 @@ def capture(
     alike = writer.world if share else 1  # rank 0 counts for all: their shares are about as long
     with Progress("tokens", silent=writer.rank != 0) as progress:
         task = progress.add_task("capture", total=alike * sum(int(documents.lengths[batch].sum()) for batch in mine))
-        for batch, states in forwards(target, (Batch([documents[i] for i in indices]) for indices in mine)):
+        for number, (batch, states) in enumerate(
+            forwards(target, (Batch([documents[i] for i in indices]) for indices in mine))
+        ):
+            if number == 0:
+                check_first_batch(target, batch, states)
             if share or writer.rank == 0:
                 outbox.put(batch, states)
             progress.advance(task, alike * sum(batch.lengths))

@@ -15,10 +15,12 @@ from data_prep.cache.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, 
 from data_prep.cache.writer import another_cache
 from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
+from data_prep.sources.tokens import put_before
 from data_prep.target.architecture import last_layers_with_kv, layers_with_kv, other_kv_sizes, target_config, target_sizes
+from data_prep.target.checkpoint import check_checkpoint
 from data_prep.target.families import check_kv
 from data_prep.target.loading import target_tokenizer, tokenizer_hashes
-from data_prep.target.quantised import check_checkpoint, quantisation_of
+from data_prep.target.quantised import quantisation_of
 from data_prep.target.served import check_server
 
 
@@ -74,6 +76,7 @@ def check_capture(recipe: CaptureSections) -> None:
     refuse(rules.SERVED, recipe)
     check_checkpoint(recipe.target, recipe.capture.spread)
     sizes = target_sizes(recipe.target)
+    target_tokenizer(recipe.target)
     if (Path(recipe.cache.dir) / MANIFEST).exists():
         if fields := differences(plan(recipe, {}), read_manifest(Path(recipe.cache.dir))):
             raise another_cache(Path(recipe.cache.dir), fields)
@@ -94,7 +97,8 @@ def check_spread(recipe: CaptureSections) -> None:
 
 def plan(recipe: CaptureSections, source: dict) -> Manifest:
     """The manifest but for what only the loaded target can tell: its weights' hash and its whole architecture."""
-    tokenizer_hash, template_hash = tokenizer_hashes(target_tokenizer(recipe.target))
+    tokenizer = target_tokenizer(recipe.target)
+    tokenizer_hash, template_hash = tokenizer_hashes(tokenizer)
     sizes = target_sizes(recipe.target)
     layers = chosen_layers(recipe)
     config = target_config(recipe.target)
@@ -120,6 +124,7 @@ def plan(recipe: CaptureSections, source: dict) -> Manifest:
         codec=recipe.cache.codec,
         last_hidden=recipe.cache.last_hidden,
         max_length=recipe.data.max_length,
+        before_texts=put_before(tokenizer) if recipe.data.format in ("auto", "text") else [],
         source={"name": recipe.data.source, "recipe": recipe.data.model_dump(), **source},
         software=software_versions(),
     )

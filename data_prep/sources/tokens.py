@@ -54,17 +54,27 @@ def encode(
     """Token ids and loss mask of one record, uncut. What of it is not understood or not written is added to `remarks`.
 
     Raises:
-        LeftOut: the record is malformed, or the chat template cannot say what the assistant wrote.
+        LeftOut: the record is malformed, has tokens that the model has not, or the chat template cannot say what the assistant
+            wrote.
         UserError: the tokenizer has no chat template.
     """
-    remarks = set() if remarks is None else remarks
+    ids, mask = _encoded(record, tokenizer, data, set() if remarks is None else remarks)
+    # A model may have more tokens than its tokenizer knows, or lack some (of pictures).
+    if ids and max(ids) >= getattr(tokenizer, "model_vocab_size", len(tokenizer)):
+        raise LeftOut("a token id outside the vocabulary")
+    return ids, mask
+
+
+def _encoded(
+    record: Record, tokenizer: PreTrainedTokenizerBase, data: DataRecipe, remarks: set[str]
+) -> tuple[list[int], list[int]]:
     format = _format(record.fields, data)
     if marked_out(record.fields, remarks, known=TOKEN_MARKS if format == "tokens" else ()):
         if data.loss_mask != "none":
             raise LeftOut("marked not to be trained")
         remarks.add(PASSED_OVER)
     if format == "tokens":
-        return _stored_tokens(record.fields, len(tokenizer))
+        return _stored_tokens(record.fields)
     if format == "chat":
         ids, mask = _chat(record.fields, tokenizer, data, remarks)
         if record.fields.get("finish") == "length" and any(mask):  # mode=regenerate: the target did not end its last reply
@@ -77,8 +87,29 @@ def encode(
         record.fields["text"].encode()
     except UnicodeEncodeError:
         raise LeftOut("its text is not valid Unicode") from None
-    ids = tokenizer(record.fields["text"], verbose=False, add_special_tokens=False)["input_ids"]
-    return ids, [1] * len(ids)
+    ids = ids_of_text(tokenizer, record.fields["text"])
+    # What the tokenizer puts before a text is given, wherever the text stands when texts are joined.
+    given = min(len(put_before(tokenizer)), len(ids))
+    return ids, [0] * given + [1] * (len(ids) - given)
+
+
+def ids_of_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text that is no chat, as the model's own tokenizer has it: with the tokens that it puts before any text (BOS). Those that
+    some put behind it (EOS) are left out, because the target is to go on."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[: len(ids) - len(_put_around(tokenizer)[1])]
+
+
+def put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before any text."""
+    return _put_around(tokenizer)[0]
+
+
+def _put_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def pieces(part: Part, data: DataRecipe) -> Iterator[TokenDocument | str]:
@@ -161,7 +192,7 @@ def _format(fields: dict, data: DataRecipe) -> str:
     return "chat" if any(listed(fields.get(name)) for name in ("messages", "conversations")) else "text"
 
 
-def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]:
+def _stored_tokens(fields: dict) -> tuple[list[int], list[int]]:
     """A token is supervised when each mask beside it says so: `MASKS` by 1, `labels` by the token itself instead of -100."""
     ids = listed(fields.get("input_ids"))
     if not isinstance(ids, list):
@@ -173,8 +204,8 @@ def _stored_tokens(fields: dict, vocabulary: int) -> tuple[list[int], list[int]]
             raise LeftOut(f"'input_ids' and '{name}' are not lists of one length")
         if name != "labels" and not all(map(is_mark, values)):
             raise LeftOut(f"'{name}' is not of 0 and 1")
-    if not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-        raise LeftOut("a token id outside the vocabulary")
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise LeftOut("a token id that is no number of a token")
     labels = beside.pop("labels", ids)
     if not all(type(label) is int and label in (IGNORED, id) for label, id in zip(labels, ids)):
         raise LeftOut(f"'labels' are neither the input_ids beside them nor {IGNORED}")

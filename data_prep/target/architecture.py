@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
 
 from common.errors import UserError, first_line
 from data_prep.recipe import TargetRecipe
@@ -122,6 +129,12 @@ def untrusted(path: str) -> UserError:
         f"target.path={path} comes with its own Python code, without which transformers cannot load it. That code may do all "
         "that you may: read it, then say target.trust_remote_code=true"
     )
+
+
+def kind_of(config: PretrainedConfig) -> type:
+    """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:

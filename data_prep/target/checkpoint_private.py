@@ -4,6 +4,7 @@ Names in files differ from a model's: prefixes of models that read pictures, exp
 tensor. `transformers` says what becomes of what in a mapping, which is read here as its own loader reads it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -77,3 +78,8 @@ def made(model: PreTrainedModel, name: str, origin: Origin, read: Callable[[str]
         converter.add_tensor(name, stored, pattern, read(stored))
     value = converter.convert(name, model=model, config=model.config)[name]
     return value[0] if isinstance(value, list) else value
+
+
+def passed_over(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's class says of a tensor that it does without."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())

@@ -1,5 +1,6 @@
 """From the keys of a recipe to a target and its tokenizer: which device, which dtype, which files."""
 
+import re
 from importlib.util import find_spec
 
 import torch
@@ -9,11 +10,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from common.errors import UserError, first_line
 from common.ranks import on_gpu
 from data_prep.recipe import CaptureRecipe, TargetRecipe
-from data_prep.target.architecture import needs_trust, untrusted
+from data_prep.target.architecture import needs_trust, target_sizes, untrusted
+from data_prep.target.checkpoint import check_checkpoint
 from data_prep.target.from_gguf import plain
 from data_prep.target.parts import TargetParts
-from data_prep.target.quantised import check_checkpoint
 from data_prep.target.target import Target
+
+# Tokens that a model of text alone may lack, though it shares a tokenizer with others (Gemma 3 1B).
+OF_PICTURES = re.compile("image|video|audio|vision|img", re.IGNORECASE)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -36,16 +40,31 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Raises UserError when there is no tokenizer at `path`, or one whose code must not run."""
     try:
-        return AutoTokenizer.from_pretrained(plain(path, revision), revision=revision, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(plain(path, revision), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if needs_trust(error):
             raise untrusted(path) from error
         raise UserError(f"target.path={path}: no tokenizer can be loaded there ({first_line(error)})") from error
+    # Without its files transformers makes an empty tokenizer of the model's family.
+    if not found("hello world", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"target.path={path}: its tokenizer makes no tokens of a text; is tokenizer.json missing?")
+    return found
 
 
 def target_tokenizer(recipe: TargetRecipe) -> PreTrainedTokenizerBase:
-    """Raises UserError as `load_tokenizer` does."""
-    return load_tokenizer(recipe.location, recipe.revision, recipe.trust_remote_code)
+    """The tokenizer, which knows as `model_vocab_size` how many tokens the target has. Raises UserError as `load_tokenizer` does,
+    and for tokens that the target has not."""
+    tokenizer = load_tokenizer(recipe.location, recipe.revision, recipe.trust_remote_code)
+    rows = target_sizes(recipe).vocab_size
+    beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows and not OF_PICTURES.search(token)}
+    if beyond:
+        last = max(beyond)
+        raise UserError(
+            f"target.path={recipe.path}: its tokenizer has '{beyond[last]}' (id {last}), and the model has {rows} tokens, from 0 "
+            f"to {rows - 1}; take the tokenizer that belongs to the model, or enlarge the model's embedding"
+        )
+    tokenizer.model_vocab_size = rows
+    return tokenizer
 
 
 def load_target(recipe: TargetRecipe, capture: CaptureRecipe | None = None) -> Target:

@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from common.errors import first_line
+from common.errors import UserError, first_line
 from common.ranks import rank
 from data_prep.target import checkpoint_private, quantised, transformers_private
-from data_prep.target.architecture import no_causal_lm, read_config
+from data_prep.target.architecture import kind_of, no_causal_lm, read_config
 from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
-from data_prep.target.target import Target, kind_of
+from data_prep.target.target import Target
 
 MAPPED = 2**28  # bytes of a file that are read before it is closed: as long as it is open, they count as this process's memory
 
@@ -175,6 +175,9 @@ class _Weights:
         value = checkpoint_private.made(self._model, named, self._origins[named], self._read)
         if value.shape != own.shape or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
             raise _NotByName(f"{name} is {value.dtype} of shape {list(value.shape)}")
+        # Unlike the loaded model's, no forward tells.
+        if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+            raise UserError(f"target.path={self._target.path}: {name} of its files has numbers that are not finite")
         return value
 
     def _read(self, name: str) -> Tensor:

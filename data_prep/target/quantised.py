@@ -6,9 +6,7 @@ What a loaded model computes with is in quantised_model.py.
 import json
 import re
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import xxhash
@@ -17,12 +15,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file, is_kernels_available
 
 from common.errors import UserError, first_line
-from common.rules import refuse
-from data_prep import rules
-from data_prep.recipe import TargetRecipe
-from data_prep.target.architecture import target_config
-from data_prep.target.from_gguf import plain, tensor_types
-from data_prep.target.transformers_private import quantisation_methods
+from data_prep.target.from_gguf import tensor_types
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,54 +38,6 @@ GPU_ALONE = {"fp8": (8, 9), "mxfp8": (8, 9), "mxfp4": (7, 5)}
 SCALES = re.compile(
     r"\.(weight_scale(_inv|_2)?|weight_packed|weight_zero_point|input_scale|qweight|qzeros|SCB)$|\.weight\.(absmax|quant_map)$"
 )
-# Tensors of a checkpoint that a decoder of text does without, and why.
-HARMLESS = (
-    r"rotary_emb\.(\w+_)?inv_freq$",  # computed from the configuration
-    r"^lm_head\.weight$",  # a copy of a tied embedding; without ties the model would have the name
-    r"(^|\.)mtp(_\w+)?\.",  # draft layers of the model's own (Qwen3-Next, Qwen3.5)
-    # Parts for pictures and sound.
-    r"(^|\.)(vision_\w+|visual|multi_modal_projector|mm_projector|patch_merger|image_newline|audio_\w+|embed_(vision|audio))(\.|$)",
-    r"\.(k|v|q|prob_output)_scale$|\.(k|v)_proj\.output_scale$",  # of a server's KV cache in fp8
-)
-
-
-class Checkpoint(NamedTuple):
-    """What there is to know of a target's files before they are loaded. `scale` names a tensor of scales, `missing` a package to
-    install."""
-
-    path: str
-    method: str | None
-    known: bool
-    missing: str | None
-    modelopt: bool
-    adapter: bool
-    scale: str | None
-    safetensors: bool
-    spread: str
-
-
-def check_checkpoint(recipe: TargetRecipe, spread: str = "none") -> None:
-    """Raises UserError for files that transformers would read without their scales, or cannot read here."""
-    folder = plain(recipe.location, recipe.revision)
-    if folder != recipe.location:  # made of a GGUF file
-        return
-    adapter = _find(folder, "adapter_config.json", recipe.revision) is not None
-    fields = None if adapter else fields_of(target_config(recipe))
-    method = fields and method_of(fields)
-    needed = PACKAGES.get(method, ())
-    names = [] if adapter else tensor_files(folder, recipe.revision)
-    found = Checkpoint(
-        path=recipe.path,
-        method=method,
-        known=method in quantisation_methods(),
-        missing=next((name.replace("_", "-") for name in needed if find_spec(name) is None), None),
-        modelopt=_find(folder, "hf_quant_config.json", recipe.revision) is not None,
-        adapter=adapter,
-        scale=next((name for name in names if SCALES.search(name)), None),
-        safetensors=bool(names),
-        spread=spread,
-    )
-    refuse(rules.CHECKPOINT, recipe, found)
 
 
 def fields_of(config: PretrainedConfig) -> dict | None:
@@ -204,32 +149,13 @@ def multiplied_out(method: str, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < GPU_ALONE[method]
 
 
-def refuse_unexpected(path: str, names, layers: int) -> None:
-    """Raises UserError for tensors of the checkpoint that the model has no place for, unless it does without them."""
-    strange = [name for name in sorted(names) if not _is_harmless(name, layers)]
-    if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        raise UserError(
-            f"target.path={path}: transformers has no place for {', '.join(strange[:3])}{more} of its files; without them the "
-            "states would be those of another model (scales of quantised weights need a quantization_config in config.json)"
-        )
-
-
-def _is_harmless(name: str, layers: int) -> bool:
-    if any(re.search(pattern, name) for pattern in HARMLESS):
-        return True
-    # DeepSeek and GLM keep draft layers of the model's own behind its last layer.
-    layer = re.search(r"(^|\.)layers\.(\d+)\.", name)
-    return layer is not None and int(layer[2]) >= layers
-
-
 def tensor_files(folder: str, revision: str | None = None) -> dict[str, str]:
     """Name of each tensor -> the safetensors file that has it; empty: there is no such file."""
-    index = _find(folder, INDEX, revision)
+    index = found_at(folder, INDEX, revision)
     try:
         if index is not None:
             return json.loads(index.read_text())["weight_map"]
-        single = _find(folder, SINGLE, revision)
+        single = found_at(folder, SINGLE, revision)
         if single is None:
             return {}
         with safe_open(single, "pt") as file:
@@ -246,14 +172,14 @@ def files_hash(folder: str, revision: str | None, quantisation: str) -> str:
     """
     digest = xxhash.xxh3_128(quantisation.encode())
     for name, file in sorted(tensor_files(folder, revision).items()):
-        with safe_open(_find(folder, file, revision), "pt") as opened:
+        with safe_open(found_at(folder, file, revision), "pt") as opened:
             tensor = opened.get_tensor(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _find(folder: str, name: str, revision: str | None) -> Path | None:
+def found_at(folder: str, name: str, revision: str | None) -> Path | None:
     """A file of a folder or of a hub id; None: it has none of this name."""
     if Path(folder).is_dir():
         file = Path(folder) / name

@@ -13,15 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
@@ -30,7 +22,17 @@ from data_prep.decoding.attention import Reading
 from data_prep.decoding.products import as_they_stand, lay_out
 from data_prep.target import quantised, quantised_model
 from data_prep.target import transformers_private as private
-from data_prep.target.architecture import CachedLayer, KVLayer, failures, kv_owners, max_positions, no_causal_lm, read_config
+from data_prep.target.architecture import (
+    CachedLayer,
+    KVLayer,
+    failures,
+    kind_of,
+    kv_owners,
+    max_positions,
+    no_causal_lm,
+    read_config,
+)
+from data_prep.target.checkpoint import refuse_missing, refuse_unexpected
 from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.proof import KVFound, prove
@@ -40,6 +42,8 @@ from data_prep.target.transformers_private import Source
 
 # (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor, Reading], Tensor]
+
+NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, AssertionError)
 
 
 @torch.compiler.disable  # a compiled layer would forget what it sets
@@ -96,26 +100,25 @@ class Target(Described):
         self.quantisation = quantised.quantisation_of(self.path, self.revision, config)
         is_quantised = quantised.fields_of(config) is not None
         try:
-            model, report = kind_of(config).from_pretrained(
-                self.folder,
-                config=quantised.to_load(config, device),
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-                dtype=self.dtype,
-                attn_implementation=attention,
-                output_loading_info=True,
-                **(spreading or quantised.placing(config, device)),
-            )
+            with private.report_in_errors():
+                model, report = kind_of(config).from_pretrained(
+                    self.folder,
+                    config=quantised.to_load(config, device),
+                    revision=self.revision,
+                    trust_remote_code=self.trust_remote_code,
+                    dtype=self.dtype,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    **(spreading or quantised.placing(config, device)),
+                )
             model = (model if spreading else model.to(device)).eval()
             if is_quantised:
                 quantised_model.settle(model, self.dtype)
-        # The last three: weights misshapen, cut or too large for the device, and a package that is not there.
-        except failures(self.trust_remote_code, OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        # Weights misshapen, cut or too large for the device, a package that is not there, what bitsandbytes takes for granted.
+        except failures(self.trust_remote_code, *NOT_LOADED) as error:
             raise no_causal_lm(self.path, error) from error
-        # transformers would go on with random values for them.
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(f"target.path={self.path}: the checkpoint lacks {', '.join(missing[:3])}")
-        quantised.refuse_unexpected(self.path, report["unexpected_keys"], private.text_config(model).num_hidden_layers)
+        refuse_missing(self.path, report["missing_keys"])
+        refuse_unexpected(self.path, report["unexpected_keys"], private.text_config(model).num_hidden_layers)
         return model.requires_grad_(False)
 
     def _look_inside(self) -> None:
@@ -319,12 +322,6 @@ class Target(Described):
         if kind == "query" and found.query_scale != 1:
             heads = heads * found.query_scale
         return halves_of_neighbours(heads, found.neighbours) if found.neighbours else heads
-
-
-def kind_of(config: PretrainedConfig) -> type:
-    """Which class loads a model: of one that reads pictures too and whose language part has no class of its own, the whole."""
-    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _spreading(spread: str) -> dict:

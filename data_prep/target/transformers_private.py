@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, modeling_utils
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -320,6 +320,34 @@ def own_outputs(model: PreTrainedModel, ids_BT: Tensor) -> tuple[tuple[Tensor, .
             del module._forward_hooks[key]
         module.__dict__.pop("_output_capturing_hooks_installed", None)
     return output.hidden_states, output.logits
+
+
+@contextmanager
+def report_in_errors() -> Iterator[None]:
+    """Errors of `from_pretrained` that send to "the above report" have its entries instead: the report goes to a log that our
+    commands do not show."""
+    usual = modeling_utils.log_state_dict_report
+
+    def told(*arguments, loading_info, **options) -> None:
+        try:
+            usual(*arguments, loading_info=loading_info, **options)
+        except RuntimeError as error:
+            said = [f"{name} is {list(theirs)} in the files and {list(own)} in the model"
+                    for name, theirs, own in sorted(loading_info.mismatched_keys)]  # fmt: skip
+            # Of a conversion: a traceback, whose last line but one says what was wrong.
+            for name, trace in sorted(loading_info.conversion_errors.items()):
+                lines = [line for line in trace.splitlines() if line.strip() and not line.startswith("Error:")]
+                said.append(f"{name}: {lines[-1].strip()}")
+            if not said:
+                raise
+            more = f" and {len(said) - 2} more" if len(said) > 2 else ""
+            raise RuntimeError("; ".join(said[:2]) + more) from error
+
+    modeling_utils.log_state_dict_report = told
+    try:
+        yield
+    finally:
+        modeling_utils.log_state_dict_report = usual
 
 
 def quantisation_methods() -> set[str]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.recipe import Section
-from data_prep.sources.tokens import LeftOut
+from data_prep.sources.tokens import LeftOut, ids_of_text
 from eval.prompts.asking import asked
 
 Side = Literal["left", "right", "middle"]
@@ -147,10 +147,10 @@ class Style:
         return "plain text, turns joined by blank lines" + ": the target has no chat template" * self.suite.chat
 
     def render(self, messages: tuple[dict, ...] | list[dict]) -> list[int]:
-        """Token ids, uncut. Plain text gets what the tokenizer puts around any text (BOS). Raises UserError when the chat
+        """Token ids, uncut. Plain text gets what the tokenizer puts before any text (BOS). Raises UserError when the chat
         template refuses the messages."""
         if not (self.suite.chat and self.tokenizer.chat_template):
-            return self.tokenizer("\n\n".join(m["content"] for m in messages), verbose=False)["input_ids"]
+            return ids_of_text(self.tokenizer, "\n\n".join(m["content"] for m in messages))
         try:
             return asked(self.tokenizer, messages, self.suite.thinking)
         except LeftOut as error:

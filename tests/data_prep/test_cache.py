@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.tensor_files import offsets_of
+from data_prep.cache import writer
 from data_prep.cache.codec import Scaled, decode, encode, paired
 from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, canonical, read_manifest
 from data_prep.cache.reader import CacheReader, crop
@@ -400,12 +401,17 @@ def test_fp8_keeps_every_value_to_a_sixteenth(seed, spread, width):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
-def test_verify_names_what_is_not_a_number(tmp_path, codec, bad):
+def test_what_is_not_a_number_is_not_written_and_verify_names_it(tmp_path, codec, bad, monkeypatch):
     manifest = manifest_of(codec=codec)
     tensors = document(manifest, [0, 1, 1])
     state = torch.ones(3, 2, 3)
     state[1, 0, 2] = bad
-    write(tmp_path, manifest, {"fine": document(manifest, [0, 1]), "ill": tensors | encode("key.1", state, codec)}, 1)
+    documents = {"fine": document(manifest, [0, 1]), "ill": tensors | encode("key.1", state, codec)}
+    with pytest.raises(UserError, match=r"states of document ill are not finite \(key.1\)"):
+        write(tmp_path / "refused", manifest, documents, 1)
+    monkeypatch.setattr(writer, "finite", lambda tensor: True)  # as caches were written once
+    tmp_path = tmp_path / "written"
+    write(tmp_path, manifest, documents, 1)
     (problem,) = CacheReader(tmp_path).problems()
     assert "document ill: NaN or Inf in key.1" in problem
 

@@ -8,7 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
+from data_prep.recipe import TargetRecipe
 from data_prep.target.architecture import unlike
+from data_prep.target.checkpoint import check_checkpoint
 from data_prep.target.parts import TargetParts
 from data_prep.target.target import Target
 from tests.support.families import MINIATURES, MULTIMODAL, miniature
@@ -22,6 +24,7 @@ OTHERS = sorted({*MINIATURES, *MULTIMODAL} - {*SOME})
 def test_parts_and_hash_of_every_family_are_those_of_the_loaded_target(name, tmp_path, capsys):
     path = str(miniature(name, tmp_path))
     whole = Target(path)
+    check_checkpoint(TargetRecipe(path=path))  # nothing is missing, left out or misshapen
     parts = TargetParts(path)
     assert parts.architecture == whole.architecture and parts.head_facts == whole.head_facts
     assert parts.layers_with_kv == list(whole.kv_shapes)

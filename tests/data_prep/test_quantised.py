@@ -16,8 +16,9 @@ from common.errors import UserError
 from data_prep.capture import plan as planning
 from data_prep.recipe import DataPrepRecipe, TargetRecipe
 from data_prep.target import quantised_model
+from data_prep.target.checkpoint import refuse_unexpected
 from data_prep.target.loading import load_target
-from data_prep.target.quantised import refuse_unexpected, unrounded
+from data_prep.target.quantised import unrounded
 from data_prep.target.target import Target
 from tests.support.quantised import METHODS, TINY, quantised
 

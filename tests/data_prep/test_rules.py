@@ -13,7 +13,7 @@ from data_prep.recipe import DataPrepRecipe
 from data_prep.synthesis.regenerate import check_regeneration
 from data_prep.synthesis.synthesize import check_synthesis
 from data_prep.target.architecture import Sizes
-from data_prep.target.quantised import Checkpoint
+from data_prep.target.checkpoint import Checkpoint
 from tests.support.families import configuration
 from tests.support.rules import by_name, pattern
 
@@ -21,9 +21,9 @@ RULES = by_name(rules.TABLES)
 THREE = rules.Spread(world=3, kv_heads=2)
 LONG = Sizes(6, 64, 4, 2, 16, max_positions=32768, vocab_size=100)
 WHOLE = Checkpoint(
-    path="p", method="fp8", known=True, missing=None, modelopt=False, adapter=False, scale=None, safetensors=True, spread="none"
+    path="p", method="fp8", known=True, missing=None, modelopt=False, adapter=False, scale="s", safetensors=True, spread="none"
 )
-BARE = WHOLE._replace(method=None)
+BARE = WHOLE._replace(method=None, scale=None)
 CASES = {
     "flash_attention_2 without flash-attn": (["capture.attention=flash_attention_2"], ()),
     "device_map without accelerate": (["capture.spread=device_map"], ()),
@@ -43,6 +43,8 @@ CASES = {
     "scales without a word in config.json": ([], (BARE._replace(scale="a.weight_scale"),)),
     "quantisation without its package": ([], (WHOLE._replace(missing="accelerate"),)),
     "quantised weights outside of safetensors": ([], (WHOLE._replace(safetensors=False),)),
+    "a file of the index that is not there": ([], (BARE._replace(absent="a.safetensors"),)),
+    "quantisation of nothing": ([], (WHOLE._replace(scale=None),)),
     "quantised weights under tp": ([], (WHOLE._replace(spread="tp"),)),
     "decoding over several devices of one process": (["mode=regenerate", "capture.spread=device_map"], ()),
     "spread beside a server": (["mode=regenerate", "regenerate.base_url=http://here", "capture.spread=tp"], ()),
