@@ -91,7 +91,7 @@ def test_inspect_shows_what_is_supervised(tmp_path, capsys):
     assert re.findall("»(.*?)«", shown.split("and «)")[1]) == ["an answer<|im_end|>", "so be it<|im_end|>"]
     assert (tmp_path / "p/i.png").stat().st_size > 10_000 and f"picture: {tmp_path / 'p/i.png'}" in shown
     check_picture(recipe.inspect.out)
-    with pytest.raises(UserError, match="inspect.out=i.foo: 'foo' is no format of pictures; these are: eps, .*png"):
+    with pytest.raises(UserError, match="inspect.out=i.foo: 'foo' is no format of pictures; these are: .*eps, .*png"):
         check_picture("i.foo")
     assert not list(reader.problems())  # nothing was added to the cache
     assert "records read" in shown and "records captured" in shown
