@@ -276,16 +276,6 @@ def engine_config(recipe: TrainRecipe, bf16: bool) -> dict:
         "gradient_accumulation_steps": train.batch // world_size(),
         "gradient_clipping": train.clip,  # DeepSpeed's own default is 1.0
         "bf16": {"enabled": bf16},
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": train.max_steps,
-                "warmup_num_steps": max(2, round(train.warmup_ratio * train.max_steps)),
-                "warmup_min_ratio": 0.0,
-                "warmup_type": "linear",
-                "cos_min_ratio": train.min_lr_ratio,
-            },
-        },
         # Our AdamW is PyTorch's own, which DeepSpeed calls untested. Without the second key it refuses it where states are
         # offloaded to the host.
         "zero_allow_untested_optimizer": True,

@@ -68,6 +68,12 @@ class Pack:
         same_document = document_P[index] == document_N[:, None]
         return index, inside & same_document & started_N[:, None]
 
+    def finite(self) -> bool:
+        """Whether all states are that were read from the cache, of a pack that is decoded."""
+        found = []
+        self._map(lambda t: found.append(t.isfinite().all()) or t)
+        return all(found)
+
     def to(self, device: torch.device) -> "Pack":
         """The pack on `device`, decoded. The copy is asynchronous where the pack is in pinned memory."""
         return self._map(lambda t: decode(_each(t, lambda part: part.to(device, non_blocking=True))))

@@ -7,8 +7,6 @@ Of the engine:
 - `global_steps`, `global_samples`, `skipped_steps`, `micro_steps`: counters that are read and set. Without
   `micro_steps` a resumed run would place the ends of its optimizer steps wrongly; the others are what DeepSpeed counts by.
 - `global_rank`: which part of a ZeRO-3 parameter this rank holds.
-- `lr_scheduler.state_dict()["last_batch_iteration"]` and `lr_scheduler.step(n)`: without them a resumed run
-  begins at step 0's rate.
 
 Of its optimizers:
 - `fp16_groups` (ZeRO-0 in bf16; the name is DeepSpeed's): the bf16 parameters in the order of their float32 twins. Without it a
@@ -64,6 +62,15 @@ def stepped_tensors(engine) -> list[Tensor]:
     return [parameter for group in adam_of(engine).param_groups for parameter in group["params"]]
 
 
+def finite(engine) -> bool:
+    """Whether all float32 weights and moments are, of all ranks. Each looks at the part that it steps."""
+    states = [tensor for state in adam_of(engine).state.values() for name, tensor in state.items() if name != "step"]
+    bad = [(~tensor.isfinite().all()).to(engine.device) for tensor in [*stepped_tensors(engine), *states]]
+    found = torch.stack(bad).sum()
+    torch.distributed.all_reduce(found)
+    return not found
+
+
 def float32_twins(engine) -> dict[Parameter, Tensor]:
     """ZeRO-0: each parameter's float32 twin; in a float32 run that is the parameter itself."""
     stepped = stepped_tensors(engine)
@@ -98,11 +105,10 @@ def whole_size(parameters: Iterable[Parameter]) -> int:
 
 
 def counters(engine) -> dict:
-    return {"lr_scheduler": engine.lr_scheduler.state_dict()} | {name: getattr(engine, name) for name in COUNTERS}
+    return {name: getattr(engine, name) for name in COUNTERS}
 
 
 def set_counters(engine, saved: dict) -> None:
-    engine.lr_scheduler.step(saved["lr_scheduler"]["last_batch_iteration"])  # this sets the groups' rates too
     for name in COUNTERS:
         setattr(engine, name, saved[name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

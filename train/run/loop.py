@@ -1,4 +1,4 @@
-"""The training loop: DeepSpeed does ZeRO, precision, accumulation, clipping and the schedule; this file feeds it."""
+"""The training loop: DeepSpeed does ZeRO, precision, accumulation and clipping; this file feeds it."""
 
 import errno
 import math
@@ -27,6 +27,7 @@ from train.run import deepspeed_private
 from train.run.figures import Measured, Sums, Window, peak_gib, window_figures
 from train.run.folder import lock_run, refuse_another_run, write_recipe
 from train.run.parts import Parts, RunContext, build_parts
+from train.run.rates import Rates
 from train.run.ranks import connect
 from train.run.tracking import Tracker
 from train.run.validate import diagnose, validate
@@ -102,6 +103,8 @@ class Trainer:
         self.tracker: Tracker | None = None  # of rank 0
         self.packs: Iterator[Pack] = iter(())
         self.window = Window()
+        self.rates = Rates(deepspeed_private.adam_of(self.model.engine), self.recipe.train)
+        self.lr = math.nan  # of the last step
         self.grad_norm = math.nan  # of the last step, before clipping
         self.gradients: dict = {}  # diagnostics of the last step's gradients, if it was one that is saved
 
@@ -184,6 +187,7 @@ class Trainer:
         weight_T = torch.stack([self.model.objective.weight_sums(pack) for pack in packs]).sum(0)
         dist.all_reduce(weight_T)
         hold_gates(self.model.drafter, self.recipe, step)
+        self.lr = self.rates.set(step)
 
         # `engine.step` is called after every pack. DeepSpeed counts these calls: only the last of `accumulation` changes weights.
         # Between its backward and that call the gradients of the whole step are there to be looked at.
@@ -205,7 +209,8 @@ class Trainer:
             self.grad_norm = float(self.model.engine.get_global_grad_norm())
         if not math.isfinite(self.grad_norm):
             raise UserError(
-                f"the gradient of step {step} is not finite though its loss is; the last checkpoint is intact. Lower train.lr"
+                f"the gradient of step {step} is not finite though its loss is; {_kept(step)}"
+                f"{_lower_the_rate(step)}the weights of loss.* and objective.*"
             )
         return total._replace(weight_T=weight_T)
 
@@ -226,7 +231,7 @@ class Trainer:
         # Looked at once a step, so that the host need not wait for every pack. All ranks see the same sum: all go on, or
         # all stop.
         if not total.share.isfinite():
-            bad = [pack.names for pack, part in zip(packs, parts) if not part.share.isfinite()]
+            bad = [pack for pack, part in zip(packs, parts) if not part.share.isfinite()]
             self._stop_on_nan(step, bad[0] if bad else None)
         # What lk_lambda follows in the next step. A slot that never counted keeps what was known of it.
         mean_VJ = total.overlap_VJ / total.valid_J.clamp(min=1)
@@ -239,21 +244,40 @@ class Trainer:
         dist.all_reduce(rows)
         self.gradients = diagnostics.gradients(self.model.drafter, int(rows))
 
-    def _stop_on_nan(self, step: int, culprit: list[str] | None) -> None:
-        """Raise on every rank; each has to call this, since they tell one another whose packs it was."""
+    def _stop_on_nan(self, step: int, culprit: Pack | None) -> None:
+        """Raise on every rank; each has to call this, since they tell one another whose packs it was, and what of the weights
+        and of the cache is not finite: the advice names what can be the cause."""
+        weights = deepspeed_private.finite(self.model.engine)
         culprits: list = [None] * self.world
-        dist.all_gather_object(culprits, culprit)
-        who, names = next((r, names) for r, names in enumerate(culprits) if names)
+        dist.all_gather_object(culprits, culprit and (culprit.names, culprit.finite()))
+        who, (names, states) = next((r, one) for r, one in enumerate(culprits) if one)
+        if not states:
+            advice = "the cache's states are not: look at it with data_prep/main.py mode=verify"
+        elif not weights:
+            advice = "the drafter's weights no longer are: lower train.lr" if step > 1 else "the first weights are not"
+        else:
+            advice = f"{_lower_the_rate(step)}the weights of loss.* and objective.*"
         raise UserError(
             f"the loss of step {step} is not finite, in rank {who}'s pack of {', '.join(names[:4])}"
-            f"{' and more' if len(names) > 4 else ''}; the last checkpoint is intact. Lower train.lr, or look at "
-            "the cache with data_prep/main.py mode=verify"
+            f"{' and more' if len(names) > 4 else ''}; {_kept(step)}{advice}"
         )
+
+    def _refuse_to_keep(self, step: int, found: list[dict]) -> None:
+        """Raises UserError on all ranks for weights, moments or held-out figures that are not finite. Every rank holds a part of
+        the first two, and all of the figures."""
+        if not deepspeed_private.finite(self.model.engine):
+            what = "the drafter's weights or their moments are not finite"
+        elif not all(math.isfinite(x) for view in found for x in (view["loss"], view["sampled"].tau, view["greedy"].tau)):
+            what = "the loss on held-out documents is not finite"
+        else:
+            return
+        raise UserError(f"{what} after step {step}; {_kept(step)}{_lower_the_rate(2)}the weights of loss.* and objective.*")
 
     def _save(self, step: int) -> None:
         """Judge the drafter, then write the checkpoint: its state says whether it is the best."""
         self.voice.doing = f"step {step}: judging on held-out documents and saving"
         found = validate(self.model, self.data, self.device)
+        self._refuse_to_keep(step, found)
         taus = [one["sampled"].tau for one in found]
         tau = sum(taus) / len(taus)
         best = tau > self.best
@@ -291,8 +315,7 @@ class Trainer:
             return
         window = self.window
         seconds = window.seconds
-        lr = self.model.engine.get_lr()[0]
-        measured = Measured(seconds, window.waited, lr, self.grad_norm, peak_gib(self.device))
+        measured = Measured(seconds, window.waited, self.lr, self.grad_norm, peak_gib(self.device))
         figures = window_figures(window.total(), measured, self.recipe)
         self.tracker.log(step, figures)
         left = (self.recipe.train.max_steps - step) * seconds / len(window.steps)
@@ -308,3 +331,12 @@ class Trainer:
             return whole
         left = (self.recipe.train.max_steps - step) * seconds / taken
         return f"{whole}  {seconds / taken:.2g} s a step  {left / 60:.1f} min left"
+
+
+def _kept(step: int) -> str:
+    return "the last checkpoint is intact. " if step > 1 else ""
+
+
+def _lower_the_rate(step: int) -> str:
+    """The beginning of an advice. Before the first step no rate has been used."""
+    return "Lower train.lr, or " if step > 1 else "Lower "

@@ -169,8 +169,8 @@ def _make_objective(context: RunContext, drafter: Drafter, head: FrozenHead) -> 
 
 
 def _make_engine(context: RunContext, objective: Objective) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed moves the objective to the device, to bf16 where that is asked for, and shards what its stage shards. The
-    schedule in its configuration makes it drive the optimizer's rates; the `lr` here is the top of it."""
+    """DeepSpeed moves the objective to the device, to bf16 where that is asked for, and shards what its stage shards. The `lr`
+    here is the peak: `train/run/rates.py` sets each step's."""
     recipe = context.recipe
     optimizer = torch.optim.AdamW(
         parameter_groups(objective.drafter, recipe),

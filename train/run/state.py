@@ -80,7 +80,7 @@ class EngineState:
                     self._set(parameter, kind, file.get_tensor(name))
         deepspeed_private.weights_were_set(self._engine)
 
-        # 3. Counters, and with them the learning rate.
+        # 3. Counters.
         deepspeed_private.set_counters(self._engine, counters)
 
     def _get(self, parameter: Parameter, kind: str) -> Tensor | None:

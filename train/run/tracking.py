@@ -1,6 +1,7 @@
 """Where figures go: `metrics.jsonl` in the run folder always, Weights & Biases when asked for."""
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -25,7 +26,7 @@ class Tracker:
 
     def log(self, step: int, figures: dict) -> None:
         """Numbers and lists of numbers of one optimizer step; nested names are joined with dots."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.write(json.dumps(_as_json({"step": step, **figures}), allow_nan=False) + "\n")
         if self._wandb:
             self._wandb.log(_one_by_one(figures), step=step)
 
@@ -46,6 +47,15 @@ class Tracker:
         self._file.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _as_json(value):
+    """JSON has no NaN and no infinity: a figure that is none is null."""
+    if isinstance(value, dict):
+        return {name: _as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _one_by_one(figures: dict) -> dict:
