@@ -119,7 +119,7 @@ def test_two_ranks_stop_together_whoever_is_asked(cache, tmp_path):
         with open(tmp_path / "log", "w") as log:
             started = [*deepspeed(2, free_port()), str(TRAIN), *words, f"run.dir={run}"]
             launcher = subprocess.Popen(started, env=env, stdout=log, stderr=log)
-        wait_for(lambda: logged(run) > lines + 2, 120, "some steps")
+        wait_for(lambda: logged(run) > lines + 2, 300, "some steps")
         processes = psutil.Process(launcher.pid).children(recursive=True)
         who = next(one for one in processes if "--local_rank=1" in one.cmdline()) if asked == "rank" else launcher
         who.send_signal(signal.SIGUSR1 if asked == "rank" else signal.SIGTERM)
