@@ -105,7 +105,8 @@ def die_with_parent() -> None:
     """A rank must not outlive its launcher, however that ends: it would hold the GPU and the port.
 
     The kernel kills it with its parent. DeepSpeed's parent (launch.py) survives the `deepspeed` command that started
-    it, so that one is watched too. Linux only; elsewhere nothing is done.
+    it, so that one is watched too: with it gone a rank is asked to stop (SIGTERM), and 30 s later it is killed. Linux only;
+    elsewhere nothing is done.
     """
     if not sys.platform.startswith("linux") or "LOCAL_RANK" not in os.environ:
         return
@@ -117,6 +118,8 @@ def die_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent and (grandparent is None or _parent_of(parent) == grandparent):
             time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -24,6 +24,7 @@ from train.build import check_training  # noqa: E402
 from train.recipe import TrainRecipe  # noqa: E402
 from train.run.folder import begun  # noqa: E402
 from train.run.ranks import loss_of_a_rank  # noqa: E402
+from train.run.stopping import AGAIN, SAME_S, Asked  # noqa: E402
 from train.sizes import spoken  # noqa: E402
 from train.sweep import Sweep  # noqa: E402
 
@@ -41,6 +42,7 @@ def run_name(overrides: list[str]) -> str:
 
 
 def run(recipe: TrainRecipe, run_dir: str) -> None:
+    asked = Asked(SAME_S if "LOCAL_RANK" in os.environ else 0)  # a launcher says who is which
     ranks.single_process_defaults()
     if pick_device(recipe.target.device).type == "cpu":
         if ranks.rank() == 0 and (line := spoken(recipe)):
@@ -56,7 +58,7 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
 
     try:
         refuse_unknown(recipe.deepspeed.zero_optimization)
-        train(recipe, Path(run_dir))
+        finished = train(recipe, Path(run_dir), asked)
     except UserError as error:
         cli.fail(error)
     except Exception as error:
@@ -66,6 +68,9 @@ def run(recipe: TrainRecipe, run_dir: str) -> None:
             cli.fail(lost, code=1)  # not a mistake: what starts jobs may try again
         cli.internal(*sys.exc_info())
         os._exit(1)
+    if not finished:
+        sys.stdout.flush()
+        os._exit(AGAIN)
 
 
 def main() -> None:

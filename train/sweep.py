@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from datetime import timedelta
 
 from common.errors import UserError
 from common.ranks import free_port, rank
+from train.run.stopping import AGAIN, run_passing_on
 
 
 class Sweep:
@@ -68,11 +68,12 @@ class Sweep:
         while (point := json.loads(self._store.get(f"point/{self._number}"))) is not None:
             self._number += 1
             if code := self._child(*point):
-                time.sleep(20)  # rank 0 reports; see cli.fail()
+                if code != AGAIN:
+                    time.sleep(20)  # rank 0 reports; see cli.fail()
                 os._exit(code)
         self._store.add("left", 1)
 
     def _child(self, port: int, overrides: list[str]) -> int:
         env = {"LOCAL_RANK": "0", **os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-        code = subprocess.run([sys.executable, self.program, *overrides], env=env).returncode
+        code = run_passing_on([sys.executable, self.program, *overrides], env)
         return code if code >= 0 else 128 - code

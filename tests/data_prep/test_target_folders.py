@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from data_prep.capture.capture import Batch
 from data_prep.capture.first_batch import check_first_batch
 from data_prep.capture.plan import check_capture, plan
 from data_prep.recipe import DataPrepRecipe
+from data_prep.sources.counts import Counts
 from data_prep.sources.documents import tokenized
 from data_prep.sources.records import Record, records
 from data_prep.sources.tokens import LeftOut, TokenDocument, encode
@@ -112,7 +112,7 @@ def test_texts_begin_as_the_tokenizer_has_it_wherever_they_are_read(folder, tmp_
 
     record = Record("7", {"text": text.format(7)})
     assert encode(record, tokenizer, recipe.data) == ([0, *ids], [0] + [1] * len(ids))
-    left_out = Counter()
+    left_out = Counts()
     found = {d.id: d for d in tokenized(records(recipe.data, heldout=False), tokenizer, recipe.data, left_out)}
     assert found["7#0"].input_ids.tolist() == [0, *ids[:7]] and found["7#1"].input_ids.tolist() == ids[7:15]
     of_one = cli.compose("eval", EvalRecipe, ["suite=heldout", "suite.count=2", "suite.prompt_tokens=5", "drafter=x", *words])

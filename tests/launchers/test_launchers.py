@@ -18,6 +18,7 @@ from tests.support.runs import losses
 from train import build
 from train.recipe import TrainRecipe
 from train.run.ranks import loss_of_a_rank
+from train.run.stopping import AGAIN
 
 TRAIN = ROOT / "train/main.py"
 BIN = os.path.dirname(sys.executable)
@@ -129,24 +130,36 @@ SCONTROL = """#!/bin/bash
 [ "$1 $2 $3" = "show hostnames node[0-1]" ] && printf 'localhost\\nelsewhere\\n'
 """
 SRUN = """#!/bin/bash
-[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task" ] || exit 9
-shift 3
-SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" && wait $first
+[ "$1 $2 $3 $4" = "--kill-on-bad-exit=1 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=2" ] || exit 9
+shift 4
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=0 "$@" && wait $first
 """
 
 
-@pytest.mark.slow
-def test_the_slurm_script_starts_a_torchrun_on_each_node(cache, by_deepspeed, tmp_path):
-    """`scontrol` and `srun` are imitated: two nodes that are this machine. The script and the two torchruns are real."""
-    imitated = {"scontrol": SCONTROL, "srun": SRUN}
-    for name, script in imitated.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
+def on_slurm(folder, *words, **imitated):
+    """The real script under commands that are imitated: two nodes that are this machine."""
+    for name, script in ({"scontrol": SCONTROL, "srun": SRUN} | imitated).items():
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
     env = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": str(free_port()), "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "2"}
-    env |= {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"PATH": f"{folder}:{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    return command(ROOT / "launchers/slurm.sbatch", "train/main.py", *words, launcher=["bash"], env=env, cwd=ROOT)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, AGAIN, 137])
+def test_a_job_on_slurm_queues_again_when_its_run_was_asked_to_stop(tmp_path, code):
+    python = "#!/bin/bash\n[ \"$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $3\" = \"$SLURM_PROCID 0 2 1 a b\" ] || exit 9\n"
+    scontrol = SCONTROL + f'[ "$1 $2" = "requeue $SLURM_JOB_ID" ] && touch {tmp_path}/queued; true\n'
+    done = on_slurm(tmp_path, "a b", python=f"{python}exit {code}", scontrol=scontrol)
+    assert done.returncode == code and (tmp_path / "queued").exists() == (code == AGAIN), done.stderr
+    assert "#SBATCH --signal USR1@60" in (ROOT / "launchers/slurm.sbatch").read_text()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_a_rank_for_each_gpu(cache, by_deepspeed, tmp_path):
     words = [*SHORT, "reuse=hidden", f"cache.dir={cache}", f"run.dir='{tmp_path / 'run=1'}'"]
-    done = command(ROOT / "launchers/slurm.sbatch", "train/main.py", *words, launcher=["bash"], env=env, cwd=ROOT)
+    done = on_slurm(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run=1") == by_deepspeed
 

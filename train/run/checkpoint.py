@@ -36,8 +36,8 @@ class Checkpoints:
         dist.barrier()
 
     def save(self, step: int, state: dict) -> None:
-        """Write checkpoint `step` with the caller's own `state` (JSON), whose `best_step` names the checkpoint that `best` means.
-        Rank 0 holds one float32 set of the parameters on the host at a time.
+        """Write checkpoint `step` with the caller's own `state` (JSON), whose `best_step` names the checkpoint that `best` means,
+        or is 0. Rank 0 holds one float32 set of the parameters on the host at a time.
 
         Raises:
             UserError: it cannot be written, as on a full disk; the checkpoints before it stay as they are.
@@ -120,6 +120,8 @@ class Checkpoints:
 
     def _link(self, last: int, best: int) -> None:
         for name, step in (("last", last), ("best", best)):
+            if not step:
+                continue  # no checkpoint was judged yet
             link = self.folder / f"{name}.tmp"
             link.symlink_to(Path(f"step-{step:06d}") / "drafter")
             os.replace(link, self.folder / name)

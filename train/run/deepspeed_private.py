@@ -31,6 +31,10 @@ Of its CPU collectives:
 - `/dev/shm/deepspeed_allreduce_buffer_UID_ADDRESS_PORT_RANK`: shared memory that DeepSpeed never removes. Without the name
   each run leaves 67 MB a rank behind.
 
+Of PyTorch's extensions, as which DeepSpeed builds an operation on this machine:
+- `cpp_extension._get_build_directory`: the folder of the operation, in which a build has its lock. Without it the lock of a
+  process that was killed is waited for without end.
+
 Of `torch.distributed`, because DeepSpeed makes process groups of its own and names no timeout for them:
 - `distributed_c10d.default_pg_timeout`, `default_pg_nccl_timeout`: without them `train.timeout_s` holds for our collectives and
   not for DeepSpeed's.
@@ -143,6 +147,13 @@ def shared_memory(rank: int) -> Path:
     """The file of the shared memory through which a rank of this host exchanges on a CPU."""
     parts = ("deepspeed_allreduce_buffer", os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank)
     return Path("/dev/shm", "_".join(map(str, parts)))
+
+
+def build_lock() -> Path:
+    """The file that is there while the operation is built through which the CPU ranks of a host exchange."""
+    from torch.utils import cpp_extension  # slow to import, and GPUs need none of it
+
+    return Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
 
 
 def default_store() -> torch.distributed.Store:

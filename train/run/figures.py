@@ -30,10 +30,11 @@ class Sums(NamedTuple):
     overlap_VJ: Tensor  # each view's overlap with the teacher, over the anchors whose slot j counts
     valid_J: Tensor  # how many anchors that are; none where acceptance was not counted
     counts_V4J: Tensor  # of acceptance
+    asked: Tensor  # ranks that were asked to stop
 
     @staticmethod
     def of(outcome: Outcome, pack: Pack) -> "Sums":
-        """Of one pack. `weight_T` is left at zero: it is known for the whole step only."""
+        """Of one pack. `weight_T` and `asked` are left at zero: they are known for the whole step only."""
         counted = outcome.overlap is not None
         nothing_VJ = outcome.loss.new_zeros(outcome.loss.shape[::2], dtype=torch.float64)
         share = outcome.share.detach().double()
@@ -46,13 +47,14 @@ class Sums(NamedTuple):
             overlap_VJ=(outcome.overlap.double() * outcome.valid).sum(1) if counted else nothing_VJ,
             valid_J=outcome.valid.double().sum(0) * counted,
             counts_V4J=acceptance.counts(outcome) if counted else torch.stack([nothing_VJ] * 4, dim=1),
+            asked=torch.zeros_like(share),
         )
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other)))
 
     def reduced(self) -> "Sums":
-        """Over all ranks. They are laid end to end, so that there is one collective and not seven."""
+        """Over all ranks. They are laid end to end, so that there is one collective and not eight."""
         flat = torch.cat([part.flatten() for part in self])
         dist.all_reduce(flat)
         parts = flat.split([part.numel() for part in self])
@@ -70,6 +72,20 @@ class Window:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._since
+
+    def state(self) -> dict:
+        """As JSON, for a run that stops in it and goes on."""
+        steps = [[part.tolist() for part in one] for one in self.steps]
+        return {"steps": steps, "seconds": self.seconds, "waited": self.waited}
+
+    @staticmethod
+    def of(state: dict, device: torch.device) -> "Window":
+        window = Window()
+        for one in state["steps"]:
+            window.steps.append(Sums(*(torch.tensor(part, dtype=torch.float64, device=device) for part in one)))
+        window.waited = state["waited"]
+        window._since -= state["seconds"]
+        return window
 
     def total(self) -> Sums:
         return functools.reduce(operator.add, self.steps)

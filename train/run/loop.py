@@ -29,6 +29,7 @@ from train.run.folder import lock_run, refuse_another_run, write_recipe
 from train.run.parts import Parts, RunContext, build_parts
 from train.run.ranks import connect
 from train.run.rates import Rates
+from train.run.stopping import AGAIN, Asked
 from train.run.tracking import Tracker
 from train.run.validate import diagnose, validate
 
@@ -41,8 +42,8 @@ class Voice(Heartbeat):
         self.doing = "starting"
 
 
-def train(recipe: TrainRecipe, run_dir: Path) -> None:
-    """Train to `max_steps`, from the newest checkpoint of `run_dir` if there is one.
+def train(recipe: TrainRecipe, run_dir: Path, asked: Asked) -> bool:
+    """Train to `max_steps`, from the newest checkpoint of `run_dir` if there is one. False: it was asked to stop on the way.
 
     Raises:
         UserError: the target is not the cache's, the folder holds another run, the loss is not finite, or the disk is full.
@@ -56,7 +57,7 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     connect(device.type == "cuda", recipe.train.timeout_s)
     try:
-        _build_and_train(recipe, run_dir, device)
+        finished = _build_and_train(recipe, run_dir, device, asked)
     except OSError as error:
         if (said := disk_says(error)) is None:
             raise
@@ -66,28 +67,30 @@ def train(recipe: TrainRecipe, run_dir: Path) -> None:
         ) from error
     dist.destroy_process_group()  # only after success: with a rank gone it can wait for ever
     del lock
+    return finished
 
 
-def _build_and_train(recipe: TrainRecipe, run_dir: Path, device: torch.device) -> None:
+def _build_and_train(recipe: TrainRecipe, run_dir: Path, device: torch.device, asked: Asked) -> bool:
     voice = Voice()
     # A cache that is missing is made here. That has its own lines of progress, so the voice is silent until it is done.
     reader = open_cache(recipe, barrier())
     refuse_another_run(recipe, run_dir, reader.manifest)
     context = RunContext(recipe, run_dir, device, reader, voice.say)
     with voice:
-        Trainer(context, build_parts(context), voice).train()
+        return Trainer(context, build_parts(context), voice, asked).train()
 
 
 class Trainer:
     """Runs the parts of a run from its newest checkpoint to its last step. All ranks do everything here together; rank 0 alone
     logs."""
 
-    def __init__(self, context: RunContext, parts: Parts, voice: Voice):
+    def __init__(self, context: RunContext, parts: Parts, voice: Voice, asked: Asked):
         self.recipe = context.recipe
         self.run_dir = context.run_dir
         self.device = context.device
         self.reader = context.reader
         self.voice = voice
+        self.asked = asked
         self.model = parts.model
         self.data = parts.data
         self.checkpoints = parts.checkpoints
@@ -108,10 +111,10 @@ class Trainer:
         self.grad_norm = math.nan  # of the last step, before clipping
         self.gradients: dict = {}  # diagnostics of the last step's gradients, if it was one that is saved
 
-    def train(self) -> None:
-        """From the newest checkpoint to the last step."""
+    def train(self) -> bool:
+        """From the newest checkpoint to the last step; whether it got there, and was not asked to stop before."""
         last = self.recipe.train.max_steps
-        self._resume()
+        window = self._resume()
         done = self.step
         if rank() == 0:
             config = write_recipe(self.recipe, self.run_dir, self.reader.manifest, self.world)
@@ -120,12 +123,23 @@ class Trainer:
         # A live reader has one target, which one thread runs.
         workers = 0 if isinstance(self.reader, LiveReader) else self.recipe.train.workers
         self.packs = loaded(self.data.training, self._numbers(done, last), self.device, workers)
-        self.window = Window()
+        self.window = Window.of(window, self.device)
+        with self.asked:
+            stopped = self._steps(done, last)
+        if done >= last:
+            self.voice.say(f"{self.run_dir} is finished: {last} steps, best tau {self.best:.3f}")
+        if self.tracker and not stopped:
+            self.tracker.close()
+        return not stopped
+
+    def _steps(self, done: int, last: int) -> bool:
+        """The steps that are left; whether it was asked to stop before the last one."""
         began = time.monotonic()
         for step in range(done + 1, last + 1):
             self.voice.doing = self._progress(step - 1, step - 1 - done, time.monotonic() - began)
             saves = step % self.recipe.train.save_every == 0 or step == last
-            self.window.steps.append(self._step(step, saves))
+            total = self._step(step, saves)
+            self.window.steps.append(total)
             # A window ends at a checkpoint too. Else a run that resumes there would begin a window in the middle of one, and log
             # other means than the run that was never interrupted.
             if saves or step % self.recipe.train.log_every == 0:
@@ -134,25 +148,41 @@ class Trainer:
             if saves:
                 self._save(step)
                 self.window = Window()  # the time that saving took is no step's
-        if done >= last:
-            self.voice.say(f"{self.run_dir} is finished: {last} steps, best tau {self.best:.3f}")
+            if total.asked and step < last:
+                self._stop(step, saves)
+                return True
+        return False
+
+    def _stop(self, step: int, saved: bool) -> None:
+        """Leave a checkpoint of this step. It is not judged: that can take longer than whoever asks waits."""
+        self.voice.doing = f"step {step}: asked to stop, saving"
+        if not saved:
+            not_finite.refuse_to_keep(step, self.model.engine, [], self.data.validation, self.device)
+            self.checkpoints.save(step, self._state(step))
         if self.tracker:
             self.tracker.close()
+        self.voice.say(
+            f"asked to stop: a checkpoint of step {step} is written, from which the same command goes on (exit code {AGAIN})"
+        )
+        self.asked.answered()
+        dist.barrier()  # the first rank that leaves ends the others, through the launcher
 
-    def _resume(self) -> None:
-        """Take the newest checkpoint's state, where there is a checkpoint."""
+    def _resume(self) -> dict:
+        """Take the newest checkpoint's state, where there is a checkpoint; the window that it lies in."""
         alpha_VJ = self.model.objective.alpha_VJ
-        state = {"step": 0, "best": 0.0, "best_step": 0, "alpha": alpha_VJ.tolist()} | (self.checkpoints.load() or {})
+        state = self._state(0) | (self.checkpoints.load() or {})
         self.step = state["step"]
         self.best = state["best"]
         self.best_step = state["best_step"]
         alpha = torch.tensor(state["alpha"], dtype=torch.float64, device=self.device)
         self.model.objective.alpha_VJ = alpha.view(alpha_VJ.shape)
+        return state["window"]
 
     def _state(self, step: int) -> dict:
         """What `_resume` reads."""
         alpha = self.model.objective.alpha_VJ.tolist()
-        return {"step": step, "best": self.best, "best_step": self.best_step, "alpha": alpha}
+        window = self.window.state()
+        return {"step": step, "best": self.best, "best_step": self.best_step, "alpha": alpha, "window": window}
 
     def _say_what_begins(self) -> None:
         if self.step > 0:
@@ -226,7 +256,7 @@ class Trainer:
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        total = total.reduced()
+        total = total._replace(asked=torch.full_like(total.asked, self.asked.yes)).reduced()
         # Looked at once a step, so that the host need not wait for every pack. All ranks see the same sum: all go on, or
         # all stop.
         if not total.share.isfinite():

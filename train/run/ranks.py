@@ -8,6 +8,7 @@ from datetime import timedelta
 from common.errors import UserError
 from common.ranks import rank, world_size
 from train.run import deepspeed_private
+from train.run.build_lock import wait_for_builder
 
 
 def connect(on_gpu: bool, timeout_s: int) -> None:
@@ -21,6 +22,8 @@ def connect(on_gpu: bool, timeout_s: int) -> None:
 
     timeout = timedelta(seconds=timeout_s)
     deepspeed_private.limit_waiting(timeout)
+    if not on_gpu:
+        wait_for_builder(deepspeed_private.build_lock(), lambda line: print(line, flush=True))
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     if not on_gpu:
         try:

@@ -5,9 +5,11 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import write_text
 from data_prep.cache.manifest import flatten
 from train.recipe import TrackingRecipe
@@ -28,26 +30,43 @@ class Tracker:
     def log(self, step: int, figures: dict) -> None:
         """Numbers and lists of numbers of one optimizer step; nested names are joined with dots."""
         self._file.write(json.dumps(_as_json({"step": step, **figures}), allow_nan=False) + "\n")
-        if self._wandb:
-            self._wandb.log(_one_by_one(figures), step=step)
+        self._to_wandb(lambda run: run.log(_one_by_one(figures), step=step))
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        if self._wandb:
+        def send(run) -> None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+            run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._to_wandb(send)
 
     def page(self, step: int, name: str, path: Path) -> None:
         """An HTML file, as it is: W&B's own style sheet would be fetched from a network."""
-        if self._wandb:
+
+        def send(run) -> None:
             import wandb
 
-            self._wandb.log({name: wandb.Html(str(path), inject=False)}, step=step)
+            run.log({name: wandb.Html(str(path), inject=False)}, step=step)
+
+        self._to_wandb(send)
 
     def close(self) -> None:
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, send: Callable) -> None:
+        """W&B lost on the way (its service is killed, its folder full) costs its own figures and never the run."""
+        if self._wandb is None:
+            return
+        import wandb
+
+        try:
+            send(self._wandb)
+        except (OSError, wandb.errors.Error) as error:
+            print(f"W&B is lost ({first_line(error)}); the figures go on in {self._path}", file=sys.stderr, flush=True)
+            self._wandb = None
+            with suppress(OSError, wandb.errors.Error):
+                wandb.teardown()  # else it tries once more when the process ends
 
 
 def _as_json(value):
