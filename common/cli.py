@@ -9,14 +9,12 @@ Hydra still does everything that its users know: `-m` and its sweepers and launc
 """
 
 import argparse
-import errno
 import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from common import hydra_private
 from common.errors import UserError
+from common.files import said_in_one_line
 from common.overrides import CONF, addressed, nearest, one_line, options_of, parsed, points, search_word, sweep_words
 from common.ranks import rank
 from common.recipe import ROOT, keys_at
@@ -149,17 +148,6 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-@contextmanager
-def name_of_a_path() -> Iterator[None]:
-    """What the file system says of a path that a user named is the user's to mend: UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR):
-            raise
-        raise UserError(f"{str(error.filename)[:200]}: {error.strerror}") from error
-
-
 def internal(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """In place of `sys.excepthook`: an error that is not the user's keeps its traceback, and is called what it is."""
     traceback.print_exception(kind, error, trace)
@@ -218,7 +206,7 @@ def _checked_recipes(
     if words.help or words.hydra_help or words.cfg or words.info:
         return []
     recipes = [compose(config_name, recipe, overrides) for overrides in points(words.overrides, words.multirun)]
-    with name_of_a_path():
+    with said_in_one_line("a path"):
         for one in recipes:
             check(one)
     return recipes

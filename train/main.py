@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
 from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.files import refuse_unwritable  # noqa: E402
+from common.files import refuse_unwritable, said_in_one_line  # noqa: E402
 from common.overrides import CONF, folder_name, parsed, points, quoted, sweep_words  # noqa: E402
 from data_prep.target.loading import pick_device  # noqa: E402
 from train.build import check_training  # noqa: E402
@@ -87,7 +87,7 @@ def main() -> None:
             jobs = points(arguments.overrides, arguments.multirun)
             recipes = [cli.compose("train", TrainRecipe, job) for job in jobs]
             run_dir = recipes[0].run.dir or f"runs/{run_name(arguments.overrides)}"
-            with cli.name_of_a_path():
+            with said_in_one_line("a path"):
                 if not arguments.multirun:
                     recipes = [recipes[0].going_on(begun(Path(run_dir)))]
                 if not recipes[0].run.dir:

@@ -70,8 +70,10 @@ class CacheReader:
         if "sums" in table.column_names and len(table):  # else it is a cache of an earlier release
             sums = table["sums"].combine_chunks()
             known = sums.is_valid().to_numpy(zero_copy_only=False)
-            self._sums[known] = sums.flatten().to_numpy().reshape(-1, len(self._rows))
-            self._checked[known] = False
+            values = sums.flatten().to_numpy()
+            if len(values) == known.sum() * len(self._rows):  # as every capture makes them
+                self._sums[known] = values.reshape(-1, len(self._rows))
+                self._checked[known] = False
         self._shards = [self._open(name) for name in self._shard_names]
 
     def __len__(self) -> int:

@@ -27,8 +27,10 @@ def test_a_kernel_of_attention_over_grouped_heads_counts_nothing_beside_other_pr
     assert counter.get_total_flops() == 2 * 5 * 7 * 16
 
 
-def test_a_score_in_which_nothing_counts_stops_with_the_reason(tmp_path):
-    """Documents of two tokens: behind their anchors there is no token that a draft could be held against."""
+def test_a_score_in_which_nothing_counts_stops_with_the_reason(tmp_path, monkeypatch):
+    """Documents of two tokens, as earlier releases captured them: behind their anchors there is no token that a draft could be
+    held against."""
+    monkeypatch.setattr("data_prep.sources.tokens.unusable", lambda document: None)
     path = write_lines(tmp_path / "short.jsonl", [{"id": f"t{i}", "text": text} for i, text in enumerate(["a b", "x ="] * 8)])
     words = [f"cache.dir={tmp_path / 'cache'}"]
     captured = [*words, "data=jsonl", f"data.path={path}", "data.max_length=64", "capture.workers=1", "cache.layers=[0,5]"]

@@ -6,8 +6,8 @@ from pkgutil import resolve_name
 import pytest
 
 from common import hydra_private
-from common.cli import jobs_of
 from common.errors import UserError
+from common.overrides import points
 from tests.support.private_names import uses
 
 
@@ -39,7 +39,7 @@ def test_flags_and_overrides_are_read_without_running_hydra(monkeypatch):
 
 
 def test_a_sweep_is_all_of_its_points():
-    assert jobs_of(["train.lr=1,2", "seed=3,4"], multirun=True) == [
+    assert points(["train.lr=1,2", "seed=3,4"], multirun=True) == [
         ["train.lr=1", "seed=3"],
         ["train.lr=1", "seed=4"],
         ["train.lr=2", "seed=3"],

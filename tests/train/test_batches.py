@@ -173,11 +173,10 @@ def test_the_stream_of_packs_is_the_same_from_any_resume_position(cache):
 
 def test_joined_documents_are_judged_by_records_that_nobody_trains_on():
     """A hundred books of five pieces each, cut wherever they fall: no book has tokens on both sides."""
-    from data_prep.sources.records import Record
-    from data_prep.sources.tokens import joined
+    from data_prep.sources.tokens import Part, joined
 
-    books = [(Record(f"b{i}", {}), ([i] * 95, [1] * 95)) for i in range(100)]
-    pieces = {f"{record.id}#0": ids for record, (ids, _) in joined(books, 20, None)}
+    books = [Part(f"b{i}", [i] * 95, [1] * 95) for i in range(100)]
+    pieces = {f"{part.id}#0": part.ids for part in joined(books, 20, None)}
 
     class Joined:
         folder = "c"
