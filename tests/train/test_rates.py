@@ -36,7 +36,7 @@ def test_the_first_step_learns_and_the_log_says_its_own_rate(cache, tmp_path):
     assert (one - two).abs().max().item() == pytest.approx(0.51e-3, rel=0.5)
 
 
-@pytest.mark.parametrize("rate,zero", [("1e20", "zero0"), ("1e38", "zero3")])
+@pytest.mark.parametrize("rate,zero", [("1e38", "zero3")])
 def test_a_checkpoint_that_is_not_finite_is_not_written(cache, tmp_path, rate, zero):
     """Weights that one step made absurd, on two ranks: no checkpoint, no NaN in the log, and the rate is blamed."""
     words = [TRAIN, f"cache.dir={cache}", "run.dir=run", f"deepspeed={zero}", "train.max_steps=4", *SHORT]
