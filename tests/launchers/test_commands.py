@@ -93,7 +93,7 @@ def test_recipes_say_what_they_follow():
         (["data.template={x: nan}"], "data.template: a number must be finite"),
         (["train.seed=9223372036854775808"], "train.seed: an integer must fit 64 bits"),
         ([f"run.dir={'x' * 300}"], "File name too long"),
-        (["train.max_stepz=3", "reuse.gate.flor=1"], "gate.flor: .* did you mean floor.; train.max_stepz: .* did you mean max_steps"),
+        (["train.max_stepz=3", "reuse.gate.flor=1"], "flor: .* did you mean floor.; .*stepz: .* did you mean max_steps"),
         (["loss.kl=0"], "no term has a weight"),
         (["loss.tv=-1"], "loss.tv.*greater than or equal to 0"),
         (["objective.slots=1"], "a block needs at least 2 slots"),
