@@ -30,7 +30,18 @@ from pydantic import BaseModel, ValidationError
 from common import hydra_private
 from common.errors import UserError
 from common.files import said_in_one_line
-from common.overrides import CONF, addressed, nearest, one_line, options_of, parsed, points, search_word, sweep_words
+from common.overrides import (
+    CONF,
+    addressed,
+    nearest,
+    one_line,
+    options_of,
+    parsed,
+    points,
+    search_path_of,
+    search_word,
+    sweep_words,
+)
 from common.ranks import rank
 from common.recipe import ROOT, keys_at
 from common.renamed import refuse_renamed
@@ -56,7 +67,8 @@ def compose(config_name: str, recipe: type[BaseModel], overrides: list[str]) -> 
             config = hydra.compose(config_name, addressed(config_name, words), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AssertionError) as error:
             raise UserError(one_line(error)) from error  # the last three: Hydra's words for a defaults list that is none
-        _refuse_unfound(config_name, config, [word.input_line for word in words if word.key_or_group == "hydra.searchpath"])
+        if search_path := search_path_of(words):  # our own files call nothing optional
+            _refuse_unfound(config_name, config, search_path)
     with open_dict(config):
         del config["hydra"]
     checked = validated(recipe, config)
@@ -68,10 +80,11 @@ def compose(config_name: str, recipe: type[BaseModel], overrides: list[str]) -> 
 def _refuse_unfound(config_name: str, config: DictConfig, search_path: list[str]) -> None:
     """Raises UserError for a group's choice that a defaults list calls optional and that does not exist: Hydra leaves it out."""
     for group, choice in config.hydra.runtime.choices.items():
-        for name in [choice] if isinstance(choice, str) else []:
-            options = [] if group.startswith("hydra/") else options_of(group.split("@")[0], config_name, search_path)
-            if options and name not in options:
-                raise UserError(f"{group}={name}: there are {', '.join(options)}{nearest(name, options)}")
+        if not isinstance(choice, str) or group.startswith("hydra/"):
+            continue
+        options = options_of(group.split("@")[0], config_name, search_path)
+        if options and choice not in options:
+            raise UserError(f"{group}={choice}: there are {', '.join(options)}{nearest(choice, options)}")
 
 
 def validated(recipe: type[BaseModel], config: DictConfig) -> BaseModel:

@@ -72,6 +72,11 @@ def points(overrides: list[str], multirun: bool) -> list[list[str]]:
     return hydra_private.points_of(words) if multirun else [[word.input_line for word in words]]
 
 
+def search_path_of(words: list[Override]) -> list[str]:
+    """The words that name folders of the user's own configurations."""
+    return [word.input_line for word in words if word.key_or_group == "hydra.searchpath"]
+
+
 def options_of(group: str, config_name: str, search_path: list[str]) -> list[str]:
     """The choices of a group, none where there is no such group. To be asked inside `hydra.initialize_config_dir`."""
     loader = GlobalHydra.instance().config_loader()
@@ -86,7 +91,7 @@ def addressed(config_name: str, words: list[Override]) -> list[str]:
     Raises:
         UserError: a choice that its group does not have.
     """
-    search_path = [word.input_line for word in words if word.key_or_group == "hydra.searchpath"]
+    search_path = search_path_of(words)
     composed = []
     for word in words:
         name, line = word.key_or_group, word.input_line

@@ -21,7 +21,7 @@ NOT_LINES = {
     b"PK\x03\x04": ("a zip archive", "unzip -p"),
     b"PAR1": ("Parquet", None),
 }
-BETWEEN = re.compile(r"[\s,]*")
+BETWEEN = re.compile(r"[ \t\n\r,]*")  # what JSON calls blank, and commas
 DECODER = json.JSONDecoder()
 
 

@@ -7,6 +7,7 @@ differences of token ids. A template that breaks its own prefixes is noticed, ne
 import re
 from collections.abc import Iterable, Iterator
 from datetime import date
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +106,7 @@ def put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _put_around(tokenizer)[0]
 
 
+@lru_cache(maxsize=4)  # asked for every text
 def _put_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
