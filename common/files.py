@@ -41,7 +41,9 @@ def refuse_unwritable(key: str, path: str, is_file: bool = False) -> None:
             os.fsync(probe.fileno())
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         said = getattr(error, "strerror", None) or error
-        raise UserError(f"{key}={path} cannot be written ({said}); choose another, or mend that and run it again") from error
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        advice = "Make room, then run the same command again" if full else "choose another, or mend that and run it again"
+        raise UserError(f"{key}={path} cannot be written ({said}); {advice}") from error
 
 
 def _is_there(place: Path) -> bool:

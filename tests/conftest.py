@@ -17,6 +17,7 @@ pytest.register_assert_rewrite("tests.support")
 from tests.support.commands import ROOT, command
 
 # Programs of tests that use DeepSpeed build its operation with one ninja, as train/main.py does.
+ranks.wait_without_spinning()  # importing a program sets it, and a warm process has to be started with it
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once
 if not torch.cuda.is_available():

@@ -68,7 +68,7 @@ def test_read_only_and_full_disks_are_one_line_before_the_work_and_in_it(tmp_pat
     advice = "; choose another, or mend that and run it again"
     assert done.stdout.splitlines() == [
         f"out=ro/x cannot be written (Read-only file system){advice}",
-        f"out=full/x cannot be written (No space left on device){advice}",
+        "out=full/x cannot be written (No space left on device); Make room, then run the same command again",
         "export: No space left on device",
     ], done.stdout + done.stderr
 

@@ -6,7 +6,7 @@ import torch
 
 from common.hashing import file_hash
 from data_prep.cache.codec import encode
-from data_prep.cache.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, canonical
+from data_prep.cache.manifest import FILES, FORMAT_VERSION, INDEX, MANIFEST, Manifest, canonical
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.cache.writer import CacheWriter
 
@@ -35,7 +35,7 @@ def manifest_of(architecture=SIZES, **changed):
 def rewrite(folder, manifest):
     """Another manifest, sealed as if it had been captured so."""
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    sealed = json.loads((folder / FILES).read_text()) | {MANIFEST: file_hash(folder / MANIFEST)}
+    sealed = json.loads((folder / FILES).read_text()) | {name: file_hash(folder / name) for name in (MANIFEST, INDEX)}
     (folder / FILES).write_text(canonical(sealed))
 
 
