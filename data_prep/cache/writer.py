@@ -272,7 +272,7 @@ def read_seal(path: Path) -> pa.Table:
         sums = {key: value.decode() for key, value in table.schema.metadata.items()}
         if sums.get(b"rows") == own and b"xxh3" in sums:
             return table
-    except (OSError, pa.ArrowException, AttributeError, UnicodeDecodeError):
+    except (OSError, pa.ArrowException, AttributeError, TypeError, ValueError):  # no table, or one of other columns
         pass
     raise UserError(f"{path} is damaged; run data_prep again, which captures that shard anew")
 

@@ -196,18 +196,20 @@ def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, dat
 
 
 def test_any_flipped_bit_of_a_seal_leaves_a_checksum_or_is_refused(finished, tmp_path):
-    """Every bit that may turn the text of a checksum into none: those of the metadata that Arrow wraps in base 64."""
+    """Bits that may turn the text of a checksum into none (those of the metadata, which Arrow wraps in base 64), and bits that may
+    turn a column of texts into one of bytes or times (those before)."""
     whole = (finished / "shard-00000.parquet").read_bytes()
     path = tmp_path / "shard-00000.parquet"
-    begins = whole.index(b"ARROW:schema")
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    metadata = whole.index(b"ARROW:schema")
     refused = 0
-    for at in range(begins, len(whole)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for at in range(footer, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 if at >= metadata else 8)]) + whole[at + 1 :])
         try:
             assert len(read_seal(path).schema.metadata[b"xxh3"].decode()) == 32
         except UserError:
             refused += 1
-    assert 0 < refused < len(whole) - begins
+    assert 0 < refused < len(whole) - footer
 
 
 def test_a_cache_with_a_missing_or_a_duplicate_document_is_never_sealed(tmp_path):
