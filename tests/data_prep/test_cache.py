@@ -196,8 +196,8 @@ def test_the_next_run_mends_whatever_was_damaged(finished, tmp_path_factory, dat
 
 
 def test_any_flipped_bit_of_a_seal_leaves_a_checksum_or_is_refused(finished, tmp_path):
-    """Bits that may turn the text of a checksum into none (those of the metadata, which Arrow wraps in base 64), and bits that may
-    turn a column of texts into one of bytes or times (those before)."""
+    """Bits that may turn the text of a checksum into none (those of the metadata, which Arrow wraps in base 64), and before them
+    bits that may turn a column of texts into one of bytes or times."""
     whole = (finished / "shard-00000.parquet").read_bytes()
     path = tmp_path / "shard-00000.parquet"
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")

@@ -588,13 +588,13 @@ def test_vllm_accepts_of_an_assistant_what_our_engine_accepts(tmp_path, form):
 @pytest.mark.slow
 @needs_vllm
 def test_a_server_with_another_drafter_is_reported_as_different(drafter, tmp_path):
-    """The negative control: two layers' columns of fc are exchanged in what the server gets. Outputs are the target's all the
-    same, and only the counts tell."""
+    """The negative control: what fc makes of the target's states is shifted in what the server gets. Outputs are the target's all
+    the same, and only the counts tell. (Exchanging the columns of two layers costs this drafter too little to be told from chance
+    by twelve prompts.)"""
     target = Target(TINY)
     damaged = load_drafter(drafter)
     with torch.no_grad():
-        low, middle, high = damaged.fc.weight.chunk(3, dim=1)
-        damaged.fc.weight.copy_(torch.cat([high, middle, low], dim=1))
+        damaged.fc.weight.copy_(damaged.fc.weight.roll(damaged.fc.weight.shape[0] // 2, 0))
     save_export(damaged, target, tmp_path / "damaged", "eagle3")
     server = recipe_of_server(concurrency=[4], wait_s=300)
     speculative = {"method": "eagle3", "model": str(tmp_path / "damaged"), "num_speculative_tokens": 4}
