@@ -1,8 +1,13 @@
-"""One hash for every split and seed, and one for the bytes of a file."""
+"""One hash for every split and seed, and one for the bytes of a file, which lies beside it in `files.json`."""
 
+import json
 from pathlib import Path
 
 import xxhash
+
+from common.files import write_text
+
+SUMS = "files.json"  # {name: file_hash} of the files beside it
 
 
 def stable_hash(text: str) -> int:
@@ -18,3 +23,27 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    write_text(folder / SUMS, json.dumps(sums, indent=1, sort_keys=True))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Nothing where nothing was recorded, as by an earlier release. Raises ValueError where that cannot be read."""
+    path = folder / SUMS
+    if not path.exists():
+        return {}
+    sums = json.loads(path.read_text())
+    if not isinstance(sums, dict):
+        raise ValueError(f"{SUMS} is not an object of names")
+    return sums
+
+
+def is_changed(path: Path) -> bool:
+    """Whether the file is not what the checksum beside it says. Raises OSError where it cannot be read."""
+    try:
+        expected = read_sums(path.parent).get(path.name)
+    except ValueError:
+        return True
+    return expected is not None and file_hash(path) != expected

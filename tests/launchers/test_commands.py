@@ -321,7 +321,7 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     assert other.returncode == 2 and "holds a run of another recipe; these differ: train.seed" in other.stderr
 
     drafter = run / "checkpoints" / "best"
-    assert {"config.json", "model.safetensors"} == {p.name for p in drafter.iterdir()}
+    assert {"config.json", "model.safetensors", "files.json"} == {p.name for p in drafter.iterdir()}
     scored = command(
         ROOT / "eval/main.py",
         "mode=score",
@@ -398,8 +398,10 @@ def test_the_three_commands_resume_score_and_judge(cache, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(drafter, broken)
     save_file(weights, broken / "model.safetensors")
-    refused = command(ROOT / "eval/main.py", "drafter=broken", "out=no", cwd=tmp_path)
-    assert refused.returncode == 2 and "do not fit its config.json" in refused.stderr
+    for said in ("is not what files.json beside it says", "do not fit its config.json"):
+        refused = command(ROOT / "eval/main.py", "drafter=broken", "out=no", cwd=tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr
+        (broken / "files.json").unlink(missing_ok=True)
 
 
 def test_deepspeed_builds_with_the_ninja_of_this_environment(cache, tmp_path):

@@ -233,6 +233,7 @@ def test_a_drafter_beyond_its_positions_is_judged_with_a_warning(cache, tmp_path
     assert check("mode=score", f"cache.dir={cache}") == ""  # the documents that it was trained on
     short = dataclasses.replace(drafter_config(recipe, CacheReader(cache).manifest), positions=100)  # of packs of 100 tokens
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(short)))
+    (tmp_path / "files.json").unlink()  # it tells that config.json was changed
     assert check("mode=score", f"cache.dir={cache}", "score.pack_tokens=100") == ""
     words = ["mode=score", f"cache.dir={cache}", "view.budget=0", f"out={tmp_path / 'score'}"]
     said = "knows positions below 100, and [0-9]+ of [0-9]+ documents reach up to 128: tau is shown apart"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import publish, write_text
+from common.hashing import SUMS, file_hash, write_sums
 from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
@@ -163,11 +164,13 @@ class Drafter(nn.Module):
         return {name: t for name, t in self.state_dict().items() if name not in every - first}
 
     def save_pretrained(self, folder: str | Path, parameters: dict[str, Tensor] | None = None) -> None:
-        """`config.json` and `model.safetensors`, each whole or absent. `parameters`: their values by name, where an engine has
-        them in parts."""
+        """`config.json` and `model.safetensors`, each whole or absent, and their checksums. `parameters`: their values by name,
+        where an engine has them in parts."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMS).unlink(missing_ok=True)  # of a drafter that was here before
         weights = {name: t.detach().cpu().contiguous() for name, t in (self.weights() | (parameters or {})).items()}
         save_file(weights, folder / "model.safetensors.tmp")
         publish(folder / "model.safetensors.tmp", folder / "model.safetensors")
         write_text(folder / "config.json", self.config.to_json())
+        write_sums(folder, {name: file_hash(folder / name) for name in ("config.json", "model.safetensors")})

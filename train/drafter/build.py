@@ -10,7 +10,7 @@ from common.errors import UserError
 from data_prep.target.architecture import Architecture, KVLayer, Sizes
 from train.drafter.assistant import Assistant
 from train.drafter.base import Drafter
-from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields
+from train.drafter.config import DrafterConfig, folder_of, is_foreign, read_fields, refuse_changed
 from train.drafter.formats.imported import imported_config
 from train.drafter.formats.imported_weights import imported_weights
 from train.drafter.layered import LayeredDrafter
@@ -58,7 +58,9 @@ def load_drafter(folder: str | Path, beside: Callable[[], Sizes | Architecture] 
                 if name.startswith(("mask.", "sequential.", "target_norm")):
                     weights[name] = torch.full_like(tensor, torch.nan)
         else:
-            weights = load_file(folder_of(folder) / "model.safetensors")
+            path = folder_of(folder) / "model.safetensors"
+            refuse_changed(path)
+            weights = load_file(path)
         absent, foreign = drafter.load_state_dict(weights, strict=False)
         if wrong := [*foreign, *(name for name in absent if name in drafter.weights())]:
             raise KeyError(f"{len(wrong)} weights, such as {wrong[0]}")

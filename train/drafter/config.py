@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.errors import UserError
+from common.hashing import SUMS, is_changed
 from common.recipe import ROOT
 from data_prep.target.architecture import Architecture, KVLayer
 from train.schedules.registry import OBJECTIVES
@@ -247,6 +248,7 @@ def read_fields(folder: str | Path) -> dict:
     path = folder_of(folder) / "config.json"
     try:
         fields = json.loads(path.read_text())
+        refuse_changed(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter, or a checkpoint of "
@@ -257,6 +259,14 @@ def read_fields(folder: str | Path) -> dict:
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not the configuration of a drafter: it is no object of keys")
     return fields
+
+
+def refuse_changed(path: Path) -> None:
+    """Raises UserError where a file of a drafter is not as it was written."""
+    if is_changed(path):
+        raise UserError(
+            f"{path} is not what {SUMS} beside it says; copy the drafter again, or remove {SUMS} if you changed it yourself"
+        )
 
 
 def is_foreign(fields: dict) -> bool:

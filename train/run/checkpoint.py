@@ -1,5 +1,5 @@
 """Checkpoints: `step-N/engine` (what a run resumes from) and `step-N/drafter` (a plain folder that `load_drafter`
-loads). Written aside, fsynced, then renamed; `best` and `last` are links to a `drafter` folder.
+loads). Written aside by all ranks, fsynced, then renamed; `best` and `last` are links to a `drafter` folder.
 """
 
 import json
@@ -7,16 +7,22 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.files import write_text
+from common.hashing import file_hash, is_changed, read_sums, write_sums
+from common.tensor_files import write_safetensors
 from train.drafter.base import Drafter
 from train.run.folder import checkpoint_folders, latest, step_of
-from train.run.state import KINDS, WEIGHTS, EngineState
+from train.run.state import KINDS, WEIGHTS, EngineState, file_name
+
+Result = TypeVar("Result")
+STATE = "state.json"
+FILE_BYTES = 128 * 1024**2  # of float32 parameters: small enough that ranks share the files of most drafters
 
 
 class Checkpoints:
@@ -27,6 +33,7 @@ class Checkpoints:
         self._drafter = drafter
         self._rank = rank
         self._keep_last = keep_last
+        self._served = {f"drafter.{name}" for name, _ in drafter.named_parameters()}  # as the engine calls them
         self._state = EngineState(engine)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +44,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict) -> None:
         """Write checkpoint `step` with the caller's own `state` (JSON), whose `best_step` names the checkpoint that `best` means,
-        or is 0. Rank 0 holds one float32 set of the parameters on the host at a time.
+        or is 0. The ranks write the files in turn: each holds its share of one float32 set of the parameters on the host at a
+        time, and rank 0, which writes the drafter's folder, the whole of it.
 
         Raises:
             UserError: it cannot be written, as on a full disk; the checkpoints before it stay as they are.
@@ -45,15 +53,17 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         aside = final.with_suffix(".tmp")
 
-        def begin() -> None:
+        def begin() -> dict[str, str]:
             (aside / "engine").mkdir(parents=True)
-            write_text(aside / "engine/state.json", json.dumps(state | {"engine": self._state.counters()}))
+            write_text(aside / "engine" / STATE, json.dumps(state | {"engine": self._state.counters()}))
+            return {STATE: file_hash(aside / "engine" / STATE)}
 
-        self._on_rank_0(begin, final)
+        sums = self._on_rank_0(begin, final)
         for kind in KINDS:
-            self._write(kind, aside, final)
+            sums |= self._write(kind, aside, final)
 
         def finish() -> None:
+            write_sums(aside / "engine", sums)
             # In this order: when the name is there, all that it names is on the disk; when an older checkpoint goes, the links no
             # longer point to it.
             _sync(*aside.rglob("*"), aside)
@@ -63,12 +73,24 @@ class Checkpoints:
 
         self._on_rank_0(finish, final)
 
-    def _write(self, kind: str, aside: Path, final: Path) -> None:
-        """One set of the parameters, and with the weights the drafter's own folder, which is made of them."""
-        tensors = self._state.gather(kind, keep=self._rank == 0)
-        self._on_rank_0(lambda: save_file(tensors, aside / f"engine/{kind}.safetensors"), final)
-        if kind == WEIGHTS:
-            self._on_rank_0(lambda: self._drafter.save_pretrained(aside / "drafter", _of(self._drafter, tensors)), final)
+    def _write(self, kind: str, aside: Path, final: Path) -> dict[str, str]:
+        """One set of the parameters, and with the weights the drafter's own folder, which is made of them. The checksums of all
+        ranks' files."""
+        mine = list(enumerate(self._state.files(FILE_BYTES)))[self._rank :: dist.get_world_size()]
+        serves = kind == WEIGHTS and self._rank == 0
+        tensors = self._state.gather(kind, {name for _, names in mine for name in names} | (self._served if serves else set()))
+
+        def write() -> dict[str, str]:
+            sums = {}
+            for index, names in mine:
+                path = aside / "engine" / file_name(kind, index)
+                sums[path.name] = write_safetensors(path, {name: [tensors[name]] for name in names if name in tensors})
+                _sync(path)  # on a file system of the network nobody else can
+            if serves:
+                self._drafter.save_pretrained(aside / "drafter", _of(self._drafter, tensors))
+            return sums
+
+        return {name: one for sums in self._together(write, final) for name, one in sums.items()}
 
     def load(self) -> dict | None:
         """Resume the engine from the newest checkpoint; the `state` saved with it, or None when there is none.
@@ -87,7 +109,8 @@ class Checkpoints:
         if path is None:
             return None
         try:
-            state = json.loads((path / "engine/state.json").read_text())
+            self._check(path)
+            state = json.loads((path / "engine" / STATE).read_text())
             self._state.load(path / "engine", state.pop("engine"))
             with safe_open(path / "drafter/model.safetensors", framework="pt") as file:
                 for name in file.keys() & dict(self._drafter.named_buffers()).keys():  # such as a reduced vocabulary
@@ -101,22 +124,39 @@ class Checkpoints:
             self._link(step_of(path), state["best_step"])  # a run killed between a checkpoint and its links
         return state
 
-    def _on_rank_0(self, work: Callable[[], None], final: Path) -> None:
-        """Rank 0 works and the others wait; if it fails, all of them end alike. Without the broadcast the others would go on to
+    def _check(self, path: Path) -> None:
+        """Raises ValueError or OSError, on all ranks, where a file of the checkpoint is not as it was written."""
+        engine, drafter = path / "engine", path / "drafter"
+        files = [*(engine / name for name in sorted(read_sums(engine))), *(drafter / name for name in sorted(read_sums(drafter)))]
+        # Each rank reads its share: reading a file takes longer than anything else here.
+        mine = files[self._rank :: dist.get_world_size()]
+        said = [None] * dist.get_world_size()
+        dist.all_gather_object(said, next((f"{one.name} is not as it was written" for one in mine if _is_damaged(one)), None))
+        if damaged := next(filter(None, said), None):
+            raise ValueError(damaged)
+
+    def _on_rank_0(self, work: Callable[[], Result], final: Path) -> Result:
+        """Rank 0 works and the others wait for what it returns."""
+        return self._together(lambda: work() if self._rank == 0 else None, final)[0]
+
+    def _together(self, work: Callable[[], Result], final: Path) -> list[Result]:
+        """What `work` returns on each rank; if one fails, all of them end alike. Without this exchange the others would go on to
         their next collective, and wait there for a rank that has left."""
-        failure = [None]
-        if self._rank == 0:
-            try:
-                work()
-            except (OSError, SafetensorError) as error:
-                failure = [getattr(error, "strerror", None) or str(error)]
+        result = failure = None
+        try:
+            result = work()
+        except (OSError, SafetensorError) as error:
+            failure = getattr(error, "strerror", None) or str(error)
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (result, failure))
+        if failures := [failure for _, failure in found if failure]:
+            if self._rank == 0:
                 shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
-        dist.broadcast_object_list(failure)
-        if failure[0]:
             raise UserError(
-                f"{final} cannot be written ({failure[0]}); the checkpoints before it are intact. Make room, then run the same "
+                f"{final} cannot be written ({failures[0]}); the checkpoints before it are intact. Make room, then run the same "
                 "command again"
             )
+        return [result for result, _ in found]
 
     def _link(self, last: int, best: int) -> None:
         for name, step in (("last", last), ("best", best)):
@@ -140,6 +180,13 @@ class Checkpoints:
 def _of(drafter: Drafter, tensors: dict) -> dict:
     """The drafter's own weights, in the precision in which the engine computes, from the engine's float32 ones."""
     return {name: tensors[f"drafter.{name}"].to(p.dtype) for name, p in drafter.named_parameters()}
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        return is_changed(path)
+    except OSError:  # such as a file that is gone
+        return True
 
 
 def _sync(*paths: Path) -> None:

@@ -43,7 +43,7 @@ def checkpoints_of(run_dir: Path) -> Path:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The complete checkpoints. One that is being written, or was when the run was killed, ends in .tmp."""
-    return [path for path in folder.glob("step-*") if path.suffix != ".tmp"]
+    return [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
 
 
 def step_of(path: Path) -> int:
@@ -69,23 +69,33 @@ def latest(folder: Path) -> Path | None:
 
 def begun(run_dir: Path) -> dict:
     """The recipe of a run that goes on; empty where none does."""
+    goes_on = (run_dir / RECIPE).exists() and latest(checkpoints_of(run_dir)) is not None
+    return _written_recipe(run_dir) if goes_on else {}
+
+
+def _written_recipe(run_dir: Path) -> dict:
     path = run_dir / RECIPE
-    goes_on = path.exists() and any(checkpoints_of(run_dir).glob("step-*/engine"))
-    return json.loads(path.read_text()) if goes_on else {}
+    try:
+        recipe = json.loads(path.read_text())
+        if not isinstance(recipe, dict):
+            raise ValueError("it is no object of keys")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), so that it is not known which run this is; choose another run.dir"
+        ) from error
+    return recipe
 
 
 def refuse_another_run(recipe: TrainRecipe, run_dir: Path, manifest: Manifest) -> None:
     """Raises UserError when the folder holds checkpoints of another recipe or of another cache."""
-    path = run_dir / RECIPE
-    if not path.exists() or latest(checkpoints_of(run_dir)) is None:
+    if not (earlier := begun(run_dir)):
         return
-    earlier = json.loads(path.read_text())
     if differences := recipe.resumable_differences(earlier):
         raise UserError(
             f"{run_dir} holds a run of another recipe; these differ: {', '.join(differences)}. "
             "Choose another run.dir or remove that folder"
         )
-    if earlier["cache_manifest_hash"] != manifest.hash():
+    if earlier.get("cache_manifest_hash") != manifest.hash():
         raise UserError(f"{run_dir} was trained on another cache than {recipe.cache.dir}")
 
 

@@ -5,6 +5,7 @@ ZeRO 1-3 give and take whole parameters through `deepspeed.utils.safe_*`. Withou
 or in a float32 run the parameter itself. All that DeepSpeed does not document is in `deepspeed_private`.
 """
 
+from collections.abc import Container
 from pathlib import Path
 
 import deepspeed
@@ -29,6 +30,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names
 KINDS = (WEIGHTS, *MOMENTS)
 
 
+def file_name(kind: str, index: int) -> str:
+    """Of one of `EngineState.files`."""
+    return f"{kind}-{index}.safetensors" if index else f"{kind}.safetensors"
+
+
+def _opened(folder: Path, kind: str) -> dict[str, safe_open]:
+    """{parameter: the file that holds it}"""
+    files = [safe_open(path, framework="pt") for path in (folder / file_name(kind, 0), *folder.glob(f"{kind}-*.safetensors"))]
+    return {name: file for file in files for name in file.keys()}
+
+
 class EngineState:
     """Reads and writes an engine's state. All ranks call every method together: ZeRO gathers a parameter by collectives."""
 
@@ -44,27 +56,40 @@ class EngineState:
         adam_step = int(next(iter(self._adam.state.values()))["step"])
         return {"adam_step": adam_step} | deepspeed_private.counters(self._engine)
 
-    def gather(self, kind: str, keep: bool) -> dict[str, Tensor]:
-        """The float32 weights or one of the moments of every parameter, on the host, by name; nothing unless `keep`."""
+    def files(self, most_bytes: int) -> list[list[str]]:
+        """Which parameters share a file, of `most_bytes` or of one parameter. The same for any number of ranks and any stage."""
+        found: list[list[str]] = []
+        size = most_bytes
+        for name, parameter in self._named.items():
+            own = 4 * deepspeed_private.whole_size([parameter])  # float32
+            if size + own > most_bytes:
+                found.append([])
+                size = 0
+            found[-1].append(name)
+            size += own
+        return found
+
+    def gather(self, kind: str, kept: Container[str]) -> dict[str, Tensor]:
+        """The float32 weights or one of the moments of every parameter in `kept`, on the host, by name."""
         deepspeed_private.link_moments(self._engine)
         found = {}
-        # One after the other, so that a device holds one whole parameter at a time. Ranks that keep nothing gather too: the
+        # One after the other, so that a device holds one whole parameter at a time. Ranks gather what they do not keep too: the
         # others' collectives wait for them.
         for name, parameter in self._named.items():
             value = self._get(parameter, kind)
-            if keep and value is not None:
+            if name in kept and value is not None:
                 found[name] = value.detach().cpu().contiguous()
         return found
 
     @torch.no_grad()
     def load(self, folder: Path, counters: dict) -> None:
-        """`folder` holds one safetensors file a kind, `KINDS`.
+        """`folder` holds the safetensors files of each of `KINDS`.
 
         Raises:
             OSError, SafetensorError, ValueError: a file is missing or cut, or of other parameters.
         """
-        files = {kind: safe_open(folder / f"{kind}.safetensors", framework="pt") for kind in KINDS}
-        if wrong := self._named.keys() ^ set(files[WEIGHTS].keys()):
+        files = {kind: _opened(folder, kind) for kind in KINDS}
+        if wrong := self._named.keys() ^ files[WEIGHTS].keys():
             raise ValueError(f"it holds other parameters: {sorted(wrong)[0]}")
         # 1. AdamW has no state before its first step. It gets an empty one, to which DeepSpeed then links its parameters: moments
         # are set through those links.
@@ -75,9 +100,9 @@ class EngineState:
 
         # 2. Weights and moments.
         for name, parameter in self._named.items():
-            for kind, file in files.items():
-                if name in file.keys():  # without ZeRO, a parameter that never had a gradient has no moments
-                    self._set(parameter, kind, file.get_tensor(name))
+            for kind, file_of in files.items():
+                if name in file_of:  # without ZeRO, a parameter that never had a gradient has no moments
+                    self._set(parameter, kind, file_of[name].get_tensor(name))
         deepspeed_private.weights_were_set(self._engine)
 
         # 3. Counters.
