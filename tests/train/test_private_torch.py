@@ -17,7 +17,7 @@ def test_a_private_name_is_still_there(name):
     found = torch
     for part in name.split(".")[1:]:
         found = getattr(found, part)
-    assert callable(found)
+    assert callable(found) or isinstance(found, bool)  # a function, or a switch of the compiler
 
 
 def test_they_are_said_in_one_file_alone():

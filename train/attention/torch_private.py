@@ -20,6 +20,8 @@ PRIVATE = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "training with attention=flash on a CPU",
     "torch._dynamo.maybe_mark_dynamic": "attention=flex compiles a program for every new number of tiles until PyTorch learns it",
     "torch._scaled_mm": "train.fp8: products of fp8 matrices on a GPU",
+    "torch._functorch.config.ban_recompute_materialized_backward": "train.compile: block-wise steps take a fifth more memory",
+    "torch._functorch.config.ban_recompute_reductions": "the same",
 }
 
 
@@ -89,6 +91,13 @@ def cpu_backward(grad, q_1HLD, k_1HLD, v_1HLD, out_1HLD, lse_1HL) -> Sequence[Te
 def may_change(t: Tensor, dim: int) -> None:
     """Tells the compiler that this size changes from call to call."""
     torch._dynamo.maybe_mark_dynamic(t, dim)
+
+
+def remake_cheap_activations() -> None:
+    """Programs that are compiled from now on make norms and gates again in the backward, whose bytes would cost more than their
+    arithmetic."""
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._functorch.config.ban_recompute_reductions = False
 
 
 def scaled_product(a_MK: Tensor, b_KN: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:

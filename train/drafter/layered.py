@@ -14,6 +14,7 @@ from data_prep.target.architecture import KVLayer
 from data_prep.target.described import Described
 from data_prep.target.frozen_head import FrozenHead
 from data_prep.target.states import States
+from train.attention import torch_private
 from train.attention.backend import AttentionBackend
 from train.attention.visibility import DraftRows, Places, known_rows
 from train.drafter.base import Drafter, Past
@@ -70,6 +71,7 @@ class LayeredDrafter(Drafter):
             layer.use_fp8()
 
     def compile_parts(self) -> None:
+        torch_private.remake_cheap_activations()
         for layer in self.layers:
             layer.compile_parts()
 
