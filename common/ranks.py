@@ -1,13 +1,15 @@
 """Being one of N processes: who one is, who dies with whom, and how all wait for each other."""
 
 import ctypes
+import functools
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -68,14 +70,19 @@ def single_process_defaults() -> None:
     os.environ.setdefault("MASTER_PORT", str(free_port()))
 
 
-def barrier() -> Callable[[], None]:
-    """A function that returns when all processes have called it, however long that takes. To be asked for by all."""
+@contextmanager
+def together() -> Iterator[Callable[[], None]]:
+    """For what all processes do: a function that returns when all have called it, however long that takes. They leave together,
+    too. A process that is lost meanwhile, though no connection was closed, ends the others (`common/pulse.py`)."""
     if world_size() == 1:
-        return lambda: None
+        yield lambda: None
+        return
     from torch import distributed
 
-    group = _patient_group()
-    return lambda: distributed.barrier(group)
+    group, pulse = _joined()
+    with pulse.watched():
+        yield lambda: distributed.barrier(group)
+        distributed.barrier(group)  # one that had ended would count as lost
 
 
 def from_rank_0(say: Callable[[], Said]) -> Said:
@@ -84,21 +91,38 @@ def from_rank_0(say: Callable[[], Said]) -> Said:
         return say()
     from torch import distributed
 
-    group = _patient_group()
+    group, pulse = _joined()
     said = [say() if rank() == 0 else None]
-    distributed.broadcast_object_list(said, src=0, group=group)
+    with pulse.watched():
+        distributed.broadcast_object_list(said, src=0, group=group)
     return said[0]
 
 
-def _patient_group():
-    """All processes, on the host. To be asked for by all."""
+@functools.cache
+def _joined():
+    """All processes, on the host, and how they hear of each other. To be asked for by all."""
     from torch import distributed
 
+    from common.pulse import SILENT_S, Pulse
+
+    # Ranks of a capture wait for the slowest one, which may take hours: no limit that a capture could reach.
+    patience = timedelta(days=30)
     # One group serves both: NCCL for a target that is spread over GPUs, gloo for what is on the host.
     if not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu() else "gloo", timeout=timedelta(days=30))
-    # Ranks of a capture wait for the slowest one, which may take hours: no limit that a capture could reach.
-    return distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # NCCL's own would give up after minutes
+        store, *_ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=SILENT_S)))  # who never comes
+        backend = "cpu:gloo,cuda:nccl" if on_gpu() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
+    pulse = Pulse(rank(), world_size())
+    group = distributed.new_group(backend="gloo", timeout=patience)  # NCCL's own would give up after minutes
+    pulse.start()
+    return group, pulse
+
+
+def ended(error: Exception) -> bool:
+    """Whether a collective failed because another process has ended, or never came."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def die_with_parent() -> None:

@@ -16,6 +16,7 @@ ranks.die_with_parent()
 import torch  # noqa: E402
 
 from common import cli  # noqa: E402
+from common.errors import UserError, first_line  # noqa: E402
 from common.files import refuse_unwritable, said_in_one_line  # noqa: E402
 from common.rules import refuse  # noqa: E402
 from data_prep import rules  # noqa: E402
@@ -28,7 +29,8 @@ from data_prep.recipe import DataPrepRecipe  # noqa: E402
 from data_prep.synthesis.regenerate import check_regeneration, regenerate  # noqa: E402
 from data_prep.synthesis.synthesize import check_synthesis, synthesize  # noqa: E402
 
-# Modes that one process does; the others of a launcher have nothing to do.
+# Modes that all processes of a launcher do, and those that one does.
+TOGETHER = {"capture": build.build, "regenerate": regenerate, "synthesize": synthesize}
 ALONE = {"estimate": estimate, "verify": verify, "inspect": inspect, "merge": merge}
 
 
@@ -60,19 +62,21 @@ def run(recipe: DataPrepRecipe) -> None:
     """Do what `mode` says, in every process of the launcher."""
     if ranks.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    with said_in_one_line(recipe.cache.dir):
-        match recipe.mode:
-            case "capture":
-                build.build(recipe, ranks.barrier())
-            case "regenerate":
-                regenerate(recipe, ranks.barrier())
-            case "synthesize":
-                synthesize(recipe, ranks.barrier())
-            case "estimate" if recipe.capture.spread == "tp":
-                ranks.barrier()  # they join
-                estimate(recipe)
-            case _ if ranks.rank() == 0:
+    try:
+        with said_in_one_line(recipe.cache.dir):
+            if recipe.mode in TOGETHER:
+                with ranks.together() as barrier:
+                    TOGETHER[recipe.mode](recipe, barrier)
+            elif recipe.mode == "estimate" and recipe.capture.spread == "tp":
+                with ranks.together():
+                    estimate(recipe)
+            elif ranks.rank() == 0:
                 ALONE[recipe.mode](recipe)
+    except RuntimeError as error:
+        if not ranks.ended(error):
+            raise
+        said = f"another rank has ended or never came; its last line may say why; the same command goes on ({first_line(error)})"
+        cli.fail(UserError(said), code=1)  # not a mistake: what starts jobs may try again
 
 
 if __name__ == "__main__":

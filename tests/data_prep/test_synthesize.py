@@ -203,7 +203,8 @@ def process(recipe, rank=0, world=1, port=0, flush_s=0.0):
         os.environ["DS_ACCELERATOR"] = "cpu"
         journal.FLUSH_S = flush_s
         check_synthesis(recipe)
-        synthesize(recipe, ranks.barrier())
+        with ranks.together() as barrier:
+            synthesize(recipe, barrier)
 
     started = multiprocessing.get_context("fork").Process(target=work)
     started.start()

@@ -15,7 +15,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from common.errors import UserError
 from common.files import disk_says
 from common.progress import Heartbeat
-from common.ranks import barrier, rank, world_size
+from common.ranks import rank, together, world_size
 from data_prep.capture.live import LiveReader, open_cache
 from data_prep.target.loading import pick_device
 from train.data.loader import loaded
@@ -73,7 +73,8 @@ def train(recipe: TrainRecipe, run_dir: Path, asked: Asked) -> bool:
 def _build_and_train(recipe: TrainRecipe, run_dir: Path, device: torch.device, asked: Asked) -> bool:
     voice = Voice()
     # A cache that is missing is made here. That has its own lines of progress, so the voice is silent until it is done.
-    reader = open_cache(recipe, barrier())
+    with together() as barrier:
+        reader = open_cache(recipe, barrier)
     refuse_another_run(recipe, run_dir, reader.manifest)
     context = RunContext(recipe, run_dir, device, reader, voice.say)
     with voice:

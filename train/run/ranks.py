@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 from common.errors import UserError
-from common.ranks import rank, world_size
+from common.ranks import ended, rank, world_size
 from train.run import deepspeed_private
 from train.run.build_lock import wait_for_builder
 
@@ -34,8 +34,6 @@ def connect(on_gpu: bool, timeout_s: int) -> None:
 
 def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
     """What to tell of an error of the collectives, None for any other. Takes seconds: ranks that are left count themselves."""
-    from torch.distributed import DistError
-
     said = str(error).strip()
     if "gloo" in said and "Timed out" in said:
         silent = _silent_ranks()
@@ -44,7 +42,7 @@ def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
             f"{who} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host and "
             "say the same command again"
         )
-    if isinstance(error, DistError) or "gloo" in said:
+    if ended(error):
         return UserError(f"the connection between ranks failed (train.timeout_s={timeout_s}): {said}")
     return None
 

@@ -1,0 +1,98 @@
+"""Whether the other processes are still there: each counts, in the store through which all found one another, and looks at the
+others' counts.
+
+Processes of a capture wait for the slowest one, which may work for hours. A host that is cut off or frozen closes no connection,
+and would be waited for without end.
+"""
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+BEAT_S = 5
+# A thread counts, so a forward or a write may take hours. What keeps Python's lock stops it: a page of a mapped file, for the
+# minutes that a network disk is away.
+SILENT_S = 600
+
+
+class Pulse:
+    """This process's count, from `start` on until it ends, and what it hears of the others'. Made by all of `world` processes;
+    started once all have made theirs."""
+
+    def __init__(self, rank: int, world: int):
+        from torch.distributed import TCPStore
+
+        self.rank = rank
+        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of its own, for a call that never ends keeps all others of its connection waiting.
+        self._store = TCPStore(*self._place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * SILENT_S))
+        self._keys = [f"pulse/{other}" for other in range(world)]
+        self._watched = 0
+        self._over = threading.Event()
+        self._count(0)
+
+    def start(self) -> None:
+        self._heard = self._store.multi_get(self._keys)
+        beat = threading.Thread(target=self._beat, daemon=True)
+        beat.start()
+        threading.Thread(target=self._judge, daemon=True).start()
+        atexit.register(beat.join, 1)  # the interpreter must not end while the thread is in the store's code
+        atexit.register(self._over.set)  # called first
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Meanwhile this process ends, with one line and exit code 1, when another has not counted for `SILENT_S` seconds."""
+        self._watched += 1
+        try:
+            yield
+        finally:
+            self._watched -= 1
+
+    def _count(self, number: int) -> None:
+        self._store.set(self._keys[self.rank], f"{number} {socket.gethostname()}")
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._over.wait(BEAT_S):
+            number += 1
+            try:
+                # Where nobody listens any more the store's code would print a page.
+                socket.create_connection(self._place, timeout=SILENT_S).close()
+                self._count(number)
+                self._heard = self._store.multi_get(self._keys)
+            except (ConnectionRefusedError, RuntimeError):
+                return  # whoever kept the store has ended, which closes the connections of collectives too
+            except OSError:
+                continue  # the network may come back
+
+    def _judge(self) -> None:
+        last = self._heard
+        still = [0] * len(last)
+        # Counted and not timed: a process that was stopped itself and goes on has not waited meanwhile.
+        while not self._over.wait(BEAT_S):
+            heard = self._heard
+            still = [n + 1 if now == before else 0 for n, now, before in zip(still, heard, last, strict=True)]
+            last = heard
+            silent = [other for other, n in enumerate(still) if n * BEAT_S >= SILENT_S]
+            if silent and self._watched:
+                # Who does not even hear itself has lost the store, and rank 0 with it.
+                self._end([0] if self.rank in silent else silent)
+
+    def _end(self, silent: list[int]) -> None:
+        """The first that is left speaks. A launcher then ends the others, which wait for that."""
+        if any(other not in silent for other in range(self.rank)):
+            time.sleep(20)
+        who = ", ".join(f"rank {other} ({self._heard[other].decode().split()[1]})" for other in silent)
+        print(
+            f"error: not heard of for {SILENT_S} s: {who}; is that host cut off or frozen? What is on disk stays: mend the host "
+            "or leave it out, and the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the main thread is in a collective, or in a forward
