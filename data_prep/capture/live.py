@@ -19,6 +19,7 @@ from data_prep.cache.reader import CacheReader, crop
 from data_prep.capture import build
 from data_prep.capture import plan as planning
 from data_prep.capture.capture import Batch, batches
+from data_prep.capture.first_batch import check_first_batch
 from data_prep.recipe import CaptureSections
 from data_prep.sources.documents import Documents
 from data_prep.sources.sides import refuse_one_side
@@ -46,6 +47,7 @@ class LiveReader:
         self._target = load_target(recipe.target, recipe.capture)
         self.manifest = planning.completed(planning.plan(recipe, source), self._target)
         self._target.capture(self.manifest.hidden_layers, self.manifest.kv_layers, self.manifest.query_layers)
+        self._has_run = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,7 +72,11 @@ class LiveReader:
     def _forward(self, documents: Sequence[int], names: list[str]) -> list[dict[str, Tensor]]:
         batch = Batch([self._documents[i] for i in documents])
         manifest = self.manifest.model_copy(update={"last_hidden": "supervised"})
-        tensors = batch.tensors(batch.forward(self._target), manifest)
+        states = batch.forward(self._target)
+        if not self._has_run:
+            check_first_batch(self._target, batch, states)
+            self._has_run = True
+        tensors = batch.tensors(states, manifest)
         tensors = {name: t for name, t in tensors.items() if name.removesuffix(SCALE) in {*names, "loss_mask"}}
         return [document for *_, document in each_document(tensors, batch.lengths, manifest.last_hidden)]
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from eval.engine.verification import Verification
 from eval.judging import measure
 from eval.prompts.suites import Prompt
 from eval.recipe import EvalRecipe, prompts_of, prompts_within
+from eval.reports.answers import Answers
 from eval.serving.find import find_server
 from eval.serving.servers import Answer, Asked, Server, Vllm, margin
 from eval.serving.side_by_side import OURS, PLAIN, Run, compared, conclusions, figures
@@ -83,20 +85,25 @@ def served(recipe: EvalRecipe, load: Callable[[EvalRecipe], tuple[Target, Drafte
         gc.collect()
         torch.cuda.empty_cache()
 
-        # 2. The server's answers with the drafter.
-        log = Path(recipe.out) / "server.log"
-        starting = started(recipe.server, asking.command, log) if asking.command else nullcontext(server)
-        with starting as url:
-            server = server or find_server(url, recipe.target_names)
-            theirs = asyncio.run(_ask_all(recipe, server, asking))
+        with Answers(Path(recipe.out), asking.described) as heard:
+            for temperature, run in asking.own.items():
+                for (id, turn), answer in run.answers.items():
+                    heard.write_served(temperature, OURS, id, turn, answer)
 
-        # 3. Those of the same server once more, without the drafter.
-        plain = {}
-        if asking.command:
-            alone = without_drafter(asking.command)
-            with started(recipe.server, alone, Path(recipe.out) / "server_plain.log") as url:
-                nobody = find_server(url, recipe.target_names, drafts=False)
-                plain = asyncio.run(_ask_all(recipe, nobody, asking))
+            # 2. The server's answers with the drafter.
+            log = Path(recipe.out) / "server.log"
+            starting = started(recipe.server, asking.command, log) if asking.command else nullcontext(server)
+            with starting as url:
+                server = server or find_server(url, recipe.target_names)
+                theirs = asyncio.run(_ask_all(recipe, server, asking, heard))
+
+            # 3. Those of the same server once more, without the drafter.
+            plain = {}
+            if asking.command:
+                alone = without_drafter(asking.command)
+                with started(recipe.server, alone, Path(recipe.out) / "server_plain.log") as url:
+                    nobody = find_server(url, recipe.target_names, drafts=False)
+                    plain = asyncio.run(_ask_all(recipe, nobody, asking, heard))
 
     # 4. The figures, and what they say.
     result = _settings(recipe, server, asking)
@@ -203,9 +210,7 @@ class Likeliest(StaticTrained):
         return super().propose(text_BL, anchor_B, length, sampling._replace(temperature=0.0), u_BJ)
 
 
-def ours(
-    recipe: EvalRecipe, target: Target, drafter: Drafter, prompts: list[Prompt], said: dict, slots: int
-) -> dict[float, Run]:
+def ours(recipe: EvalRecipe, target: Target, drafter: Drafter, prompts: list[Prompt], said: dict, slots: int) -> dict[float, Run]:
     """Our engine on the same prompts, `slots` tokens a draft, one request at a time."""
     limit = said["max_new_tokens"]
     cache = StaticCache.of(target, 1, room_for(said["positions"] - limit, limit, slots))
@@ -242,7 +247,7 @@ def ours(
 # The server's.
 
 
-async def _ask_all(recipe: EvalRecipe, server: Server, asking: Asking) -> dict[float, dict[int, Run]]:
+async def _ask_all(recipe: EvalRecipe, server: Server, asking: Asking, heard: Answers) -> dict[float, dict[int, Run]]:
     """{temperature: {concurrency: ...}}"""
     prompts = asking.prompts
     said = asking.said
@@ -256,15 +261,18 @@ async def _ask_all(recipe: EvalRecipe, server: Server, asking: Asking) -> dict[f
                 limits = (said["max_new_tokens"], temperature, recipe.top_p, recipe.top_k, tuple(recipe.stop), asking.ends)
                 for _ in range(max(1, said["warmup"])):
                     await server.ask(client, prompts[0].tokens, Asked(*limits, salt=f"{salt} warm-up"), recipe.seed)
-                run = await _level(server, client, prompts, concurrency, Asked(*limits, salt=salt), recipe.seed)
+                name = f"{concurrency}" if server.slots else f"{PLAIN}{concurrency}"
+                told = partial(heard.write_served, temperature, name)
+                run = await _level(server, client, prompts, concurrency, Asked(*limits, salt=salt), recipe.seed, told)
                 if server.slots and not run.count_C[0] and any(len(answer.tokens) > 1 for answer in run.answers.values()):
                     raise UserError(f"{server.url} drafted nothing for {len(run.answers)} requests: its counters stand still")
                 found[temperature][concurrency] = run
     return found
 
 
-async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int) -> Run:
-    """All prompts, `concurrency` conversations at a time, each behind the server's own answers."""
+async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int, told: Callable) -> Run:
+    """All prompts, `concurrency` conversations at a time, each behind the server's own answers. `told`(conversation, turn, Answer)
+    hears of each at once."""
     run = Run(count_C=np.zeros(1 + server.slots, int))
     waiting = deque(prompts)
     numbers = count()
@@ -287,6 +295,7 @@ async def _level(server: Server, client, prompts: list[Prompt], concurrency: int
                     after_C, answered = await server.counted(client, answered + 1)
                     answer.count_C = after_C - before_C
                     before_C = after_C
+                told(prompt.id, turn, answer)
                 prompt = prompt.after(answer.tokens)
                 turn += 1
 

@@ -216,6 +216,14 @@ def test_the_live_target_may_be_spread_over_devices(tmp_path):
             torch.testing.assert_close(live[name], kept[name], rtol=1e-4, atol=1e-3, check_dtype=False)
 
 
+def test_the_first_forward_of_a_live_target_is_looked_at(tmp_path):
+    live = LiveReader(captured(tmp_path, "cache", TEXTS))
+    with torch.no_grad():
+        live._target.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="its weights are damaged"):
+        live.read_many([0], ["input_ids"], [(0, 20)])
+
+
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("last_hidden", ["supervised", "all"])
 def test_queries_from_a_cache_are_those_of_the_live_target_in_packs(tmp_path, codec, last_hidden):

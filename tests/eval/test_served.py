@@ -551,6 +551,11 @@ def test_vllm_accepts_what_our_engine_accepts(drafter, tmp_path):
         assert plain["equal"] == 12 and plain["tau_micro"] == 1 and plain["rounds"] == 0
     assert all(one["p"] >= 0.01 for one in report["tested"]["0"])
     assert "no position differs beyond chance" in done.stdout
+    about, *answers = (json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines())
+    assert about["drafter"]["path"] == str(drafter) and len(answers) == 12 * len(rows)
+    for who, row in rows.items():
+        counts = {one["id"]: one["count"] for one in answers if one["run"] == who and one["count"]}
+        assert counts == row["per_prompt_count"]
     page = (out / "served.html").read_text()
     assert "vLLM, 4 at a time" in page and "<svg" in page and "<script" not in page
 
