@@ -1,12 +1,14 @@
 """Files that are whole or absent, whenever the process ends, and places that are proved writable before the work begins."""
 
 import errno
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -15,6 +17,7 @@ from common.errors import UserError
 PROBE = 64 * 1024  # bytes: what a full disk does not take
 # What a disk says of itself. Any other error of the system, such as a file that is not there, may be a fault of the code.
 OF_DISKS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENODEV", "ENXIO", "ENAMETOOLONG")
+OF_DISKS += ("EISDIR", "ENOTDIR")  # what only a place that was rearranged by hand says of our files
 
 
 def refuse_unwritable(key: str, path: str, is_file: bool = False) -> None:
@@ -86,6 +89,34 @@ def publish(temporary: Path, final: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def parsed_json(text: str) -> Any:
+    """Raises ValueError where `text` is no JSON, or holds half a character ("\\ud800"), with which no file can be written."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def read_json(path: Path, advice: str, first_line: bool = False) -> Any:
+    """What a JSON file holds, or its first line. `advice`: what to do where it cannot be read, for the end of the message.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UserError: it cannot be read, or holds no JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parsed_json(file.readline() if first_line else file.read())
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON; {advice}") from error
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {advice}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-from common.files import write_text
+from common.files import parsed_json, write_text
 
 SUMS = "files.json"  # {name: file_hash} of the files beside it
 
@@ -34,7 +34,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     if not path.exists():
         return {}
-    sums = json.loads(path.read_text())
+    sums = parsed_json(path.read_text())
     if not isinstance(sums, dict):
         raise ValueError(f"{SUMS} is not an object of names")
     return sums

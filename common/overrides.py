@@ -48,7 +48,10 @@ def _parsed(parser: OverridesParser, word: str, multirun: bool) -> Override:
         if multirun and "," in value:
             advice = f'its commas may part points of a sweep or belong to the value; quote what belongs together: "{literal}"'
             raise UserError(f"{word}: {advice}") from error
-        return parser.parse_overrides([literal])[0]
+        try:
+            return parser.parse_overrides([literal])[0]
+        except HydraException as again:  # such as a line break
+            raise UserError(f"{word!r}: {one_line(again)}") from again
 
 
 def one_line(error: Exception) -> str:
@@ -113,7 +116,7 @@ def _refuse_choice(group: str, word: Override, options: list[str]) -> None:
     value = word.value()
     for one in value if isinstance(value, list) else [value]:
         if not isinstance(one, str) or one not in options:
-            said = "null" if one is None else str(one)
+            said = "null" if one is None else " ".join(str(one).split())
             key = f"; a key of it is set as {group}.KEY={said}" if isinstance(one, int | float) else ""
             raise UserError(f"{group}={said}: Could not find '{group}/{said}'; {there}{nearest(said, options)}{key}")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -44,6 +44,12 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     else:
         yield value
+
+
+def what_is_wrong(error: ValidationError) -> str:
+    """What pydantic says of a file's content, as a part of one line: the first places, and what is wrong with each."""
+    said = (f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()[:3])
+    return " ".join("; ".join(said).removeprefix(": ").split())[:300]
 
 
 def keys_at(recipe: type[BaseModel], section: Sequence[int | str]) -> dict[str, FieldInfo]:

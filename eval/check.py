@@ -1,12 +1,12 @@
 """Whether an evaluation can run. What its rules need to know is read here, stage by stage, without loading the target."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.cli import in_sweep
+from common.errors import UserError
 from common.files import refuse_unwritable
 from common.rules import refuse
 from data_prep.cache.reader import CacheReader
@@ -18,6 +18,7 @@ from eval.prompts.asking import check_asking
 from eval.read_by import unread
 from eval.recipe import EvalRecipe, known_positions, prompts_of, prompts_within, room_of, view_of
 from eval.reports import answers, compare
+from eval.reports.read import drafter_of
 from eval.serving.find import find_server
 from eval.serving.started import interpreter
 from train.attention.choose import attention_backend
@@ -87,12 +88,10 @@ def check_folder(recipe: EvalRecipe) -> None:
         return
     for name in ("report.json", answers.NAME, "score.json", "diagnostics.json", "served.json", "demo.json"):
         try:
-            text = (Path(recipe.out) / name).read_text()
-            drafter = json.loads(text.partition("\n")[0] if name == answers.NAME else text)["drafter"]
-            path = drafter["path"] if isinstance(drafter, dict) else drafter
-        except (OSError, ValueError, LookupError, TypeError):  # none, or none that can be read
+            drafter = drafter_of(Path(recipe.out) / name)
+        except (OSError, UserError):  # none, or none that can be read
             continue
-        refuse(rules.HELD, recipe, rules.Held(name, path))
+        refuse(rules.HELD, recipe, rules.Held(name, drafter))
 
 
 def _check_server(recipe: EvalRecipe) -> None:

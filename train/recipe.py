@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from common.recipe import Section
+from common.errors import UserError
+from common.recipe import Section, what_is_wrong
 from common.rules import obeying
 from data_prep.recipe import CaptureSections
 from train import rules
@@ -244,6 +245,10 @@ class RunRecipe(Section):
     """Group in W&B; a sweep is one group."""
 
 
+def _with(section: Section, part: dict) -> Section:
+    return type(section).model_validate(section.model_dump() | part)
+
+
 class TrainRecipe(CaptureSections):
     """`deepspeed train/main.py`: a cache -> a drafter. Of `cache` only `dir` counts when a capture is there; the rest, `data`
     and `capture` say what `cache.on_missing=capture|live` makes."""
@@ -264,12 +269,16 @@ class TrainRecipe(CaptureSections):
         return sized(config)
 
     def going_on(self, earlier: dict) -> "TrainRecipe":
-        """This recipe, for a run that began with `earlier` (its recipe.json): sizes that nobody named are that run's."""
+        """This recipe, for a run that began with `earlier` (its recipe.json): sizes that nobody named are that run's. Raises
+        UserError where these are none."""
         sections: dict[str, dict] = {}
         for section, name in (key.split(".") for key in self.chosen):
-            if name in earlier.get(section, {}):
+            if isinstance(earlier.get(section), dict) and name in earlier[section]:
                 sections.setdefault(section, {})[name] = earlier[section][name]
-        taken = {name: getattr(self, name).model_copy(update=part) for name, part in sections.items()}
+        try:
+            taken = {name: _with(getattr(self, name), part) for name, part in sections.items()}
+        except ValidationError as error:
+            raise UserError(f"{self.run.dir}/recipe.json is damaged ({what_is_wrong(error)}); choose another run.dir") from error
         left = tuple(key for key in self.chosen if key.split(".")[1] not in sections.get(key.split(".")[0], {}))
         return self.model_copy(update={**taken, "chosen": left})
 
@@ -313,8 +322,9 @@ class TrainRecipe(CaptureSections):
 
         try:  # a run of an earlier release does not know the newest keys: it has their defaults
             known = {name: value for name, value in earlier.items() if name in TrainRecipe.model_fields}
-            if known["objective"].get("budgets") == "fixed":  # an earlier release's word for what view.budget says
-                known["objective"] = {k: v for k, v in known["objective"].items() if k != "budgets"}
+            objective = known.get("objective")
+            if isinstance(objective, dict) and objective.get("budgets") == "fixed":  # an earlier word for what view.budget says
+                known["objective"] = {k: v for k, v in objective.items() if k != "budgets"}
             earlier = TrainRecipe.model_validate(known).model_dump(mode="json")
         except ValidationError:
             pass

@@ -4,12 +4,15 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
 from common.errors import UserError
+from common.files import read_json
+from common.recipe import what_is_wrong
 from data_prep.cache.codec import SCALE, stored
 
 FORMAT_VERSION = 2
@@ -35,7 +38,7 @@ class Manifest(BaseModel):
     kv_layers: list[int]
     query_layers: list[int] = []
     codec: str  # fp8, bf16 or fp32
-    last_hidden: str  # "supervised": one row a supervised token; "all": one row a token
+    last_hidden: Literal["supervised", "all"]  # one row a supervised token; one row a token
     max_length: int
     before_texts: list[int] = []  # what the tokenizer puts before each text that is no chat (BOS)
     source: dict  # name, recipe, hash (documents.Digest), documents, tokens, supervised; records, left_out, kept: sources.counts
@@ -47,6 +50,16 @@ class Manifest(BaseModel):
         """A cache without queries, or of a tokenizer that puts nothing before a text, is written and hashed as it was before
         there were any."""
         return {name: value for name, value in dump(self).items() if name not in ("query_layers", "before_texts") or value}
+
+    @model_validator(mode="after")
+    def _says_what_is_stored(self):
+        try:
+            rows = self.tensors()
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"codec and target.architecture do not say what is stored ({error!r})") from error
+        if wrong := [name for name, (_, shape) in rows.items() if not all(isinstance(size, int) and size > 0 for size in shape)]:
+            raise ValueError(f"target.architecture has sizes of which there is no {wrong[0]}")
+        return self
 
     @property
     def states(self) -> dict[str, tuple[int, ...]]:
@@ -129,13 +142,11 @@ def software_versions() -> dict[str, str]:
 def read_manifest(folder: Path) -> Manifest:
     """Raises UserError when there is none or it cannot be understood."""
     try:
-        fields = json.loads((folder / MANIFEST).read_text())
+        fields = read_json(folder / MANIFEST, "capture the cache again")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is not a cache: it has no {MANIFEST}; capture one with data_prep/main.py cache.dir={folder}"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST} is not readable JSON; capture the cache again") from error
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{folder / MANIFEST}: format version {fields.get('format_version') if isinstance(fields, dict) else fields}"
@@ -143,8 +154,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest.model_validate(fields)
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({what_is_wrong(error)}); capture the cache again") from error
 
 
 # Sorted keys and no blanks: equal values have equal bytes, so that hashes and whole files can be compared.

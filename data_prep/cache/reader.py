@@ -1,6 +1,5 @@
 """Shards -> documents: a read touches only the layers asked for, and of a cropped document only the positions shown."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import read_json
 from common.hashing import file_hash
 from common.tensor_files import offsets_of
 from data_prep.cache.codec import SCALE, finite
@@ -156,8 +156,9 @@ class CacheReader:
                 yield f"{where}: NaN or Inf in {', '.join(bad)}"
             digest.add(TokenDocument(id, tensors["input_ids"].numpy(), mask.numpy()))
         source = self.manifest.source
-        if "hash" in source and (digest.hex(), len(self)) != (source["hash"], source["documents"]):
-            yield f"{INDEX}: {len(self)} documents are not the {source['documents']} of the manifest's source (a gap or a change)"
+        documents = source.get("documents")
+        if "hash" in source and (digest.hex(), len(self)) != (source["hash"], documents):
+            yield f"{INDEX}: {len(self)} documents are not the {documents} of the manifest's source (a gap or a change)"
 
     def _check(self, index: int, name: str, stored: Tensor) -> None:
         """Hold all that is stored of a tensor of a document against its checksum, once. Raises UserError when it differs."""
@@ -223,15 +224,13 @@ class CacheReader:
     def _recorded(self) -> dict[str, str]:
         """File name -> checksum, as the writer left them when it finished."""
         path = self.folder / FILES
+        advice = "remove it, then run data_prep again"
         try:
-            text = path.read_text()
-            recorded = json.loads(text)
+            recorded = read_json(path, advice)
         except FileNotFoundError as error:
             raise UserError(f"{self.folder}: the capture has not finished; run the same data_prep command again") from error
-        except ValueError:
-            recorded = None
-        if not isinstance(recorded, dict) or canonical(recorded) != text:
-            raise UserError(f"{path} is damaged; remove it, then run data_prep again")
+        if not isinstance(recorded, dict) or canonical(recorded) != path.read_text():
+            raise UserError(f"{path} is damaged; {advice}")
         return recorded
 
     def _hash(self, name: str) -> str:

@@ -58,7 +58,7 @@ class SuiteRecipe(Section):
     """What becomes of prompts with fewer than prompt_tokens."""
     new_tokens: int = Field(2, ge=2)
     """Most new tokens per reply."""
-    count: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1, le=10**6)
     """Number of prompts; null: all."""
     shuffle: int | None = None
     """Seed by which `count` prompts are drawn; null: the first ones."""

@@ -7,7 +7,6 @@ nothing of other seeds of training (`launchers/compare.py` does), and are rather
 Shapes: P prompts, R resamples.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from common.errors import UserError
 from common.files import write_text
 from data_prep.cache.manifest import flatten
 from eval.reports import charts, page
+from eval.reports.read import read_report
 
 CATEGORY_HEADS = ("T", "category", "run", "requests", "tokens", "tau", "speedup")
 RESAMPLES = 2000
@@ -31,7 +31,7 @@ def load(runs: list[str]) -> dict[str, dict]:
     """Folder -> its report.json.
 
     Raises:
-        UserError: fewer than two, no report, one of an earlier release, or reports of different targets.
+        UserError: fewer than two, no report, one that is damaged or of an earlier release, or reports of different targets.
     """
     if len(set(runs)) < 2:
         raise UserError("mode=compare sets reports side by side: name two different ones or more, runs=[A,B]")
@@ -39,34 +39,15 @@ def load(runs: list[str]) -> dict[str, dict]:
     for run in runs:
         path = Path(run) / "report.json"
         try:
-            report = found[run] = json.loads(path.read_text())
+            found[run] = read_report(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"runs: {run} holds no report.json; make one with eval/main.py drafter=... out={run}") from error
-        except ValueError as error:
-            raise UserError(f"runs: {path} is not readable JSON; judge that drafter again") from error
-        if not _complete(report):
-            raise UserError(f"runs: {path} was made by an earlier release; judge that drafter again")
     first, *others = found
     target = lambda run: found[run]["target"]["weights_hash"]
     for run in others:
         if target(run) != target(first):
             raise UserError(f"runs: {first} and {run} judged drafters of different targets ({target(first)}, {target(run)})")
     return found
-
-
-def _complete(report) -> bool:
-    """Whether it has, for every prompt, what is resampled."""
-    try:
-        figures = list(report["temperatures"].values())
-        held = (
-            figures
-            and report["prompts"]["ids"]
-            and report["target"]["weights_hash"]
-            and all("conditional" in one for one in figures)
-        )
-        return bool(held) and all(len(one[name]) == len(_requests(report, one)) for one in figures for name in COUNTED)
-    except (KeyError, TypeError, AttributeError):
-        return False
 
 
 def compare(reports: dict[str, dict], seed: int) -> dict:

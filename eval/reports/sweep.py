@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from common.cli import fail
 from common.errors import UserError
 from common.files import write_text
 from eval.reports import page
+from eval.reports.read import read_report
 from train.views.recipe import FULL
 
 FIGURES = ("tau T", "speedup T", "draft ms T", "KV ", "teacher-forced tau", "teacher-forced KL")
@@ -53,7 +53,7 @@ def gather(folders: list[Path], out: Path) -> None:
     them stands in a drafter's name, its seed aside: seeds are averaged, with the least and the greatest beside.
 
     Raises:
-        UserError: a folder has no report, or one of an earlier release.
+        UserError: a folder has no report, or one that is damaged or of an earlier release.
     """
     # 1. Read, and put each number in its cell.
     cells = _cells(_points(_read(folders)))
@@ -81,10 +81,7 @@ def _read(folders: list[Path]) -> list[tuple[Path, dict]]:
     if empty := [folder for folder, held in found_in.items() if not held]:
         raise UserError(f"{empty[0]}: no report of a drafter is there")
     paths = sorted({path for held in found_in.values() for path in held})
-    reports = [(path, json.loads(path.read_text())) for path in paths]
-    if old := [path for path, report in reports if "view" not in report]:
-        raise UserError(f"{old[0]} was made by an earlier release; judge that drafter again")
-    return reports
+    return [(path, read_report(path)) for path in paths]
 
 
 def _points(reports: list[tuple[Path, dict]]) -> list[Point]:

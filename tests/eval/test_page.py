@@ -19,57 +19,7 @@ from eval.main import gather, run
 from eval.oracle.decode import Generation, Round
 from eval.recipe import EvalRecipe
 from eval.reports import charts, compare, page, report, sweep
-
-ATTACK = "<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(1)>"
-PARTS = {"draft": 9.25, "verify": 6.5, "overhead": 0.25}
-
-
-def contender(tau: float, prompts: int = 30, seconds: float = 0.5) -> dict:
-    return {
-        "tau_micro": tau,
-        "tau_macro": tau,
-        "per_prompt": [[int(10 * tau) + i % 3, 10] for i in range(prompts)],
-        "per_prompt_s": [[20.0, seconds + 0.01 * (i % 5)] for i in range(prompts)],
-        "by_context": {"from": [64, 72], "to": [71, 79], "tau": [tau, tau + 0.1], "rounds": [9, 7]},
-        "joint": [0.6, 0.3],
-        "conditional": [0.6, 0.5],
-        "tokens_per_s": 123.4,
-        "round_ms": PARTS,
-    }
-
-
-def made(tau: float = 1.9, prompts: int = 30, name: str = "RUN/checkpoints/best", **more) -> dict:
-    """A report by hand, of the shape that decoding writes."""
-    figures = contender(tau, prompts) | {
-        "baseline_tokens_per_s": 100.0,
-        "baseline_round_ms": {"draft": 0.0, "verify": 9.5, "overhead": 0.5},
-        "baseline_per_prompt_s": [[20.0, 1.0] for _ in range(prompts)],
-        "lossless": True,
-        "lossless_by": f"{prompts} of {prompts} outputs equal",
-        "controls": {"prompt_lookup": contender(1.2, prompts)},
-    }
-    drafter = {"path": name, "parameters": 1_500_000, "objective": "ttt", "reuse": "kv", "lm": None, "seed": 0}
-    return {
-        "drafter": drafter,
-        "target": {"path": "tiny", "id": "tiny", "dtype": "torch.float32", "device": "cpu", "weights_hash": "abc"},
-        "view": {"kind": "h2o", "budget": 256},
-        "software": {"torch": "2.0"},
-        "commit": "c0ffee",
-        "prompts": {
-            "suite": "heldout",
-            "count": prompts,
-            "tokens": 64,
-            "max_new_tokens": 16,
-            "source": "stdlib",
-            "seed": 0,
-            "ids": [f"document {i}" for i in range(prompts)],
-        },
-        "temperatures": {"0": figures, "1": figures},
-        "examples": {"1": [{"prompt": ATTACK, "pieces": [[ATTACK, "accepted"], ["no\n    ", "rejected"], ["yes\n", "emitted"]]}]},
-        "drafter_kv": {"read_mib": 0.16, "kept_mib": 0.5},
-        "peak_gib": 0.47,
-        **more,
-    }
+from tests.support.reports import ATTACK, made
 
 
 class Read(HTMLParser):
@@ -174,7 +124,7 @@ def test_the_page_says_what_the_report_says_and_escapes_it(tmp_path):
 
 
 def test_the_page_of_a_sweep_contains_its_picture(tmp_path):
-    report.write_json(tmp_path / "a", made(context=64) | {"drafter": made()["drafter"] | {"budgets": None}})
+    report.write_json(tmp_path / "a", made(context=64))
     sweep.gather([tmp_path], tmp_path)
     read = refuse_outside((tmp_path / "sweep.html").read_text())
     assert "1.90" in read.text and any(tag == "img" for tag, _ in read.elements)
@@ -254,8 +204,8 @@ def test_compare_refuses_runs_that_cannot_be_compared(tmp_path):
         (["a", "a"], "name two different ones or more"),
         (["a", "none"], "none holds no report.json; make one"),
         (["a", "other"], r"different targets \(abc, def\)"),
-        (["a", "old"], "old/report.json was made by an earlier release"),
-        (["a", "cut"], "cut/report.json was made by an earlier release"),
+        (["a", "old"], "old/report.json is damaged or was made by an earlier release"),
+        (["a", "cut"], "cut/report.json is damaged or was made by an earlier release"),
     ):
         with pytest.raises(UserError, match=message):
             check(*(folders[one] for one in runs))
@@ -347,7 +297,7 @@ def test_pages_open_from_disk_in_a_browser(tmp_path):
 
     page.write_page(tmp_path, made())
     compare.write_page(tmp_path, compare.compare({"A": made(), "B": made(2.4)}, seed=0))
-    report.write_json(tmp_path / "a", made(context=64) | {"drafter": made()["drafter"] | {"budgets": None}})
+    report.write_json(tmp_path / "a", made(context=64))
     sweep.gather([tmp_path], tmp_path)
     for name, pictures, words in (
         ("report", 3, ("1.23x", "30 of 30 outputs equal", "8.1 ms a token")),

@@ -68,7 +68,7 @@ def assistant_config(target: Target, slots: int = 4, sizes: dict = SIZES, **opti
         "causal": False,
         "mask_token_id": None,
         "seed": 1,
-        "target": {},
+        "target": {"id": "small", "weights_hash": "w", "tokenizer_hash": "t"},
         "kv_shapes": [target.kv_shapes[layer] for layer in layers],
         **sized_fields(target, sizes),
         **options,

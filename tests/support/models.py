@@ -90,7 +90,7 @@ def drafter_of(target: Target, objective: str, reuse: str, layers: int = 1, slot
         "sequential_size": 16,
         "target_layers": list(range(3 - layers, 3)),
         "architecture": target.architecture,
-        "target": {},
+        "target": {"id": "small", "weights_hash": "w", "tokenizer_hash": "t"},
         **OBJECTIVE_FIELDS[objective],
         **REUSE_FIELDS[reuse],
         **options,

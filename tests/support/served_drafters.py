@@ -39,7 +39,7 @@ def drafter_for(target, objective, sizes=None, **changes):
         start="target",
         mask_token_id=2,
         architecture=target.architecture,
-        target={},
+        target={"id": "small", "weights_hash": "w", "tokenizer_hash": "t"},
         qk_norm=objective == "blockwise",
     )
     if sizes:

@@ -85,7 +85,7 @@ def test_what_we_export_comes_back_as_it_was(target, tmp_path, clusters):
     for name, mine in drafter.state_dict().items():
         assert torch.equal(again.state_dict()[name], mine), name
     assert torch.equal(logits_of(target, again), logits_of(target, drafter))
-    same = {"target": {}, "imported": None, "seed": 1, "kv_shapes": drafter.config.kv_shapes}
+    same = {"target": drafter.config.target, "imported": None, "seed": 1, "kv_shapes": drafter.config.kv_shapes}
     assert replace(again.config, **same, own_sizes=[], architecture=drafter.config.architecture) == replace(
         drafter.config, own_sizes=[]
     )

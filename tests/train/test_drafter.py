@@ -216,7 +216,7 @@ def test_a_checkpoint_that_does_not_fit_cannot_warm_start_a_drafter(target, tmp_
     (tmp_path / "torn/model.safetensors").write_bytes(b"")
     for folder, message in (
         (str(tmp_path), "holds no checkpoint"),
-        (saved("other", target={"weights_hash": "x", "id": "other"}), "a drafter of another target"),
+        (saved("other", target={"weights_hash": "x", "id": "other", "tokenizer_hash": "x"}), "a drafter of another target"),
         (saved("deeper", target_layers=[1]), "has 1 layer"),
         (saved("elsewhere", hidden_layers=[2]), "reads hidden states of layers"),
         (saved("normless", qk_norm=False), "differs in drafter.qk_norm"),

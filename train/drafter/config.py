@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+from pydantic import ConfigDict, with_config
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import read_json
 from common.hashing import SUMS, is_changed
 from common.recipe import ROOT
 from data_prep.target.architecture import Architecture, KVLayer
@@ -36,33 +39,35 @@ def known_names() -> str:
     return f"released drafters have names: {', '.join(released())}" if released() else "no drafter is released here"
 
 
+# Of what is read, nothing is guessed: no number from a text, no key that is not known.
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 @dataclass(frozen=True)
 class DrafterConfig:
     """`architecture` is what the draft layers are: as the target's, unless they have sizes of their own or were imported. A
     drafter of one target is of no use to another (`target`)."""
 
-    objective: str  # a name of train/schedules/registry.py: ttt | blockwise
-    reuse: str  # none | hidden | kv | hybrid
+    objective: Literal[tuple(OBJECTIVES)]
+    reuse: Literal["none", "hidden", "kv", "hybrid"]
     target_layers: list[int]  # one a draft layer: the layer it starts from and, with native K/V, whose K/V it reads in place
     hidden_layers: list[int]  # whose hidden states fc reads ([] for none and kv)
     slots: int  # block-wise: B, the anchor's own slot included; ttt: steps K
     shifted: bool  # block-wise: the slot at index j - 1 proposes x_{a+j} (else the one at index j, and slot 0 nothing)
     causal: bool  # inside a block: see earlier slots only
     seed: int
-    start: str  # target | random
+    start: Literal["target", "random"]
     mask_token_id: int | None
     architecture: Architecture
     target: dict  # id, weights_hash, tokenizer_hash; quantisation, where the target is quantised
-    source: str = "native"  # how target K/V become memory: native | projected | projected_rope | head_concat
+    source: Literal["native", "projected", "projected_rope", "head_concat"] = "native"  # how target K/V become memory
     source_layers: list[int] = field(default_factory=list)  # whose K/V every draft layer reads, unless native
-    fusion: str = "gated_delta"  # hybrid: gated_delta | cross_only
+    fusion: Literal["gated_delta", "cross_only"] = "gated_delta"  # of hybrid
     own_kv: bool = True  # draft rows have keys and values, which later rows of their anchor read; else queries alone
     constant_positions: bool = False  # all rows of an anchor a sit at a - 1; else step j's at a + j - 1 (ttt)
     gate_floor: float = 0.0
     qk_norm: bool | None = None  # null: as the target
     draft_vocab: int | None = None  # null: the target's whole vocabulary
     own_head: bool = False
-    sequential: str | None = None  # block-wise: markov | gru
+    sequential: Literal["markov", "gru"] | None = None  # of block-wise
     sequential_size: int = 256
     rope_factor: float = 1.0  # positions are divided by it
     view: dict | None = None  # under which it was trained (train/views/plan.py), budgets aside; null: everything
@@ -77,7 +82,7 @@ class DrafterConfig:
     own_sizes: list[str] = field(default_factory=list)  # what of `architecture` is other than the target's
     kv_shapes: list[KVLayer] | None = None  # of the target layers whose K/V are read, as `kv_layers`; null: as `architecture`
     imported: str | None = None  # the format that it came in, trained elsewhere; null: trained here
-    kind: str = "layers"  # what its layers and ends are like: layers (the target's kind) | gemma4_assistant
+    kind: Literal["layers", "gemma4_assistant"] = "layers"  # what its layers are like: the target's, or an assistant's
     centroids: int | None = None  # an imported assistant's clusters of tokens, of which it says `centroid_top_k` at a time
     centroid_top_k: int = 32
 
@@ -247,15 +252,13 @@ def read_fields(folder: str | Path) -> dict:
     """What a drafter's config.json says, in whichever format. Raises UserError when there is none."""
     path = folder_of(folder) / "config.json"
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path, "take another drafter, or write that one again")
         refuse_changed(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} holds no drafter (no config.json); expected RUN/checkpoints/best or step-N/drafter, or a checkpoint of "
             f"EAGLE-3, DFlash, Gemma 4's assistants or speculators; {known_names()}"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not the configuration of a drafter: it is no object of keys")
     return fields

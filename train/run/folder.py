@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.cli import git_revision
 from common.errors import UserError
-from common.files import write_text
+from common.files import parsed_json, write_text
 from data_prep.cache.manifest import Manifest
 from train.recipe import TrainRecipe
 
@@ -76,7 +76,7 @@ def begun(run_dir: Path) -> dict:
 def _written_recipe(run_dir: Path) -> dict:
     path = run_dir / RECIPE
     try:
-        recipe = json.loads(path.read_text())
+        recipe = parsed_json(path.read_text())
         if not isinstance(recipe, dict):
             raise ValueError("it is no object of keys")
     except (OSError, ValueError) as error:

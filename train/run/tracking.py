@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import UserError, first_line
-from common.files import write_text
+from common.files import parsed_json, write_text
 from data_prep.cache.manifest import flatten
 from train.recipe import TrackingRecipe
 
@@ -92,8 +92,8 @@ def _one_by_one(figures: dict) -> dict:
 def _step(line: str) -> float:
     """The step that a line of the log is of."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(parsed_json(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # the line that was being written when the run was killed
 
 
