@@ -12,7 +12,7 @@ line is one answer:
 
     {"temperature": 0.0, "run": "4", "id": "81", "turn": 0, "tokens": [...], "first_s": 0.1, "seconds": 0.9, "count": [9, 5, 1]}
 
-`run` is a row of served.json: ours, or how many requests there were at a time, with the drafter or without. `count` is rounds and
+`run` is a row of served.json: ours, or how many requests at a time, with the drafter or without. `count` is rounds and
 how many of them accepted at least 1, 2, ... drafted tokens; null where it is known of all requests together alone.
 """
 

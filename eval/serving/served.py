@@ -271,8 +271,8 @@ async def _ask_all(recipe: EvalRecipe, server: Server, asking: Asking, heard: An
 
 
 async def _level(server: Server, client, prompts: list[Prompt], concurrency: int, asked: Asked, seed: int, told: Callable) -> Run:
-    """All prompts, `concurrency` conversations at a time, each behind the server's own answers, of which `told`(conversation, turn,
-    Answer) hears at once."""
+    """All prompts, `concurrency` conversations at a time, each behind the server's own answers. `told`(conversation,
+    turn, Answer) hears of each at once."""
     run = Run(count_C=np.zeros(1 + server.slots, int))
     waiting = deque(prompts)
     numbers = count()
