@@ -399,7 +399,7 @@ def test_decode_judges_each_turn_of_a_suite_of_conversations(drafter, tmp_path, 
     # An error behind the last answer: a folder stands where the report is to be. What was heard is there.
     (tmp_path / "out/report.json").mkdir(parents=True)
     few = ["temperatures=[0]", "suite.warmup=0", "controls=false", "transformers=false"]
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match="Is a directory"):
         run(cli.compose("eval", EvalRecipe, [*words, *few]))
     _, *late = answers()
     (tmp_path / "out/report.json").rmdir()

@@ -48,7 +48,8 @@ def saved(folder, family, **more):
 
 
 def drafter_of(target, path, start="target", **more):
-    config = DrafterConfig("ttt", "none", [], [], 4, False, False, 1, start, 4, target.architecture, {}, lm=lm_config(path))
+    about = {"id": "small", "weights_hash": "w", "tokenizer_hash": "t"}
+    config = DrafterConfig("ttt", "none", [], [], 4, False, False, 1, start, 4, target.architecture, about, lm=lm_config(path))
     config = dataclasses.replace(config, **more)
     return new_drafter(config).start(target, target.frozen_head)
 

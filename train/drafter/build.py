@@ -18,6 +18,7 @@ from train.drafter.formats.imported import imported_config
 from train.drafter.formats.imported_weights import imported_weights
 from train.drafter.layered import LayeredDrafter
 from train.drafter.standalone import Standalone
+from train.schedules.registry import OBJECTIVES
 
 TYPED = TypeAdapter(DrafterConfig)
 
@@ -46,6 +47,8 @@ def load_config(folder: str | Path, beside: Callable[[], Sizes | Architecture] |
         config = TYPED.validate_json(json.dumps(fields))  # in Python's own objects strictness would look for a DrafterConfig
     except ValidationError as error:
         raise UserError(f"{folder}/config.json is not the configuration of a drafter: {what_is_wrong(error)}") from error
+    if config.objective not in OBJECTIVES:
+        raise UserError(f"{folder}/config.json: objective={config.objective!r} is none of {', '.join(OBJECTIVES)}")
     for part, names in (("target", ("id", "weights_hash", "tokenizer_hash")), ("lm", ("path", "layers", "positions", "config"))):
         said = getattr(config, part)
         if said is not None and (missing := [name for name in names if name not in said]):

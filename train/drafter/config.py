@@ -46,7 +46,7 @@ class DrafterConfig:
     """`architecture` is what the draft layers are: as the target's, unless they have sizes of their own or were imported. A
     drafter of one target is of no use to another (`target`)."""
 
-    objective: Literal[tuple(OBJECTIVES)]
+    objective: str  # a name of train/schedules/registry.py: ttt | blockwise, or one that was added
     reuse: Literal["none", "hidden", "kv", "hybrid"]
     target_layers: list[int]  # one a draft layer: the layer it starts from and, with native K/V, whose K/V it reads in place
     hidden_layers: list[int]  # whose hidden states fc reads ([] for none and kv)
