@@ -14,15 +14,14 @@ ranks.wait_without_spinning()  # whoever imports a command sets this: now it nev
 # Helpers' assertions say what they compared, as those of tests do. Before anybody imports them.
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support.commands import ROOT, command
-
 # Programs of tests that use DeepSpeed build its operation with one ninja, as train/main.py does.
-ranks.wait_without_spinning()  # importing a program sets it, and a warm process has to be started with it
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder fails at once
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on a CPU
 torch.set_num_threads(1)  # two ranks and a test runner share two cores
+
+from tests.support.commands import ROOT, command  # takes the environment as it is now for that of all tests
 
 
 @pytest.fixture(scope="session")

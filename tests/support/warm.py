@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
@@ -25,7 +26,13 @@ SECONDS = 600
 # Beginnings of names of environment variables that modules read when they are imported. All others are read when they are needed.
 READ_ON_IMPORT = ("CUDA", "DS_", "HF_", "HOME", "KMP", "LD_", "MPL", "OMP", "PYTHON", "TORCH", "TRANSFORMERS", "TRITON", "XDG")
 
-_imported_in: dict[str, str] = {}  # the environment
+
+def _read_on_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_ON_IMPORT)}
+
+
+# In which the process imports: as tests/conftest.py leaves it, and not what a test that comes first has made of it.
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def run(words: list[str], environments: list[dict[str, str]], cwd=None) -> subprocess.CompletedProcess:
@@ -35,7 +42,9 @@ def run(words: list[str], environments: list[dict[str, str]], cwd=None) -> subpr
         subprocess.TimeoutExpired: after ten minutes.
     """
     context = multiprocessing.get_context("forkserver")
-    _start(context, environments[0])
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        context.set_forkserver_preload(IMPORTED)
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         processes, files = [], []
         for number, environment in enumerate(environments):
@@ -65,22 +74,9 @@ def _wait(processes) -> int | None:
     return code
 
 
-def _start(context, environment: dict[str, str]) -> None:
-    """The process that imports. Modules read the environment once: elsewhere they might have read something else."""
-    if not _imported_in:
-        _imported_in.update(_read_on_import(environment))
-        with mock.patch.dict(os.environ, environment):
-            context.set_forkserver_preload(IMPORTED)
-            forkserver.ensure_running()
-
-
 def fits(environment: dict[str, str]) -> bool:
     """Whether modules that were imported once read what a command in this environment would."""
-    return not _imported_in or _read_on_import(environment) == _imported_in
-
-
-def _read_on_import(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_ON_IMPORT)}
+    return _read_on_import(environment) == _read_on_import(ENVIRONMENT)
 
 
 def _become(words, environment, cwd, out, err) -> None:
