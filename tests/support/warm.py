@@ -25,10 +25,11 @@ SECONDS = 600
 
 # Beginnings of names of environment variables that modules read when they are imported. All others are read when they are needed.
 READ_ON_IMPORT = ("CUDA", "DS_", "HF_", "HOME", "KMP", "LD_", "MPL", "OMP", "PYTHON", "TORCH", "TRANSFORMERS", "TRITON", "XDG")
+SET_ON_IMPORT = {"TORCHINDUCTOR_CACHE_DIR"}  # by PyTorch's compiler, in whichever process imports it
 
 
 def _read_on_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_ON_IMPORT)}
+    return {name: value for name, value in environment.items() if name.startswith(READ_ON_IMPORT) and name not in SET_ON_IMPORT}
 
 
 # In which the process imports: as tests/conftest.py leaves it, and not what a test that comes first has made of it.
