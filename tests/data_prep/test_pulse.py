@@ -1,7 +1,6 @@
 """A process of a capture that stops without closing a connection, as on a host that is cut off: real processes, and SIGSTOP."""
 
 import json
-import pickle
 import socket
 
 from common import cli
@@ -11,10 +10,12 @@ from tests.support.commands import command
 
 # A capture with seconds for minutes, and with something that befalls one of its processes once that has sealed a shard.
 PROGRAM = """
-import os, pickle, signal, sys, time
+import os, signal, sys, time
+from pathlib import Path
 from common import pulse
 from data_prep import main
 from data_prep.cache.writer import CacheWriter
+from data_prep.recipe import DataPrepRecipe
 
 befalls = {
     "freezes": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -31,8 +32,7 @@ def sealed(self, *words):
         befalls.pop(sys.argv[2], lambda: None)()
 
 CacheWriter._seal = sealed
-with open(sys.argv[1], "rb") as file:
-    main.run(pickle.load(file))
+main.run(DataPrepRecipe.model_validate_json(Path(sys.argv[1]).read_text()))
 """
 
 
@@ -41,7 +41,7 @@ def test_a_capture_ends_when_a_rank_is_lost_waits_for_a_slow_one_and_goes_on(tmp
     program.write_text(PROGRAM)
     texts.write_text("".join(json.dumps({"text": f"{n}: " + 5 * "a few words, "}) + "\n" for n in range(48)))
     words = ["data=jsonl", f"data.path={texts}", f"cache.dir={cache}", "cache.shard_bytes=50000", "capture.batch_tokens=32"]
-    recipe.write_bytes(pickle.dumps(cli.compose("data_prep", DataPrepRecipe, words)))
+    recipe.write_text(cli.compose("data_prep", DataPrepRecipe, words).model_dump_json())
 
     shards = 0
     for befalls, victim in (("freezes", 1), ("leaves", 1), ("freezes", 0), ("is slow", 0)):

@@ -20,7 +20,7 @@ PRIVATE = {
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "training with attention=flash on a CPU",
     "torch._dynamo.maybe_mark_dynamic": "attention=flex compiles a program for every new number of tiles until PyTorch learns it",
     "torch._scaled_mm": "train.fp8: products of fp8 matrices on a GPU",
-    "torch._functorch.config.ban_recompute_materialized_backward": "train.compile: block-wise steps take a fifth more memory",
+    "torch._functorch.config.ban_recompute_materialized_backward": "train.compile: block-wise steps take a sixth more memory",
     "torch._functorch.config.ban_recompute_reductions": "the same",
 }
 

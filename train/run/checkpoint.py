@@ -100,9 +100,7 @@ class Checkpoints:
         """
         # Each rank looks for itself. On a file system that they do not share they would resume at different steps.
         path = latest(self.folder)
-        seen: list = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, path and path.name)
-        if len(set(seen)) > 1:
+        if len(set(_from_all(path and path.name))) > 1:
             raise UserError(
                 f"{self.folder} is not the same folder on all hosts; run.dir must be on a file system that they share"
             )
@@ -130,10 +128,8 @@ class Checkpoints:
         files = [*(engine / name for name in sorted(read_sums(engine))), *(drafter / name for name in sorted(read_sums(drafter)))]
         # Each rank reads its share: reading a file takes longer than anything else here.
         mine = files[self._rank :: dist.get_world_size()]
-        said = [None] * dist.get_world_size()
-        dist.all_gather_object(said, next((f"{one.name} is not as it was written" for one in mine if _is_damaged(one)), None))
-        if damaged := next(filter(None, said), None):
-            raise ValueError(damaged)
+        if damaged := [name for name in _from_all(next((one.name for one in mine if _is_damaged(one)), None)) if name]:
+            raise ValueError(f"{damaged[0]} is not as it was written")
 
     def _on_rank_0(self, work: Callable[[], Result], final: Path) -> Result:
         """Rank 0 works and the others wait for what it returns."""
@@ -147,8 +143,7 @@ class Checkpoints:
             result = work()
         except (OSError, SafetensorError) as error:
             failure = getattr(error, "strerror", None) or str(error)
-        found: list = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (result, failure))
+        found = _from_all((result, failure))
         if failures := [failure for _, failure in found if failure]:
             if self._rank == 0:
                 shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
@@ -175,6 +170,13 @@ class Checkpoints:
             if old.exists():
                 os.replace(old, gone)  # at once: a run killed on the way leaves no half of a checkpoint
                 shutil.rmtree(gone)
+
+
+def _from_all(mine: Result) -> list[Result]:
+    """Each rank's."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def _of(drafter: Drafter, tensors: dict) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.cli import git_revision
 from common.errors import UserError
-from common.files import parsed_json, write_text
+from common.files import read_json, write_text
 from data_prep.cache.manifest import Manifest
 from train.recipe import TrainRecipe
 
@@ -68,21 +68,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def begun(run_dir: Path) -> dict:
-    """The recipe of a run that goes on; empty where none does."""
-    goes_on = (run_dir / RECIPE).exists() and latest(checkpoints_of(run_dir)) is not None
-    return _written_recipe(run_dir) if goes_on else {}
-
-
-def _written_recipe(run_dir: Path) -> dict:
+    """The recipe of a run that goes on; empty where none does. Raises UserError where it cannot be read."""
     path = run_dir / RECIPE
-    try:
-        recipe = parsed_json(path.read_text())
-        if not isinstance(recipe, dict):
-            raise ValueError("it is no object of keys")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}), so that it is not known which run this is; choose another run.dir"
-        ) from error
+    if not path.exists() or latest(checkpoints_of(run_dir)) is None:
+        return {}
+    recipe = read_json(path, "without it this run is not known: choose another run.dir")
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} is not the recipe of a run; choose another run.dir")
     return recipe
 
 
