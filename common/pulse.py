@@ -1,11 +1,12 @@
 """Whether the other processes are still there: each counts, in the store through which all found one another, and looks at the
 others' counts.
 
-Processes of a capture wait for the slowest one, which may work for hours. A host that is cut off or frozen closes no connection,
-and would be waited for without end.
+A host that is cut off or frozen closes no connection, and neither does a GPU whose process was killed: the others would wait
+without end.
 """
 
 import atexit
+import math
 import os
 import socket
 import sys
@@ -33,7 +34,7 @@ class Pulse:
         # A connection of its own, for a call that never ends keeps all others of its connection waiting.
         self._store = TCPStore(*self._place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * SILENT_S))
         self._keys = [f"pulse/{other}" for other in range(world)]
-        self._watched = 0
+        self._limits: list[float] = []  # of those who have asked to watch
         self._over = threading.Event()
         self._count(0)
 
@@ -46,13 +47,15 @@ class Pulse:
         atexit.register(self._over.set)  # called first
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Meanwhile this process ends, with one line and exit code 1, when another has not counted for `SILENT_S` seconds."""
-        self._watched += 1
+    def watched(self, silent_s: float | None = None) -> Iterator[None]:
+        """Meanwhile this process ends, with one line and exit code 1, when another has not counted for `silent_s` seconds
+        (`SILENT_S`, if none are named)."""
+        limit = SILENT_S if silent_s is None else max(silent_s, 3 * BEAT_S)  # a beat may be late
+        self._limits.append(limit)
         try:
             yield
         finally:
-            self._watched -= 1
+            self._limits.remove(limit)
 
     def _count(self, number: int) -> None:
         self._store.set(self._keys[self.rank], f"{number} {socket.gethostname()}")
@@ -79,18 +82,18 @@ class Pulse:
             heard = self._heard
             still = [n + 1 if now == before else 0 for n, now, before in zip(still, heard, last, strict=True)]
             last = heard
-            silent = [other for other, n in enumerate(still) if n * BEAT_S >= SILENT_S]
-            if silent and self._watched:
+            limit = min(self._limits, default=math.inf)
+            if silent := [other for other, n in enumerate(still) if n * BEAT_S >= limit]:
                 # Who does not even hear itself has lost the store, and rank 0 with it.
-                self._end([0] if self.rank in silent else silent)
+                self._end([0] if self.rank in silent else silent, limit)
 
-    def _end(self, silent: list[int]) -> None:
+    def _end(self, silent: list[int], limit: float) -> None:
         """The first that is left speaks. A launcher then ends the others, which wait for that."""
         if any(other not in silent for other in range(self.rank)):
             time.sleep(20)
         who = ", ".join(f"rank {other} ({self._heard[other].decode().split()[1]})" for other in silent)
         print(
-            f"error: not heard of for {SILENT_S} s: {who}; is that host cut off or frozen? What is on disk stays: mend the host "
+            f"error: not heard of for {limit:g} s: {who}; is that host cut off or frozen? What is on disk stays: mend the host "
             "or leave it out, and the same command goes on",
             file=sys.stderr,
             flush=True,

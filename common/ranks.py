@@ -71,16 +71,17 @@ def single_process_defaults() -> None:
 
 
 @contextmanager
-def together() -> Iterator[Callable[[], None]]:
+def together(silent_s: float | None = None) -> Iterator[Callable[[], None]]:
     """For what all processes do: a function that returns when all have called it, however long that takes. They leave together,
-    too. A process that is lost meanwhile, though no connection was closed, ends the others (`common/pulse.py`)."""
+    too. A process that is lost meanwhile, though no connection was closed, ends the others: one that nobody has heard of for
+    `silent_s` seconds (None: as `common/pulse.py` says)."""
     if world_size() == 1:
         yield lambda: None
         return
     from torch import distributed
 
     group, pulse = _joined()
-    with pulse.watched():
+    with pulse.watched(silent_s):
         yield lambda: distributed.barrier(group)
         distributed.barrier(group)  # one that had ended would count as lost
 

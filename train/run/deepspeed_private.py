@@ -38,8 +38,6 @@ Of PyTorch's extensions, as which DeepSpeed builds an operation on this machine:
 Of `torch.distributed`, because DeepSpeed makes process groups of its own and names no timeout for them:
 - `distributed_c10d.default_pg_timeout`, `default_pg_nccl_timeout`: without them `train.timeout_s` holds for our collectives and
   not for DeepSpeed's.
-- `distributed_c10d._get_default_store`: through it ranks that are left count themselves. Without it no message says which
-  rank is missing.
 
 This module does not import DeepSpeed: that chooses its accelerator when it is imported, and train/main.py says which before that.
 """
@@ -154,8 +152,3 @@ def build_lock() -> Path:
     from torch.utils import cpp_extension  # slow to import, and GPUs need none of it
 
     return Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
-
-
-def default_store() -> torch.distributed.Store:
-    """The store through which the ranks found one another. Raises ValueError where there is none yet."""
-    return c10d._get_default_store()

@@ -57,7 +57,8 @@ def train(recipe: TrainRecipe, run_dir: Path, asked: Asked) -> bool:
         device = torch.device("cuda", torch.cuda.current_device())
     connect(device.type == "cuda", recipe.train.timeout_s)
     try:
-        finished = _build_and_train(recipe, run_dir, device, asked)
+        with together(recipe.train.timeout_s):
+            finished = _build_and_train(recipe, run_dir, device, asked)
     except OSError as error:
         if (said := disk_says(error)) is None:
             raise

@@ -1,18 +1,20 @@
-"""How ranks join, and who is missing when a collective fails."""
+"""How ranks join, and what is said when a collective fails."""
 
-import contextlib
-import threading
-import time
 from datetime import timedelta
 
-from common.errors import UserError
-from common.ranks import ended, rank, world_size
+from common.errors import UserError, first_line
+from common.ranks import ended, rank
 from train.run import deepspeed_private
 from train.run.build_lock import wait_for_builder
 
+# A rank that is gone or frozen is noticed by its silence after `train.timeout_s` (`common/pulse.py`), and named. Collectives give
+# up this much later. That ends the waiting for a rank that is heard of and does nothing; under NCCL PyTorch's watchdog then ends
+# the process, with words of its own.
+LATER_S = 60
+
 
 def connect(on_gpu: bool, timeout_s: int) -> None:
-    """Join the other ranks, through DeepSpeed. No collective waits longer than `timeout_s`.
+    """Join the other ranks, through DeepSpeed. No collective waits longer than `timeout_s` + `LATER_S`.
 
     DeepSpeed gives the CPU ranks of one host 67 MB of shared memory each and removes none of it. Here the name goes once
     every rank has opened every other's, and the memory with the last process, however that ends.
@@ -20,7 +22,7 @@ def connect(on_gpu: bool, timeout_s: int) -> None:
     import deepspeed  # it chooses its accelerator here: train/main.py has said which by now
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s + LATER_S)
     deepspeed_private.limit_waiting(timeout)
     if not on_gpu:
         wait_for_builder(deepspeed_private.build_lock(), lambda line: print(line, flush=True))
@@ -33,32 +35,10 @@ def connect(on_gpu: bool, timeout_s: int) -> None:
 
 
 def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
-    """What to tell of an error of the collectives, None for any other. Takes seconds: ranks that are left count themselves."""
-    said = str(error).strip()
-    if "gloo" in said and "Timed out" in said:
-        silent = _silent_ranks()
-        who = f"rank {', '.join(map(str, silent))}" if silent else "a rank"
-        return UserError(
-            f"{who} did not answer for {timeout_s} s (train.timeout_s); the last checkpoint is intact: mend that host and "
-            "say the same command again"
-        )
-    if ended(error):
-        return UserError(f"the connection between ranks failed (train.timeout_s={timeout_s}): {said}")
-    return None
-
-
-def _silent_ranks(patience_s: float = 4) -> list[int]:
-    """Who does not say in `patience_s` that it has waited in vain too. Rank 0 keeps the store: without an answer it is rank 0."""
-    found = [0] if rank() else []
-
-    def ask() -> None:
-        with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or there is none yet
-            store = deepspeed_private.default_store()
-            store.set(f"waited in vain/{rank()}", "")
-            time.sleep(patience_s)  # ranks do not give up in the same moment
-            found[:] = [other for other in range(world_size()) if not store.check([f"waited in vain/{other}"])]
-
-    asking = threading.Thread(target=ask, daemon=True)  # a store on a host that is cut off never answers
-    asking.start()
-    asking.join(2 * patience_s)
-    return found
+    """What to tell of an error of the collectives, None for any other."""
+    if not ended(error):
+        return None
+    return UserError(
+        f"the connection between ranks failed (train.timeout_s={timeout_s}): {first_line(error)}; the last checkpoint is intact: "
+        "say the same command again"
+    )
