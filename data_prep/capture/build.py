@@ -22,7 +22,7 @@ from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, tokenized, write_documents
-from data_prep.sources.sides import refuse_one_side
+from data_prep.sources.sides import few_for_ranks, refuse_too_few
 from data_prep.target.architecture import target_sizes
 from data_prep.target.loading import target_tokenizer
 from data_prep.target.quantised import in_words, unrounded
@@ -105,7 +105,7 @@ def build(recipe: CaptureSections, barrier: Callable[[], None], for_training: bo
             # hour.
             claimed = claim(folder)
             manifest = plan(recipe, tokenise(recipe, folder / DOCUMENTS))
-            _say_or_refuse_one_side(recipe, manifest.source, Documents(folder / DOCUMENTS), for_training)
+            _say_or_refuse_too_few(recipe, manifest.source, Documents(folder / DOCUMENTS), for_training)
             # Before the target is loaded, which takes minutes.
             _refuse_small_disk(folder, describe(manifest))
         barrier()
@@ -156,9 +156,12 @@ def _say_what_is_there(writer: CacheWriter) -> None:
         print(f"{len(writer.done):,} documents are there already", flush=True)
 
 
-def _say_or_refuse_one_side(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:
+def _say_or_refuse_too_few(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:
+    what = f"data={recipe.data.source} gives"
+    if said := few_for_ranks(source["documents"], "document(s)", world_size()):
+        raise UserError(f"{what} {said}")
     try:
-        refuse_one_side(documents.ids, f"data={recipe.data.source} gives", advice(recipe, source))
+        refuse_too_few(documents.ids, what, advice(recipe, source), world_size() if refuse else 1)
     except UserError as error:
         if refuse:
             raise

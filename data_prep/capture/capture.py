@@ -165,9 +165,9 @@ def capture(
     todo = batches(documents.missing(writer.done), documents.lengths, batch_tokens, target.packs)
     mine = todo[writer.rank :: writer.world] if share else todo
     outbox = Outbox(writer)
-    alike = writer.world if share else 1  # rank 0 counts for all: their shares are about as long
+    tokens, own = (sum(int(documents.lengths[batch].sum()) for batch in part) for part in (todo, mine))
     with Progress("tokens", silent=writer.rank != 0) as progress:
-        task = progress.add_task("capture", total=alike * sum(int(documents.lengths[batch].sum()) for batch in mine))
+        task = progress.add_task("capture", total=tokens)
         for number, (batch, states) in enumerate(
             forwards(target, (Batch([documents[i] for i in indices]) for indices in mine))
         ):
@@ -175,6 +175,6 @@ def capture(
                 check_first_batch(target, batch, states)
             if share or writer.rank == 0:
                 outbox.put(batch, states)
-            progress.advance(task, alike * sum(batch.lengths))
+            progress.advance(task, sum(batch.lengths) / own * tokens)  # rank 0 counts for all, who are about as far
     outbox.close()
     writer.finish()

@@ -22,7 +22,7 @@ from data_prep.capture.capture import Batch, batches
 from data_prep.capture.first_batch import check_first_batch
 from data_prep.recipe import CaptureSections
 from data_prep.sources.documents import Documents
-from data_prep.sources.sides import refuse_one_side
+from data_prep.sources.sides import refuse_too_few
 from data_prep.target.loading import load_target
 
 
@@ -38,7 +38,8 @@ class LiveReader:
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives the file's name
             source = build.tokenise(recipe, Path(folder) / DOCUMENTS, processes=world_size())  # every process for itself
             self._documents = Documents(Path(folder) / DOCUMENTS)
-        refuse_one_side(self._documents.ids, f"data={recipe.data.source} gives", build.advice(recipe, source))
+        advice = build.advice(recipe, source)
+        refuse_too_few(self._documents.ids, f"data={recipe.data.source} gives", advice, world_size())
         order = pc.sort_indices(self._documents.ids)  # a cache's index is in the order of ids too
         self._order = order.to_numpy()
         self.ids = self._documents.ids.take(order).combine_chunks()
@@ -103,7 +104,7 @@ def manifest_of(recipe: CaptureSections) -> Manifest:
                 f"{recipe.cache.dir} holds another cache than cache.on_missing={recipe.cache.on_missing} would make; these "
                 f"differ: {', '.join(fields)}. Choose another cache.dir, or cache.on_missing=fail to use it as it is"
             )
-    refuse_one_side(reader.ids, f"{recipe.cache.dir} holds")
+    refuse_too_few(reader.ids, f"{recipe.cache.dir} holds", ranks=world_size())
     return reader.manifest
 
 

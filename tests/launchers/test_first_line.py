@@ -15,7 +15,7 @@ from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import manifest_of
 from data_prep.recipe import DataPrepRecipe
-from data_prep.sources.sides import one_side
+from data_prep.sources.sides import too_few
 from eval.recipe import EvalRecipe
 from tests.support.commands import ROOT, SMALL, command, deepspeed
 from tests.support.conversations import write_lines
@@ -160,10 +160,35 @@ def test_training_refuses_one_text_before_the_first_forward(tmp_path, on_missing
 def test_training_and_validation_need_a_source_document_each():
     import pyarrow as pa
 
-    said = lambda *ids: one_side(pa.array(ids, pa.string()))
+    said = lambda *ids: too_few(pa.array(ids, pa.string()))
     assert "1 source document(s); " in said("a#0", "a#1") and "1 source" in said("a#0", "a@64#0")
     assert "2 source document(s), all of them on one side" in said("validation/a#0", "validation/b#0")
     assert said("a#0", "b#0") is None and said("a#0", "validation/b@9#0") is None
+    few = pa.array(["a#0", "b#0", "c#0"], pa.string())
+    assert too_few(few, 2) is None and too_few(few, 3) == "2 training document(s) for 3 ranks; start 2 at most"
+
+
+def test_ranks_without_a_document_are_refused_before_anything_is_loaded(tmp_path):
+    """By the capture, and by the training from its cache. With as many documents as ranks both go on."""
+    path = write_lines(tmp_path / "texts.jsonl", LONG)
+    capture = [ROOT / "data_prep/main.py", "data=jsonl", f"data.path={path}", "data.max_length=8192", "cache.dir=cache"]
+    done = command(*capture, ranks=3, cwd=tmp_path)
+    assert "error: data=jsonl gives 2 document(s) for 3 ranks; start 2 at most\n" in done.stderr and "forwards" not in done.stdout
+    assert not (tmp_path / "cache").exists()
+
+    done = command(*capture, ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokens = int(CacheReader(tmp_path / "cache").lengths.sum())
+    assert f"capture: {tokens:,} of {tokens:,} tokens" in done.stdout  # one rank has both documents, the other none
+
+    for ranks, code in ((2, 2), (1, 0)):
+        done = command(
+            TRAIN, *SMALL, "train.max_steps=1", "train.batch=2", "cache.dir=cache", "run.dir=run", ranks=ranks, cwd=tmp_path
+        )
+        assert done.returncode == code, done.stderr
+        refused = "error: cache holds 1 training document(s) for 2 ranks; start 1 at most\n"
+        assert done.stderr == (ranks == 2) * refused
+        assert (tmp_path / "run").exists() == (ranks == 1)
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 import numpy as np
 
 from common.hashing import stable_hash
+from common.ranks import world_size
 from data_prep.cache.reader import CacheReader
-from data_prep.sources.sides import refuse_one_side, validation_side
+from data_prep.sources.sides import refuse_too_few, validation_side
 
 
 def split(reader: CacheReader, validation_documents: int) -> tuple[np.ndarray, np.ndarray]:
@@ -12,9 +13,9 @@ def split(reader: CacheReader, validation_documents: int) -> tuple[np.ndarray, n
     `validation_documents` pieces are used.
 
     Raises:
-        UserError: one side is empty.
+        UserError: one side is empty, or there are fewer training documents than ranks.
     """
-    refuse_one_side(reader.ids, f"{reader.folder} holds")
+    refuse_too_few(reader.ids, f"{reader.folder} holds", ranks=world_size())
     return np.flatnonzero(~validation_side(reader.ids)), judging(reader)[:validation_documents]
 
 
