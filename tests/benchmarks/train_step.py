@@ -9,14 +9,17 @@ step under DeepSpeed at that ZeRO stage, with float32 master weights; on several
 `deepspeed --num_gpus 2 --module tests.benchmarks.train_step deepspeed=2` times that alone. Features are random, the drafter
 starts at random; every position is supervised. `floor_ms`: every matrix product of the step's linear layers and heads, forward
 and backward, replayed with `torch.mm`; attention is none of them. `gib_per_1k_tokens`: what the step takes beyond the first
-pack's, by token.
+pack's, by token. `collectives_ms`: of rank 0 in one more step, which is profiled, by NCCL's kernels, waiting for the others
+included; `exposed_ms`: how long nothing but them ran.
 
 Shapes: N anchors, J steps or slots, P positions of a pack.
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -152,6 +155,31 @@ def under_deepspeed(objective: Objective, optimizer, stage: int, on_gpu: bool):
     return engine
 
 
+def collectives(step: Callable[[], None], device: torch.device) -> dict:
+    """What a step spends in collectives on this GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        timed(step, device)
+    kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    found: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        ours = kernel.name.startswith("ncclDevKernel")
+        spans[ours].append((kernel.time_range.start, kernel.time_range.end))
+        if ours:
+            found[kernel.name.removeprefix("ncclDevKernel_").split("_")[0]] += kernel.time_range.elapsed_us() / 1e3
+    alone = covered(spans[True] + spans[False]) - covered(spans[False])
+    return {"collectives_ms": {name: round(ms, 2) for name, ms in found.items()}, "exposed_ms": round(alone / 1e3, 2)}
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How long at least one of them lasted."""
+    total, until = 0.0, -inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
 def main() -> None:
     o = options(
         shape="tiny", objective="ttt", reuse="hidden", source="native", attention="auto", packs=["1x2048"], loss="kl",
@@ -223,6 +251,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             step_ms = median(timed(step, device) for _ in range(o.repeats))
             peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+            spent = collectives(step, device) if on_gpu and world > 1 else {}
             floor_ms, tflop = floor(products(objective, pack), device, dtype)
             tokens = documents * length
             if int(os.environ.get("RANK", 0)):
@@ -240,6 +269,7 @@ def main() -> None:
                 acceptance=o.acceptance,
                 losses=[round(float(losses[i]), 5) for i in (0, -1)],  # of the first step and the last
                 step_ms=round(step_ms, 1),
+                **spent,
                 tokens_per_s=round(1e3 * world * tokens / step_ms),
                 floor_ms=round(floor_ms, 1),
                 floor_share=round(floor_ms / step_ms, 3),
