@@ -30,11 +30,13 @@ class Pulse:
         from torch.distributed import TCPStore
 
         self.rank = rank
-        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own, for a call that never ends keeps all others of its connection waiting.
-        self._store = TCPStore(*self._place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2 * SILENT_S))
+        self._store = TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(days=1))
+        with socket.create_connection(place) as probe:
+            self._address = probe.getpeername()[:2]  # a name server that fails later changes nothing
         self._keys = [f"pulse/{other}" for other in range(world)]
-        self._limits: list[float] = []  # of those who have asked to watch
+        self._limit = math.inf
         self._over = threading.Event()
         self._count(0)
 
@@ -50,12 +52,17 @@ class Pulse:
     def watched(self, silent_s: float | None = None) -> Iterator[None]:
         """Meanwhile this process ends, with one line and exit code 1, when another has not counted for `silent_s` seconds
         (`SILENT_S`, if none are named)."""
-        limit = SILENT_S if silent_s is None else max(silent_s, 3 * BEAT_S)  # a beat may be late
-        self._limits.append(limit)
+        before = self._limit
+        self._limit = SILENT_S if silent_s is None else max(silent_s, 3 * BEAT_S)  # a beat may be late
         try:
             yield
         finally:
-            self._limits.remove(limit)
+            self._limit = before
+
+    def left_to_speak(self) -> None:
+        """Returns, if this process is not about to end because another was lost: then a line says so, and one is enough."""
+        if self._over.is_set():
+            time.sleep(60)
 
     def _count(self, number: int) -> None:
         self._store.set(self._keys[self.rank], f"{number} {socket.gethostname()}")
@@ -66,13 +73,15 @@ class Pulse:
             number += 1
             try:
                 # Where nobody listens any more the store's code would print a page.
-                socket.create_connection(self._place, timeout=SILENT_S).close()
+                socket.create_connection(self._address, timeout=SILENT_S).close()
+                if self._over.is_set():
+                    return
                 self._count(number)
                 self._heard = self._store.multi_get(self._keys)
-            except (ConnectionRefusedError, RuntimeError):
-                return  # whoever kept the store has ended, which closes the connections of collectives too
             except OSError:
                 continue  # the network may come back
+            except RuntimeError:
+                return  # whoever kept the store has ended: nobody is heard of any more
 
     def _judge(self) -> None:
         last = self._heard
@@ -82,15 +91,18 @@ class Pulse:
             heard = self._heard
             still = [n + 1 if now == before else 0 for n, now, before in zip(still, heard, last, strict=True)]
             last = heard
-            limit = min(self._limits, default=math.inf)
+            limit = self._limit
             if silent := [other for other, n in enumerate(still) if n * BEAT_S >= limit]:
                 # Who does not even hear itself has lost the store, and rank 0 with it.
                 self._end([0] if self.rank in silent else silent, limit)
 
     def _end(self, silent: list[int], limit: float) -> None:
-        """The first that is left speaks. A launcher then ends the others, which wait for that."""
+        """The first that is left speaks, and leaves a little later: by then the others know too, and ask its store nothing more.
+        A launcher then ends them; without one they end by themselves."""
+        self._over.set()
         if any(other not in silent for other in range(self.rank)):
-            time.sleep(20)
+            time.sleep(4 * BEAT_S)
+            os._exit(1)
         who = ", ".join(f"rank {other} ({self._heard[other].decode().split()[1]})" for other in silent)
         print(
             f"error: not heard of for {limit:g} s: {who}; is that host cut off or frozen? What is on disk stays: mend the host "
@@ -98,4 +110,5 @@ class Pulse:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(2 * BEAT_S)
         os._exit(1)  # the main thread is in a collective, or in a forward

@@ -87,15 +87,14 @@ def together(silent_s: float | None = None) -> Iterator[Callable[[], None]]:
 
 
 def from_rank_0(say: Callable[[], Said]) -> Said:
-    """What `say` returns on rank 0, on all ranks. The others wait for however long that takes."""
+    """What `say` returns on rank 0, on all ranks. To be called within `together`: the others wait for however long that takes."""
     if world_size() == 1:
         return say()
     from torch import distributed
 
-    group, pulse = _joined()
+    group, _ = _joined()
     said = [say() if rank() == 0 else None]
-    with pulse.watched():
-        distributed.broadcast_object_list(said, src=0, group=group)
+    distributed.broadcast_object_list(said, src=0, group=group)
     return said[0]
 
 
@@ -123,7 +122,10 @@ def ended(error: Exception) -> bool:
     """Whether a collective failed because another process has ended, or never came."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or "gloo" in str(error)
+    found = isinstance(error, DistError) or "gloo" in str(error)
+    if found and _joined.cache_info().currsize:
+        _joined()[1].left_to_speak()
+    return found
 
 
 def die_with_parent() -> None:

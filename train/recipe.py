@@ -201,7 +201,7 @@ class TrainSection(Section):
     diagnose: bool
     """Diagnose the drafter on one validation pack at every checkpoint."""
     timeout_s: int = Field(600, ge=1)
-    """Seconds after which a silent rank ends the run; saving a checkpoint must fit into it."""
+    """Seconds after which a rank that is not heard of ends the run, 15 at least; saving a checkpoint must fit into it."""
 
 
 class TrackingRecipe(Section):

@@ -22,7 +22,7 @@ from data_prep.recipe import CaptureSections
 from data_prep.sources import records as sources
 from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, tokenized, write_documents
-from data_prep.sources.sides import few_for_ranks, refuse_too_few
+from data_prep.sources.sides import refuse_idle_ranks, refuse_too_few
 from data_prep.target.architecture import target_sizes
 from data_prep.target.loading import target_tokenizer
 from data_prep.target.quantised import in_words, unrounded
@@ -158,14 +158,14 @@ def _say_what_is_there(writer: CacheWriter) -> None:
 
 def _say_or_refuse_too_few(recipe: CaptureSections, source: dict, documents: Documents, refuse: bool) -> None:
     what = f"data={recipe.data.source} gives"
-    if said := few_for_ranks(source["documents"], "document(s)", world_size()):
-        raise UserError(f"{what} {said}")
     try:
         refuse_too_few(documents.ids, what, advice(recipe, source), world_size() if refuse else 1)
     except UserError as error:
         if refuse:
             raise
         print(f"WARNING: {error}", flush=True)
+    if recipe.capture.spread != "tp":  # there all ranks run every document
+        refuse_idle_ranks(source["documents"], f"{what} %s document(s)", world_size())
 
 
 def say_how_long(target: Target, tokens: int, batch_tokens: int, context: float = 0) -> None:

@@ -168,6 +168,7 @@ def capture(
     tokens, own = (sum(int(documents.lengths[batch].sum()) for batch in part) for part in (todo, mine))
     with Progress("tokens", silent=writer.rank != 0) as progress:
         task = progress.add_task("capture", total=tokens)
+        done = 0
         for number, (batch, states) in enumerate(
             forwards(target, (Batch([documents[i] for i in indices]) for indices in mine))
         ):
@@ -175,6 +176,7 @@ def capture(
                 check_first_batch(target, batch, states)
             if share or writer.rank == 0:
                 outbox.put(batch, states)
-            progress.advance(task, sum(batch.lengths) / own * tokens)  # rank 0 counts for all, who are about as far
+            done += sum(batch.lengths)
+            progress.update(task, completed=done * tokens // own)  # rank 0 counts for all, who are about as far
     outbox.close()
     writer.finish()

@@ -65,22 +65,24 @@ def validation_side(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return pc.is_in(source_of, value_set=pa.array(held, source_of.type)).to_numpy(zero_copy_only=False)
 
 
-def too_few(ids: pa.Array | pa.ChunkedArray, ranks: int = 1) -> str | None:
-    """What is said of documents that `ranks` processes cannot train on; None: they can."""
+def one_side(ids: pa.Array | pa.ChunkedArray) -> str | None:
+    """What is said of documents of which training cannot make two sides; None: it can."""
     side = validation_side(ids)
-    if not side.any() or side.all():
-        count = len(pc.unique(pc.replace_substring_regex(ids, PIECE, "")))
-        beyond = ", all of them on one side" if count > 1 else ""
-        return f"{count:,} source document(s){beyond}; training needs one to train on and one to judge on"
-    training = len(side) - int(side.sum())
-    return few_for_ranks(training, "training document(s)", ranks)
-
-
-def few_for_ranks(count: int, what: str, ranks: int) -> str | None:
-    return f"{count:,} {what} for {ranks} ranks; start {count} at most" if count < ranks else None
+    if side.any() and not side.all():
+        return None
+    count = len(pc.unique(pc.replace_substring_regex(ids, PIECE, "")))
+    beyond = ", all of them on one side" if count > 1 else ""
+    return f"{count:,} source document(s){beyond}; training needs one to train on and one to judge on"
 
 
 def refuse_too_few(ids: pa.Array | pa.ChunkedArray, what: str, advice: str = "", ranks: int = 1) -> None:
     """Raises UserError ('`what` 1 source document(s) ...: `advice`') when `ranks` processes cannot train on these documents."""
-    if said := too_few(ids, ranks):
+    if said := one_side(ids):
         raise UserError(f"{what} {said}" + f": {advice}" * bool(advice))
+    refuse_idle_ranks(int((~validation_side(ids)).sum()), f"{what} %s training document(s)", ranks)
+
+
+def refuse_idle_ranks(documents: int, what: str, ranks: int) -> None:
+    """Raises UserError where there is no document for each rank. `what`: '... %s document(s)'."""
+    if documents < ranks:
+        raise UserError(f"{what % f'{documents:,}'} for {ranks} ranks; start {documents} at most")

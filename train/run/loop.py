@@ -57,7 +57,7 @@ def train(recipe: TrainRecipe, run_dir: Path, asked: Asked) -> bool:
         device = torch.device("cuda", torch.cuda.current_device())
     connect(device.type == "cuda", recipe.train.timeout_s)
     try:
-        with together(recipe.train.timeout_s):
+        with together(recipe.train.timeout_s):  # the first rank that leaves ends the others, through the launcher
             finished = _build_and_train(recipe, run_dir, device, asked)
     except OSError as error:
         if (said := disk_says(error)) is None:
@@ -73,7 +73,8 @@ def train(recipe: TrainRecipe, run_dir: Path, asked: Asked) -> bool:
 
 def _build_and_train(recipe: TrainRecipe, run_dir: Path, device: torch.device, asked: Asked) -> bool:
     voice = Voice()
-    # A cache that is missing is made here. That has its own lines of progress, so the voice is silent until it is done.
+    # A cache that is missing is made here. That has its own lines of progress, so the voice is silent until it is done, and a
+    # limit of its own for ranks that are not heard of.
     with together() as barrier:
         reader = open_cache(recipe, barrier)
     refuse_another_run(recipe, run_dir, reader.manifest)
@@ -167,7 +168,6 @@ class Trainer:
             f"asked to stop: a checkpoint of step {step} is written, from which the same command goes on (exit code {AGAIN})"
         )
         self.asked.answered()
-        dist.barrier()  # the first rank that leaves ends the others, through the launcher
 
     def _resume(self) -> dict:
         """Take the newest checkpoint's state, where there is a checkpoint; the window that it lies in."""

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from common.errors import UserError, first_line
+from common.errors import UserError
 from common.ranks import ended, rank
 from train.run import deepspeed_private
 from train.run.build_lock import wait_for_builder
@@ -10,7 +10,7 @@ from train.run.build_lock import wait_for_builder
 # A rank that is gone or frozen is noticed by its silence after `train.timeout_s` (`common/pulse.py`), and named. Collectives give
 # up this much later. That ends the waiting for a rank that is heard of and does nothing; under NCCL PyTorch's watchdog then ends
 # the process, with words of its own.
-LATER_S = 60
+LATER_S = 60  # seconds
 
 
 def connect(on_gpu: bool, timeout_s: int) -> None:
@@ -39,6 +39,6 @@ def loss_of_a_rank(error: Exception, timeout_s: int) -> UserError | None:
     if not ended(error):
         return None
     return UserError(
-        f"the connection between ranks failed (train.timeout_s={timeout_s}): {first_line(error)}; the last checkpoint is intact: "
-        "say the same command again"
+        f"an exchange between ranks failed (train.timeout_s={timeout_s}); the last checkpoint is intact: mend what is said here, "
+        f"then say the same command again: {' '.join(str(error).split())}"
     )
