@@ -165,7 +165,7 @@ def _say_or_refuse_too_few(recipe: CaptureSections, source: dict, documents: Doc
             raise
         print(f"WARNING: {error}", flush=True)
     if recipe.capture.spread != "tp":  # there all ranks run every document
-        refuse_idle_ranks(source["documents"], f"{what} %s document(s)", world_size())
+        refuse_idle_ranks(what, source["documents"], "document(s)", world_size())
 
 
 def say_how_long(target: Target, tokens: int, batch_tokens: int, context: float = 0) -> None:

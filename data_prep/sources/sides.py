@@ -79,10 +79,11 @@ def refuse_too_few(ids: pa.Array | pa.ChunkedArray, what: str, advice: str = "",
     """Raises UserError ('`what` 1 source document(s) ...: `advice`') when `ranks` processes cannot train on these documents."""
     if said := one_side(ids):
         raise UserError(f"{what} {said}" + f": {advice}" * bool(advice))
-    refuse_idle_ranks(int((~validation_side(ids)).sum()), f"{what} %s training document(s)", ranks)
+    if ranks > 1:
+        refuse_idle_ranks(what, int((~validation_side(ids)).sum()), "training document(s)", ranks)
 
 
-def refuse_idle_ranks(documents: int, what: str, ranks: int) -> None:
-    """Raises UserError where there is no document for each rank. `what`: '... %s document(s)'."""
-    if documents < ranks:
-        raise UserError(f"{what % f'{documents:,}'} for {ranks} ranks; start {documents} at most")
+def refuse_idle_ranks(what: str, count: int, documents: str, ranks: int) -> None:
+    """Raises UserError ('`what` 3 `documents` for 4 ranks ...') where there is none for each rank."""
+    if count < ranks:
+        raise UserError(f"{what} {count:,} {documents} for {ranks} ranks; start {count} at most")

@@ -109,7 +109,7 @@ def test_the_best_is_kept_and_a_damaged_checkpoint_is_refused(cache, tmp_path):
         latest(folder)
 
 
-def test_a_frozen_rank_ends_the_run_with_one_line_and_the_run_goes_on(cache, tmp_path):
+def test_a_frozen_rank_ends_the_run_with_one_line(cache, tmp_path):
     """A frozen process closes no connection, and ranks of one host exchange through memory, which knows no time-out."""
     run = tmp_path / "run"
     words = [*WORDS, f"cache.dir={cache}", "train.batch=3", "train.max_steps=100000", "train.save_every=4", *SMALL]
