@@ -1,8 +1,8 @@
 """Whether the other processes are still there: each counts, in the store through which all found one another, and looks at the
 others' counts.
 
-A host that is cut off or frozen closes no connection, and neither does a GPU whose process was killed: the others would wait
-without end.
+A host that is cut off or frozen closes no connection, and ranks that exchange through shared memory have none. The others would
+wait without end.
 """
 
 import atexit

@@ -65,9 +65,8 @@ def validation_side(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return pc.is_in(source_of, value_set=pa.array(held, source_of.type)).to_numpy(zero_copy_only=False)
 
 
-def one_side(ids: pa.Array | pa.ChunkedArray) -> str | None:
-    """What is said of documents of which training cannot make two sides; None: it can."""
-    side = validation_side(ids)
+def one_side(ids: pa.Array | pa.ChunkedArray, side: np.ndarray) -> str | None:
+    """What is said of documents of which training cannot make two sides; None: it can. `side`: their `validation_side`."""
     if side.any() and not side.all():
         return None
     count = len(pc.unique(pc.replace_substring_regex(ids, PIECE, "")))
@@ -77,10 +76,10 @@ def one_side(ids: pa.Array | pa.ChunkedArray) -> str | None:
 
 def refuse_too_few(ids: pa.Array | pa.ChunkedArray, what: str, advice: str = "", ranks: int = 1) -> None:
     """Raises UserError ('`what` 1 source document(s) ...: `advice`') when `ranks` processes cannot train on these documents."""
-    if said := one_side(ids):
+    side = validation_side(ids)
+    if said := one_side(ids, side):
         raise UserError(f"{what} {said}" + f": {advice}" * bool(advice))
-    if ranks > 1:
-        refuse_idle_ranks(what, int((~validation_side(ids)).sum()), "training document(s)", ranks)
+    refuse_idle_ranks(what, int((~side).sum()), "training document(s)", ranks)
 
 
 def refuse_idle_ranks(what: str, count: int, documents: str, ranks: int) -> None:

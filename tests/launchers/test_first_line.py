@@ -15,7 +15,7 @@ from common.ranks import free_port
 from data_prep.cache.reader import CacheReader
 from data_prep.capture.live import manifest_of
 from data_prep.recipe import DataPrepRecipe
-from data_prep.sources.sides import one_side
+from data_prep.sources.sides import one_side, validation_side
 from eval.recipe import EvalRecipe
 from tests.support.commands import ROOT, SMALL, command, deepspeed
 from tests.support.conversations import write_lines
@@ -160,7 +160,10 @@ def test_training_refuses_one_text_before_the_first_forward(tmp_path, on_missing
 def test_training_and_validation_need_a_source_document_each():
     import pyarrow as pa
 
-    said = lambda *ids: one_side(pa.array(ids, pa.string()))
+    def said(*ids):
+        array = pa.array(ids, pa.string())
+        return one_side(array, validation_side(array))
+
     assert "1 source document(s); " in said("a#0", "a#1") and "1 source" in said("a#0", "a@64#0")
     assert "2 source document(s), all of them on one side" in said("validation/a#0", "validation/b#0")
     assert said("a#0", "b#0") is None and said("a#0", "validation/b@9#0") is None
