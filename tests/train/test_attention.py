@@ -1,5 +1,7 @@
 """The visibility rule, drawn cell by cell, and every backend against the reference."""
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -9,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.recipe import ROOT
 from tests.support.definitions import softmax_by_hand
 from train.attention.choose import BACKENDS, attention_backend
 from train.attention.visibility import TILE, DraftRows, Places, Visibility
@@ -307,6 +310,36 @@ def test_flash_equals_reference_on_a_gpu(steps, shift, own, monkeypatch):
     expected = through(BACKENDS["reference"], visibility, *(t.double() for t in tensors))
     for mine, theirs in zip(through(BACKENDS["flash"], visibility, *tensors), expected):
         assert (mine.double() - theirs).norm() / theirs.norm() < 1e-2
+
+
+def test_kernels_are_compiled_once_for_packs_of_all_sizes():
+    """For a GPU that need not be there: Triton only has to be told which. A step waits half a second for each kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILING], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["_join_kernel", "_join_backward_kernel", "cast_kernel"], done.stderr
+
+
+COMPILING = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from train.attention.joint import _join_backward_kernel, _join_kernel
+from train.precision.fp8_cast import cast_kernel
+
+class Absent:
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Absent())
+triton.knobs.runtime.jit_post_compile_hook = lambda fn, **_: print(fn.name.split(".")[-1])
+wide, fine, fp8, places = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64
+sizes = dict(G=2, S=4, D=64, S2=4, D2=64, num_warps=1)
+for counts in ((16, 32, 1), (17, 32, 2), (15, 33, 3), (16, 33, 3)):  # rows, places, steps
+    _join_kernel.warmup(*[wide] * 4, fine, places, wide, fine, fine, *counts, 0.125, grid=(1,), **sizes)
+    _join_backward_kernel.warmup(*[wide] * 5, fine, wide, places, *[wide] * 3, *counts, 0.125, grid=(1,), **sizes)
+    cast_kernel.warmup(wide, fine, fp8, fp8, counts[0], 64, 32, 448.0, PLAIN=True, TURNED=True, BLOCK=64, grid=(1,))
+"""
 
 
 def on_gpu(visibility: Visibility) -> Visibility:

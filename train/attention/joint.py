@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Packs differ in these. Triton would compile a kernel anew where one is 1 or a multiple of 16, which takes a second of a step.
+VARY = ["rows", "places", "steps"]
+
 
 @triton.jit
 def _put_kernel(source, target, row_P, size, BLOCK: tl.constexpr):
@@ -25,7 +28,7 @@ def _put_kernel(source, target, row_P, size, BLOCK: tl.constexpr):
         tl.store(target + place * size + at, value, mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def _join_kernel(
     # Queries [Q, H, D], draft keys and values [J, Q, G, D], what FlashAttention made of the memory ([P, H, D], [H, P]), places.
     q, k, v, memory, memory_lse, place_Q,
@@ -69,7 +72,7 @@ def _join_kernel(
     tl.store(lse_whole + head * places + place, lse_S, mask=s < seeing)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARY)
 def _join_backward_kernel(
     # What the forward was given and made; what the memory adds to the gradient of q, [P, H, D].
     grad, q, k, v, out, lse, dq_memory, place_Q,
