@@ -20,7 +20,7 @@ from data_prep.capture.first_batch import check_first_batch
 from data_prep.sources.documents import Documents
 from data_prep.sources.tokens import TokenDocument
 from data_prep.target.served import ServedTarget
-from data_prep.target.states import States
+from data_prep.target.states import States, sent
 from data_prep.target.target import Target
 
 UNDERWAY = 2  # batches whose states exist beside those that are being computed
@@ -41,18 +41,16 @@ class Batch:
         """States [P, ...] of every token, on the target's device."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         if target.packs:
-            ids_P = self.ids_P.long().to(target.device)
-            lengths = lengths.to(target.device)
-            return target.forward_packed(ids_P, lengths).map(lambda t: t[0])
+            return target.forward_packed(self.ids_P.long(), lengths).map(lambda t: t[0])
         # Without packing, documents are padded on the right. Under causal attention no real token sees the padding behind it.
         ids_BT = torch.zeros(len(lengths), max(self.lengths), dtype=torch.long)
         real_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
         ids_BT[real_BT] = self.ids_P.long()
-        states = target.forward(ids_BT.to(target.device))
+        states = target.forward(sent(ids_BT, target.device))
         if real_BT.all():
             return states.map(lambda t: t.flatten(0, 1))
         real = real_BT.flatten().nonzero().squeeze(1)
-        return states.map(lambda t: t.flatten(0, 1)[real.to(t.device)])
+        return states.map(lambda t: t.flatten(0, 1)[sent(real, t.device)])
 
     def tensors(self, states: States, manifest: Manifest) -> dict[str, Tensor]:
         """What the cache stores of this batch, on the devices where the states are."""
@@ -65,7 +63,7 @@ class Batch:
         for name in manifest.states:
             state = named[name]
             if is_teacher(name) and manifest.last_hidden == "supervised":
-                state = state[teachers.to(state.device)]
+                state = state[sent(teachers, state.device)]
             out |= encode(name, state, manifest.codec)
         return out
 

@@ -6,6 +6,7 @@ Shapes: T positions, E hidden size, G key/value heads, H query heads, D head siz
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,8 @@ class States:
         kinds = (self.hidden, self.key, self.value, self.query)
         hidden, key, value, query = ({layer: function(t) for layer, t in kind.items()} for kind in kinds)
         return States(hidden, key, value, None if self.last_hidden is None else function(self.last_hidden), query)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """What is on the host, on `device`. The host does not wait until a GPU has done what it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)

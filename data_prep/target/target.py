@@ -37,7 +37,7 @@ from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.proof import KVFound, prove
 from data_prep.target.rotation import halves_of_neighbours
-from data_prep.target.states import States
+from data_prep.target.states import States, sent
 from data_prep.target.transformers_private import Source
 
 # (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
@@ -209,13 +209,14 @@ class Target(Described):
     @torch.no_grad()
     def forward_packed(self, ids_P: Tensor, lengths: Tensor) -> States:
         """Documents of `lengths` (int32, their sum is P) back to back, without padding: FlashAttention's variable-length
-        kernel keeps them apart. States [1, P, ...]."""
+        kernel keeps them apart. Both are on the host. States [1, P, ...]."""
         ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        positions = torch.arange(len(ids_P), device=ids_P.device) - ends[:-1].repeat_interleave(lengths, output_size=len(ids_P))
+        positions = torch.arange(len(ids_P)) - ends[:-1].repeat_interleave(lengths)
         longest = int(lengths.max())
+        ends = sent(ends, self.device)
         return self._run(
-            input_ids=ids_P[None],
-            position_ids=positions[None],
+            input_ids=sent(ids_P, self.device)[None],
+            position_ids=sent(positions, self.device)[None],
             use_cache=False,
             cu_seq_lens_q=ends,
             cu_seq_lens_k=ends,

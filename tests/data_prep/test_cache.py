@@ -6,6 +6,7 @@ import resource
 import shutil
 import threading
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,16 +18,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from common.recipe import ROOT
 from common.tensor_files import offsets_of
 from data_prep.cache import writer
 from data_prep.cache.codec import Scaled, decode, encode, paired
-from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, canonical, read_manifest
+from data_prep.cache.manifest import INDEX, MANIFEST, Manifest, canonical, each_document, read_manifest
 from data_prep.cache.reader import CacheReader, crop
 from data_prep.cache.writer import CacheWriter, claim, read_seal, seal
-from data_prep.capture.capture import Batch, batches, capture
+from data_prep.capture.capture import Batch, Outbox, batches, capture
 from data_prep.sources.counts import Counts
 from data_prep.sources.documents import Documents, write_documents
 from data_prep.sources.tokens import TokenDocument
+from data_prep.target.target import Target
 from tests.support.caches import SIZES, assert_holds, document, manifest_of, write
 from tests.support.models import small_target
 
@@ -366,6 +369,48 @@ def test_batched_and_padded_captures_store_what_single_ones_store(tmp_path, last
         }
         for name, tensor in reader.read(reader.ids.to_pylist().index(id), list(expected)).items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="flash-attn runs on a GPU")
+@pytest.mark.parametrize("attention", [None, "flash_attention_2"])
+def test_states_leave_a_gpu_without_the_host_waiting_for_the_forward_and_are_what_it_gives(tmp_path, attention):
+    """Padded and packed; PyTorch raises where the host would wait. A forward itself waits for the one before: transformers asks
+    the GPU what its positions are."""
+    target = Target(str(ROOT / "data_prep/targets/tiny"), dtype=torch.bfloat16, device="cuda", attention=attention)
+    random = np.random.default_rng(0)
+    lengths = random.integers(100, 400, 60)
+    pieces = [
+        TokenDocument(f"{i:02}", random.integers(3, 8000, n, dtype=np.int32), (np.arange(n) > 0).astype(np.uint8))
+        for i, n in enumerate(lengths)
+    ]
+    source = write_documents(tmp_path / "documents.arrow", pieces, Counts())
+    manifest = manifest_of(architecture=asdict(target.architecture), source=source, query_layers=[2], codec="fp8", max_length=400)
+    documents = Documents(tmp_path / "documents.arrow")
+    target.capture([0, 2], [1], [2])
+    made = [
+        Batch([documents[i] for i in group]) for group in batches(documents.by_length(), documents.lengths, 1024, target.packs)
+    ]
+    expected = [batch.tensors(batch.forward(target), manifest) for batch in made]
+    torch.cuda.synchronize()
+    writer = CacheWriter(tmp_path / "cache", manifest, 10**6)
+    outbox = Outbox(writer)
+    try:
+        for batch in made:
+            states = batch.forward(target)
+            torch.cuda.set_sync_debug_mode("error")
+            outbox.put(batch, states)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                torch.zeros(3).to("cuda")
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    outbox.close()
+    writer.finish()
+    given = {}
+    for batch, tensors in zip(made, expected):
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        given |= zip(batch.names, (one for *_, one in each_document(tensors, batch.lengths, manifest.last_hidden)))
+    assert_holds(tmp_path / "cache", manifest, given)
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120), st.booleans())
