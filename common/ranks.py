@@ -98,6 +98,15 @@ def from_rank_0(say: Callable[[], Said]) -> Said:
     return said[0]
 
 
+def without_nccl_dumps() -> None:
+    """PyTorch writes no dump of NCCL's last collectives when one fails. To be called before ranks join; what the user says
+    stands.
+
+    To learn whether another rank dumps, every rank asks rank 0's store each second, and prints a page whenever nobody answers.
+    """
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+
+
 @functools.cache
 def _joined():
     """All processes, on the host, and how they hear of each other. To be asked for by all."""
@@ -107,6 +116,7 @@ def _joined():
 
     # Ranks of a capture wait for the slowest one, which may take hours: no limit that a capture could reach.
     patience = timedelta(days=30)
+    without_nccl_dumps()
     # One group serves both: NCCL for a target that is spread over GPUs, gloo for what is on the host.
     if not distributed.is_initialized():
         store, *_ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=SILENT_S)))  # who never comes

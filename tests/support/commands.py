@@ -52,14 +52,14 @@ def command(*words, launcher=(), ranks=1, env=None, **kwargs) -> subprocess.Comp
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **(env or {})}
     words = [*map(str, words)]
     if not launcher and words[0].endswith(".py") and set(kwargs) <= {"cwd"} and warm.fits(environment):
-        return warm.run(words, _environments(environment, ranks), **kwargs)
+        return warm.run(words, environments(environment, ranks), **kwargs)
     assert ranks == 1, "several ranks without a launcher are started warm"
     return subprocess.run(
         [*(launcher or [sys.executable]), *words], env=environment, capture_output=True, text=True, timeout=600, **kwargs
     )
 
 
-def _environments(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
+def environments(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
     """What a launcher tells each rank."""
     if ranks == 1:
         return [environment]

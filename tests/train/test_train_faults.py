@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from common.errors import UserError
 from common.ranks import free_port
-from tests.support.commands import SMALL, TRAIN, command, deepspeed, wait_for
+from tests.support.commands import ROOT, SMALL, TRAIN, command, deepspeed, environments, wait_for
 from tests.support.runs import assert_same_run, losses
 from train.drafter.build import load_drafter
 from train.run.folder import latest
@@ -121,6 +123,38 @@ def test_a_frozen_rank_ends_the_run_with_one_line(cache, tmp_path):
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: not heard of for 15 s: rank 1 (") and "the same command goes on" in line
     assert "Traceback" not in said and "Exception" not in said
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_under_nccl_a_lost_rank_ends_the_others_with_one_line(tmp_path, how, lost):
+    """A rank on each GPU, without a launcher, which would end the others itself."""
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
+    cache = ["cache.dir=cache", "data.max_tokens=60000", "data.max_length=256"]  # documents for all ranks
+    assert command(ROOT / "data_prep/main.py", *cache, cwd=tmp_path).returncode == 0
+    world = torch.cuda.device_count()
+    words = [str(TRAIN), "run.dir=run", "cache.dir=cache", "reuse=hidden", "deepspeed=zero2", f"train.batch={world}", *SMALL]
+    words += ["train.diagnose=false", "train.max_steps=100000", "train.timeout_s=15"]
+    ranks = []
+    for environment in environments({**os.environ, "OMP_NUM_THREADS": "1"}, world):
+        with open(tmp_path / f"{environment['RANK']}.log", "w") as log:
+            ranks.append(subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log, cwd=tmp_path))
+    try:
+        wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") > 3, 200, "the first steps")
+        os.kill(ranks[lost].pid, getattr(signal, how))
+        since = time.monotonic()
+        left = [rank for number, rank in enumerate(ranks) if number != lost]
+        assert {rank.wait(90) for rank in left} == {1}
+        assert time.monotonic() - since < 60
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: not heard of for 15 s: rank {lost} (")
+    assert "Traceback" not in said and "frame #" not in said and "Warning" not in said
 
 
 @pytest.mark.parametrize("damage,ranks", [("removed", 1), ("cut", 2)])

@@ -3,13 +3,13 @@
 from datetime import timedelta
 
 from common.errors import UserError
-from common.ranks import ended, rank
+from common.ranks import ended, rank, without_nccl_dumps
 from train.run import deepspeed_private
 from train.run.build_lock import wait_for_builder
 
 # A rank that is gone or frozen is noticed by its silence after `train.timeout_s` (`common/pulse.py`), and named. Collectives give
 # up this much later. That ends the waiting for a rank that is heard of and does nothing; under NCCL PyTorch's watchdog then ends
-# the process, with words of its own.
+# the process, another minute later and with words of its own.
 LATER_S = 60  # seconds
 
 
@@ -22,6 +22,7 @@ def connect(on_gpu: bool, timeout_s: int) -> None:
     import deepspeed  # it chooses its accelerator here: train/main.py has said which by now
     import torch.distributed as dist
 
+    without_nccl_dumps()
     timeout = timedelta(seconds=timeout_s + LATER_S)
     deepspeed_private.limit_waiting(timeout)
     if not on_gpu:
