@@ -20,7 +20,7 @@ from data_prep.capture.first_batch import check_first_batch
 from data_prep.sources.documents import Documents
 from data_prep.sources.tokens import TokenDocument
 from data_prep.target.served import ServedTarget
-from data_prep.target.states import States, sent
+from data_prep.target.states import States, to_device
 from data_prep.target.target import Target
 
 UNDERWAY = 2  # batches whose states exist beside those that are being computed
@@ -46,11 +46,11 @@ class Batch:
         ids_BT = torch.zeros(len(lengths), max(self.lengths), dtype=torch.long)
         real_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
         ids_BT[real_BT] = self.ids_P.long()
-        states = target.forward(sent(ids_BT, target.device))
+        states = target.forward(to_device(ids_BT, target.device))
         if real_BT.all():
             return states.map(lambda t: t.flatten(0, 1))
         real = real_BT.flatten().nonzero().squeeze(1)
-        return states.map(lambda t: t.flatten(0, 1)[sent(real, t.device)])
+        return states.map(lambda t: t.flatten(0, 1)[to_device(real, t.device)])
 
     def tensors(self, states: States, manifest: Manifest) -> dict[str, Tensor]:
         """What the cache stores of this batch, on the devices where the states are."""
@@ -63,7 +63,7 @@ class Batch:
         for name in manifest.states:
             state = named[name]
             if is_teacher(name) and manifest.last_hidden == "supervised":
-                state = state[sent(teachers, state.device)]
+                state = state[to_device(teachers, state.device)]
             out |= encode(name, state, manifest.codec)
         return out
 

@@ -38,6 +38,6 @@ class States:
         return States(hidden, key, value, None if self.last_hidden is None else function(self.last_hidden), query)
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """What is on the host, on `device`. The host does not wait until a GPU has done what it was given before."""
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host, on `device`. The host does not wait until a GPU has done what it was given before."""
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)

@@ -37,7 +37,7 @@ from data_prep.target.described import Described, hash_of
 from data_prep.target.from_gguf import plain
 from data_prep.target.proof import KVFound, prove
 from data_prep.target.rotation import halves_of_neighbours
-from data_prep.target.states import States, sent
+from data_prep.target.states import States, to_device
 from data_prep.target.transformers_private import Source
 
 # (layer, q [B, T, H, D], k and v [B, T, G, D], all rotated, how that layer reads keys) -> [B, T, H, D]
@@ -213,10 +213,10 @@ class Target(Described):
         ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         positions = torch.arange(len(ids_P)) - ends[:-1].repeat_interleave(lengths)
         longest = int(lengths.max())
-        ends = sent(ends, self.device)
+        ends = to_device(ends, self.device)
         return self._run(
-            input_ids=sent(ids_P, self.device)[None],
-            position_ids=sent(positions, self.device)[None],
+            input_ids=to_device(ids_P, self.device)[None],
+            position_ids=to_device(positions, self.device)[None],
             use_cache=False,
             cu_seq_lens_q=ends,
             cu_seq_lens_k=ends,

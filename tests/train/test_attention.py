@@ -313,7 +313,7 @@ def test_flash_equals_reference_on_a_gpu(steps, shift, own, monkeypatch):
 
 
 def test_kernels_are_compiled_once_for_packs_of_all_sizes():
-    """For a GPU that need not be there: Triton only has to be told which. A step waits half a second for each kernel."""
+    """For a GPU that need not be there: Triton only has to be told which."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILING], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["_join_kernel", "_join_backward_kernel", "cast_kernel"], done.stderr

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Packs differ in these. Triton would compile a kernel anew where one is 1 or a multiple of 16, which takes a second of a step.
+# What differs from pack to pack and from step to step. Triton would compile a kernel anew, in the middle of a training, when one
+# of them is 1 or a multiple of 16 for the first time.
 VARY = ["rows", "places", "steps"]
 
 

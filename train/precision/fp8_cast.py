@@ -6,7 +6,7 @@ import triton.language as tl
 BLOCK = 64  # a tile of 64 x 64 numbers is turned in shared memory, so that both results are written in whole lines
 
 
-@triton.jit(do_not_specialize=["rows"])  # else it is compiled anew for a multiple of 16
+@triton.jit(do_not_specialize=["rows"])  # else it is compiled anew for 1 and for a multiple of 16
 def cast_kernel(
     # The matrix, its scale (on the GPU: the host need not wait for it), the results, sizes, the format's largest number.
     source, scale, out, turned, rows, columns, filled, most,
