@@ -116,9 +116,9 @@ def _joined():
 
     # Ranks of a capture wait for the slowest one, which may take hours: no limit that a capture could reach.
     patience = timedelta(days=30)
-    without_nccl_dumps()
     # One group serves both: NCCL for a target that is spread over GPUs, gloo for what is on the host.
     if not distributed.is_initialized():
+        without_nccl_dumps()
         store, *_ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=SILENT_S)))  # who never comes
         backend = "cpu:gloo,cuda:nccl" if on_gpu() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
