@@ -4,11 +4,12 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -75,43 +76,87 @@ def _parts(source: Iterator[Record], tokenizer, data, counts: Counts, workers: i
 
 
 def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
+    """Every record with what it was encoded to, in the order of `source`."""
     chunks = iter(lambda: list(islice(source, CHUNK)), [])
     if workers == 1:
         for chunk in chunks:
             yield from zip(chunk, _encode_chunk(chunk, tokenizer, data))
         return
-    arguments = (tokenizer, data, os.getpid())
-    # Forked, so that the tokenizer is not loaded in every worker again.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, arguments)
-    window = deque()
-    others = set(multiprocessing.active_children())
-    started = None
+    with _started(workers, tokenizer, data) as idle:
+        read: deque = deque()  # [chunk, what it was encoded to, or None], in the order of `source`
+        at_work = {}  # the pipe of each worker that has a chunk -> where its answer belongs
+        while True:
+            while idle and len(read) < 4 * workers and (chunk := next(chunks, None)):  # what is read ahead is bounded
+                read.append([chunk, None])
+                worker = idle.pop()
+                at_work[worker] = read[-1]
+                with _or_lost():
+                    worker.send(chunk)
+            if not read:
+                return
+            if done := read[0][1] is not None:
+                yield from zip(*read.popleft())
+            for worker in connection.wait(at_work, timeout=0 if done else None):
+                with _or_lost():
+                    answer = worker.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                at_work.pop(worker)[1] = answer
+                idle.append(worker)
+
+
+@contextmanager
+def _started(workers: int, tokenizer, data) -> Iterator[list[connection.Connection]]:
+    """A pipe to each of `workers` new processes: a chunk goes in, what it was encoded to comes out.
+
+    A pipe ends when its process does, also within an answer. `ProcessPoolExecutor` has one pipe for the answers of all processes,
+    and waits without end where one of them is killed while it writes.
+    """
+    fork = multiprocessing.get_context("fork")  # so that the tokenizer is not loaded in every worker again
+    processes, pipes = [], []
     try:
-        with pool:
-            for chunk in chunks:
-                window.append((chunk, pool.submit(_worker, chunk)))
-                # The pool starts its processes at the first `submit`. Which ones they are has to be known in order to see one
-                # die.
-                started = started or set(multiprocessing.active_children()) - others
-                if len(window) > 4 * workers:  # what is read ahead is bounded
-                    yield from _result(window, started)
-            while window:
-                yield from _result(window, started)
-    except BrokenProcessPool as error:
+        for _ in range(workers):
+            ours, theirs = fork.Pipe()
+            pipes.append(ours)
+            processes.append(fork.Process(target=_work, args=(theirs, tokenizer, data, os.getpid()), daemon=True))
+            processes[-1].start()
+            theirs.close()  # no other process has this end, not even the workers that are started next
+        yield list(pipes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _work(pipe: connection.Connection, tokenizer, data, parent: int) -> None:
+    # The processes are the parallelism: threads of the tokenizer in each of them would compete for the same cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The parent may have died before the kernel was told. Then no signal comes any more.
+        if os.getppid() != parent:
+            os._exit(1)
+    # Ctrl-C reaches every process of a terminal. The one that gives out the work ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # that one is gone
+        while True:
+            chunk = pipe.recv()
+            try:
+                answer = _encode_chunk(chunk, tokenizer, data)
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # an exception is sent without the places that it came from
+                answer = error
+            pipe.send(answer)
+
+
+@contextmanager
+def _or_lost() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
         raise UserError("a process that tokenises was killed (too little memory?); run the same command again") from error
-
-
-def _result(window: deque, started: set):
-    """The pool itself does not always notice: one killed while it holds the results' lock leaves the others waiting for that."""
-    chunk, future = window.popleft()
-    while True:
-        try:
-            return zip(chunk, future.result(timeout=2))
-        except TimeoutError:
-            if not all(process.is_alive() for process in started):
-                for process in started:
-                    process.kill()
-                raise BrokenProcessPool("a process is gone") from None
 
 
 def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int], set[str]] | str]:
@@ -127,22 +172,6 @@ def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int],
             return str(reason)
 
     return [one(record) for record in chunk]
-
-
-def _start_worker(tokenizer, data, parent: int) -> None:
-    global _worker_state
-    _worker_state = tokenizer, data
-    # The processes are the parallelism: threads of the tokenizer in each of them would compete for the same cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before the kernel was told. Then no signal comes any more.
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _worker(chunk: list[Record]):
-    return _encode_chunk(chunk, *_worker_state)
 
 
 class Digest:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections import Counter
 from pathlib import PurePosixPath
 
@@ -21,6 +22,7 @@ from data_prep.sources.records import Record, records
 from data_prep.sources.sides import is_validation
 from data_prep.sources.tokens import LeftOut, Part, TokenDocument, encode, joined, pieces
 from data_prep.target.loading import load_tokenizer
+from tests.support.commands import wait_for
 from tests.support.conversations import conversation, write_lines
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -475,6 +477,33 @@ def test_a_worker_that_is_killed_ends_the_work_with_one_line(tokenizer):
     psutil.Process().children()[-1].kill()
     with pytest.raises(UserError, match="a process that tokenises was killed"):
         list(documents)
+
+
+def test_a_worker_that_is_killed_within_its_answer_ends_the_work_with_one_line(tokenizer):
+    """Both workers have a chunk whose answer is more than a pipe holds. Nobody reads it, so that they wait within it."""
+    lines = (50 if i != 64 and i != 128 else 200_000 for i in range(10**6))
+    documents = tokenized((Record(str(i), {"text": "x = 1\n" * n}) for i, n in enumerate(lines)), tokenizer, data(), Counts(), 2)
+    next(documents)
+    worker = psutil.Process().children()[-1]
+
+    def rests():
+        used = worker.cpu_times()
+        time.sleep(0.2)
+        return worker.status() == psutil.STATUS_SLEEPING and worker.cpu_times() == used
+
+    wait_for(rests, 60, "a worker that waits")
+    worker.kill()
+    with pytest.raises(UserError, match="a process that tokenises was killed"):
+        list(documents)
+
+
+def test_what_goes_wrong_in_a_worker_is_raised_with_the_place_that_it_came_from(tokenizer, monkeypatch):
+    before = psutil.Process().children()
+    monkeypatch.setattr("data_prep.sources.documents.encode", lambda *_: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key") as caught:
+        list(tokenized((Record(str(i), {"text": "x = 1"}) for i in range(200)), tokenizer, data(), Counts(), workers=2))
+    assert "in _encode_chunk" in caught.value.__notes__[0]
+    assert psutil.Process().children() == before
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.randoms(use_true_random=False))
