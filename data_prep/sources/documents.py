@@ -125,8 +125,8 @@ def _started(workers: int, tokenizer, data) -> Iterator[list[connection.Connecti
     finally:
         for process in processes:
             process.kill()
+        for process, pipe in zip(processes, pipes):
             process.join()
-        for pipe in pipes:
             pipe.close()
 
 

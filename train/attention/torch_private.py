@@ -22,6 +22,7 @@ PRIVATE = {
     "torch._scaled_mm": "train.fp8: products of fp8 matrices on a GPU",
     "torch._functorch.config.ban_recompute_materialized_backward": "train.compile: block-wise steps take a sixth more memory",
     "torch._functorch.config.ban_recompute_reductions": "the same",
+    "torch._inductor.config.triton.mix_order_reduction_non_strict_mode": "train.compile: later steps compile anew for seconds",
 }
 
 
@@ -98,6 +99,13 @@ def remake_cheap_activations() -> None:
     arithmetic."""
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_reductions = False
+
+
+def fuse_at_any_size() -> None:
+    """Programs that are compiled from now on serve packs of all sizes. Otherwise the compiler chooses by the number of rows
+    whether the two sums in a norm's backward are fused: a pack on another side of such a limit than all before it is compiled for
+    anew, and all ranks wait."""
+    torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
 
 
 def scaled_product(a_MK: Tensor, b_KN: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:

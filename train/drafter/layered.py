@@ -72,6 +72,7 @@ class LayeredDrafter(Drafter):
 
     def compile_parts(self) -> None:
         torch_private.remake_cheap_activations()
+        torch_private.fuse_at_any_size()
         for layer in self.layers:
             layer.compile_parts()
 
