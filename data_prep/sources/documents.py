@@ -7,7 +7,8 @@ import signal
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
@@ -79,35 +80,42 @@ def _encoded(source: Iterator[Record], tokenizer, data, workers: int):
     """Every record with what it was encoded to, in the order of `source`."""
     chunks = iter(lambda: list(islice(source, CHUNK)), [])
     if workers == 1:
-        for chunk in chunks:
-            yield from zip(chunk, _encode_chunk(chunk, tokenizer, data))
+        for records in chunks:
+            yield from zip(records, _encode_chunk(records, tokenizer, data))
         return
     with _started(workers, tokenizer, data) as idle:
-        read: deque = deque()  # [chunk, what it was encoded to, or None], in the order of `source`
-        at_work = {}  # the pipe of each worker that has a chunk -> where its answer belongs
+        ahead: deque[_Chunk] = deque()  # read and not given out yet, in the order of `source`
+        at_work: dict[connection.Connection, _Chunk] = {}
         while True:
-            while idle and len(read) < 4 * workers and (chunk := next(chunks, None)):  # what is read ahead is bounded
-                read.append([chunk, None])
+            while idle and len(ahead) < 4 * workers and (records := next(chunks, None)):  # what is read ahead is bounded
                 worker = idle.pop()
-                at_work[worker] = read[-1]
+                at_work[worker] = chunk = _Chunk(records)
+                ahead.append(chunk)
                 with _or_lost():
-                    worker.send(chunk)
-            if not read:
+                    worker.send(records)
+            if not ahead:
                 return
-            if done := read[0][1] is not None:
-                yield from zip(*read.popleft())
-            for worker in connection.wait(at_work, timeout=0 if done else None):
+            if first_is_done := ahead[0].encoded is not None:
+                chunk = ahead.popleft()
+                yield from zip(chunk.records, chunk.encoded)
+            for worker in connection.wait(at_work, timeout=0 if first_is_done else None):
                 with _or_lost():
                     answer = worker.recv()
                 if isinstance(answer, Exception):
                     raise answer
-                at_work.pop(worker)[1] = answer
+                at_work.pop(worker).encoded = answer
                 idle.append(worker)
+
+
+@dataclass
+class _Chunk:
+    records: list[Record]
+    encoded: list | None = None  # None: a worker has not answered yet
 
 
 @contextmanager
 def _started(workers: int, tokenizer, data) -> Iterator[list[connection.Connection]]:
-    """A pipe to each of `workers` new processes: a chunk goes in, what it was encoded to comes out.
+    """A pipe to each of `workers` new processes: records go in, what they were encoded to comes out.
 
     A pipe ends when its process does, also within an answer. `ProcessPoolExecutor` has one pipe for the answers of all processes,
     and waits without end where one of them is killed while it writes.
@@ -118,19 +126,22 @@ def _started(workers: int, tokenizer, data) -> Iterator[list[connection.Connecti
         for _ in range(workers):
             ours, theirs = fork.Pipe()
             pipes.append(ours)
-            processes.append(fork.Process(target=_work, args=(theirs, tokenizer, data, os.getpid()), daemon=True))
-            processes[-1].start()
-            theirs.close()  # no other process has this end, not even the workers that are started next
+            process = fork.Process(target=_work, args=(theirs, tokenizer, data, os.getpid()), daemon=True)
+            with theirs:  # closed here: no other process has this end, not even the workers that are started next
+                process.start()
+            processes.append(process)
         yield list(pipes)
     finally:
         for process in processes:
             process.kill()
-        for process, pipe in zip(processes, pipes):
+        for process in processes:
             process.join()
+        for pipe in pipes:
             pipe.close()
 
 
 def _work(pipe: connection.Connection, tokenizer, data, parent: int) -> None:
+    """What a worker does until the parent ends it."""
     # The processes are the parallelism: threads of the tokenizer in each of them would compete for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
@@ -138,28 +149,29 @@ def _work(pipe: connection.Connection, tokenizer, data, parent: int) -> None:
         # The parent may have died before the kernel was told. Then no signal comes any more.
         if os.getppid() != parent:
             os._exit(1)
-    # Ctrl-C reaches every process of a terminal. The one that gives out the work ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # that one is gone
-        while True:
-            chunk = pipe.recv()
-            try:
-                answer = _encode_chunk(chunk, tokenizer, data)
-            except Exception as error:
-                error.add_note(traceback.format_exc())  # an exception is sent without the places that it came from
-                answer = error
-            pipe.send(answer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal, and the parent ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is for the parent alone
+    while True:
+        records = pipe.recv()
+        try:
+            answer = _encode_chunk(records, tokenizer, data)
+        except UserError as error:
+            answer = error
+        except BaseException:  # the tokenizers' Rust code raises some that are no Exception; not all of them can be sent
+            answer = RuntimeError(f"a process that tokenises failed:\n{traceback.format_exc()}")
+        pipe.send(answer)
 
 
 @contextmanager
 def _or_lost() -> Iterator[None]:
+    """For what is sent to a worker or received from it: one line where that process is gone."""
     try:
         yield
     except (EOFError, OSError) as error:
         raise UserError("a process that tokenises was killed (too little memory?); run the same command again") from error
 
 
-def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int], list[int], set[str]] | str]:
+def _encode_chunk(records: list[Record], tokenizer, data) -> list[tuple[list[int], list[int], set[str]] | str]:
     """(ids, mask, remarks), or why there are none."""
 
     def one(record: Record):
@@ -171,7 +183,7 @@ def _encode_chunk(chunk: list[Record], tokenizer, data) -> list[tuple[list[int],
         except LeftOut as reason:
             return str(reason)
 
-    return [one(record) for record in chunk]
+    return [one(record) for record in records]
 
 
 class Digest:

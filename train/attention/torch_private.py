@@ -102,9 +102,9 @@ def remake_cheap_activations() -> None:
 
 
 def fuse_at_any_size() -> None:
-    """Programs that are compiled from now on serve packs of all sizes. Otherwise the compiler chooses by the number of rows
-    whether the two sums in a norm's backward are fused: a pack on another side of such a limit than all before it is compiled for
-    anew, and all ranks wait."""
+    """Programs that are compiled from now on fuse the two sums of a norm's backward for any number of rows. Otherwise the
+    compiler asks whether there are enough rows, and makes another program for a pack with another answer: seconds in which
+    all ranks wait."""
     torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
 
 
