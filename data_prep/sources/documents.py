@@ -1,6 +1,5 @@
 """A whole source tokenised, by all cores, into a memory-mapped Arrow file: no process ever holds it."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -20,7 +19,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.ranks import PR_SET_PDEATHSIG
+from common.ranks import killed_with_parent
 from data_prep.recipe import DataRecipe
 from data_prep.sources.counts import CAPTURED, HELD_OUT, Counts
 from data_prep.sources.records import Record
@@ -144,11 +143,9 @@ def _work(pipe: connection.Connection, tokenizer, data, parent: int) -> None:
     """What a worker does until the parent ends it."""
     # The processes are the parallelism: threads of the tokenizer in each of them would compete for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if os.uname().sysname == "Linux":  # a worker must not outlive its parent: it would hold the cache's lock
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before the kernel was told. Then no signal comes any more.
-        if os.getppid() != parent:
-            os._exit(1)
+    killed_with_parent()  # it would hold the cache's lock
+    if os.getppid() != parent:  # which may have died before the kernel was told: then no signal comes any more
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal, and the parent ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is for the parent alone
     while True:
